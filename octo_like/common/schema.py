@@ -1,0 +1,195 @@
+"""The schema of a batch: the treaty between data, model, training and robot.
+
+A batch is a plain nested dict of arrays. `BatchSpec` states which keys a run uses and their sizes; everything that needs
+shapes (model initialisation, synthetic batches, ahead-of-time compilation, input checks) derives them from it.
+
+Letters: B batch, W window (history), H action horizon, A action dim, P proprio dim, L language tokens, h w image size.
+
+    observation/image_{slot}               B W h w 3  uint8
+    observation/proprio                    B W P      float32, normalised
+    observation/proprio_pad_mask           B W P      bool, False: padded dimension
+    observation/timestep                   B W        int32, index in the episode
+    observation/timestep_pad_mask          B W        bool, False: before the episode began
+    observation/pad_mask_dict/{key}        B W        bool, False: this modality is missing
+    task/language_instruction/input_ids    B L        int32
+    task/language_instruction/attention_mask B L      int32, 0: padding token
+    task/image_{slot}                      B h w 3    uint8, goal image
+    task/timestep                          B          int32, index of the goal step
+    task/pad_mask_dict/{key}               B          bool
+    action                                 B W H A    float32, normalised
+    action_pad_mask                        B W H A    bool, False: padded dimension, or past the goal/end
+    action_head_mask/{head}                B          bool, which heads learn from this sample
+    dataset_id                             B          int32
+    sample_id                              B          int64, the global number n of this sample
+"""
+
+import dataclasses
+from typing import Any, Iterator, Mapping
+
+import numpy as np
+
+Tree = dict[str, Any]
+
+IMAGE_CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Shape (with the batch dimension left out) and dtype of one array of a batch."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def describe(self, batch_dims: str = "B") -> str:
+        return f"({', '.join([batch_dims, *map(str, self.shape)])}) {self.dtype}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """Which keys a run's batches have, and their sizes.
+
+    Attributes:
+      window_size: W, observations of history including the present one.
+      action_horizon: H, length of an action chunk (the longest of all heads).
+      action_dim: A (the widest of all heads).
+      image_sizes: camera slot ("primary", "wrist", ...) to (height, width).
+      goal_images: slots that also appear as goal images in the task.
+      proprio_dim: P, or None when the run uses no proprioception.
+      language_length: L, or None when the run uses no language.
+      heads: names of the action heads.
+    """
+
+    window_size: int
+    action_horizon: int
+    action_dim: int
+    image_sizes: Mapping[str, tuple[int, int]]
+    goal_images: tuple[str, ...] = ()
+    proprio_dim: int | None = None
+    language_length: int | None = None
+    heads: tuple[str, ...] = ("action",)
+
+    def __post_init__(self):
+        unknown = set(self.goal_images) - set(self.image_sizes)
+        if unknown:
+            raise ValueError(f"goal_images {sorted(unknown)} are not cameras; valid: {sorted(self.image_sizes)}")
+        for name in ("window_size", "action_horizon", "action_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def observation(self) -> Tree:
+        W = self.window_size
+        leaves: Tree = {
+            f"image_{slot}": Leaf((W, *size, IMAGE_CHANNELS), np.dtype(np.uint8)) for slot, size in self.image_sizes.items()
+        }
+        if self.proprio_dim is not None:
+            leaves["proprio"] = Leaf((W, self.proprio_dim), np.dtype(np.float32))
+            leaves["proprio_pad_mask"] = Leaf((W, self.proprio_dim), np.dtype(bool))
+        modalities = [key for key in leaves if not key.endswith("_pad_mask")]
+        leaves["timestep"] = Leaf((W,), np.dtype(np.int32))
+        leaves["timestep_pad_mask"] = Leaf((W,), np.dtype(bool))
+        leaves["pad_mask_dict"] = {key: Leaf((W,), np.dtype(bool)) for key in modalities}
+        return leaves
+
+    def task(self) -> Tree:
+        leaves: Tree = {}
+        if self.language_length is not None:
+            ids = Leaf((self.language_length,), np.dtype(np.int32))
+            leaves["language_instruction"] = {"input_ids": ids, "attention_mask": ids}
+        for slot in self.goal_images:
+            leaves[f"image_{slot}"] = Leaf((*self.image_sizes[slot], IMAGE_CHANNELS), np.dtype(np.uint8))
+        modalities = list(leaves)
+        leaves["timestep"] = Leaf((), np.dtype(np.int32))
+        leaves["pad_mask_dict"] = {key: Leaf((), np.dtype(bool)) for key in modalities}
+        return leaves
+
+    def batch(self) -> Tree:
+        chunk = (self.window_size, self.action_horizon, self.action_dim)
+        return {
+            "observation": self.observation(),
+            "task": self.task(),
+            "action": Leaf(chunk, np.dtype(np.float32)),
+            "action_pad_mask": Leaf(chunk, np.dtype(bool)),
+            "action_head_mask": {head: Leaf((), np.dtype(bool)) for head in self.heads},
+            "dataset_id": Leaf((), np.dtype(np.int32)),
+            "sample_id": Leaf((), np.dtype(np.int64)),
+        }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("a/b/c", leaf) of a nested mapping, in insertion order."""
+    for key, value in tree.items():
+        path = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            yield from flatten(value, path)
+        else:
+            yield path, value
+
+
+def unflatten(items: Mapping[str, Any]) -> Tree:
+    """Inverse of `flatten`."""
+    tree: Tree = {}
+    for path, value in items.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language_vocab: int = 100) -> Tree:
+    """A random but valid batch of the given spec: the same seed gives the same batch. Needs no data and no TensorFlow."""
+    rng = np.random.default_rng([seed, 0x0C70])
+
+    def fill(path: str, leaf: Leaf) -> np.ndarray:
+        shape = (batch_size, *leaf.shape)
+        name = path.rsplit("/", 1)[-1]
+        if leaf.dtype == bool:
+            return np.ones(shape, bool)
+        if leaf.dtype == np.uint8:
+            return rng.integers(0, 256, shape, np.uint8)
+        if name == "attention_mask":
+            lengths = rng.integers(1, leaf.shape[-1] + 1, (batch_size, 1))
+            return (np.arange(leaf.shape[-1])[None] < lengths).astype(np.int32)
+        if name == "input_ids":
+            return rng.integers(2, language_vocab, shape, np.int32)
+        if name == "sample_id":
+            return np.arange(batch_size, dtype=np.int64) + seed * batch_size
+        if name == "dataset_id":
+            return np.zeros(shape, np.int32)
+        if name == "timestep":
+            return np.broadcast_to(np.arange(shape[-1], dtype=np.int32) if len(shape) > 1 else np.int32(50), shape).copy()
+        return rng.normal(size=shape).astype(leaf.dtype)
+
+    return unflatten({path: fill(path, leaf) for path, leaf in flatten(spec.batch())})
+
+
+def check_tree(tree: Mapping[str, Any], expected: Mapping[str, Any], *, where: str = "batch", batch_dims: int = 1) -> None:
+    """Compares a nested dict of arrays with a tree of `Leaf`.
+
+    Raises:
+      ValueError: a named list of every wrong shape or dtype, missing key and extra key.
+    """
+    got, want = dict(flatten(tree)), dict(flatten(expected))
+    problems = []
+    letters = "B" if batch_dims == 1 else "..."
+    for path, leaf in want.items():
+        if path not in got:
+            continue
+        shape, dtype = tuple(np.shape(got[path])), np.dtype(got[path].dtype)
+        # int64 ids become int32 on devices without 64-bit integers.
+        same_dtype = dtype == leaf.dtype or (leaf.dtype.kind == dtype.kind == "i")
+        if shape[batch_dims:] != leaf.shape or len(shape) != batch_dims + len(leaf.shape) or not same_dtype:
+            problems.append(f"{path}: expected {leaf.describe(letters)}, got ({', '.join(map(str, shape))}) {dtype}")
+    missing, extra = [p for p in want if p not in got], [p for p in got if p not in want]
+    if missing:
+        problems.append(f"missing: {', '.join(missing)}")
+    if extra:
+        problems.append(f"extra: {', '.join(extra)}")
+    if problems:
+        raise ValueError(f"{where} does not match its spec:\n  " + "\n  ".join(problems))
+
+
+def check_batch(batch: Mapping[str, Any], spec: BatchSpec) -> None:
+    """Checks a whole training batch against its spec. Raises ValueError with a named diff."""
+    check_tree(batch, spec.batch())
