@@ -1,0 +1,468 @@
+"""Checkpoints: asynchronous, atomic, verified. The only file that imports Orbax.
+
+    workdir/checkpoints/
+      1000/              one directory per saved step; it gets this name only when everything in it is complete
+        state/           the arrays, written by Orbax (OCDBT), each process its own shards
+        manifest.json    what was saved: shape, dtype and checksums of every array, SHA-256 of files, `extra`
+      damaged/           steps that failed their verification while a run resumed; kept for inspection, never read
+
+A checkpoint that loads is the checkpoint that was saved: `integrity` says how this is verified. Remote files are not
+read back for hashing; the checksums of the arrays hold for them as well. When the newest step fails its verification,
+`restore(None, ...)` says so and falls back to the newest good one.
+"""
+
+import collections
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from octo_like.training.integrity import (
+    MANIFEST,
+    CheckpointDamaged,
+    CheckpointError,
+    Manifest,
+    checked_json,
+    checksums,
+    contents,
+    read_manifest,
+    some,
+    verify_files,
+    write_manifest,
+)
+
+FOLDER = "checkpoints"
+DAMAGED = "damaged"
+
+_STATE = "state"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointNotFound(CheckpointError):
+    """There is no checkpoint where one was expected."""
+
+
+class StateMismatch(CheckpointError):
+    """The checkpoint is sound, but holds other arrays than the state to be filled."""
+
+
+class NonFiniteState(CheckpointError):
+    """The state holds NaN or infinity and was not saved."""
+
+
+class Checkpointer:
+    """Saves and restores the training state of one run.
+
+    Every process of a run creates it, and every process calls `save` and `restore` with the same arguments.
+
+    Args:
+      workdir: the run's directory; checkpoints live in its `checkpoints/`.
+      keep_last: how many of the newest steps are kept.
+      keep_every: steps divisible by this number are kept for ever (None: no others).
+      metadata: JSON-able dict stored with every step (config, code version).
+      read_only: open an existing run without creating or cleaning anything; `workdir` may then also be the
+        `checkpoints` directory or one step's directory.
+
+    Raises:
+      CheckpointNotFound: read_only, and there is no checkpoint.
+      CheckpointError: `workdir` is a file.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        metadata: dict[str, Any] | None = None,
+        read_only: bool = False,
+    ):
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        self._metadata = metadata or {}
+        self._only_step: int | None = None
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: dict[str, Any] = {}
+        if read_only:
+            self.directory, self._only_step = find_checkpoints(workdir)
+            return
+        root = _absolute(workdir)
+        if root.exists() and not root.is_dir():
+            raise CheckpointError(f"workdir {root} is a file, expected a directory")
+        self.directory = root / FOLDER
+        policies = [checkpoint_managers.LatestN(keep_last)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # a damaged step must not prevent the others from being listed
+                save_root_metadata=False,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def all_steps(self) -> list[int]:
+        """Completely written steps, ascending. They are not verified."""
+        if self._only_step is not None:
+            return [self._only_step]
+        if self._manager is not None:
+            return sorted(self._manager.all_steps())
+        return _listed_steps(self.directory)
+
+    def latest_step(self) -> int | None:
+        """The newest completely written step, or None."""
+        return max(self.all_steps(), default=None)
+
+    # ------------------------------------------------------------------------------------------------------------- save
+
+    def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> bool:
+        """Starts saving; returns when the arrays are copied off the devices, so that they may be donated.
+
+        Args:
+          step: training step; becomes the directory's name.
+          state: pytree of jax.Arrays (typed PRNG keys included).
+          extra: JSON-able dict: data position, order spec, statistics, clock.
+
+        Returns:
+          False when this step is on disk already (nothing is done), else True.
+
+        Raises:
+          NonFiniteState: an array holds NaN or infinity; nothing was written.
+          CheckpointError: `extra` is not JSON, a leaf is no jax.Array, or the previous save failed in the background.
+        """
+        if self._manager is None:
+            raise CheckpointError(f"{self.directory} was opened read-only")
+        extra = checked_json(extra or {}, "extra")
+        metadata = checked_json(self._metadata, "metadata")
+        self.wait()
+        if step in self._manager.all_steps():
+            log.info("checkpoint %d exists already; not saved again", step)
+            return False
+        with jax.transfer_guard("allow"):
+            leaves, tree = _describe(state)
+            sums, bad = checksums(tree)
+            if bad:
+                raise NonFiniteState(f"step {step} was not saved: not finite in {some(bad)}")
+            described = {name: _leaf_entry(leaf, tree[name], sums[name]) for name, leaf in leaves.items()}
+            self._saving = {"step": step, "leaves": described, "extra": extra, "metadata": metadata}
+            self._manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(tree)}), force=True)
+        return True
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax on process 0, in its thread, when all files are closed but not yet in place."""
+        saving = self._saving
+        step = str(saving["step"])
+        remote = "://" in os.fspath(self.directory)
+        names = [step] if remote else [p.name for p in self.directory.iterdir() if p.name.startswith(step + _TEMPORARY)]
+        if len(names) != 1:
+            raise CheckpointError(
+                f"expected one unfinished directory of step {step} in {self.directory}, found {names}"
+            )
+        write_manifest(self.directory / names[0], saving, hash_files=not remote)
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is complete on disk.
+
+        Raises:
+          CheckpointError: it failed; the step is not on disk.
+        """
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:  # whatever the storage raised in Orbax's thread
+            raise CheckpointError(
+                f"saving step {self._saving.get('step')} to {self.directory} failed: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits and releases threads. The object cannot save afterwards."""
+        if self._manager is not None:
+            try:
+                self.wait()
+            finally:
+                self._manager.close()
+                self._manager = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------------------------------- restore
+
+    def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Loads and verifies a step.
+
+        Args:
+          step: a step, or None for the newest good one.
+          abstract_state: pytree of jax.ShapeDtypeStruct (or arrays) with the shardings to restore to; these need not be
+            the shardings the state was saved with. Without shardings, arrays come to the first device.
+
+        Returns:
+          (state, extra). With step=None, damaged newer steps are reported as warnings and moved to `damaged/`, so that
+          the run can write them anew.
+
+        Raises:
+          CheckpointNotFound: no such step, or none at all.
+          StateMismatch: the arrays of the checkpoint and of `abstract_state` differ in names, shapes or dtypes.
+          CheckpointDamaged: the step, or with None every step, failed its verification.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "a checkpoint" if step is None else f"step {step}"
+            raise CheckpointNotFound(f"{wanted} was expected in {self.directory}; found {contents(self.directory)}")
+        reasons = {}
+        for candidate in [step] if step is not None else sorted(steps, reverse=True):
+            result, reason = self._try_restore(candidate, abstract_state)
+            if reason is None:
+                self._set_aside(reasons)
+                return result
+            reasons[candidate] = reason
+            log.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), reason)
+        details = "\n".join(f"  step {s}: {reason}" for s, reason in reasons.items())
+        raise CheckpointDamaged(f"no good checkpoint in {self.directory}:\n{details}")
+
+    def _try_restore(self, step: int, abstract_state: Any):
+        """((state, extra), None) or (None, why the step is damaged), the same on every process."""
+        result, problem = None, None
+        try:
+            manifest = read_manifest(self.directory / str(step))
+            if jax.process_index() == 0:
+                verify_files(self.directory / str(step), manifest)
+        except CheckpointDamaged as error:
+            problem = str(error)
+        problem = _agree(problem)
+        if problem is not None:
+            return None, problem
+        names, treedef = _names(abstract_state)
+        _check_structure(names, manifest, self.directory / str(step))
+        try:
+            with jax.transfer_guard("allow"):
+                arrays = _load(self.directory / str(step), names, manifest)
+                _verify_arrays(arrays, manifest)
+            leaves = [_from_data(arrays[name], manifest.leaves[name]) for name in names]
+            result = (jax.tree_util.tree_unflatten(treedef, leaves), manifest.extra)
+        except CheckpointDamaged as error:
+            problem = str(error)
+        problem = _agree(problem)
+        return (None, problem) if problem is not None else (result, None)
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        if not damaged or self._manager is None:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                target = self.directory / DAMAGED / str(step)
+                number = 1
+                while target.exists():
+                    number += 1
+                    target = self.directory / DAMAGED / f"{step}-{number}"
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+                log.warning("moved to %s", target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
+
+    def read(self, step: int | None = None) -> Manifest:
+        """`extra` and `metadata` of a step without its arrays; with None, of the newest step whose manifest is sound.
+
+        Raises:
+          CheckpointNotFound: there is no such step.
+          CheckpointDamaged: the manifest is damaged, with None those of all steps are.
+        """
+        steps = self.all_steps()
+        if not steps or (step is not None and step not in steps):
+            raise CheckpointNotFound(f"no checkpoint in {self.directory}; found {contents(self.directory)}")
+        problems = []
+        for candidate in [step] if step is not None else sorted(steps, reverse=True):
+            try:
+                return read_manifest(self.directory / str(candidate))
+            except CheckpointDamaged as error:
+                problems.append(str(error))
+        raise CheckpointDamaged("\n".join(problems))
+
+    def verify(self, step: int) -> list[str]:
+        """Reads a whole step on this process's first device and compares it with its manifest. Changes nothing.
+
+        Returns:
+          The problems found; empty when the step is what was saved.
+        """
+        folder = self.directory / str(step)
+        problems = []
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointDamaged as error:
+            return [str(error)]
+        try:
+            verify_files(folder, manifest)
+        except CheckpointDamaged as error:
+            problems.append(str(error))
+        try:
+            names = {name: _data_struct(entry) for name, entry in manifest.leaves.items()}
+            _verify_arrays(_load(folder, names, manifest), manifest)
+        except CheckpointDamaged as error:
+            problems.append(str(error))
+        return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _absolute(path: str | os.PathLike) -> epath.Path:
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def _listed_steps(folder: epath.Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
+    """Where the steps are, given a run's directory, its `checkpoints` directory or one step's directory.
+
+    Returns:
+      (directory of the steps, the step if `path` names one).
+
+    Raises:
+      CheckpointNotFound: naming what is there instead.
+    """
+    root = _absolute(path)
+    expected = f"expected a run's directory with {FOLDER}/<step>/{MANIFEST}, as written by train.py or finetune.py"
+    if not root.exists():
+        raise CheckpointNotFound(f"{root} does not exist; {expected}")
+    if not root.is_dir():
+        raise CheckpointNotFound(f"{root} is a file; {expected}")
+    if (root / MANIFEST).exists() and root.name.isdigit():
+        return root.parent, int(root.name)
+    for folder in (root / FOLDER, root):
+        if folder.is_dir() and _listed_steps(folder):
+            return folder, None
+    raise CheckpointNotFound(f"{root} is not a checkpoint: it holds {contents(root)}; {expected}")
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "state"
+
+
+def _names(tree: Any) -> tuple[dict[str, Any], Any]:
+    """({array name: leaf}, treedef). Names are pytree paths: params/head/kernel, opt_state/0/mu/head/kernel."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    counts = collections.Counter(_name(path) for path, _ in paths)
+    double = [name for name, count in counts.items() if count > 1]
+    if double:
+        raise CheckpointError(f"two leaves of the state have the same name: {some(double)}")
+    return {_name(path): leaf for path, leaf in paths}, treedef
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _describe(state: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """({name: array}, {name: plain array to write}); refuses what would not come back as it was."""
+    leaves, _ = _names(state)
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array):
+            raise CheckpointError(f"{name} is a {type(leaf).__name__}; the state must consist of jax.Arrays")
+        if leaf.size == 0:
+            raise CheckpointError(f"{name} has shape {leaf.shape}: arrays without elements cannot be saved")
+    return leaves, {name: jax.random.key_data(x) if _is_key(x) else x for name, x in leaves.items()}
+
+
+def _from_data(array: jax.Array, entry: dict[str, Any]) -> jax.Array:
+    return jax.random.wrap_key_data(array, impl=entry["key_impl"]) if entry["key_impl"] else array
+
+
+def _leaf_entry(leaf: jax.Array, data: jax.Array, sums: tuple[int, int]) -> dict[str, Any]:
+    impl = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+    return {"shape": list(data.shape), "dtype": data.dtype.name, "key_impl": impl, "sums": list(sums)}
+
+
+def _data_struct(entry: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
+
+
+def _abstract_data(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of the plain array behind a leaf; a key array's sharding holds for its data too."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        if jax.process_count() > 1:
+            raise CheckpointError("restore needs shardings in abstract_state when there is more than one process")
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    data = jax.eval_shape(jax.random.key_data, struct) if _is_key(leaf) else struct
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+
+
+def _check_structure(names: dict[str, Any], manifest: Manifest, where: epath.Path) -> None:
+    problems = []
+    missing = [name for name in names if name not in manifest.leaves]
+    extra = [name for name in manifest.leaves if name not in names]
+    if missing:
+        problems.append(f"not in the checkpoint: {some(missing)}")
+    if extra:
+        problems.append(f"only in the checkpoint: {some(extra)}")
+    differing = []
+    for name in sorted(names.keys() & manifest.leaves.keys()):
+        want, have = _abstract_data(names[name]), _data_struct(manifest.leaves[name])
+        if (want.shape, want.dtype) != (have.shape, have.dtype):
+            differing.append(
+                f"{name} is {have.dtype.name}{list(have.shape)}, expected {want.dtype.name}{list(want.shape)}"
+            )
+    if differing:
+        problems.append(f"of another shape or dtype: {some(differing)}")
+    if problems:
+        raise StateMismatch(
+            f"{where} holds another state than this run's model and optimizer:\n  " + "\n  ".join(problems)
+        )
+
+
+def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest) -> dict[str, jax.Array]:
+    abstract = {name: _abstract_data(leaf) for name, leaf in names.items()}
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(folder / _STATE, abstract)
+    except Exception as error:  # damaged storage surfaces as many types: ValueError, OSError, XlaRuntimeError, …
+        first = str(error).strip().splitlines() or [""]
+        raise CheckpointDamaged(
+            f"{folder / _STATE} cannot be read: {type(error).__name__}: {first[0][:300]}"
+        ) from error
+
+
+def _verify_arrays(arrays: dict[str, jax.Array], manifest: Manifest) -> None:
+    sums, _ = checksums(arrays)
+    wrong = [name for name in arrays if list(sums[name]) != manifest.leaves[name]["sums"]]
+    if wrong:
+        raise CheckpointDamaged(f"the values of {some(wrong)} are not those that were saved")
+
+
+def _agree(problem: str | None) -> str | None:
+    """A problem of any process is a problem of all, so that all take the same branch."""
+    if jax.process_count() == 1:
+        return problem
+    flags = multihost_utils.process_allgather(np.array(problem is not None))
+    if problem is None and flags.any():
+        return f"process {int(np.flatnonzero(flags)[0])} found it damaged (see its log)"
+    return problem

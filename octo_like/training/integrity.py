@@ -1,0 +1,186 @@
+"""What was saved: checksums of arrays, hashes of files, and the manifest of a checkpoint that holds them.
+
+Two independent checks, because Orbax alone restores flipped bytes without a word:
+
+- *Array checksums*, computed on device before the save and again on the restored arrays. Every 32-bit word of an array
+  is xor-ed with a hash of its position, mixed by a bijection and summed mod 2^32; two such sums with different seeds.
+  The sums are exact, depend neither on the order of summation nor on the sharding, and change with certainty when a
+  single word changes.
+- *File hashes* (SHA-256) of all that was written. They name the damaged file and keep damaged bytes away from the
+  decompressor.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+# Written or rewritten by Orbax while it gives the directory its final name, after the hashes were taken.
+_NOT_HASHED = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be saved or restored; the message says which, why and what would be valid."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """What is on disk is not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says about one step.
+
+    Attributes:
+      step: the training step.
+      leaves: array name to {"shape", "dtype", "sums", "key_impl"}.
+      files: path relative to the step's directory to {"bytes", "sha256"}; None where files were not hashed.
+      extra: the caller's dict, as JSON gives it back (tuples are lists, keys are strings).
+      metadata: the `metadata` of the Checkpointer that wrote it.
+    """
+
+    step: int
+    leaves: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]] | None
+    extra: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def checked_json(value: dict[str, Any], what: str) -> dict[str, Any]:
+    """The value as it will be read back. Arrays and other objects are refused, with a path to the first."""
+
+    def walk(node: Any, path: str) -> Any:
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        if isinstance(node, dict):
+            return {str(key): walk(child, f"{path}/{key}") for key, child in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [walk(child, f"{path}/{i}") for i, child in enumerate(node)]
+        raise CheckpointError(f"{path} is a {type(node).__name__}, expected JSON (numbers, strings, lists, dicts)")
+
+    return walk(value, what)
+
+
+def write_manifest(folder: epath.Path, body: dict[str, Any], *, hash_files: bool) -> None:
+    """Hashes the files below `folder` and writes its manifest; `body` holds the fields of Manifest except `files`."""
+    files = {name: _hash_file(folder / name) for name in _files_below(folder)} if hash_files else None
+    body = {"format": FORMAT, **body, "files": files}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": _digest(body), "body": body}, indent=1))
+
+
+def read_manifest(folder: epath.Path) -> Manifest:
+    """Reads and checks the manifest of one step's directory.
+
+    Raises:
+      CheckpointDamaged: missing, no JSON, of an unknown format, or its own SHA-256 does not match.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointDamaged(f"{path} is missing; the directory holds {contents(folder)}")
+    try:
+        outer = json.loads(path.read_text())
+        body = outer["body"]
+        sound = _digest(body) == outer["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointDamaged(f"{path} is not readable: {error}") from error
+    if not sound:
+        raise CheckpointDamaged(f"{path} was altered: its SHA-256 does not match")
+    if body["format"] != FORMAT:
+        raise CheckpointDamaged(f"{path} has format {body['format']}, this version reads {FORMAT}")
+    return Manifest(**{field.name: body[field.name] for field in dataclasses.fields(Manifest)})
+
+
+def verify_files(folder: epath.Path, manifest: Manifest) -> None:
+    """Raises CheckpointDamaged naming files that are missing, cut short or altered."""
+    problems = []
+    for name, expected in (manifest.files or {}).items():
+        path = folder / name
+        if not path.exists():
+            problems.append(f"{name} is missing")
+            continue
+        found = _hash_file(path)
+        if found["bytes"] != expected["bytes"]:
+            problems.append(f"{name} has {found['bytes']} bytes instead of {expected['bytes']}")
+        elif found["sha256"] != expected["sha256"]:
+            problems.append(f"{name} was altered (SHA-256 differs)")
+    if problems:
+        raise CheckpointDamaged("; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if problems[4:] else ""))
+
+
+def _files_below(folder: epath.Path) -> list[str]:
+    found = []
+    for directory, _, names in os.walk(folder):
+        relative = os.path.relpath(directory, folder)
+        found += [os.path.normpath(os.path.join(relative, name)).replace(os.sep, "/") for name in names]
+    return sorted(name for name in found if name not in _NOT_HASHED)
+
+
+def _hash_file(path: epath.Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def checksums(leaves: dict[str, jax.Array]) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """({name: two checksums}, names of arrays with NaN or infinity). Every process gets the same answer.
+
+    Takes plain arrays of any sharding; of typed PRNG keys, their data.
+    """
+    on_device = {name: _checksum(leaf) for name, leaf in leaves.items()}
+    # The scalars are replicated, so that each process can read its own copy.
+    local = jax.tree.map(lambda x: x.addressable_data(0), on_device)
+    host = jax.device_get(local)
+    sums = {name: (int(first), int(second)) for name, (first, second, _) in host.items()}
+    return sums, [name for name, (_, _, finite) in host.items() if not finite]
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Two checksums of the bits of x (uint32) and whether all of it is finite."""
+    finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
+    if x.dtype == jnp.bool_:
+        words = x.astype(jnp.uint32)
+    elif x.dtype.itemsize <= 4:
+        words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    else:
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32)  # one more axis, of the two halves
+    position, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    seeds = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
+    first, second = (jnp.sum(_mix(words ^ _mix(position + seed)), dtype=jnp.uint32) for seed in seeds)
+    return first, second, finite
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """The finalizer of MurmurHash3: a bijection of 32-bit words in which every bit depends on every other."""
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def some(names: list[str], limit: int = 6) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def contents(folder: epath.Path, limit: int = 8) -> str:
+    """What a directory holds, for error messages."""
+    if not folder.exists():
+        return "nothing (it does not exist)"
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    return (", ".join(names[:limit]) + (", …" if len(names) > limit else "")) or "an empty directory"
