@@ -1,0 +1,256 @@
+"""Closed-loop evaluation: many environments in lock-step in one process, one batched policy call for all of them.
+
+The batch has one fixed size, so the policy is compiled once: a finished episode's slot takes the next episode, and at
+the very end idle slots repeat a live one. Every random number of an episode is keyed by (rng_seed, episode seed, step),
+so an episode's result depends neither on its slot nor on its company (up to the rounding of the batched arithmetic).
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import gymnasium as gym
+import jax
+import numpy as np
+
+from octo_like.common.schema import BatchSpec
+from octo_like.robot.images import resize_images
+from octo_like.robot.record import join_views
+from octo_like.robot.wrappers import ActionChunkWrapper, HistoryWrapper
+
+BLIND = ("vision", "language")
+
+
+class PolicyLike(Protocol):
+    """What a rollout needs of a policy; `octo_like.model.policy.Policy` has it."""
+
+    batch_spec: BatchSpec
+
+    def create_tasks(self, texts: Sequence[str]) -> Any: ...
+
+    def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng, unnormalize: str | None) -> Any:
+        """Actions (B, H, A); rng is an array of B keys, one per row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """The outcome of one episode.
+
+    Attributes:
+      seed: of the environment's reset.
+      task: the environment's name of the task ("" if it gives none).
+      instruction: what the environment asked for (also when the policy was made deaf).
+      success: the environment's last word.
+      steps: actions executed.
+      reward: their sum.
+      flags: every boolean of the environment's last info.
+      frames: (steps + 1) images (h, w, 3) uint8 when recorded, all cameras side by side; else None.
+      actions: executed chunks, concatenated: (steps, A), physical units.
+    """
+
+    seed: int
+    task: str
+    instruction: str
+    success: bool
+    steps: int
+    reward: float
+    flags: dict[str, bool]
+    actions: np.ndarray = dataclasses.field(repr=False)
+    frames: list[np.ndarray] | None = dataclasses.field(default=None, repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """All but the arrays, ready for JSON."""
+        fields = ("seed", "task", "instruction", "success", "steps", "reward", "flags")
+        return {field: getattr(self, field) for field in fields}
+
+
+def evaluate(
+    policy: PolicyLike,
+    make_env: Callable[[], gym.Env],
+    seeds: Sequence[int],
+    *,
+    options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+    unnormalize: str | None = None,
+    exec_horizon: int | None = None,
+    batch_size: int = 32,
+    rng_seed: int = 0,
+    blind: str | None = None,
+    record: int = 0,
+    max_steps: int = 1000,
+    progress: Callable[[Episode], None] | None = None,
+) -> list[Episode]:
+    """Runs one episode per seed and returns the outcomes in the order of the seeds.
+
+    Args:
+      policy: see `PolicyLike`.
+      make_env: makes an environment with Dict observations (`image_{slot}` uint8, `proprio` in physical units) whose
+        info holds `instruction` and, in the end, `success`. Images of another size than the policy's are resized.
+      seeds: of the episodes, each >= 0.
+      options: reset options for all episodes, or one entry per episode.
+      unnormalize: name of the statistics that turn the policy's numbers into physical units (and proprio into its).
+      exec_horizon: actions executed per prediction; the whole chunk when None.
+      batch_size: environments in lock-step = rows of every policy call.
+      rng_seed: of the policy's sampling noise.
+      blind: None, "vision" (every image is black and marked missing, so neither pixels nor attention can carry
+        anything) or "language" (the instruction is empty). Baselines that show what the policy really uses.
+      record: keep the frames of the first so many episodes.
+      max_steps: an environment that does not end by itself is stopped after the chunk that gets here, as it stands.
+      progress: called with each finished episode, in order of finishing.
+
+    Raises:
+      ValueError: bad arguments, or an environment that does not speak as described.
+    """
+    if blind is not None and blind not in BLIND:
+        raise ValueError(f"unknown blind baseline {blind!r}; valid: {', '.join(BLIND)} or None")
+    if batch_size < 1 or not len(seeds):
+        raise ValueError(f"need at least one slot and one seed, got batch_size={batch_size}, {len(seeds)} seeds")
+    horizon = policy.batch_spec.action_horizon
+    exec_horizon = horizon if exec_horizon is None else exec_horizon
+    if not 1 <= exec_horizon <= horizon:
+        raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon}")
+    per_episode = _options_per_episode(options, len(seeds))
+    waiting = deque((i, int(seed), per_episode[i]) for i, seed in enumerate(seeds))
+    slots = [_Slot(make_env, policy.batch_spec, exec_horizon) for _ in range(min(batch_size, len(seeds)))]
+    results: dict[int, Episode] = {}
+    tasks, live = None, []
+    try:
+        while True:
+            for slot in slots:
+                if slot.index is None and waiting:
+                    index, seed, reset_options = waiting.popleft()
+                    slot.start(index, seed, reset_options, keep_frames=index < record)
+                    tasks = None
+            live = [slot for slot in slots if slot.index is not None]
+            if not live:
+                return [results[i] for i in range(len(seeds))]
+            # Rows are slots; the rows of idle slots repeat a live one and are thrown away.
+            rows = [slot if slot.index is not None else live[0] for slot in slots]
+            rows += [live[0]] * (batch_size - len(rows))
+            if tasks is None:
+                tasks = policy.create_tasks(texts=["" if blind == "language" else slot.instruction for slot in rows])
+            observations = {key: np.stack([slot.observation[key] for slot in rows]) for key in rows[0].observation}
+            if blind == "vision":
+                observations = hide_images(observations)
+            rng = sampling_keys(rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
+            actions = np.asarray(policy.sample_actions(observations, tasks, rng=rng, unnormalize=unnormalize))
+            for row, slot in enumerate(slots):
+                if slot.index is not None and slot.execute(actions[row], max_steps):
+                    episode = slot.finish()
+                    results[slot.index] = episode
+                    slot.index = None
+                    if progress is not None:
+                        progress(episode)
+    finally:
+        for slot in slots:
+            slot.env.close()
+
+
+def hide_images(observations: Mapping[str, Any]) -> dict[str, Any]:
+    """Black images that are also marked missing: two barriers, of which either alone carries no information."""
+    images = [key for key in observations if key.startswith("image_")]
+    if not images:
+        raise ValueError(f"no images to hide among the observations {sorted(observations)}")
+    hidden = dict(observations)
+    pad = dict(observations.get("pad_mask_dict", {}))
+    for key in images:
+        hidden[key] = np.zeros_like(observations[key])
+        pad[key] = np.zeros(observations[key].shape[:2], bool)
+    return {**hidden, "pad_mask_dict": pad}
+
+
+def sampling_keys(rng_seed: int, seeds: Sequence[int], steps: Sequence[int]) -> jax.Array:
+    """An array of keys, one per row, each a function of (rng_seed, seed of the episode, step) alone."""
+    parts = np.asarray(seeds, np.uint64)
+    low, high = (parts & np.uint64(0xFFFFFFFF)).astype(np.uint32), (parts >> np.uint64(32)).astype(np.uint32)
+    return _fold(jax.random.key(rng_seed), low, high, np.asarray(steps, np.uint32))
+
+
+@jax.jit
+def _fold(key, low, high, step):
+    def one(low, high, step):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, low), high), step)
+
+    return jax.vmap(one)(low, high, step)
+
+
+class _PolicyView(gym.ObservationWrapper):
+    """Keeps what the policy reads (its cameras in its sizes, proprio) and, for recording, the cameras as they were."""
+
+    def __init__(self, env: gym.Env, spec: BatchSpec):
+        super().__init__(env)
+        if not isinstance(env.observation_space, gym.spaces.Dict):
+            raise ValueError(f"the environment must have Dict observations, got {env.observation_space}")
+        self.sizes = {f"image_{slot}": size for slot, size in spec.image_sizes.items()}
+        wanted = [*self.sizes, *([] if spec.proprio_dim is None else ["proprio"])]
+        self.keys = [key for key in wanted if key in env.observation_space.spaces]
+        if not self.keys:
+            raise ValueError(
+                f"the environment has none of the observations the policy reads: has {sorted(env.observation_space)}, "
+                f"policy reads {sorted(wanted)}"
+            )
+        self.observation_space = gym.spaces.Dict(
+            {
+                key: gym.spaces.Box(0, 255, (*self.sizes[key], 3), np.uint8)
+                if key in self.sizes
+                else env.observation_space[key]
+                for key in self.keys
+            }
+        )
+        self.seen: list[np.ndarray] | None = None
+
+    def observation(self, observation):
+        if self.seen is not None:
+            cameras = sorted(key for key in observation if key.startswith("image_"))
+            self.seen.append(join_views([observation[key] for key in cameras]))
+        return resize_images({key: observation[key] for key in self.keys}, self.sizes)
+
+
+class _Slot:
+    """One environment and the episode that runs in it."""
+
+    def __init__(self, make_env: Callable[[], gym.Env], spec: BatchSpec, exec_horizon: int):
+        self.view = _PolicyView(make_env(), spec)
+        self.env = ActionChunkWrapper(HistoryWrapper(self.view, spec.window_size), exec_horizon)
+        self.index: int | None = None
+
+    def start(self, index: int, seed: int, options: Mapping[str, Any] | None, keep_frames: bool) -> None:
+        self.index, self.seed, self.steps, self.reward, self.actions = index, seed, 0, 0.0, []
+        self.view.seen = [] if keep_frames else None
+        self.observation, self.info = self.env.reset(seed=seed, options=None if options is None else dict(options))
+        if "instruction" not in self.info:
+            raise ValueError(f"the environment's info must hold 'instruction' at reset, got {sorted(self.info)}")
+        self.instruction = str(self.info["instruction"])
+        self.task = str(self.info.get("task", ""))
+
+    def execute(self, chunk: np.ndarray, max_steps: int) -> bool:
+        """Executes the first actions of the chunk (H, A); True when the episode has ended."""
+        self.observation, reward, terminated, truncated, self.info = self.env.step(chunk)
+        executed = len(self.info["rewards"])
+        self.steps += executed
+        self.reward += reward
+        self.actions.append(chunk[:executed])
+        return terminated or truncated or self.steps >= max_steps
+
+    def finish(self) -> Episode:
+        if "success" not in self.info:
+            raise ValueError(f"the environment's info must hold 'success' at the end, got {sorted(self.info)}")
+        return Episode(
+            seed=self.seed,
+            task=self.task,
+            instruction=self.instruction,
+            success=bool(self.info["success"]),
+            steps=self.steps,
+            reward=self.reward,
+            flags={key: bool(value) for key, value in self.info.items() if isinstance(value, bool | np.bool_)},
+            actions=np.concatenate(self.actions),
+            frames=self.view.seen,
+        )
+
+
+def _options_per_episode(options, count: int) -> list[Mapping[str, Any] | None]:
+    if options is None or isinstance(options, Mapping):
+        return [options] * count
+    if len(options) != count:
+        raise ValueError(f"one entry of reset options per seed is needed: {count} seeds, {len(options)} options")
+    return list(options)

@@ -1,0 +1,195 @@
+"""Gymnasium wrappers between a robot that speaks single frames and single actions and a policy that does not.
+
+A policy reads a window of W observations and answers with a chunk of H actions. The usual stack, innermost first:
+
+    env = ResizeImages(env, {"image_primary": (256, 256)})
+    env = HistoryWrapper(env, window_size=policy.batch_spec.window_size)
+    env = ActionChunkWrapper(env, exec_horizon=4)            # or TemporalEnsembleWrapper(env, length=4)
+
+Observations are dicts of arrays with the schema's key names (`image_{slot}`, `proprio`).
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from octo_like.robot.images import resize_images
+
+Observation = dict[str, Any]
+
+
+class History:
+    """The last W observations, stacked: W the window size.
+
+    The first observation of an episode fills the window; the copies standing before it have timestep_pad_mask False and
+    timestep 0, exactly as the first window of a training episode.
+    """
+
+    def __init__(self, window_size: int):
+        if window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {window_size}")
+        self.window_size = window_size
+        self._frames: deque[Observation] = deque(maxlen=window_size)
+        self._count = 0
+
+    def reset(self) -> None:
+        self._frames.clear()
+        self._count = 0
+
+    def append(self, observation: Mapping[str, Any]) -> Observation:
+        """Adds a frame; returns {key: (W, ...)} plus timestep (W,) int32 and timestep_pad_mask (W,) bool."""
+        frame = dict(observation)
+        if self._frames and frame.keys() != self._frames[-1].keys():
+            raise ValueError(
+                f"observation keys changed within an episode: had {sorted(self._frames[-1])}, got {sorted(frame)}"
+            )
+        self._frames.extend([frame] * (1 if self._count else self.window_size))
+        self._count += 1
+        stacked = {key: np.stack([f[key] for f in self._frames]) for key in frame}
+        steps = np.arange(self._count - self.window_size, self._count, dtype=np.int32)
+        stacked["timestep"] = np.maximum(steps, 0)
+        stacked["timestep_pad_mask"] = steps >= 0
+        return stacked
+
+
+class HistoryWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Stacks the last `window_size` observations and adds `timestep` and `timestep_pad_mask`; see `History`."""
+
+    def __init__(self, env: gym.Env, window_size: int):
+        gym.utils.RecordConstructorArgs.__init__(self, window_size=window_size)
+        gym.Wrapper.__init__(self, env)
+        self._history = History(window_size)
+        space = _dict_space(env, "HistoryWrapper")
+        stacked = {key: _stack_space(sub, window_size) for key, sub in space.items()}
+        stacked["timestep"] = gym.spaces.Box(0, np.iinfo(np.int32).max, (window_size,), np.int32)
+        stacked["timestep_pad_mask"] = gym.spaces.MultiBinary(window_size)
+        self.observation_space = gym.spaces.Dict(stacked)
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._history.reset()
+        return self._history.append(observation), info
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._history.append(observation), reward, terminated, truncated, info
+
+
+class ActionChunkWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Receding-horizon control: a step takes a chunk (H, A) and executes its first `exec_horizon` actions.
+
+    Execution stops early when the episode ends. The step returns the last observation, the summed reward, and the last
+    info plus `rewards`, `observations` and `infos`, one entry per executed action.
+    """
+
+    def __init__(self, env: gym.Env, exec_horizon: int):
+        if exec_horizon < 1:
+            raise ValueError(f"exec_horizon must be at least 1, got {exec_horizon}")
+        gym.utils.RecordConstructorArgs.__init__(self, exec_horizon=exec_horizon)
+        gym.Wrapper.__init__(self, env)
+        self.exec_horizon = exec_horizon
+        self.action_space = _chunk_space(env.action_space, exec_horizon)
+
+    def step(self, action):
+        chunk = _check_chunk(action, self.exec_horizon, "exec_horizon")
+        rewards, observations, infos = [], [], []
+        for one in chunk[: self.exec_horizon]:
+            observation, reward, terminated, truncated, info = self.env.step(one)
+            rewards.append(reward)
+            observations.append(observation)
+            infos.append(info)
+            if terminated or truncated:
+                break
+        summary = {**infos[-1], "rewards": rewards, "observations": observations, "infos": infos}
+        return observations[-1], float(sum(rewards)), terminated, truncated, summary
+
+
+class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Executes one action per step: the weighted average of what the last `length` chunks predicted for this moment.
+
+    Weights are exp(-exp_weight * i), i = 0 for the OLDEST chunk (Zhao et al. 2023): 0 averages evenly, a positive
+    value trusts older predictions more (smoother, slower to react), a negative one trusts newer ones more.
+    """
+
+    def __init__(self, env: gym.Env, length: int, exp_weight: float = 0.0):
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        gym.utils.RecordConstructorArgs.__init__(self, length=length, exp_weight=exp_weight)
+        gym.Wrapper.__init__(self, env)
+        self.length = length
+        self.exp_weight = exp_weight
+        self.action_space = _chunk_space(env.action_space, length)
+        self._chunks: deque[np.ndarray] = deque(maxlen=length)
+
+    def reset(self, *, seed=None, options=None):
+        self._chunks.clear()
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        self._chunks.append(_check_chunk(action, self.length, "length"))
+        n = len(self._chunks)
+        now = np.stack([chunk[n - 1 - i] for i, chunk in enumerate(self._chunks)])
+        weights = np.exp(-self.exp_weight * np.arange(n))
+        return self.env.step((weights / weights.sum()) @ now)
+
+
+class ResizeImages(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
+    """Resizes the images named in `sizes` = {key: (height, width)} with an antialiased Lanczos filter.
+
+    `crop_areas` = {key: share of the area} also cuts the centre, for policies trained with random crops.
+    """
+
+    def __init__(
+        self, env: gym.Env, sizes: Mapping[str, tuple[int, int]], crop_areas: Mapping[str, float] | None = None
+    ):
+        gym.utils.RecordConstructorArgs.__init__(self, sizes=sizes, crop_areas=crop_areas)
+        gym.ObservationWrapper.__init__(self, env)
+        self.sizes = {key: tuple(size) for key, size in sizes.items()}
+        self.crop_areas = dict(crop_areas or {})
+        space = _dict_space(env, "ResizeImages")
+        for key in [*self.sizes, *self.crop_areas]:
+            if key not in space.spaces or key not in self.sizes:
+                raise ValueError(f"no image {key!r} to resize; the environment's observation keys: {sorted(space)}")
+        self.observation_space = gym.spaces.Dict(
+            {
+                key: gym.spaces.Box(0, 255, (*self.sizes[key], sub.shape[-1]), np.uint8) if key in self.sizes else sub
+                for key, sub in space.items()
+            }
+        )
+
+    def observation(self, observation):
+        return resize_images(observation, self.sizes, self.crop_areas)
+
+
+def _dict_space(env: gym.Env, wrapper: str) -> gym.spaces.Dict:
+    if not isinstance(env.observation_space, gym.spaces.Dict):
+        raise ValueError(f"{wrapper} needs an environment with Dict observations, got {env.observation_space}")
+    return env.observation_space
+
+
+def _stack_space(space: gym.Space, window_size: int) -> gym.Space:
+    if not isinstance(space, gym.spaces.Box):
+        raise ValueError(f"observations must be arrays (Box spaces) to be stacked over time, got {space}")
+    return gym.spaces.Box(
+        np.repeat(space.low[None], window_size, 0), np.repeat(space.high[None], window_size, 0), dtype=space.dtype
+    )
+
+
+def _chunk_space(space: gym.Space, length: int) -> gym.spaces.Box:
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"actions must be vectors (a Box of shape (A,)), got {space}")
+    return gym.spaces.Box(
+        np.repeat(space.low[None], length, 0), np.repeat(space.high[None], length, 0), dtype=space.dtype
+    )
+
+
+def _check_chunk(action: np.ndarray, at_least: int, argument: str) -> np.ndarray:
+    chunk = np.asarray(action)
+    if chunk.ndim != 2 or len(chunk) < at_least:
+        raise ValueError(
+            f"expected a chunk of actions (H, A) with H >= {argument} = {at_least}, got shape {chunk.shape}"
+        )
+    return chunk
