@@ -1,0 +1,175 @@
+"""Several processes as one run: start-up, preemption, agreement. Everything here works unchanged with one process."""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import signal
+import socket
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# sysexits.h EX_TEMPFAIL: "try again later". A launcher that sees it starts the same command again.
+EXIT_PREEMPTED = 75
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `initialize` takes. On TPU pods and under Slurm none of them is needed."""
+    group = parser.add_argument_group("several processes")
+    group.add_argument(
+        "--distributed",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="auto: when JAX recognises a cluster or an address is given; on: always, even for one process",
+    )
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num_processes", type=int)
+    group.add_argument("--process_id", type=int)
+    group.add_argument("--heartbeat_timeout", type=int, default=100, metavar="SECONDS", help="silence that means death")
+
+
+def initialize(
+    distributed: str = "auto",
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout: int = 100,
+) -> bool:
+    """Joins the other processes of the run. Call before anything touches a device.
+
+    Args:
+      distributed: "off" never does it; "on" always does, a lone process becomes its own coordinator; "auto" does it
+        when an address is given (here or in JAX_COORDINATOR_ADDRESS) or JAX recognises a TPU pod, Slurm, Open MPI, GKE.
+      coordinator_address, num_processes, process_id: only where JAX cannot find them out; all three or none.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+
+    Returns:
+      Whether jax.distributed is running.
+
+    Raises:
+      ValueError: an incomplete set of arguments, or "off" together with an address.
+    """
+    explicit = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    given = [name for name, value in explicit.items() if value is not None]
+    if given and distributed == "off":
+        raise ValueError(f"--distributed=off contradicts --{given[0]}")
+    if given and len(given) < len(explicit):
+        missing = [f"--{name}" for name in explicit if name not in given]
+        raise ValueError(f"--{given[0]} was given, but not {', '.join(missing)}: pass all three or none")
+    if distributed == "off" or jax.distributed.is_initialized():
+        return jax.distributed.is_initialized()
+    try:
+        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=heartbeat_timeout)
+    except ValueError as error:
+        if "should be defined" not in str(error):
+            raise
+        if distributed == "auto":
+            return False
+        address = f"localhost:{_free_port()}"
+        jax.distributed.initialize(address, 1, 0, heartbeat_timeout_seconds=heartbeat_timeout)
+    log.info("process %d of %d", jax.process_index(), jax.process_count())
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    return jax.process_index() == 0
+
+
+class Preemption:
+    """Turns SIGTERM into a step at which all processes stop.
+
+        with Preemption() as preemption:
+            for step in ...:
+                ...
+                if preemption.should_stop(step):
+                    checkpointer.save(step, ...)
+                    checkpointer.close()
+                    sys.exit(EXIT_PREEMPTED)
+
+    With jax.distributed, its preemption service spreads the notice and agrees on a step that no process has passed yet;
+    alone, a signal handler sets a flag. A second SIGTERM to a lone process has the default effect.
+    """
+
+    def __init__(self):
+        self._received = False
+        self._previous = None
+
+    def __enter__(self) -> "Preemption":
+        if not jax.distributed.is_initialized():
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def _on_signal(self, number, frame) -> None:
+        self._received = True
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def should_stop(self, step: int) -> bool:
+        """True at the step at which every process saves and leaves. Call it on every process at every step."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+
+def setup_compilation_cache(directory: str | os.PathLike | None = None, *, min_seconds: float = 1.0) -> str | None:
+    """Keeps compiled programs on disk, so that a restart does not compile again.
+
+    Args:
+      directory: where; default: JAX_COMPILATION_CACHE_DIR, and without it ~/.cache/octo_like/xla. "off" turns it off.
+      min_seconds: programs that compile faster are not kept.
+
+    Returns:
+      The directory in use, or None.
+    """
+    if directory == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if directory is None:
+        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or pathlib.Path.home() / ".cache" / "octo_like" / "xla"
+    jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", min_seconds)
+    return os.fspath(directory)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-able value; the order of dict keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint_across_hosts(value: Any, what: str = "config") -> str:
+    """The fingerprint of a JSON-able value that has to be the same on all processes.
+
+    Raises:
+      RuntimeError: it is not; names the processes that differ from process 0.
+    """
+    mine = fingerprint(value)
+    if jax.process_count() == 1:
+        return mine
+    words = np.frombuffer(bytes.fromhex(mine), np.uint32)
+    everyone = multihost_utils.process_allgather(words)
+    differing = np.flatnonzero((everyone != everyone[0]).any(axis=1))
+    if differing.size:
+        raise RuntimeError(
+            f"{what} differs between hosts: processes {differing.tolist()} have another fingerprint than process 0 "
+            f"(this is process {jax.process_index()}, {mine[:12]}). All hosts need the same code, command and files."
+        )
+    return mine
