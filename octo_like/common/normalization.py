@@ -1,0 +1,170 @@
+"""Statistics of a dataset, and normalisation by them.
+
+Statistics of one dataset are a plain dict:
+
+    {"action": {"mean", "std", "min", "max", "p01", "p99", "mask"}, "proprio": {...} or absent,
+     "num_transitions": int, "num_trajectories": int}
+
+The arrays are float32 of shape (D,) in physical units; `mask` is bool, False for dimensions that are passed through
+unchanged (a gripper that is already 0 or 1). `normalize` and `unnormalize` use operators only, so they take NumPy arrays,
+JAX arrays and JAX tracers alike, and return what they were given.
+"""
+
+import json
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+
+Statistics = dict[str, Any]
+
+KINDS = ("normal", "bounds")
+FIELDS = ("mean", "std", "min", "max", "p01", "p99")
+
+# A dimension that varies less than this is constant: it normalises to 0 and un-normalises to its mean.
+CONSTANT = 1e-8
+
+
+def compute_statistics(values: np.ndarray, mask: Sequence[bool] | None = None) -> dict[str, np.ndarray]:
+    """Statistics over the first axis of `values` (N, D), accumulated in float64, returned as float32.
+
+    `std` is the population deviation, percentiles interpolate linearly. Constant dimensions get a deviation of exactly 0.
+    """
+    values = np.asarray(values)
+    if values.ndim != 2 or not len(values):
+        raise ValueError(f"statistics need values of shape (N, D) with N > 0, got {values.shape}")
+    wide = values.astype(np.float64)
+    low, high = wide.min(0), wide.max(0)
+    p01, p99 = np.quantile(wide, [0.01, 0.99], axis=0)
+    constant = low == high
+    stats = {
+        "mean": np.where(constant, low, wide.mean(0)),
+        "std": np.where(constant, 0.0, wide.std(0)),
+        "min": low,
+        "max": high,
+        "p01": p01,
+        "p99": p99,
+    }
+    result: dict[str, np.ndarray] = {key: value.astype(np.float32) for key, value in stats.items()}
+    result["mask"] = np.ones(values.shape[1], bool) if mask is None else np.asarray(mask, bool)
+    if result["mask"].shape != values.shape[1:]:
+        raise ValueError(f"mask has {result['mask'].size} entries, but the values have {values.shape[1]} dimensions")
+    return result
+
+
+def _mask(stats: Mapping[str, Any]) -> np.ndarray:
+    size = len(np.asarray(stats["mean"]))
+    return np.ones(size, bool) if stats.get("mask") is None else np.asarray(stats["mask"], bool)
+
+
+def _affine(stats: Mapping[str, Any], kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(centre, spread, constant, mask) so that normalised = (x - centre) / spread. All (D,)."""
+    if kind == "normal":
+        centre, spread = np.asarray(stats["mean"], np.float64), np.asarray(stats["std"], np.float64)
+    elif kind == "bounds":
+        low, high = np.asarray(stats["p01"], np.float64), np.asarray(stats["p99"], np.float64)
+        centre, spread = (low + high) / 2, (high - low) / 2
+    else:
+        raise ValueError(f"unknown normalisation {kind!r}; valid: {', '.join(KINDS)}")
+    return centre, spread, spread <= CONSTANT, _mask(stats)
+
+
+def _check_width(x: Any, stats: Mapping[str, Any]) -> None:
+    width = len(np.asarray(stats["mean"]))
+    if x.shape[-1] != width:
+        raise ValueError(f"values have {x.shape[-1]} dimensions on the last axis, the statistics have {width}")
+
+
+def normalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
+    """Physical units to normalised values, over the last axis.
+
+    Args:
+      x: (..., D) floating array (NumPy or JAX).
+      stats: statistics of this quantity, e.g. `statistics["action"]`.
+      kind: "normal" ((x - mean) / std) or "bounds" (p01..p99 to [-1, 1], clipped).
+
+    Dimensions whose mask is False are unchanged; constant dimensions become 0.
+    """
+    _check_width(x, stats)
+    centre, spread, constant, mask = _affine(stats, kind)
+    shift = np.where(mask, centre, 0.0).astype(np.float32)
+    scale = np.where(mask, np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, spread)), 1.0).astype(np.float32)
+    y = (x - shift) * scale
+    if kind == "bounds":
+        bound = np.where(mask, 1.0, np.inf).astype(np.float32)
+        y = y.clip(-bound, bound)
+    return y
+
+
+def unnormalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
+    """Inverse of `normalize` (up to clipping): normalised values to physical units. Constant dimensions give their mean."""
+    _check_width(x, stats)
+    centre, spread, constant, mask = _affine(stats, kind)
+    mean = np.asarray(stats["mean"], np.float64)
+    scale = np.where(mask, np.where(constant, 0.0, spread), 1.0).astype(np.float32)
+    shift = np.where(mask, np.where(constant, mean, centre), 0.0).astype(np.float32)
+    return x * scale + shift
+
+
+def combine_statistics(statistics: Sequence[Statistics]) -> Statistics:
+    """Statistics of several datasets with the same dimensions, as if they were one.
+
+    Mean, deviation, min, max and counts are exact. Percentiles cannot be recovered from percentiles: the widest are kept.
+    """
+    if not statistics:
+        raise ValueError("nothing to combine")
+    counts = np.array([s["num_transitions"] for s in statistics], np.float64)
+    share = (counts / counts.sum())[:, None]
+    combined: Statistics = {}
+    for key in ("action", "proprio"):
+        if not all(key in s for s in statistics):
+            continue
+        parts = {
+            field: np.stack([np.asarray(s[key][field], np.float64) for s in statistics])
+            for field in FIELDS
+            if all(field in s[key] for s in statistics)
+        }
+        mean = (share * parts["mean"]).sum(0)
+        variance = (share * (parts["std"] ** 2 + (parts["mean"] - mean) ** 2)).sum(0)
+        merged = {"mean": mean, "std": np.sqrt(variance), "min": parts["min"].min(0), "max": parts["max"].max(0)}
+        if "p01" in parts and "p99" in parts:
+            merged |= {"p01": parts["p01"].min(0), "p99": parts["p99"].max(0)}
+        combined[key] = {field: value.astype(np.float32) for field, value in merged.items()}
+        combined[key]["mask"] = np.all([_mask(s[key]) for s in statistics], axis=0)
+    combined["num_transitions"] = int(counts.sum())
+    combined["num_trajectories"] = int(sum(s["num_trajectories"] for s in statistics))
+    return combined
+
+
+def to_json(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics (of one dataset, or a dict of them by name) as JSON-able lists and numbers."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: convert(item) for key, item in value.items()}
+        return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+    return convert(statistics)
+
+
+def from_json(data: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Inverse of `to_json`. Also reads a JSON string, and statistics without `mask` (all True then).
+
+    Raises:
+      ValueError: an entry lacks one of the fields, named.
+    """
+    data = json.loads(data) if isinstance(data, str) else data
+    if not isinstance(data, Mapping):
+        raise ValueError(f"statistics must be a mapping, got {type(data).__name__}")
+    if "action" not in data:
+        return {name: from_json(entry) for name, entry in data.items()}
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in ("action", "proprio"):
+            result[key] = value
+            continue
+        missing = [field for field in FIELDS if field not in value]
+        if missing:
+            raise ValueError(f"statistics of {key} lack {', '.join(missing)}; they have {', '.join(value)}")
+        result[key] = {field: np.asarray(value[field], np.float32) for field in FIELDS}
+        result[key]["mask"] = _mask(value)
+    return result
