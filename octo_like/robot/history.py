@@ -1,0 +1,41 @@
+"""The window of past observations that a policy reads. NumPy only: a robot's own computer needs no more."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class History:
+    """The last W observations, stacked: W the window size.
+
+    The first observation of an episode fills the window; the copies standing before it have timestep_pad_mask False and
+    timestep 0, exactly as the first window of a training episode.
+    """
+
+    def __init__(self, window_size: int):
+        if window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {window_size}")
+        self.window_size = window_size
+        self._frames: deque[dict[str, Any]] = deque(maxlen=window_size)
+        self._count = 0
+
+    def reset(self) -> None:
+        self._frames.clear()
+        self._count = 0
+
+    def append(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds a frame; returns {key: (W, ...)} plus timestep (W,) int32 and timestep_pad_mask (W,) bool."""
+        frame = dict(observation)
+        if self._frames and frame.keys() != self._frames[-1].keys():
+            raise ValueError(
+                f"observation keys changed within an episode: had {sorted(self._frames[-1])}, got {sorted(frame)}"
+            )
+        self._frames.extend([frame] * (1 if self._count else self.window_size))
+        self._count += 1
+        stacked = {key: np.stack([f[key] for f in self._frames]) for key in frame}
+        steps = np.arange(self._count - self.window_size, self._count, dtype=np.int32)
+        stacked["timestep"] = np.maximum(steps, 0)
+        stacked["timestep_pad_mask"] = steps >= 0
+        return stacked

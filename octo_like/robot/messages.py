@@ -1,0 +1,60 @@
+"""What policy server and client say to each other: msgpack maps with NumPy arrays in them.
+
+An array is one extension value: its dtype, shape and raw bytes, C order. Only plain numbers and booleans travel:
+nothing that is received is ever executed.
+
+    server, on connecting   {"type": "metadata", "protocol": 1, "batch_spec": ..., "statistics": [...], ...}
+    client                  {"type": "act", "observation": {...: (W, ...)}, "instruction": str | None,
+                             "goal": {...} | None, "unnormalize": str | None, "seed": int, "step": int}
+    server                  {"type": "actions", "actions": (H, A) float32, "seconds": float}
+                            {"type": "error", "error": "ValueError", "message": "..."}
+"""
+
+from typing import Any
+
+import msgpack
+import numpy as np
+
+PROTOCOL = 1
+MAX_MESSAGE_BYTES = 64 * 2**20
+_ARRAY = 0x4E
+_KINDS = "biuf"
+
+
+def pack(message: Any) -> bytes:
+    """Encodes maps, lists, strings, numbers and arrays (whatever has `__array__`). Raises TypeError on others."""
+    return msgpack.packb(message, default=_encode)
+
+
+def unpack(data: bytes | str) -> Any:
+    """Decodes what `pack` made. Raises ValueError when it is something else."""
+    if isinstance(data, str):
+        raise ValueError("expected a binary msgpack message, got text")
+    try:
+        return msgpack.unpackb(data, ext_hook=_decode)
+    except (msgpack.UnpackException, msgpack.ExtraData, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"not a valid message: {error}") from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if not hasattr(value, "__array__"):
+        raise TypeError(f"cannot send a {type(value).__name__}; valid: maps, lists, strings, numbers, booleans, arrays")
+    array = np.asarray(value)
+    if array.dtype.kind not in _KINDS:
+        raise TypeError(f"cannot send an array of {array.dtype}; valid: booleans, integers, floats")
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return msgpack.ExtType(_ARRAY, msgpack.packb([little.dtype.str, list(array.shape), little.tobytes()]))
+
+
+def _decode(code: int, payload: bytes) -> np.ndarray:
+    if code != _ARRAY:
+        raise ValueError(f"unknown msgpack extension {code}")
+    dtype_name, shape, raw = msgpack.unpackb(payload)
+    dtype = np.dtype(dtype_name)
+    if dtype.kind not in _KINDS:
+        raise ValueError(f"arrays of {dtype} are not accepted")
+    if any(not isinstance(n, int) or n < 0 for n in shape) or int(np.prod(shape)) * dtype.itemsize != len(raw):
+        raise ValueError(f"an array of shape {shape} and type {dtype} does not have {len(raw)} bytes")
+    return np.frombuffer(raw, dtype).reshape(shape)
