@@ -1,0 +1,88 @@
+# `make demo` and `make test` need only this file, make and Python 3.11 or 3.12: they set up .venv themselves.
+#
+#   PYTHON=python3.12   which Python the environment is made with (default: the first suitable one)
+#   OCTO_CPU=1          stay on the CPU although there is an NVIDIA GPU
+#   ARGS="--fresh"      passed on to the demo or to pytest
+#   WORKERS=4           test processes (default: the number of cores, between 2 and 8)
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-all demo lint lock doctor clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+LOCK := requirements/cpu.lock
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python; do \
+	if $$p -c '$(SUITABLE)' 2>/dev/null; then echo $$p; break; fi; done)
+UV := $(shell command -v uv 2>/dev/null)
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 8 ? 8 : n)))
+
+# The stamp's name holds a checksum of what the environment is made from: a new lock makes a new stamp.
+READY := $(VENV)/.ready-$(shell cat $(LOCK) setup.py | cksum | cut -d' ' -f1)
+
+# On a machine with an NVIDIA GPU the demo also gets JAX's CUDA plugin, for the CUDA that the driver offers.
+ifeq ($(OCTO_CPU),)
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p' | head -n 1)
+endif
+ifneq ($(CUDA),)
+CUDA_EXTRA := cuda$(shell [ $(CUDA) -ge 13 ] && echo 13 || echo 12)
+CUDA_READY := $(READY)-$(CUDA_EXTRA)
+endif
+
+ifeq ($(UV),)
+INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar on
+else
+INSTALL := $(UV) pip install --python $(PY)
+endif
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## makes .venv from the lock, with the package installed for editing
+
+$(READY): $(LOCK) setup.py
+	@[ -n "$(PYTHON)" ] || { echo "octo_like needs Python 3.11 or 3.12 and none was found. Install one, or pass PYTHON=/path/to/python3.11." >&2; exit 1; }
+	@$(PYTHON) -c '$(SUITABLE)' || { echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1); octo_like needs Python 3.11 or 3.12." >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version) and $(if $(UV),uv,pip); the first time this downloads about 500 MB."
+ifeq ($(UV),)
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv. Or install uv." >&2; exit 1; }
+else
+	@[ -x $(PY) ] || $(UV) venv --quiet --python "$$(command -v $(PYTHON))" $(VENV)
+endif
+	@$(INSTALL) -r $(LOCK)
+	@$(INSTALL) --no-deps --editable .
+	@rm -f $(VENV)/.ready-* && touch $@
+
+ifneq ($(CUDA),)
+$(CUDA_READY): $(READY)
+	@echo "Found an NVIDIA GPU: installing JAX's CUDA $(CUDA_EXTRA:cuda%=%) plugin (OCTO_CPU=1 prevents it)."
+	@$(INSTALL) "jax[$(CUDA_EXTRA)]==$$($(PY) -c 'import jax; print(jax.__version__)')"
+	@touch $@
+endif
+
+test: $(READY) ## the test suite without what is marked slow
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(READY) ## the whole test suite
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
+	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)
+
+lint: $(READY) ## ruff
+	@$(PY) -m ruff check .
+
+doctor: $(READY) ## checks this machine: devices, versions, extras, a collective
+	@$(PY) scripts/doctor.py $(ARGS)
+
+lock: ## renews the lock from setup.py (needs uv)
+	@$(UV) pip compile setup.py --extra data --extra serve --extra notebook --extra dev --upgrade --quiet \
+		--python-version 3.11 --universal --fork-strategy fewest --no-annotate --no-header --output-file $(LOCK).tmp
+	@{ echo "# Exact versions of the CPU set-up: the core and the extras data, serve, notebook, dev. Renewed by \`make lock\`."; \
+		cat $(LOCK).tmp; } > $(LOCK) && rm $(LOCK).tmp
+
+clean: ## removes the environment and caches; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""Packaging of octo_like. The core needs JAX and no TensorFlow; everything else is an extra."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "octo_like" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+CORE = [
+    "absl-py",
+    "chex>=0.1.90",
+    "flax>=0.12",
+    "gymnasium>=1.0",
+    "jax>=0.10,<0.12",
+    "matplotlib",
+    "ml-collections>=1.0",
+    "msgpack",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.12",
+    "pillow",
+    "safetensors",
+    "sentencepiece",
+    "tensorboardX>=2.6.4",
+    "tqdm",
+]
+
+EXTRAS = {
+    # How demonstrations become batches. The CPU build: TensorFlow only reads and decodes here, and must not take the GPU.
+    "data": [
+        "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",
+        "tensorflow>=2.20; platform_machine != 'x86_64' or sys_platform != 'linux'",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    "cuda": ["jax[cuda12]>=0.10,<0.12"],
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    # Physics simulators for closed-loop evaluation; newer MuJoCo does not work with them yet.
+    "sim": ["gymnasium-robotics>=1.4", "mujoco>=3.3,<4"],
+    "serve": ["websockets>=14"],
+    "hub": ["huggingface_hub"],
+    "wandb": ["wandb"],
+    "notebook": ["ipykernel", "nbclient", "nbformat"],
+    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
+}
+
+setup(
+    name="octo_like",
+    version=VERSION,
+    description="Pretrain, adapt and run Octo-style generalist robot policies in JAX",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["octo_like", "octo_like.*"]),
+    package_data={"octo_like.common": ["assets/*"]},
+    python_requires=">=3.11,<3.13",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

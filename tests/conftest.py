@@ -1,0 +1,36 @@
+"""Set before anything imports JAX or TensorFlow: tests run on the CPU, quietly, with few threads per process."""
+
+import os
+import pathlib
+
+# JAX_PLATFORMS=cuda make test runs the suite on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Several test processes share the cores: more threads in each would only make them wait for each other.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest  # noqa: E402
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Reference arrays and the BridgeData V2 sample, which live beside the repository and not in it."""
+    path = pathlib.Path(os.environ.get("OCTO_SHARED", REPOSITORY.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no reference data: {path.name}/ beside the repository is missing (or set OCTO_SHARED)")
+    return path
