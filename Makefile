@@ -32,7 +32,7 @@ CUDA_READY := $(READY)-$(CUDA_EXTRA)
 endif
 
 ifeq ($(UV),)
-INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --progress-bar on
+INSTALL := $(PY) -m pip install --disable-pip-version-check
 else
 INSTALL := $(UV) pip install --python $(PY)
 endif
@@ -42,7 +42,7 @@ help: ## this list
 
 setup: $(READY) ## makes .venv from the lock, with the package installed for editing
 
-$(READY): $(LOCK) setup.py
+$(READY):
 	@[ -n "$(PYTHON)" ] || { echo "octo_like needs Python 3.11 or 3.12 and none was found. Install one, or pass PYTHON=/path/to/python3.11." >&2; exit 1; }
 	@$(PYTHON) -c '$(SUITABLE)' || { echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1); octo_like needs Python 3.11 or 3.12." >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version) and $(if $(UV),uv,pip); the first time this downloads about 500 MB."

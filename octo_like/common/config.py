@@ -205,7 +205,8 @@ def _unknown_key(config: ConfigDict, key: str, node: ConfigDict, seen: list[str]
         suggestion = suggestion if suggestion in every else ".".join([*seen, close[0]])
     else:
         same_name = [path for path in every if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        suggestion = next(iter(same_name or difflib.get_close_matches(key, every, n=1, cutoff=0.5)), None)
+        leaves = [path for path, _ in _flatten(config)]
+        suggestion = next(iter(same_name or difflib.get_close_matches(key, leaves, n=1, cutoff=0.7)), None)
     hint = f"Did you mean --config.{suggestion}? " if suggestion else ""
     where = f"config.{'.'.join(seen)}" if seen else "config"
     return ConfigError(f"unknown key --config.{key}. {hint}Keys of {where}: {', '.join(siblings) or 'none'}")
