@@ -1,0 +1,16 @@
+"""RLDS demonstrations of the tabletop world's arm. Build: `tfds build` in this folder, or ../build.py for several at once."""
+
+import pathlib
+import sys
+
+_HERE = str(pathlib.Path(__file__).resolve().parent.parent)
+if _HERE not in sys.path:  # the builder's shared part is beside its folder, wherever `tfds build` is run
+    sys.path.insert(0, _HERE)
+
+from tabletop_rlds import TabletopBuilder  # noqa: E402
+
+
+class TabletopArm(TabletopBuilder):
+    """See `TabletopBuilder`."""
+
+    EMBODIMENT = "arm"
