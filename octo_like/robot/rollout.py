@@ -6,6 +6,8 @@ so an episode's result depends neither on its slot nor on its company (up to the
 """
 
 import dataclasses
+import difflib
+import importlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -144,6 +146,23 @@ def evaluate(
     finally:
         for slot in slots:
             slot.env.close()
+
+
+def gym_env_maker(env_id: str, **arguments: Any) -> Callable[[], gym.Env]:
+    """A function that makes a registered environment; "module:id" imports the module that registers it first.
+
+    Raises:
+      ValueError: no such environment; names the nearest ids.
+    """
+    if env_id.startswith("octo_like/"):
+        env_id = f"octo_like.envs:{env_id}"
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if name not in gym.registry:
+        close = difflib.get_close_matches(name, gym.registry, 5, cutoff=0.4)
+        raise ValueError(f"unknown environment {name!r}; similar ids: {', '.join(close) or 'none'}")
+    return lambda: gym.make(name, disable_env_checker=True, **arguments)
 
 
 def hide_images(observations: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,19 +47,9 @@ def tape(length: int = 6, size: tuple[int, int] = (20, 28), seed: int = 0) -> Ta
 
 
 @pytest.fixture(scope="module")
-def golden(shared_golden):
-    with np.load(shared_golden / "pipeline.npz") as arrays:
+def golden(shared):
+    with np.load(shared / "golden" / "pipeline.npz") as arrays:
         return {key: arrays[key] for key in arrays.files if key.startswith("wrappers/")}
-
-
-@pytest.fixture(scope="module")
-def shared_golden():
-    from pathlib import Path
-
-    folder = Path(__file__).parents[2].parent / "shared" / "golden"
-    if not (folder / "pipeline.npz").exists():
-        pytest.skip(f"reference arrays are not here: {folder / 'pipeline.npz'}")
-    return folder
 
 
 def golden_env(golden, case: str, proprio: np.ndarray | None = None) -> TapeEnv:

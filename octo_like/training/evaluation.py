@@ -1,0 +1,331 @@
+"""How good a policy is, by four measures: loss on held-out data, action error in physical units, pictures, and acting.
+
+All of them take functions and arrays, so that train.py, finetune.py and a notebook use the same code. The closed-loop
+measure is the one place where training looks into the robot's room: success in the world is what the others stand for.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from octo_like.common.normalization import unnormalize
+from octo_like.robot.intervals import success_interval
+from octo_like.robot.record import annotate
+from octo_like.robot.rollout import Episode, PolicyLike, evaluate, gym_env_maker
+
+# A batch of the schema to normalised actions (B, H, A) at the last position of the window.
+SampleFn = Callable[[Mapping[str, Any]], Any]
+
+EVALUATION_SEEDS = 1_000_000_000  # rollouts use seeds from here on; demonstrations are made from smaller ones
+PLOT_COLOUR, TRUE_COLOUR = "#1f6feb", "#24292f"
+
+
+def validation_loss(terms_fn: Callable[[Mapping[str, Any]], Mapping], batches: Iterable[Mapping]) -> dict[str, float]:
+    """Mean loss (and other metrics) of every head over all batches, exact for batches of unequal masks.
+
+    Args:
+      terms_fn: batch to {head: {metric: masked sum, "count": number of entries it runs over}}.
+      batches: finite.
+
+    Returns:
+      {"<head>/<metric>": mean}; heads that no sample trains are left out.
+
+    Raises:
+      ValueError: no batches.
+    """
+    totals: dict[str, dict[str, float]] = {}
+    for batch in batches:
+        for head, terms in jax.device_get(terms_fn(batch)).items():
+            total = totals.setdefault(head, {})
+            for name, value in terms.items():
+                total[name] = total.get(name, 0.0) + float(value)
+    if not totals:
+        raise ValueError("no validation batches")
+    return {
+        f"{head}/{name}": value / total["count"]
+        for head, total in totals.items()
+        if total["count"] > 0
+        for name, value in total.items()
+        if name != "count"
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionError:
+    """Errors of predicted actions per dimension, in the units of the dataset; entries that no mask admits are NaN.
+
+    Attributes:
+      names: of the dimensions.
+      mae, rmse: (A,) mean absolute and root mean squared error over all steps of the chunks.
+      first_mae: (A,) mean absolute error of the first action of the chunks alone.
+      mean_mae: (A,) error of always answering with the dataset's mean: what a policy must beat.
+      count: (A,) entries compared.
+    """
+
+    names: tuple[str, ...]
+    mae: np.ndarray
+    rmse: np.ndarray
+    first_mae: np.ndarray
+    mean_mae: np.ndarray
+    count: np.ndarray
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """Flat finite numbers for a metrics writer: "<prefix>mae/<dimension>", ..."""
+        values = {
+            f"{prefix}{measure}/{name}": float(value)
+            for measure in ("mae", "rmse", "first_mae", "mean_mae")
+            for name, value in zip(self.names, getattr(self, measure), strict=True)
+        }
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def action_error(
+    sample_fn: SampleFn,
+    batches: Iterable[Mapping[str, Any]],
+    statistics: Mapping[str, Any],
+    *,
+    kind: str | None = None,
+    names: Sequence[str] | None = None,
+) -> ActionError:
+    """Compares sampled with true actions in physical units, entries with action_pad_mask False left out.
+
+    Args:
+      sample_fn: see `SampleFn`.
+      batches: of one dataset; finite.
+      statistics: of that dataset.
+      kind: its normalisation, "normal" or "bounds"; None: what statistics["normalization"] says, else "normal".
+      names: of its action dimensions.
+
+    Raises:
+      ValueError: no batches, or another number of names than of dimensions.
+    """
+    stats, kind = statistics["action"], kind or statistics.get("normalization", "normal")
+    names = _names(names, len(np.asarray(stats["mean"])))
+    sums = {key: np.zeros(len(names)) for key in ("absolute", "squared", "first", "constant", "count", "first_count")}
+    for batch in batches:
+        predicted, true, mask = compare(sample_fn, batch, stats, kind)
+        difference = np.where(mask, predicted - true, 0.0).astype(np.float64)
+        from_mean = np.where(mask, np.asarray(stats["mean"], np.float64) - true, 0.0)
+        sums["absolute"] += np.abs(difference).sum((0, 1))
+        sums["squared"] += np.square(difference).sum((0, 1))
+        sums["constant"] += np.abs(from_mean).sum((0, 1))
+        sums["count"] += mask.sum((0, 1))
+        sums["first"] += np.abs(difference[:, 0]).sum(0)
+        sums["first_count"] += mask[:, 0].sum(0)
+    if not sums["count"].any():
+        raise ValueError("no action to compare with: no validation batches, or every entry is masked")
+    count = np.where(sums["count"] > 0, sums["count"], np.nan)
+    first_count = np.where(sums["first_count"] > 0, sums["first_count"], np.nan)
+    return ActionError(
+        names=names,
+        mae=sums["absolute"] / count,
+        rmse=np.sqrt(sums["squared"] / count),
+        first_mae=sums["first"] / first_count,
+        mean_mae=sums["constant"] / count,
+        count=sums["count"].astype(np.int64),
+    )
+
+
+def compare(
+    sample_fn: SampleFn, batch: Mapping[str, Any], stats: Mapping[str, Any], kind: str = "normal"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(predicted, true, mask), each (B, H, D): physical units, last window position, D dimensions of the dataset.
+
+    H is the shorter of the batch's chunk and the predicted one.
+    """
+    width = len(np.asarray(stats["mean"]))
+    predicted = np.asarray(sample_fn(batch), np.float32)
+    true, mask = (np.asarray(batch[key])[:, -1] for key in ("action", "action_pad_mask"))
+    horizon = min(predicted.shape[-2], true.shape[-2])
+    predicted, true, mask = (x[:, :horizon, :width] for x in (predicted, true, mask))
+    return unnormalize(predicted, stats, kind), unnormalize(true, stats, kind), mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """True and predicted actions along (part of) an episode: S samples, T steps, H horizon, D dimensions.
+
+    Attributes:
+      predicted: (S, T, H, D) physical units.
+      true: (T, D) the action taken at each step.
+      mask: (T, D) False: not an action of this dataset.
+      timestep: (T,) step within the episode.
+    """
+
+    predicted: np.ndarray
+    true: np.ndarray
+    mask: np.ndarray
+    timestep: np.ndarray
+
+
+def predict_rows(
+    sample_fns: Sequence[SampleFn],
+    batches: Iterable[Mapping[str, Any]],
+    statistics: Mapping[str, Any],
+    *,
+    kind: str | None = None,
+    limit: int = 64,
+) -> Prediction:
+    """Predictions for the first rows of the batches, one sample per function (e.g. one sampler with several seeds).
+
+    Rows are taken in order up to `limit`, and no further than the first episode when the batches hold whole episodes
+    one after the other (the timestep falls where the next one begins, and the second row follows the first).
+    """
+    stats, kind = statistics["action"], kind or statistics.get("normalization", "normal")
+    parts, taken = [], 0
+    for batch in batches:
+        compared = [compare(fn, batch, stats, kind) for fn in sample_fns]
+        timestep = np.asarray(batch["observation"]["timestep"])[:, -1]
+        parts.append((np.stack([one[0] for one in compared]), compared[0][1][:, 0], compared[0][2][:, 0], timestep))
+        taken += len(timestep)
+        if taken >= limit:
+            break
+    if not parts:
+        raise ValueError("no batches to predict")
+    predicted = np.concatenate([part[0] for part in parts], axis=1)
+    true, mask, timestep = (np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))
+    end = min(limit, len(timestep))
+    if end > 1 and timestep[1] == timestep[0] + 1:
+        breaks = np.flatnonzero(np.diff(timestep[:end]) != 1)
+        end = int(breaks[0]) + 1 if len(breaks) else end
+    return Prediction(predicted[:, :end], true[:end], mask[:end], timestep[:end])
+
+
+def plot_prediction(
+    prediction: Prediction,
+    names: Sequence[str] | None = None,
+    *,
+    title: str = "",
+    units: Sequence[str] | None = None,
+    path: str | Path | None = None,
+) -> np.ndarray:
+    """One row per dimension: left the actions over time (true, and every sample), right predicted against true.
+
+    Returns:
+      The picture (h, w, 3) uint8, also written to `path` as a PNG when that is given.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    samples, steps, horizon, width = prediction.predicted.shape
+    names = _names(names, width)
+    units = [""] * width if units is None else list(units)
+    # The object-oriented interface: no global state, no display, safe in a process that plots elsewhere.
+    figure = Figure(figsize=(9, 0.5 + 1.45 * width), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(width, 2, squeeze=False, width_ratios=(4, 1), sharex="col" if width > 1 else False)
+    consecutive = steps > 1 and (np.diff(prediction.timestep) == 1).all()
+    x = prediction.timestep if consecutive else np.arange(steps)
+    for d in range(width):
+        over_time, scatter = axes[d]
+        valid = prediction.mask[:, d]
+        for s in range(samples):
+            for t in range(steps) if consecutive and horizon > 1 else ():
+                over_time.plot(
+                    x[t] + np.arange(horizon), prediction.predicted[s, t, :, d], color=PLOT_COLOUR, lw=0.6, alpha=0.25
+                )
+            first = prediction.predicted[s, :, 0, d]
+            label = f"predicted, {samples} samples" if s == 0 else None
+            over_time.plot(x, first, ".", color=PLOT_COLOUR, ms=4, alpha=0.8, label=label)
+            scatter.plot(prediction.true[valid, d], first[valid], ".", color=PLOT_COLOUR, ms=3, alpha=0.5)
+        style = "-" if consecutive else "_"
+        over_time.plot(x[valid], prediction.true[valid, d], style, color=TRUE_COLOUR, lw=1.6, label="true")
+        unit = f"\n[{units[d]}]" if units[d] else ""
+        over_time.set_ylabel(f"{names[d]}{unit}", fontsize=8)
+        limits = _limits(prediction.true[valid, d], prediction.predicted[:, valid, 0, d])
+        scatter.plot(limits, limits, color="#8c959f", lw=0.8)
+        scatter.set(xlim=limits, ylim=limits)
+        for axis in (over_time, scatter):
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.25)
+    axes[0, 0].legend(fontsize=7, loc="best")
+    axes[-1, 0].set_xlabel("step of the episode" if consecutive else "sample", fontsize=8)
+    axes[-1, 1].set_xlabel("predicted over true", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(buffer.getvalue())
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedLoop:
+    """Rollouts of one policy in one environment.
+
+    Attributes:
+      episodes: their outcomes.
+      scalars: "success", "success/<task>", "success_low", "success_high" (90% interval), "steps".
+      videos: name to frames (t, h, w, 3) uint8, captioned, of the recorded episodes.
+    """
+
+    episodes: list[Episode]
+    scalars: dict[str, float]
+    videos: dict[str, np.ndarray]
+
+
+def closed_loop(
+    policy: PolicyLike,
+    env: str,
+    dataset: str | None,
+    *,
+    episodes: int = 20,
+    exec_horizon: int | None = None,
+    batch_size: int = 20,
+    seed: int = EVALUATION_SEEDS,
+    record: int = 2,
+) -> ClosedLoop:
+    """Success of the policy in a registered gymnasium environment; the episodes' seeds are seed, seed + 1, ...
+
+    Args:
+      policy: e.g. made from the parameters of the moment.
+      env: id of the environment ("module:id" imports a module first).
+      dataset: name of the statistics that give actions their units.
+    """
+    seeds = range(seed, seed + episodes)
+    outcomes = evaluate(
+        policy,
+        gym_env_maker(env),
+        seeds,
+        unnormalize=dataset,
+        exec_horizon=exec_horizon,
+        batch_size=min(batch_size, episodes),
+        record=record,
+    )
+    successes = [episode.success for episode in outcomes]
+    low, high = success_interval(successes)
+    scalars = {"success": float(np.mean(successes)), "success_low": low, "success_high": high}
+    scalars["steps"] = float(np.mean([episode.steps for episode in outcomes]))
+    for task in sorted({episode.task for episode in outcomes} - {""}):
+        scalars[f"success/{task}"] = float(np.mean([episode.success for episode in outcomes if episode.task == task]))
+    videos = {
+        f"{episode.seed - seed}": np.stack(
+            [np.asarray(annotate(frame, episode.instruction, episode.success, scale=2)) for frame in episode.frames]
+        )
+        for episode in outcomes
+        if episode.frames is not None
+    }
+    return ClosedLoop(outcomes, scalars, videos)
+
+
+def _names(names: Sequence[str] | None, width: int) -> tuple[str, ...]:
+    names = tuple(f"dim{i}" for i in range(width)) if names is None else tuple(names)
+    if len(names) != width:
+        raise ValueError(f"{len(names)} names for {width} action dimensions: {', '.join(names)}")
+    return names
+
+
+def _limits(*arrays: np.ndarray) -> tuple[float, float]:
+    values = np.concatenate([np.ravel(array) for array in arrays])
+    low, high = (float(values.min()), float(values.max())) if len(values) else (-1.0, 1.0)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin

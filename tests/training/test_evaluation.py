@@ -1,0 +1,160 @@
+"""Evaluation: the arithmetic of errors in physical units, plots, and rollouts in a registered environment."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from octo_like.common.normalization import compute_statistics, normalize
+from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.training.evaluation import (
+    action_error,
+    closed_loop,
+    plot_prediction,
+    predict_rows,
+    validation_loss,
+)
+from tests.robot.toy import LineEnv, LinePolicy
+
+SPEC = BatchSpec(window_size=2, action_horizon=3, action_dim=4, image_sizes={"primary": (8, 8)})
+WIDTH = 3  # the dataset has one dimension less than the batch
+
+
+def made_batch(seed: int, kind: str = "normal", batch_size: int = 5):
+    """A batch with known physical actions; the last dimension is padding, and so are some chunk ends."""
+    rng = np.random.default_rng(seed)
+    data = np.random.default_rng(0).normal(size=(500, WIDTH)) * [0.01, 2.0, 1.0] + [0.0, 5.0, 0.5]
+    statistics = {"action": compute_statistics(data.astype(np.float32), mask=[True, True, False])}
+    batch = synthetic_batch(SPEC, batch_size, seed)
+    physical = data[rng.integers(0, len(data), (batch_size, 2, 3))].astype(np.float32)
+    batch["action"][..., :WIDTH] = normalize(physical, statistics["action"], kind)
+    batch["action"][..., WIDTH:] = 99.0
+    batch["action_pad_mask"][..., WIDTH:] = False
+    batch["action_pad_mask"][0, :, 2:] = False
+    return batch, physical, statistics
+
+
+@pytest.mark.parametrize("kind", ["normal", "bounds"])
+def test_a_perfect_policy_has_no_error(kind):
+    batch, _, statistics = made_batch(1, kind)
+    error = action_error(lambda b: b["action"][:, -1], [batch], statistics, kind=kind)
+    told = {**statistics, "normalization": kind}
+    np.testing.assert_array_equal(
+        action_error(lambda b: -b["action"][:, -1], [batch], told).mae,
+        action_error(lambda b: -b["action"][:, -1], [batch], statistics, kind=kind).mae,
+    )
+    np.testing.assert_allclose(error.mae, 0, atol=1e-6)
+    np.testing.assert_allclose(error.rmse, 0, atol=1e-6)
+    assert error.count.tolist() == [14, 14, 14], "5 chunks of 3, one action of them masked"
+
+
+def test_errors_are_in_physical_units_and_masked():
+    batches = [made_batch(seed) for seed in (1, 2)]
+    statistics = batches[0][2]
+    std = statistics["action"]["std"]
+
+    def off_by(batch):
+        chunk = batch["action"][:, -1].copy()
+        chunk[:, :, 0] += 1.0
+        chunk[:, 1:, 1] -= 2.0
+        chunk[:, :, 2] += 0.25  # not normalised: its mask is False
+        chunk[:, :, 3] = -1e6
+        return np.where(batch["action_pad_mask"][:, -1], chunk, 1e6)
+
+    error = action_error(off_by, [b for b, *_ in batches], statistics, names=["x", "y", "grip"])
+    n, later = 28, 18
+    np.testing.assert_allclose(error.mae, [std[0], 2 * std[1] * later / n, 0.25], rtol=1e-4)
+    np.testing.assert_allclose(error.rmse, [std[0], 2 * std[1] * np.sqrt(later / n), 0.25], rtol=1e-4)
+    np.testing.assert_allclose(error.first_mae, [std[0], 0, 0.25], rtol=1e-4, atol=1e-5)
+    mask = np.stack([b["action_pad_mask"][:, -1, :, :WIDTH] for b, *_ in batches])
+    true = np.stack([physical[:, -1] for _, physical, _ in batches])
+    expected = (np.abs(true - statistics["action"]["mean"]) * mask).sum((0, 1, 2)) / n
+    np.testing.assert_allclose(error.mean_mae, expected, rtol=1e-4)
+    scalars = error.scalars("val/bridge/")
+    assert scalars["val/bridge/mae/x"] == pytest.approx(std[0], rel=1e-4)
+    assert len(scalars) == 4 * WIDTH
+
+
+def test_a_longer_predicted_chunk_is_compared_where_both_exist():
+    batch, _, statistics = made_batch(1)
+    longer = np.concatenate([batch["action"][:, -1], np.full((5, 2, 4), 50.0)], axis=1)
+    assert action_error(lambda b: longer, [batch], statistics).mae.max() < 1e-6
+
+
+def test_nothing_to_compare_is_an_error_and_an_unused_dimension_is_left_out():
+    batch, _, statistics = made_batch(1)
+    with pytest.raises(ValueError, match="no action to compare"):
+        action_error(lambda b: b["action"][:, -1], [], statistics)
+    with pytest.raises(ValueError, match="2 names for 3"):
+        action_error(lambda b: b["action"][:, -1], [batch], statistics, names=["a", "b"])
+    batch["action_pad_mask"][..., 1] = False
+    error = action_error(lambda b: b["action"][:, -1], [batch], statistics, names=["a", "b", "c"])
+    assert np.isnan(error.mae[1]) and error.count[1] == 0
+    assert not any(name.endswith("/b") for name in error.scalars())
+
+
+def test_validation_loss_weighs_by_counts():
+    terms = [
+        {"action": {"loss": 6.0, "mse": 3.0, "count": 3.0}, "other": {"loss": 0.0, "count": 0.0}},
+        {"action": {"loss": 1.0, "mse": 1.0, "count": 1.0}, "other": {"loss": 0.0, "count": 0.0}},
+    ]
+    assert validation_loss(lambda i: terms[i], [0, 1]) == {"action/loss": 7 / 4, "action/mse": 1.0}
+    with pytest.raises(ValueError, match="no validation batches"):
+        validation_loss(lambda i: terms[i], [])
+
+
+def episode_batches(lengths, statistics_seed: int = 1):
+    batches = []
+    for i, length in enumerate(lengths):
+        batch, physical, statistics = made_batch(statistics_seed + i, batch_size=length)
+        batch["observation"]["timestep"] = np.stack([np.maximum(np.arange(length) - 1, 0), np.arange(length)], axis=1)
+        batches.append((batch, physical))
+    return batches, statistics
+
+
+def test_predictions_follow_one_episode():
+    batches, statistics = episode_batches([6, 4])
+    sample_fns = [lambda b: b["action"][:, -1] + 0.0, lambda b: b["action"][:, -1] + 1.0]
+    prediction = predict_rows(sample_fns, [b for b, _ in batches], statistics)
+    assert prediction.timestep.tolist() == [0, 1, 2, 3, 4, 5]
+    assert prediction.predicted.shape == (2, 6, 3, WIDTH)
+    np.testing.assert_allclose(prediction.true, batches[0][1][:, -1, 0], atol=1e-5)
+    np.testing.assert_allclose(prediction.predicted[0, :, 0], prediction.true, atol=1e-5)
+    shift = (prediction.predicted[1, :, 0] - prediction.true).mean(0)
+    np.testing.assert_allclose(shift, [*statistics["action"]["std"][:2], 1.0], rtol=1e-3)
+    assert predict_rows(sample_fns, [batches[0][0]], statistics, limit=4).timestep.tolist() == [0, 1, 2, 3]
+
+
+def test_plots_show_truth_and_samples_for_every_dimension(tmp_path):
+    batches, statistics = episode_batches([6])
+    near, far = (predict_rows([lambda b, k=k: b["action"][:, -1] + k], [batches[0][0]], statistics) for k in (0.0, 3.0))
+    path = tmp_path / "plots" / "episode.png"
+    picture = plot_prediction(near, ["x", "y", "grip"], units=["m", "m", ""], title="an episode", path=path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert picture.dtype == np.uint8 and picture.shape[2] == 3 and picture.shape[0] > 3 * 100
+    assert np.abs(picture.astype(int) - plot_prediction(far, ["x", "y", "grip"], title="an episode")).max() > 100
+    blue = (picture[..., 2].astype(int) - picture[..., 0] > 100).any(axis=1)
+    rows = np.array_split(blue, WIDTH)
+    assert all(row.any() for row in rows), "every dimension has predictions drawn"
+
+
+def test_plot_of_scattered_rows():
+    batch, _, statistics = made_batch(1)
+    batch["observation"]["timestep"][:, -1] = [7, 3, 30, 2, 11]
+    prediction = predict_rows([lambda b: b["action"][:, -1]], [batch], statistics)
+    assert prediction.timestep.tolist() == [7, 3, 30, 2, 11]
+    assert plot_prediction(prediction).shape[2] == 3
+
+
+def test_closed_loop_in_a_registered_environment():
+    name = "octo_like_tests/Line-v0"
+    if name not in gym.registry:
+        gym.register(name, entry_point=LineEnv)
+    result = closed_loop(LinePolicy(), name, "line", episodes=6, batch_size=4, record=2)
+    assert result.scalars["success"] == 1.0 and result.scalars["success_high"] == 1.0
+    assert 0.5 < result.scalars["success_low"] < 1.0
+    assert {"success/left", "success/right"} <= result.scalars.keys()
+    assert [e.seed for e in result.episodes] == [1_000_000_000 + i for i in range(6)]
+    assert list(result.videos) == ["0", "1"]
+    assert result.videos["0"].shape[0] == result.episodes[0].steps + 1 and result.videos["0"].dtype == np.uint8
+    with pytest.raises(ValueError, match=r"unknown environment 'octo_like_tests/Line-v1'.*Line-v0"):
+        closed_loop(LinePolicy(), "octo_like_tests/Line-v1", "line")
