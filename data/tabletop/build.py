@@ -1,9 +1,10 @@
 """Writes the tabletop datasets, simulating in several processes:
 
-    python data/tabletop/build.py --data_dir runs/demo/data --episodes tabletop_pusher=700 tabletop_arm3=200+20 --workers 2
+    python data/tabletop/build.py --data_dir data_dir --episodes tabletop_pusher=700 tabletop_arm3=200+20 --workers 2
 
-`name=TRAIN` or `name=TRAIN+VAL`: numbers of episodes; VAL is a twentieth of TRAIN unless given. Running it again with the same arguments does
-nothing; a dataset that is there with other numbers is an error unless --overwrite is given. Datasets appear whole or not at all.
+`name=TRAIN` or `name=TRAIN+VAL`: numbers of episodes; VAL is a twentieth of TRAIN unless given. Running it again with
+the same arguments does nothing; a dataset that is there with other numbers is an error unless --overwrite is given.
+Datasets appear whole or not at all.
 """
 
 import argparse
@@ -25,7 +26,7 @@ DATASETS = {f"tabletop_{name}": name for name in EMBODIMENTS}
 
 
 def parse_request(text: str) -> tuple[str, int, int]:
-    """"name=TRAIN" or "name=TRAIN+VAL" as (name, TRAIN, VAL)."""
+    """ "name=TRAIN" or "name=TRAIN+VAL" as (name, TRAIN, VAL)."""
     name, _, numbers = text.partition("=")
     train, plus, val = numbers.partition("+")
     if name not in DATASETS:
@@ -48,7 +49,11 @@ def builder_class(name: str):
 
 
 def build(data_dir: str, requests: list[tuple[str, int, int]], *, workers: int = 2, overwrite: bool = False) -> None:
-    """Writes the requested datasets below `data_dir`. Raises ValueError when one exists with other numbers of episodes."""
+    """Writes the requested datasets below `data_dir`.
+
+    Raises:
+      ValueError: one exists with other numbers of episodes, and `overwrite` is False.
+    """
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 
@@ -68,8 +73,8 @@ def build(data_dir: str, requests: list[tuple[str, int, int]], *, workers: int =
             missing.append((name, train, val))
         else:
             raise ValueError(
-                f"{builder.data_path} holds {have.get('train')} + {have.get('val')} episodes, {train} + {val} were asked for: "
-                "give --overwrite, another --data_dir, or these numbers"
+                f"{builder.data_path} holds {have.get('train')} + {have.get('val')} episodes, but {train} + {val} were "
+                "asked for: give --overwrite, another --data_dir, or these numbers"
             )
     total = sum(train + val for _, train, val in missing)
     if not total:
@@ -85,7 +90,7 @@ def build(data_dir: str, requests: list[tuple[str, int, int]], *, workers: int =
 
         for name, train, val in missing:
             bar.set_description(name)
-            for leftover in (root / name).glob("*.incomplete*"):  # of a build that was killed
+            for leftover in (root / name).glob("incomplete.*"):  # of a build that was killed
                 shutil.rmtree(leftover)
             builder = builder_class(name)(
                 data_dir=root, train_episodes=train, val_episodes=val, simulator=simulator, on_episode=on_episode

@@ -1,7 +1,7 @@
 """Demonstrations of the tabletop experts, as plain dicts. No TensorFlow: worker processes import this module only.
 
-Seeds: dataset k (0 to 3, in the order of `EMBODIMENTS`) uses 10,000,000 * k + i for training and 500,000,000 + 10,000,000 * k + i for
-validation, i = 0, 1, 2... Evaluation uses seeds of 1,000,000,000 and above, so no evaluated scene was ever demonstrated.
+Seeds: dataset k (0 to 3, in the order of `EMBODIMENTS`) uses 1e7 k + i for training and 5e8 + 1e7 k + i
+for validation, i = 0, 1, 2... Evaluation uses seeds of 1e9 and above, so no evaluated scene was demonstrated.
 """
 
 import collections

@@ -72,9 +72,10 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "task": features.Text(),
             "success": features.Scalar(dtype=np.bool_),
         }
+        tasks = ", ".join(embodiment.tasks)
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Scripted demonstrations of the tabletop world's {self.EMBODIMENT}: {', '.join(embodiment.tasks)}.",
+            description=f"Scripted demonstrations of the tabletop world's {self.EMBODIMENT}: {tasks}.",
             features=features.FeaturesDict(
                 {"steps": features.Dataset(step), "episode_metadata": features.FeaturesDict(metadata)}
             ),

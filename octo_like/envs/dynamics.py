@@ -141,7 +141,11 @@ class _JointArm(_Grasping):
 
     def __init__(self):
         super().__init__()
-        self.q = np.zeros(len(self.links))
+        self._set(np.zeros(len(self.links)))
+
+    def _set(self, q: np.ndarray) -> None:
+        self.q = np.clip(q, -self.joint_limit, self.joint_limit)
+        self.tip = np.array([*self.joints()[-1], self.height])
 
     def joints(self) -> list[tuple[float, float]]:
         """Positions (x, y) of the base, of every joint and of the fingertip."""
@@ -152,11 +156,6 @@ class _JointArm(_Grasping):
             x, y = x + length * math.cos(angle), y + length * math.sin(angle)
             points.append((x, y))
         return points
-
-    @property
-    def tip(self) -> np.ndarray:
-        x, y = self.joints()[-1]
-        return np.array([x, y, self.height])
 
     @property
     def yaw(self) -> float:
@@ -175,21 +174,21 @@ class _JointArm(_Grasping):
         return direction - math.atan2(second * math.sin(bend), first + second * math.cos(bend)), bend
 
     def start(self, xy: np.ndarray, rng: np.random.Generator) -> None:
-        self.q = self.inverse(xy)
+        self._set(self.inverse(xy))
         self.opening = 1.0
 
     def place(self, xy: np.ndarray, z: float) -> None:
-        self.q = self.inverse(xy)
+        self._set(self.inverse(xy))
 
     def _carry_height(self) -> float:
         return 0.03
 
     def _turn(self, delta: np.ndarray, rng: np.random.Generator) -> None:
-        self.q = np.clip(self.q + _noisy(delta, rng, ANGLE_NOISE), -self.joint_limit, self.joint_limit)
+        self._set(self.q + _noisy(delta, rng, ANGLE_NOISE))
 
     def bump(self, world: scene.World, rng: np.random.Generator) -> None:
         delta = rng.uniform(-0.15, 0.15, len(self.q))
-        self.q = np.clip(self.q + delta, -self.joint_limit, self.joint_limit)
+        self._set(self.q + delta)
         world.carry(self.tip[:2], self.yaw, self._carry_height())
 
     def proprio(self) -> np.ndarray:

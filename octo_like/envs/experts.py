@@ -5,7 +5,6 @@ commands.
 """
 
 import dataclasses
-import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -179,7 +178,9 @@ class PusherExpert(Expert):
             away = pusher.xy - target.xy
             away = away / max(float(np.hypot(*away)), 1e-9)
             goal = target.xy + away * (target.size / 2 + pusher.radius + 0.004)
-            return self._walk(goal, [b for b in self.env.world.blocks if b is not target])
+            others = [block for block in self.env.world.blocks if block is not target]
+            # Farther off than what counts as reaching them.
+            return self._walk(goal, others, self.env.embodiment.reach_radius + self.habits.clearance)
         sign = 1.0 if self.env.goal.direction == "right" else -1.0
         standoff = self._keep_off(target)
         behind = target.xy - (sign * (standoff + 0.003), 0.0)
@@ -187,16 +188,16 @@ class PusherExpert(Expert):
         limit = 0.05 * self.habits.speed
         if lead > target.size / 2 and abs(aside) < 0.014:
             return (sign * limit, float(np.clip(-0.8 * aside, -0.3 * limit, 0.3 * limit)))
-        return self._walk(behind, self.env.world.blocks)
+        return self._walk(behind, self.env.world.blocks, 0.0)
 
     def _keep_off(self, block: scene.Block) -> float:
         """Distance from a block's centre at which the disc is clear of its corners."""
         return block.size * 0.6 + self.env.effector.radius + self.habits.clearance
 
-    def _walk(self, goal: np.ndarray, obstacles: list[scene.Block]) -> np.ndarray:
+    def _walk(self, goal: np.ndarray, obstacles: list[scene.Block], keep_off: float) -> np.ndarray:
         start, limit = self.env.effector.xy, 0.05 * self.habits.speed
         centers = np.array([block.xy for block in obstacles])
-        radii = np.array([self._keep_off(block) for block in obstacles])
+        radii = np.array([max(keep_off, self._keep_off(block)) for block in obstacles])
         waypoint = _first_waypoint(start, goal, centers, radii)
         step = waypoint - start
         distance = float(np.hypot(*step))
@@ -221,10 +222,10 @@ def _first_waypoint(start: np.ndarray, goal: np.ndarray, centers: np.ndarray, ra
     outside = (np.hypot(*(corners[:, None] - centers[None]).transpose(2, 0, 1)) >= radii * 1.01).all(-1)
     nodes = np.concatenate([start[None], goal[None], corners[outside]])
     n = len(nodes)
-    pairs = np.array(list(itertools.combinations(range(n), 2)))
-    free = _clear(nodes[pairs[:, 0]], nodes[pairs[:, 1]], centers, radii)
+    i, j = np.triu_indices(n, 1)
+    free = _clear(nodes[i], nodes[j], centers, radii)
     lengths = np.full((n, n), np.inf)
-    i, j = pairs[free].T
+    i, j = i[free], j[free]
     lengths[i, j] = lengths[j, i] = np.hypot(*(nodes[i] - nodes[j]).T)
     cost = lengths[1].copy()  # Dijkstra backwards from the goal
     cost[1] = 0.0

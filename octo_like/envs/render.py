@@ -5,6 +5,7 @@ so that height moves things up in the image.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -117,6 +118,12 @@ def sample_look(rng: np.random.Generator, embodiment: str, world: World) -> Look
     )
 
 
+@functools.lru_cache(4096)
+def _lit(color: Color, shade: float, light: Color) -> tuple[int, int, int]:
+    r, g, b = (min(255, max(0, int(c * shade * gain))) for c, gain in zip(color, light, strict=True))
+    return r, g, b
+
+
 class Canvas:
     """An image under a camera; takes metres, draws pixels."""
 
@@ -135,15 +142,12 @@ class Canvas:
         return a * x + b * y + c * z + d, e * x + f * y + g * z + h
 
     def lit(self, color: Color, shade: float = 1.0) -> tuple[int, int, int]:
-        r, g, b = self.light
-        return (
-            min(255, max(0, int(color[0] * shade * r))),
-            min(255, max(0, int(color[1] * shade * g))),
-            min(255, max(0, int(color[2] * shade * b))),
-        )
+        return _lit(color, shade, self.light)
 
     def polygon(self, points: list[Point], color: Color, shade: float = 1.0) -> None:
-        self.draw.polygon([self.point(*p) for p in points], fill=self.lit(color, shade))
+        (a, b, c, d), (e, f, g, h) = self._u, self._v
+        pixels = [(a * x + b * y + c * z + d, e * x + f * y + g * z + h) for x, y, z in points]
+        self.draw.polygon(pixels, fill=self.lit(color, shade))
 
     def line(self, start: Point, end: Point, width: float, color: Color, shade: float = 1.0) -> None:
         pixels = max(2, round(width * self.scale))
@@ -207,11 +211,13 @@ def background(world: World, look: Look, size: int) -> Image.Image:
     rng = np.random.default_rng(look.texture_seed)
     coarse = Image.fromarray(rng.integers(0, 255, (9, 9), np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    gain = 1 + look.gradient[0] * ramp[None, :, None] + look.gradient[1] * ramp[:, None, None]
+    gain = 1 + look.gradient[0] * ramp[None, :] + look.gradient[1] * ramp[:, None]
     noise = (np.asarray(coarse, np.float32) / 127.5 - 1) * look.texture
-    noise = noise + np.repeat(np.repeat(rng.normal(0, 2.0, (size // 2, size // 2)).astype(np.float32), 2, 0), 2, 1)
-    pixels = (np.asarray(image, np.float32) + noise[..., None]) * gain * np.array(look.light, np.float32)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    noise += 2 * rng.standard_normal((size // 2, size // 2), np.float32).repeat(2, 0).repeat(2, 1)
+    pixels = np.asarray(image).astype(np.float32)
+    pixels += noise[..., None]
+    pixels *= gain[..., None] * np.array(look.light, np.float32)
+    return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 
 def draw_primary(world: World, effector, look: Look, base: Image.Image) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""RLDS demonstrations of the tabletop world's gripper. Build: `tfds build` in this folder, or ../build.py for several at once."""
+"""RLDS demonstrations of the tabletop world's gripper. Built by `tfds build` here, or by ../build.py."""
 
 import pathlib
 import sys
