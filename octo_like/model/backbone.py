@@ -1,0 +1,172 @@
+"""Task, observation and readout groups through one block-causal transformer, back to groups.
+
+Sequence: task groups, then for every timestep of the window: observation groups, repeated task groups, readouts.
+"""
+
+import math
+from typing import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from octo_like.model.attention import GroupLayout, block_mask
+from octo_like.model.tokens import TokenGroup, masked_mean
+from octo_like.model.transformer import Transformer
+
+
+class BlockTransformer(nn.Module):
+    """Lays groups out as one sequence, runs the transformer with the block mask, and splits the result again."""
+
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    remat: bool = False
+    compat: bool = False
+    legacy_attention: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, task: Mapping[str, TokenGroup], steps: Mapping[str, TokenGroup], dropout_keys=None
+    ) -> dict[str, TokenGroup]:
+        """
+        Args:
+          task: prefix groups, tokens (B, n, D).
+          steps: timestep groups, tokens (B, W, n, D), in sequence order.
+        """
+        b, window, _, dim = next(iter(steps.values())).tokens.shape
+        prefix = TokenGroup.concatenate(list(task.values())) if task else None
+        per_step = TokenGroup.concatenate(list(steps.values()))
+        tokens = per_step.tokens.reshape(b, -1, dim)
+        key_mask = per_step.mask.reshape(b, -1)
+        if prefix is not None:
+            tokens = jnp.concatenate([prefix.tokens, tokens], axis=1)
+            key_mask = jnp.concatenate([prefix.mask, key_mask], axis=1)
+        rule = block_mask(layout(task, steps, window), legacy=self.legacy_attention)
+        out = Transformer(
+            self.num_layers,
+            self.num_heads,
+            self.mlp_dim,
+            self.dropout_rate,
+            self.attention_dropout_rate,
+            uniform_when_masked=self.compat,
+            remat=self.remat,
+            dtype=self.dtype,
+            name="Transformer_0",
+        )(tokens, rule[None] & key_mask[:, None, :], dropout_keys)
+
+        groups, start = {}, 0
+        for name, group in task.items():
+            size = group.tokens.shape[-2]
+            groups[name] = TokenGroup(out[:, start : start + size], group.mask)
+            start += size
+        out = out[:, start:].reshape(b, window, -1, dim)
+        start = 0
+        for name, group in steps.items():
+            size = group.tokens.shape[-2]
+            groups[name] = TokenGroup(out[:, :, start : start + size], group.mask)
+            start += size
+        return groups
+
+
+def layout(task: Mapping[str, TokenGroup], steps: Mapping[str, TokenGroup], window: int) -> list[GroupLayout]:
+    """The group layout of the whole sequence."""
+    groups = [GroupLayout(name, "task", group.tokens.shape[-2], -1) for name, group in task.items()]
+    for t in range(window):
+        for name, group in steps.items():
+            role = "readout" if name.startswith("readout_") else "obs"
+            groups.append(GroupLayout(name, role, group.tokens.shape[-2], t))
+    return groups
+
+
+class OctoTransformer(nn.Module):
+    """Tokenizers, projections, position embeddings and the transformer.
+
+    Attributes:
+      task_tokenizers, observation_tokenizers: modules by group name; their order is the order of the sequence.
+      readouts: number of readout tokens by name.
+      token_dim: width D of the transformer.
+      max_window: longest window the position embeddings allow.
+      repeat_task_tokens: repeat the task's tokens at every timestep.
+    """
+
+    task_tokenizers: Mapping[str, nn.Module]
+    observation_tokenizers: Mapping[str, nn.Module]
+    readouts: Mapping[str, int]
+    transformer: Mapping[str, object]
+    token_dim: int
+    max_window: int
+    repeat_task_tokens: bool = False
+    compat: bool = False
+    legacy_attention: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, observation, task, dropout_keys=None) -> dict[str, TokenGroup]:
+        """Returns every group by name ("task_*", "obs_*", "readout_*") and the concatenations "task" and "obs".
+
+        Args:
+          observation: schema `observation`, arrays (B, W, ...).
+          task: schema `task`, arrays (B, ...).
+          dropout_keys: (B,) keys, or None for deterministic outputs.
+        """
+        step_mask = jnp.asarray(observation["timestep_pad_mask"], bool)
+        b, window = step_mask.shape
+        if window > self.max_window:
+            raise ValueError(f"window of {window} observations, but this model was built for at most {self.max_window}")
+
+        task_groups = {}
+        for name, tokenizer in self.task_tokenizers.items():
+            group = tokenizer(observation, task)
+            if group is not None:
+                pos = self._position(f"task_{name}_pos_embedding", (1, *group.tokens.shape[1:2], self.token_dim))
+                task_groups[f"task_{name}"] = TokenGroup(self._project(f"task_{name}", group.tokens) + pos, group.mask)
+        summary = masked_mean(TokenGroup.concatenate(list(task_groups.values()))) if task_groups else None
+
+        steps = {}
+        for name, tokenizer in self.observation_tokenizers.items():
+            group = tokenizer(observation, task, summary)
+            if group is not None:
+                size = group.tokens.shape[-2]
+                pos = self._position(f"obs_{name}_pos_embedding", (1, self.max_window, size, self.token_dim))
+                tokens = self._project(f"obs_{name}", group.tokens) + pos[:, :window]
+                steps[f"obs_{name}"] = TokenGroup(tokens, group.mask & step_mask[..., None])
+        if not steps:
+            keys = sorted(key for key in observation if key != "pad_mask_dict")
+            raise ValueError(f"no observation tokenizer found its input among the observation's keys {keys}")
+        if self.repeat_task_tokens:
+            for name, group in task_groups.items():
+                tokens = jnp.broadcast_to(group.tokens[:, None], (b, window, *group.tokens.shape[1:]))
+                mask = jnp.broadcast_to(group.mask[:, None], tokens.shape[:-1])
+                steps[f"obs_{name}"] = TokenGroup(tokens, mask if self.compat else mask & step_mask[..., None])
+        for name, size in self.readouts.items():
+            pos = self._position(f"readout_{name}_pos_embedding", (1, self.max_window, size, self.token_dim))
+            tokens = jnp.broadcast_to(pos[:, :window], (b, window, size, self.token_dim))
+            mask = jnp.ones(tokens.shape[:-1], bool)
+            steps[f"readout_{name}"] = TokenGroup(tokens, mask if self.compat else mask & step_mask[..., None])
+
+        groups = BlockTransformer(
+            **self.transformer,
+            compat=self.compat,
+            legacy_attention=self.legacy_attention,
+            dtype=self.dtype,
+            name="BlockTransformer_0",
+        )(task_groups, steps, dropout_keys)
+        if task_groups:
+            groups["task"] = TokenGroup.concatenate([groups[name] for name in task_groups])
+        groups["obs"] = TokenGroup.concatenate([group for name, group in groups.items() if name.startswith("obs_")])
+        return groups
+
+    def _project(self, name: str, tokens: jax.Array) -> jax.Array:
+        return nn.Dense(self.token_dim, dtype=self.dtype, name=f"{name}_projection")(tokens)
+
+    def _position(self, name: str, shape: tuple[int, ...]) -> jax.Array:
+        return self.param(name, nn.initializers.normal(0.02), shape).astype(self.dtype)
+
+
+def count_tokens(groups: Mapping[str, TokenGroup]) -> dict[str, int]:
+    """Tokens per group (per timestep for timestep groups)."""
+    return {name: math.prod(group.tokens.shape[-2:-1]) for name, group in groups.items() if name not in ("task", "obs")}

@@ -1,0 +1,186 @@
+"""The whole network (transformer and heads) and its construction from a plain nested dict."""
+
+import dataclasses
+import difflib
+from typing import Any, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.model.backbone import OctoTransformer
+from octo_like.model.heads import ActionHead, DiffusionHead, DiscreteHead, RegressionHead, action_mask
+from octo_like.model.stems import ConvStem, PatchStem, SmallStem
+from octo_like.model.t5 import T5_CONFIGS, T5Config
+from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
+from octo_like.model.transformer import fold_in_all
+
+STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem}
+TOKENIZERS = {"image": ImageTokenizer, "language": LanguageTokenizer, "lowdim": LowdimTokenizer}
+HEADS = {"diffusion": DiffusionHead, "regression": RegressionHead, "discrete": DiscreteHead}
+TRANSFORMER_OPTIONS = ("num_layers", "num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate", "remat")
+
+
+class OctoModel(nn.Module):
+    """octo_transformer and heads; every method takes schema batches.
+
+    Attributes:
+      head_weights: weight of every head's loss in the total.
+    """
+
+    octo_transformer: OctoTransformer
+    heads: Mapping[str, ActionHead]
+    head_weights: Mapping[str, float]
+
+    def groups(self, observation, task, dropout_keys=None):
+        return self.octo_transformer(observation, task, dropout_keys)
+
+    def loss_terms(self, batch: Mapping[str, Any], keys_b: jax.Array, train: bool) -> dict[str, dict[str, jax.Array]]:
+        """Per head: masked sums ("loss", "mse", ...) and "count", the number of entries they run over.
+
+        Sums of micro-batches add up to the sum of the batch; dividing by the total count gives the mean.
+
+        Args:
+          keys_b: (B,) random keys, one per sample.
+          train: dropout on.
+        """
+        groups = self.octo_transformer(batch["observation"], batch["task"], fold_in_all(keys_b, 0) if train else None)
+        terms = {}
+        for i, (name, head) in enumerate(self.heads.items()):
+            action = batch["action"][:, :, : head.action_horizon, : head.action_dim]
+            mask = action_mask(batch, name, head.action_horizon, head.action_dim)
+            terms[name] = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
+            terms[name]["count"] = jnp.sum(mask, dtype=jnp.float32)
+        return terms
+
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Number of entries every head learns from; needs no parameters."""
+        return {
+            name: jnp.sum(action_mask(batch, name, head.action_horizon, head.action_dim), dtype=jnp.float32)
+            for name, head in self.heads.items()
+        }
+
+    def sample(self, observation, task, keys_b, *, head: str, sample_shape=(), valid=None) -> jax.Array:
+        """Normalised actions (*sample_shape, B, H, A) for the last timestep of the window."""
+        groups = self.octo_transformer(observation, task)
+        return self.heads[head].sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
+
+
+def total_loss(model: OctoModel, terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str, jax.Array]) -> jax.Array:
+    """Weighted sum over heads of the mean loss; `counts` are those of the whole batch."""
+    return sum(
+        model.head_weights.get(name, 1.0) * part["loss"] / jnp.maximum(counts[name], 1.0) for name, part in terms.items()
+    )
+
+
+def init_params(model: OctoModel, spec: BatchSpec, rng: jax.Array, *, vocab_size: int = 100):
+    """Freshly initialised parameters, a plain nested dict."""
+    batch = synthetic_batch(spec, 1, language_vocab=vocab_size)
+    variables = model.init(rng, batch, jax.random.split(rng, 1), False, method="loss_terms")
+    return variables["params"]
+
+
+def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:
+    """Builds the network a config describes.
+
+    Args:
+      config: see configs/octo_small.py: token_dim, max_window, transformer, task_tokenizers, observation_tokenizers,
+        readouts, heads and optionally repeat_task_tokens, octo_compat, legacy_attention, dtype.
+      vocab_size: of the text tokenizer; used by a "small" language encoder whose config does not give one.
+
+    Raises:
+      ValueError: naming an unknown kind or option and the valid ones.
+    """
+    config = _plain(config)
+    shared = {"compat": bool(config.get("octo_compat", False)), "dtype": jnp.dtype(config.get("dtype", "float32"))}
+    known = {
+        "token_dim",
+        "max_window",
+        "transformer",
+        "task_tokenizers",
+        "observation_tokenizers",
+        "readouts",
+        "heads",
+        "repeat_task_tokens",
+        "octo_compat",
+        "legacy_attention",
+        "dtype",
+    }
+    _check_options(config, known, "model")
+    _check_options(config["transformer"], set(TRANSFORMER_OPTIONS), "model.transformer")
+
+    def tokenizers(group):
+        return {
+            name: _tokenizer(entry, shared, vocab_size, f"model.{group}.{name}")
+            for name, entry in (config.get(group) or {}).items()
+        }
+
+    heads, weights = {}, {}
+    for name, entry in config["heads"].items():
+        entry = dict(entry)
+        weights[name] = float(entry.pop("weight", 1.0))
+        heads[name] = _make(HEADS, entry, shared, f"model.heads.{name}")
+    transformer = OctoTransformer(
+        task_tokenizers=tokenizers("task_tokenizers"),
+        observation_tokenizers=tokenizers("observation_tokenizers"),
+        readouts=config["readouts"],
+        transformer=config["transformer"],
+        token_dim=config["token_dim"],
+        max_window=config["max_window"],
+        repeat_task_tokens=config.get("repeat_task_tokens", False),
+        legacy_attention=config.get("legacy_attention", False),
+        **shared,
+    )
+    return OctoModel(transformer, heads, weights)
+
+
+def _plain(node):
+    """ConfigDicts and lists to dicts and tuples."""
+    if isinstance(node, Mapping) or hasattr(node, "items"):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return tuple(_plain(value) for value in node)
+    return node
+
+
+def _tokenizer(entry, shared, vocab_size, where):
+    entry = dict(entry)
+    if entry.get("kind") == "image":
+        entry["stem"] = _make(STEMS, entry.get("stem", {"kind": "small"}), {"dtype": shared["dtype"]}, f"{where}.stem")
+    if entry.get("kind") == "language":
+        if entry.get("encoder") == "t5":
+            entry["t5"] = _t5_config(entry.get("t5", "t5-base"), where)
+        elif not entry.get("vocab_size"):
+            entry["vocab_size"] = vocab_size
+        if entry.get("encoder", "small") == "small" and not entry["vocab_size"]:
+            raise ValueError(f"{where}: a small language encoder needs vocab_size, or a text tokenizer in the run")
+    return _make(TOKENIZERS, entry, shared, where)
+
+
+def _t5_config(value, where) -> T5Config:
+    if isinstance(value, str):
+        if value not in T5_CONFIGS:
+            raise ValueError(f"{where}: unknown T5 size {value!r}; valid: {sorted(T5_CONFIGS)}")
+        return T5_CONFIGS[value]
+    _check_options(value, {field.name for field in dataclasses.fields(T5Config)}, f"{where}.t5")
+    return T5Config(**value)
+
+
+def _make(table, entry, shared, where):
+    entry = dict(entry)
+    kind = entry.pop("kind", None)
+    if kind not in table:
+        raise ValueError(f"{where}: unknown kind {kind!r}; valid: {sorted(table)}")
+    cls = table[kind]
+    fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    _check_options(entry, fields - set(shared), where)
+    return cls(**entry, **{key: value for key, value in shared.items() if key in fields})
+
+
+def _check_options(entry, known, where):
+    for key in entry:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{where}: unknown option {key!r}{hint} (valid: {sorted(known)})")

@@ -1,0 +1,303 @@
+"""Policy: the public face of a trained model. Pure JAX; loading and running it imports no TensorFlow.
+
+    policy = Policy.load_pretrained("runs/pretrain/export")
+    task = policy.create_tasks(texts=["put the green block on the blue plate"])
+    actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize="tabletop_gripper")
+"""
+
+import dataclasses
+import difflib
+import functools
+import logging
+import os
+from typing import Any, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from octo_like.common import normalization
+from octo_like.common.schema import BatchSpec, Leaf, check_tree, flatten, synthetic_batch
+from octo_like.common.text import TextTokenizer
+from octo_like.model.octo import OctoModel, build_model, init_params
+from octo_like.model.pretrained import PretrainedError, load_directory, module_of, save_directory
+
+log = logging.getLogger(__name__)
+
+
+class Policy:
+    """A model, its parameters, and what it needs to speak in physical units and words.
+
+    Attributes:
+      config: {"model": ..., "batch_spec": ..., and anything else worth keeping}, JSON-able.
+      params: nested dict of arrays.
+      statistics: normalisation statistics by dataset name; see `octo_like.common.normalization`. The entry
+        "normalization" of a dataset says which kind ("normal", "bounds") its numbers were trained with.
+      text_tokenizer: None for a policy without language.
+      batch_spec: sizes of everything that goes in and comes out.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        params: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+        text_tokenizer: TextTokenizer | None = None,
+    ):
+        self.config, self.params, self.statistics = dict(config), params, dict(statistics)
+        self.text_tokenizer = text_tokenizer
+        self.batch_spec = spec_from_json(config["batch_spec"])
+        self.model = build_model(config["model"], vocab_size=text_tokenizer.vocab_size if text_tokenizer else 0)
+        self._sample = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
+        self._warned: set[str] = set()
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_pretrained(cls, path: str | os.PathLike) -> "Policy":
+        """Loads an exported policy (the directory `save_pretrained` writes).
+
+        Raises:
+          PretrainedError: when the path is not one, or is damaged.
+        """
+        config, params, statistics, text_dir = load_directory(path)
+        tokenizer = TextTokenizer.load(str(text_dir)) if text_dir else None
+        policy = cls(config, params, normalization.from_json(statistics) if statistics else {}, tokenizer)
+        policy._check_params(path)
+        return policy
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes the policy as one self-contained directory; it appears whole or not at all."""
+        config = {key: value for key, value in self.config.items() if key not in ("format_version", "params_sha256")}
+        save_directory(
+            path,
+            config=config,
+            params=jax.device_get(self.params),
+            statistics=normalization.to_json(self.statistics),
+            save_text=(lambda folder: self.text_tokenizer.save(str(folder))) if self.text_tokenizer else None,
+        )
+
+    def _check_params(self, path) -> None:
+        expected = jax.eval_shape(lambda: init_params(self.model, self.batch_spec, jax.random.key(0)))
+        want = {name: leaf.shape for name, leaf in flatten(expected)}
+        got = {name: leaf.shape for name, leaf in flatten(self.params)}
+        if want != got:
+            wrong = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
+            name = wrong[0]
+            raise PretrainedError(
+                f"{path}: {len(wrong)} parameters do not fit config.json, e.g. {name}: "
+                f"config says {want.get(name)}, file has {got.get(name)}"
+            )
+
+    # -- what goes in -------------------------------------------------------------------------------------------------
+
+    @property
+    def example_batch(self) -> dict[str, Any]:
+        """A random batch of one sample with every key and shape the model knows."""
+        return synthetic_batch(self.batch_spec, 1)
+
+    def create_tasks(
+        self, texts: Sequence[str] | None = None, goals: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """Tasks from instructions, goal images, or both.
+
+        Args:
+          texts: B instructions; "" means no instruction.
+          goals: "image_{slot}" to (B, h, w, 3) or (h, w, 3) uint8, of the sizes in `batch_spec`.
+
+        Returns:
+          Schema `task`; whatever was not given is marked missing in its pad_mask_dict.
+        """
+        spec = self.batch_spec
+        if texts is None and goals is None:
+            raise ValueError("a task needs texts, goals or both")
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of instructions, one per row of the batch, not a single string")
+        goals = {key: np.asarray(g)[None] if np.ndim(g) == 3 else np.asarray(g) for key, g in (goals or {}).items()}
+        valid_goals = [f"image_{slot}" for slot in spec.goal_images]
+        for key in goals:
+            if key not in valid_goals:
+                raise ValueError(f"this policy takes no goal {key!r}; valid goals: {valid_goals or 'none'}")
+        if texts is not None and spec.language_length is None:
+            raise ValueError(f"this policy takes no language; valid goals: {valid_goals}")
+        sizes = {len(g) for g in goals.values()} | ({len(texts)} if texts is not None else set())
+        if len(sizes) != 1:
+            raise ValueError(f"texts and goals must have the same batch size, got sizes {sorted(sizes)}")
+        b = sizes.pop()
+        task: dict[str, Any] = {"pad_mask_dict": {}, "timestep": np.zeros(b, np.int32)}
+        if spec.language_length is not None:
+            texts = [""] * b if texts is None else list(texts)
+            task["language_instruction"] = self.text_tokenizer.encode(texts)
+            task["pad_mask_dict"]["language_instruction"] = np.array([bool(text.strip()) for text in texts])
+        for slot in spec.goal_images:
+            key = f"image_{slot}"
+            task["pad_mask_dict"][key] = np.full(b, key in goals)
+            task[key] = goals.get(key, np.zeros((b, *spec.image_sizes[slot], 3), np.uint8))
+        check_tree(task, spec.task(), where="task")
+        return task
+
+    def prepare_observations(self, observations: Mapping[str, Any], unnormalize: str | None = None) -> dict[str, Any]:
+        """Checks observations, normalises proprio, and fills in what is missing (marked so, and logged once).
+
+        Args:
+          observations: (B, W, ...) arrays: image_{slot} uint8, proprio (physical units when `unnormalize` names
+            statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any up to the model's.
+        """
+        spec = self.batch_spec
+        known = spec.observation()
+        observations = dict(observations)
+        if "timestep_pad_mask" not in observations:
+            raise ValueError(f"observation/timestep_pad_mask (B, W) bool is missing; got {sorted(observations)}")
+        b, w = np.shape(observations["timestep_pad_mask"])
+        pads = dict(observations.get("pad_mask_dict", {}))
+        out: dict[str, Any] = {"timestep_pad_mask": observations["timestep_pad_mask"], "pad_mask_dict": {}}
+        out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
+        if "proprio" in observations and "proprio" in known:
+            observations.update(self._proprio(observations, unnormalize))
+        for key in known["pad_mask_dict"]:
+            leaf = known[key]
+            if key in observations:
+                out[key] = observations[key]
+                out["pad_mask_dict"][key] = pads.get(key, np.ones((b, w), bool))
+            else:
+                if key not in self._warned:
+                    log.warning("observation/%s is missing: it is marked as such and masked out", key)
+                    self._warned.add(key)
+                out[key] = np.zeros((b, w, *leaf.shape[1:]), leaf.dtype)
+                out["pad_mask_dict"][key] = np.zeros((b, w), bool)
+        if "proprio" in known:
+            default = np.broadcast_to(np.asarray(out["pad_mask_dict"]["proprio"])[..., None], (b, w, spec.proprio_dim))
+            out["proprio_pad_mask"] = observations.get("proprio_pad_mask", default)
+        images = [key for key in known if key.startswith("image_")]
+        if images and not any(key in observations for key in images):
+            raise ValueError(f"the observation has none of this policy's cameras {images}; got {sorted(observations)}")
+        expected = {key: _with_window(leaf, w) for key, leaf in known.items()}
+        check_tree(out, expected, where="observation")
+        return out
+
+    def _proprio(self, observations, unnormalize) -> dict[str, Any]:
+        proprio = jnp.asarray(observations["proprio"], jnp.float32)
+        if unnormalize is not None:
+            entry = self._entry(unnormalize)
+            if "proprio" not in entry:
+                raise ValueError(f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation")
+            proprio = normalization.normalize(proprio, entry["proprio"], entry.get("normalization", "normal"))
+        width, want = proprio.shape[-1], self.batch_spec.proprio_dim
+        if width > want:
+            raise ValueError(f"observation/proprio has {width} dimensions, this policy takes at most {want}")
+        pad = [(0, 0)] * (proprio.ndim - 1) + [(0, want - width)]
+        valid = observations.get("proprio_pad_mask")
+        if valid is None:
+            valid = np.broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
+        return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
+
+    def _entry(self, name: str) -> Mapping[str, Any]:
+        if name not in self.statistics:
+            close = difflib.get_close_matches(name, self.statistics, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown unnormalisation {name!r}{hint} Valid: {sorted(self.statistics)} or None")
+        return self.statistics[name]
+
+    # -- what comes out -----------------------------------------------------------------------------------------------
+
+    def sample_actions(
+        self,
+        observations: Mapping[str, Any],
+        tasks: Mapping[str, Any],
+        *,
+        rng: jax.Array,
+        unnormalize: str | None = None,
+        head: str | None = None,
+        sample_shape: tuple[int, ...] = (),
+    ) -> jax.Array:
+        """Samples action chunks for the last timestep of the window.
+
+        Args:
+          observations: see `prepare_observations`.
+          tasks: from `create_tasks`.
+          rng: one key, or B keys (row i then depends on key i alone, whatever else is in the batch).
+          unnormalize: dataset whose statistics turn actions (and proprio) into physical units and say how many action
+            dimensions the robot has; None gives the model's own normalised numbers.
+          head: name of the head; may be omitted when there is only one, or one called "action".
+          sample_shape: leading dimensions of independent samples.
+
+        Returns:
+          (*sample_shape, B, H, A) float32.
+        """
+        head = self._head(head)
+        observations = self.prepare_observations(observations, unnormalize)
+        b = observations["timestep_pad_mask"].shape[0]
+        rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
+        if rows != b:
+            raise ValueError(f"{b} observations but {rows} tasks; create one task per row")
+        rng = jnp.asarray(rng)
+        single = rng.ndim == (0 if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else 1)
+        keys_b = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(b)) if single else rng
+        dim = self.model.heads[head].action_dim
+        if unnormalize is not None:
+            entry = self._entry(unnormalize)
+            dim = len(entry["action"]["mean"])
+            if dim > self.model.heads[head].action_dim:
+                raise ValueError(
+                    f"statistics {unnormalize!r} have {dim} action dimensions, head {head!r} has "
+                    f"{self.model.heads[head].action_dim}"
+                )
+        valid = np.arange(self.model.heads[head].action_dim) < dim
+        actions = self._sample(self.params, observations, tasks, keys_b, valid, head=head, sample_shape=tuple(sample_shape))
+        if unnormalize is None:
+            return actions
+        return normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
+
+    def _head(self, head: str | None) -> str:
+        heads = list(self.model.heads)
+        if head is None:
+            head = heads[0] if len(heads) == 1 else "action"
+        if head not in heads:
+            raise ValueError(f"unknown head {head!r}; valid: {heads}")
+        return head
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def get_pretty_spec(self) -> str:
+        """What the policy takes, gives and holds, as a readable table."""
+        lines = ["observation"]
+        lines += [f"  {name:<34}{leaf.describe()}" for name, leaf in flatten(self.batch_spec.observation())]
+        lines += ["task"] + [f"  {name:<34}{leaf.describe()}" for name, leaf in flatten(self.batch_spec.task())]
+        lines += ["actions (normalised, or in physical units with unnormalize=...)"]
+        for name, head in self.model.heads.items():
+            lines.append(f"  {name:<34}(B, {head.action_horizon}, {head.action_dim}) float32, {type(head).__name__}")
+        lines += [f"statistics: {', '.join(sorted(self.statistics)) or 'none'}"]
+        sizes: dict[str, int] = {}
+        for path, leaf in flatten(self.params):
+            sizes[module_of(path)] = sizes.get(module_of(path), 0) + int(np.prod(leaf.shape))
+        lines += ["parameters"] + [f"  {name:<34}{size:>12,}" for name, size in sizes.items()]
+        return "\n".join([*lines, f"  {'total':<34}{sum(sizes.values()):>12,}"])
+
+
+def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, head, sample_shape):
+    return model.apply(
+        {"params": params}, observations, tasks, keys_b, head=head, sample_shape=sample_shape, valid=valid, method="sample"
+    )
+
+
+def _with_window(leaf, window: int):
+    if isinstance(leaf, Mapping):
+        return {key: _with_window(value, window) for key, value in leaf.items()}
+    return Leaf((window, *leaf.shape[1:]), leaf.dtype)
+
+
+def spec_to_json(spec: BatchSpec) -> dict[str, Any]:
+    """BatchSpec as plain lists and numbers."""
+    return {
+        **dataclasses.asdict(spec),
+        "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
+        "goal_images": list(spec.goal_images),
+        "heads": list(spec.heads),
+    }
+
+
+def spec_from_json(data: Mapping[str, Any]) -> BatchSpec:
+    """Inverse of `spec_to_json`."""
+    fields = dict(data)
+    fields["image_sizes"] = {slot: tuple(size) for slot, size in data["image_sizes"].items()}
+    return BatchSpec(**{**fields, "goal_images": tuple(data["goal_images"]), "heads": tuple(data["heads"])})

@@ -1,0 +1,213 @@
+"""Parameters in files: the exported directory, and merging loaded parameters into a new model with a report.
+
+An exported policy is a directory:
+
+    config.json               format version, model config, batch spec, text tokenizer, digest of the parameters
+    params.safetensors        every parameter under its path, e.g. "heads_action/mean_proj/kernel"
+    dataset_statistics.json   normalisation statistics per dataset
+    text/                     the sentencepiece model, when the policy takes language
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+import safetensors.numpy
+
+from octo_like.common.schema import flatten, unflatten
+
+FORMAT_VERSION = 1
+CONFIG_FILE, PARAMS_FILE, STATISTICS_FILE, TEXT_DIR = "config.json", "params.safetensors", "dataset_statistics.json", "text"
+
+
+class PretrainedError(ValueError):
+    """A directory that cannot be loaded as a policy, and why."""
+
+
+def save_directory(path: str | os.PathLike, *, config: Mapping, params: Mapping, statistics: Mapping, save_text=None) -> None:
+    """Writes an exported policy; the directory appears whole or not at all, and replaces an earlier export.
+
+    Args:
+      save_text: called with the path of the text/ directory to fill it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path / CONFIG_FILE).exists() and any(path.iterdir()):
+        raise PretrainedError(f"{path} exists and is not an exported policy; it is not overwritten")
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(params)}
+        safetensors.numpy.save_file(arrays, staging / PARAMS_FILE)
+        digest = hashlib.sha256((staging / PARAMS_FILE).read_bytes()).hexdigest()
+        document = {"format_version": FORMAT_VERSION, "params_sha256": digest, **config}
+        (staging / CONFIG_FILE).write_text(json.dumps(document, indent=2))
+        (staging / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
+        if save_text is not None:
+            (staging / TEXT_DIR).mkdir()
+            save_text(staging / TEXT_DIR)
+        staging.chmod(0o755)
+        previous = None
+        if path.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old"
+            path.rename(previous)
+        staging.rename(path)
+        if previous is not None:
+            shutil.rmtree(previous.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_directory(path: str | os.PathLike) -> tuple[dict, dict, dict, Path | None]:
+    """Reads an exported policy: (config, params, statistics, text directory or None).
+
+    Raises:
+      PretrainedError: when the path is not an exported policy, is of a newer format, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise PretrainedError(f"{path} is not a directory; expected an exported policy with {CONFIG_FILE} and {PARAMS_FILE}")
+    missing = [name for name in (CONFIG_FILE, PARAMS_FILE, STATISTICS_FILE) if not (path / name).is_file()]
+    if missing:
+        found = sorted(entry.name for entry in path.iterdir())[:8]
+        exported = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; did you mean {path / exported[0]}?" if exported else ""
+        raise PretrainedError(f"{path} is not an exported policy: {', '.join(missing)} missing (found: {found}){hint}")
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+        statistics = json.loads((path / STATISTICS_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise PretrainedError(f"{path}: a JSON file is damaged: {error}") from error
+    version = config.get("format_version")
+    if version is None or version > FORMAT_VERSION:
+        raise PretrainedError(f"{path}: format version {version}, this release reads up to {FORMAT_VERSION}")
+    data = (path / PARAMS_FILE).read_bytes()
+    if hashlib.sha256(data).hexdigest() != config["params_sha256"]:
+        raise PretrainedError(f"{path / PARAMS_FILE} is damaged: its SHA-256 differs from the one in {CONFIG_FILE}")
+    params = unflatten(safetensors.numpy.load(data))
+    text = path / TEXT_DIR
+    return config, params, statistics, text if text.is_dir() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What became of every parameter of a new model.
+
+    Attributes:
+      status: path to "loaded", "resized" or "new".
+      notes: path to the reason, for "resized" and "new".
+      unused: paths of the checkpoint that the new model does not have.
+      sizes: path to the number of entries.
+      frozen: paths that will not be trained.
+    """
+
+    status: dict[str, str]
+    notes: dict[str, str]
+    unused: tuple[str, ...]
+    sizes: dict[str, int]
+    frozen: frozenset[str] = frozenset()
+
+    def count(self, status: str) -> tuple[int, int]:
+        """(number of arrays, number of entries) with a status ("frozen" counts the frozen ones)."""
+        paths = self.frozen if status == "frozen" else [path for path, s in self.status.items() if s == status]
+        return len(paths), sum(self.sizes[path] for path in paths)
+
+    def to_dict(self) -> dict[str, Any]:
+        summary = {}
+        for status in ("loaded", "resized", "new", "frozen"):
+            arrays, entries = self.count(status)
+            summary[status] = {"arrays": arrays, "parameters": entries}
+        return {
+            "summary": summary,
+            "status": self.status,
+            "notes": self.notes,
+            "unused": list(self.unused),
+            "frozen": sorted(self.frozen),
+        }
+
+    def __str__(self) -> str:
+        """A table by module, then every resized, new and unused array."""
+        rows: dict[str, dict[str, int]] = {}
+        for path, status in self.status.items():
+            row = rows.setdefault(module_of(path), {})
+            row[status] = row.get(status, 0) + self.sizes[path]
+            if path in self.frozen:
+                row["frozen"] = row.get("frozen", 0) + self.sizes[path]
+        names = ("loaded", "resized", "new", "frozen")
+        width = max(map(len, [*rows, "total"]))
+        lines = [f"{'parameters':<{width}}" + "".join(f"{name:>12}" for name in names)]
+        for module, row in rows.items():
+            lines.append(f"{module:<{width}}" + "".join(f"{row.get(name, 0) or '-':>12}" for name in names))
+        lines.append(f"{'total':<{width}}" + "".join(f"{self.count(name)[1] or '-':>12}" for name in names))
+        lines += [f"  {self.status[path]:<8} {path}: {note}" for path, note in self.notes.items()]
+        lines += [f"  unused   {path}" for path in self.unused]
+        return "\n".join(lines)
+
+
+def module_of(path: str) -> str:
+    """The part of the model a parameter belongs to, for reports."""
+    parts = path.split("/")
+    if parts[0] != "octo_transformer" or len(parts) == 1:
+        return parts[0]
+    return "transformer" if parts[1] == "BlockTransformer_0" else parts[1]
+
+
+def merge_params(target: Mapping, source: Mapping, *, reinitialize: Sequence[str] = ()) -> tuple[dict, LoadReport]:
+    """Puts loaded parameters into a freshly initialised tree.
+
+    A parameter of equal path and shape is loaded. A position embedding of another length is resized: the common entries
+    are loaded, the others stay as initialised. Everything else stays new.
+
+    Args:
+      target: initialised parameters of the new model.
+      source: loaded parameters.
+      reinitialize: regexes (matched at the start of a path); matching parameters stay new.
+
+    Returns:
+      The merged parameters and the report.
+
+    Raises:
+      PretrainedError: when a regex matches nothing, or nothing could be loaded.
+    """
+    new, old = dict(flatten(target)), dict(flatten(source))
+    for pattern in reinitialize:
+        if not any(re.match(pattern, path) for path in new):
+            raise PretrainedError(f"reinitialize pattern {pattern!r} matches no parameter; modules: {_modules(new)}")
+    merged, status, notes = {}, {}, {}
+    for path, leaf in new.items():
+        merged[path], status[path] = leaf, "new"
+        if any(re.match(pattern, path) for pattern in reinitialize):
+            notes[path] = "replaced on request"
+        elif path not in old:
+            notes[path] = "not in the checkpoint"
+        elif old[path].shape == leaf.shape:
+            merged[path], status[path] = np.asarray(old[path], leaf.dtype), "loaded"
+        elif "pos_embed" in path.rsplit("/", 1)[-1] and old[path].ndim == leaf.ndim:
+            common = tuple(slice(0, min(a, b)) for a, b in zip(old[path].shape, leaf.shape, strict=True))
+            value = np.array(leaf)
+            value[common] = old[path][common]
+            merged[path], status[path] = value, "resized"
+            notes[path] = f"{_shape(old[path])} to {_shape(leaf)}"
+        else:
+            notes[path] = f"shape {_shape(old[path])} in the checkpoint, {_shape(leaf)} here"
+    if "loaded" not in status.values():
+        raise PretrainedError(
+            f"no parameter of the checkpoint fits this model; it holds {_modules(old)}, the model has {_modules(new)}"
+        )
+    unused = tuple(path for path in old if path not in new)
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in new.items()}
+    return unflatten(merged), LoadReport(status, notes, unused, sizes)
+
+
+def _shape(leaf) -> str:
+    return "x".join(map(str, leaf.shape)) or "scalar"
+
+
+def _modules(flat: Mapping[str, Any]) -> list[str]:
+    return sorted({module_of(path) for path in flat})

@@ -1,0 +1,250 @@
+"""Tokenizers: parts of a batch to token groups (before projection to the transformer's width).
+
+Every tokenizer returns a TokenGroup with tokens (B, [W,] n, F), or None when the batch holds none of its inputs. With
+`compat=True` it reproduces the masks of the Octo releases; otherwise a token is valid iff its input is there.
+"""
+
+import re
+from typing import Any, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from octo_like.model.stems import normalize_images
+from octo_like.model.t5 import T5Config, T5Encoder
+from octo_like.model.tokens import TokenGroup
+from octo_like.model.transformer import MapPooling, Transformer
+
+
+def match_keys(tree: Mapping[str, Any], patterns: tuple[str, ...], *, prefix: bool) -> list[str]:
+    """Sorted keys of `tree` that match any regex; `prefix` anchors at the start only (as upstream)."""
+    match = re.match if prefix else re.fullmatch
+    return sorted(key for key in tree if any(match(pattern, key) for pattern in patterns))
+
+
+def valid_mask(tree: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> jax.Array:
+    """pad_mask_dict[key], or all True where the tree does not say."""
+    mask = tree.get("pad_mask_dict", {}).get(key)
+    return jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
+
+
+class TokenLearner(nn.Module):
+    """Pools n tokens into `num_tokens` by attention (Ryoo et al. 2021, with MAP pooling as in Octo)."""
+
+    num_tokens: int
+    uniform_when_masked: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens):
+        pos = self.param("pos_embed", nn.initializers.normal(0.02), tokens.shape[-2:])
+        h = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(tokens + pos.astype(tokens.dtype))
+        return MapPooling(self.num_tokens, self.uniform_when_masked, self.dtype, name="MAPHead_0")(h)
+
+
+class ImageTokenizer(nn.Module):
+    """Cameras to tokens; goal images are stacked onto the observation's channels ("early goal fusion").
+
+    Attributes:
+      stem: the encoder module.
+      obs_keys: regexes of observation keys, stacked along channels in alphabetical order.
+      goal_keys: regexes of goal images. A goal that is missing is zero after normalisation (compat: a black image).
+      film_keys: task arrays (B, d) that condition the stem; ("task",) conditions on the mean of the task's tokens.
+      num_learned_tokens: reduce to this many tokens by a TokenLearner; 0 keeps all.
+      normalization: "default" or "imagenet".
+    """
+
+    stem: nn.Module
+    obs_keys: tuple[str, ...]
+    goal_keys: tuple[str, ...] = ()
+    film_keys: tuple[str, ...] = ()
+    num_learned_tokens: int = 0
+    normalization: str = "default"
+    use_pad_mask: bool = True
+    compat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, observation, task, task_summary=None):
+        keys = match_keys(observation, self.obs_keys, prefix=self.compat)
+        if not keys:
+            return None
+        b, w, *size = observation[keys[0]].shape
+        images = [self._observed(observation, key) for key in keys]
+        goal_keys = match_keys(observation, self.goal_keys, prefix=self.compat)
+        extra = [k for k in match_keys(task, self.goal_keys, prefix=self.compat) if k not in goal_keys]
+        for key in sorted(goal_keys + extra):
+            reference = observation[key] if key in observation else observation[keys[0]]
+            images.append(self._goal(task, key, reference))
+        # One stem pass over all frames of the batch.
+        x = jnp.concatenate(images, axis=-1).reshape(b * w, *size[:-1], -1)
+        condition = self._condition(task, task_summary, w)
+        x = self.stem(x, condition) if condition is not None else self.stem(x)
+        tokens = x.reshape(b, w, -1, x.shape[-1])
+        if self.num_learned_tokens:
+            tokens = TokenLearner(self.num_learned_tokens, self.compat, self.dtype, name="TokenLearner_0")(tokens)
+        mask = jnp.ones((b, w), bool)
+        pads = observation.get("pad_mask_dict", {})
+        if self.use_pad_mask and all(key in pads for key in keys):
+            mask = jnp.stack([jnp.asarray(pads[key], bool) for key in keys]).any(0)
+        return TokenGroup(tokens, jnp.broadcast_to(mask[..., None], tokens.shape[:-1]))
+
+    def _observed(self, observation, key):
+        image = normalize_images(observation[key], self.normalization)
+        if self.compat:
+            return image
+        valid = valid_mask(observation, key, image.shape[:2])
+        return jnp.where(valid[..., None, None, None], image, 0.0)
+
+    def _goal(self, task, key, observed):
+        b, w = observed.shape[:2]
+        if key in task:
+            goal, valid = normalize_images(task[key], self.normalization), valid_mask(task, key, (b,))
+        else:
+            goal = normalize_images(jnp.zeros((b, *observed.shape[2:]), jnp.uint8), self.normalization)
+            valid = jnp.zeros(b, bool)
+        if not self.compat:
+            goal = jnp.where(valid[:, None, None, None], goal, 0.0)
+        return jnp.broadcast_to(goal[:, None], (b, w, *goal.shape[1:]))
+
+    def _condition(self, task, task_summary, window):
+        if not self.film_keys:
+            return None
+        if self.film_keys == ("task",):
+            if task_summary is None:
+                raise ValueError("film_keys=('task',) needs a task tokenizer, but this model has none")
+            condition = task_summary
+        else:
+            condition = jnp.concatenate([task[key] for key in self.film_keys], axis=-1)
+        return jnp.repeat(condition, window, axis=0)
+
+
+class LanguageTokenizer(nn.Module):
+    """Instructions to tokens.
+
+    Attributes:
+      encoder: "t5" (a T5 encoder), "small" (own embeddings and transformer, trained with the policy), or "embedding"
+        (the batch holds precomputed (B, d) or (B, n, d) features).
+      finetune_encoder: whether gradients reach a T5 encoder.
+      vocab_size, dim, num_layers, num_heads: sizes of the "small" encoder.
+    """
+
+    encoder: str = "small"
+    t5: T5Config | None = None
+    finetune_encoder: bool = False
+    vocab_size: int = 0
+    dim: int = 128
+    num_layers: int = 1
+    num_heads: int = 4
+    max_length: int = 16
+    use_pad_mask: bool = True
+    compat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, observation, task, task_summary=None):
+        if "language_instruction" not in task:
+            return None
+        text = task["language_instruction"]
+        if self.encoder == "embedding":
+            tokens = text if text.ndim == 3 else text[:, None]
+            word_mask = jnp.ones(tokens.shape[:2], bool)
+        else:
+            ids, word_mask = text["input_ids"], text["attention_mask"] > 0
+            tokens = self._encode(ids, word_mask)
+        mask = jnp.ones(tokens.shape[:1], bool)
+        if self.use_pad_mask:
+            mask = valid_mask(task, "language_instruction", tokens.shape[:1])
+        mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
+        return TokenGroup(tokens, mask if self.compat else mask & word_mask)
+
+    def _encode(self, ids, word_mask):
+        if self.encoder == "t5":
+            tokens = T5Encoder(self.t5, self.dtype, name="hf_model")(ids, word_mask)
+            return tokens if self.finetune_encoder else jax.lax.stop_gradient(tokens)
+        if self.encoder != "small":
+            raise ValueError(f"unknown language encoder {self.encoder!r}; valid: 't5', 'small', 'embedding'")
+        if not self.compat:
+            # A padding id must not matter, whatever it is.
+            ids = jnp.where(word_mask, ids, 0)
+        x = nn.Embed(self.vocab_size, self.dim, embedding_init=nn.initializers.normal(1.0), name="embedding")(ids)
+        pos = self.param("pos_embedding", nn.initializers.normal(0.1), (1, self.max_length, self.dim))
+        x = (x + pos[:, : ids.shape[1]]).astype(self.dtype)
+        length = ids.shape[1]
+        mask = jnp.broadcast_to(word_mask[:, None], (ids.shape[0], length, length))
+        return Transformer(self.num_layers, self.num_heads, 4 * self.dim, dtype=self.dtype, name="encoder")(x, mask)
+
+
+def bin_thresholds(num_bins: int, kind: str, low: float, high: float) -> np.ndarray:
+    """num_bins + 1 edges: evenly spaced on [low, high], or quantiles of the standard normal ("normal")."""
+    if kind == "uniform":
+        return np.linspace(low, high, num_bins + 1, dtype=np.float32)
+    if kind == "normal":
+        return np.asarray(jax.scipy.stats.norm.ppf(jnp.linspace(1e-6, 1 - 1e-6, num_bins + 1)))
+    raise ValueError(f"unknown bin type {kind!r}; valid: 'uniform', 'normal'")
+
+
+def bin_index(x: jax.Array, num_bins: int, kind: str, low: float, high: float, *, compat: bool) -> jax.Array:
+    """Index of the bin that holds x; values outside the range go to the nearest bin.
+
+    compat: with "normal" bins, values above the last threshold go to bin 0, as upstream.
+    """
+    edges = bin_thresholds(num_bins, kind, low, high)
+    if kind == "uniform":
+        x = jnp.clip(x, low + 1e-6, high - 1e-6)
+    index = jnp.searchsorted(edges, x, side="right") - 1
+    if compat:
+        return jnp.where((index < 0) | (index >= num_bins), 0, index)
+    return jnp.clip(index, 0, num_bins - 1)
+
+
+class LowdimTokenizer(nn.Module):
+    """Proprioception and other low-dimensional observations to tokens.
+
+    Attributes:
+      obs_keys: regexes of (B, W, d) observations, concatenated.
+      per: "scalar" gives one token per entry, "vector" one token for all (entries and their validity).
+      discretize: one-hot bins instead of the value ("scalar" only).
+    """
+
+    obs_keys: tuple[str, ...]
+    per: str = "vector"
+    discretize: bool = False
+    num_bins: int = 256
+    bin_type: str = "uniform"
+    low: float = 0.0
+    high: float = 1.0
+    compat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, observation, task, task_summary=None):
+        keys: list[str] = []
+        for pattern in self.obs_keys:
+            found = match_keys(observation, (pattern,), prefix=self.compat)
+            keys += [key for key in found if not key.endswith("pad_mask") and key not in keys]
+        if not keys:
+            return None
+        values = [jnp.asarray(observation[key], jnp.float32) for key in keys]
+        x = jnp.concatenate(values, axis=-1)
+        if self.compat:
+            valid = jnp.ones(x.shape, bool)
+        else:
+            valid = jnp.concatenate([self._valid(observation, key, v.shape) for key, v in zip(keys, values, strict=True)], -1)
+            x = jnp.where(valid, x, 0.0)
+        if self.per == "vector":
+            tokens = jnp.concatenate([x, valid.astype(x.dtype)], axis=-1)[..., None, :]
+            return TokenGroup(tokens, valid.any(-1, keepdims=True))
+        if self.per != "scalar":
+            raise ValueError(f"unknown low-dim token layout {self.per!r}; valid: 'vector', 'scalar'")
+        if self.discretize:
+            index = bin_index(x, self.num_bins, self.bin_type, self.low, self.high, compat=self.compat)
+            return TokenGroup(jax.nn.one_hot(index, self.num_bins), valid)
+        return TokenGroup(x[..., None], valid)
+
+    def _valid(self, observation, key, shape):
+        valid = jnp.broadcast_to(valid_mask(observation, key, shape[:2])[..., None], shape)
+        dims = observation.get(f"{key}_pad_mask")
+        return valid if dims is None else valid & jnp.asarray(dims, bool)

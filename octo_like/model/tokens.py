@@ -1,0 +1,35 @@
+"""Token groups: the currency of the model. A group is a named run of tokens that share one attention rule."""
+
+from typing import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class TokenGroup:
+    """Tokens with their validity.
+
+    Attributes:
+      tokens: (B, n, D) for a task group, (B, W, n, D) for a timestep group.
+      mask: tokens.shape[:-1] bool; False tokens are never attended to.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+
+    @classmethod
+    def concatenate(cls, groups: Sequence["TokenGroup"]) -> "TokenGroup":
+        """Joins groups along the token axis."""
+        return cls(
+            jnp.concatenate([g.tokens for g in groups], axis=-2), jnp.concatenate([g.mask for g in groups], axis=-1)
+        )
+
+
+def masked_mean(group: TokenGroup) -> jax.Array:
+    """Mean over the valid tokens: (..., n, D) to (..., D); zero where no token is valid."""
+    weight = group.mask[..., None].astype(group.tokens.dtype)
+    # Padded tokens are selected away, not multiplied: nothing of them may leak, not even an infinity.
+    total = jnp.sum(jnp.where(group.mask[..., None], group.tokens, 0), axis=-2)
+    return total / jnp.maximum(jnp.sum(weight, axis=-2), 1)

@@ -1,0 +1,186 @@
+"""Pre-LN transformer blocks. Parameter names follow the Octo releases, so that importing them is a path operation.
+
+Training randomness is keyed per sample: `dropout_keys` is an array of B keys (None switches dropout off), so that a
+sample is dropped alike whichever device or micro-batch it lands on.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from octo_like.model.attention import attend
+
+LN_EPSILON = 1e-6
+
+
+def fold_in_all(keys_b: jax.Array | None, data: int) -> jax.Array | None:
+    """`jax.random.fold_in` over a batch of keys; None stays None."""
+    return None if keys_b is None else jax.vmap(jax.random.fold_in, (0, None))(keys_b, data)
+
+
+def dropout(x: jax.Array, rate: float, keys_b: jax.Array | None) -> jax.Array:
+    """Inverted dropout of x (B, ...) with one key per row."""
+    if keys_b is None or rate == 0.0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys_b)
+    return jnp.where(keep, x / (1.0 - rate), 0)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention with biases; query, key and value of self-attention are computed in one product."""
+
+    num_heads: int
+    dropout_rate: float = 0.0
+    uniform_when_masked: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_bnd, mask_bnm, *, context_bmd=None, dropout_keys=None):
+        dim, heads = x_bnd.shape[-1], self.num_heads
+        if dim % heads:
+            raise ValueError(f"token width {dim} is not divisible by {heads} attention heads")
+        head_dim = dim // heads
+        xavier = nn.initializers.xavier_uniform
+
+        def projection(name, in_dim):
+            holder = _Projection((in_dim, heads, head_dim), (heads, head_dim), xavier(in_axis=0, out_axis=(1, 2)), name=name)
+            kernel, bias = holder()
+            return kernel.reshape(in_dim, dim).astype(self.dtype), bias.reshape(dim).astype(self.dtype)
+
+        context_dim = dim if context_bmd is None else context_bmd.shape[-1]
+        query, key, value = projection("query", dim), projection("key", context_dim), projection("value", context_dim)
+        x_bnd = x_bnd.astype(self.dtype)
+        if context_bmd is None:
+            kernel, bias = (jnp.concatenate(parts, axis=-1) for parts in zip(query, key, value, strict=True))
+            q, k, v = jnp.split(x_bnd @ kernel + bias, 3, axis=-1)
+        else:
+            context_bmd = context_bmd.astype(self.dtype)
+            q, k, v = x_bnd @ query[0] + query[1], context_bmd @ key[0] + key[1], context_bmd @ value[0] + value[1]
+        q, k, v = (t.reshape(*t.shape[:-1], heads, head_dim) for t in (q, k, v))
+        out_bnhd = attend(
+            q,
+            k,
+            v,
+            mask_bnm,
+            uniform_when_masked=self.uniform_when_masked,
+            weights_fn=lambda w: dropout(w, self.dropout_rate, dropout_keys),
+        )
+        kernel, bias = _Projection((heads, head_dim, dim), (dim,), xavier(in_axis=(0, 1), out_axis=2), name="out")()
+        return out_bnhd.reshape(*x_bnd.shape[:-1], dim) @ kernel.reshape(dim, dim).astype(self.dtype) + bias.astype(self.dtype)
+
+
+class _Projection(nn.Module):
+    """Holds a kernel and a bias under one name."""
+
+    kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self):
+        return (
+            self.param("kernel", self.kernel_init, self.kernel_shape),
+            self.param("bias", nn.initializers.zeros_init(), self.bias_shape),
+        )
+
+
+class Mlp(nn.Module):
+    """Dense, GELU (tanh form), Dense."""
+
+    hidden_dim: int
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, dropout_keys=None):
+        dense = lambda width, name: nn.Dense(  # noqa: E731
+            width,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.normal(1e-6),
+            name=name,
+        )
+        h = dropout(jax.nn.gelu(dense(self.hidden_dim, "Dense_0")(x)), self.dropout_rate, fold_in_all(dropout_keys, 0))
+        return dropout(dense(x.shape[-1], "Dense_1")(h), self.dropout_rate, fold_in_all(dropout_keys, 1))
+
+
+class Block(nn.Module):
+    """x + Attention(LN(x)), then x + MLP(LN(x))."""
+
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    uniform_when_masked: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_bnd, mask_bnn, dropout_keys=None):
+        norm = lambda i: nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name=f"LayerNorm_{i}")  # noqa: E731
+        h = MultiHeadAttention(
+            self.num_heads,
+            self.attention_dropout_rate,
+            self.uniform_when_masked,
+            self.dtype,
+            name="MultiHeadDotProductAttention_0",
+        )(norm(0)(x_bnd), mask_bnn, dropout_keys=fold_in_all(dropout_keys, 0))
+        x_bnd = x_bnd + dropout(h, self.dropout_rate, fold_in_all(dropout_keys, 1))
+        h = Mlp(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_0")(norm(1)(x_bnd), fold_in_all(dropout_keys, 2))
+        return x_bnd + h
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final layer norm: (B, N, D) to (B, N, D)."""
+
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    uniform_when_masked: bool = False
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_bnd, mask_bnn, dropout_keys=None):
+        block = nn.remat(Block) if self.remat else Block
+        for i in range(self.num_layers):
+            x_bnd = block(
+                self.num_heads,
+                self.mlp_dim,
+                self.dropout_rate,
+                self.attention_dropout_rate,
+                self.uniform_when_masked,
+                self.dtype,
+                name=f"encoderblock_{i}",
+            )(x_bnd, mask_bnn, fold_in_all(dropout_keys, i))
+        return nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name="encoder_norm")(x_bnd)
+
+
+class MapPooling(nn.Module):
+    """Multi-head attention pooling (Set Transformer, Lee et al. 2019): n learned probes read a set of tokens.
+
+    (..., m, D) tokens with (..., m) mask to (..., n, D). Always eight heads, as in the Octo releases.
+    """
+
+    num_probes: int = 1
+    uniform_when_masked: bool = False
+    dtype: jnp.dtype = jnp.float32
+    num_heads: int = 8
+
+    @nn.compact
+    def __call__(self, tokens, mask=None):
+        *lead, m, dim = tokens.shape
+        tokens = tokens.reshape(-1, m, dim)
+        mask_bnm = None if mask is None else jnp.broadcast_to(mask.reshape(-1, 1, m), (tokens.shape[0], self.num_probes, m))
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, self.num_probes, dim))
+        probe = jnp.broadcast_to(probe, (tokens.shape[0], self.num_probes, dim)).astype(self.dtype)
+        out = MultiHeadAttention(
+            self.num_heads,
+            uniform_when_masked=self.uniform_when_masked,
+            dtype=self.dtype,
+            name="MultiHeadDotProductAttention_0",
+        )(probe, mask_bnm, context_bmd=tokens)
+        h = nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name="LayerNorm_0")(out)
+        out = out + Mlp(4 * dim, dtype=self.dtype, name="MlpBlock_0")(h)
+        return out.reshape(*lead, self.num_probes, dim)

@@ -1,0 +1,120 @@
+"""Image augmentation on the device, inside the step.
+
+Every operation draws on its own; one draw per sample and camera serves all frames of the window and the goal image, so
+that they stay one scene. Missing images (pad mask False) are left alone: they mean nothing.
+"""
+
+import dataclasses
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Ranges of the operations of one camera; None switches one off.
+
+    Attributes:
+      crop_scale: area of the random resized crop relative to the image.
+      crop_ratio: its aspect ratio.
+      brightness: largest shift, in units of the full range.
+      contrast, saturation: ranges of the factors.
+      hue: largest shift, in turns.
+    """
+
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    brightness: float | None = None
+    contrast: tuple[float, float] | None = None
+    saturation: tuple[float, float] | None = None
+    hue: float | None = None
+
+
+def crop_resize(images: jax.Array, box: jax.Array) -> jax.Array:
+    """Bilinear crop of (n, h, w, c) float images to the same size; box (y1, x1, y2, x2) in [0, 1].
+
+    Sample i of a side of length n lies at y1 (n-1) + i (y2-y1): the separable form is two small matrix products.
+    """
+
+    def weights(size, low, high):
+        positions = low * (size - 1) + jnp.arange(size) * (high - low)
+        return jnp.maximum(0.0, 1.0 - jnp.abs(positions[:, None] - jnp.arange(size)[None]))
+
+    rows, cols = weights(images.shape[1], box[0], box[2]), weights(images.shape[2], box[1], box[3])
+    return jnp.einsum("yh,nhwc,xw->nyxc", rows, images, cols)
+
+
+def adjust_contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
+    """(x - m) f + m with m each image's spatial mean per channel."""
+    mean = images.mean((1, 2), keepdims=True)
+    return (images - mean) * factor + mean
+
+
+def rgb_to_hsv(rgb: jax.Array) -> jax.Array:
+    """RGB in [0, 1] to hue (turns), saturation, value."""
+    r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    value, low = rgb.max(-1), rgb.min(-1)
+    spread = value - low
+    safe = jnp.where(spread > 0, spread, 1.0)
+    hue = jnp.where(value == r, (g - b) / safe, jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = jnp.where(spread > 0, hue / 6 % 1.0, 0.0)
+    saturation = jnp.where(value > 0, spread / jnp.where(value > 0, value, 1.0), 0.0)
+    return jnp.stack([hue, saturation, value], axis=-1)
+
+
+def hsv_to_rgb(hsv: jax.Array) -> jax.Array:
+    """Inverse of `rgb_to_hsv` (Foley et al., the piecewise linear form)."""
+    hue, saturation, value = hsv[..., 0:1], hsv[..., 1:2], hsv[..., 2:3]
+    k = (jnp.asarray([5.0, 3.0, 1.0]) + hue * 6.0) % 6.0
+    return value - value * saturation * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+
+
+def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
+    """All images (n, h, w, 3) uint8 of one sample and camera, with one draw per operation."""
+    uniform = lambda i, low, high: jax.random.uniform(jax.random.fold_in(key, i), (), minval=low, maxval=high)  # noqa: E731
+    x = images.astype(jnp.float32) / 255.0
+    if config.crop_scale is not None:
+        scale = uniform(0, *config.crop_scale)
+        ratio = jnp.exp(uniform(1, jnp.log(config.crop_ratio[0]), jnp.log(config.crop_ratio[1])))
+        height, width = jnp.minimum(1.0, jnp.sqrt(scale / ratio)), jnp.minimum(1.0, jnp.sqrt(scale * ratio))
+        top, left = uniform(2, 0.0, 1.0) * (1 - height), uniform(3, 0.0, 1.0) * (1 - width)
+        x = jnp.clip(crop_resize(x, jnp.stack([top, left, top + height, left + width])), 0, 1)
+    if config.brightness is not None:
+        x = jnp.clip(x + uniform(4, -config.brightness, config.brightness), 0, 1)
+    if config.contrast is not None:
+        x = jnp.clip(adjust_contrast(x, uniform(5, *config.contrast)), 0, 1)
+    if config.saturation is not None or config.hue is not None:
+        hsv = rgb_to_hsv(x)
+        if config.saturation is not None:
+            hsv = hsv.at[..., 1].set(jnp.clip(hsv[..., 1] * uniform(6, *config.saturation), 0, 1))
+        if config.hue is not None:
+            hsv = hsv.at[..., 0].set((hsv[..., 0] + uniform(7, -config.hue, config.hue)) % 1.0)
+        x = jnp.clip(hsv_to_rgb(hsv), 0, 1)
+    return jnp.floor(x * 255.5).clip(0, 255).astype(jnp.uint8)
+
+
+def augment_batch(batch: Mapping[str, Any], augmentation: Mapping[str, Augmentation], keys_b: jax.Array) -> dict[str, Any]:
+    """Augments every camera that has an `Augmentation`; cameras are numbered in sorted order.
+
+    Raises:
+      ValueError: an augmentation for a camera the batch does not have.
+    """
+    observation, task = dict(batch["observation"]), dict(batch["task"])
+    cameras = sorted(key.removeprefix("image_") for key in observation if key.startswith("image_"))
+    for slot, config in augmentation.items():
+        if slot not in cameras:
+            raise ValueError(f"augmentation for camera {slot!r}, but the batch has {cameras}")
+        key = f"image_{slot}"
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_b, cameras.index(slot))
+        frames, window = observation[key], observation[key].shape[1]
+        valid = observation["pad_mask_dict"][key]
+        if key in task:
+            frames = jnp.concatenate([frames, task[key][:, None]], axis=1)
+            valid = jnp.concatenate([valid, task["pad_mask_dict"][key][:, None]], axis=1)
+        changed = jax.vmap(lambda images, k, c=config: augment_images(images, k, c))(frames, keys)
+        frames = jnp.where(valid[..., None, None, None], changed, frames)
+        observation[key] = frames[:, :window]
+        if key in task:
+            task[key] = frames[:, window]
+    return {**batch, "observation": observation, "task": task}

@@ -1,0 +1,127 @@
+"""One training step as a pure function (state, batch) -> (state, metrics), used by pretraining and adaptation alike.
+
+All randomness of a sample (augmentation, dropout, diffusion time and noise) is keyed by the run's seed, the step and the
+sample's id; losses are sums divided by counts over the whole batch. So neither the number of devices nor gradient
+accumulation changes the mathematics.
+"""
+
+import dataclasses
+from typing import Any, Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from octo_like.model.octo import OctoModel, total_loss
+from octo_like.training.augment import Augmentation, augment_batch
+from octo_like.training.optimizer import Schedule, join_params
+from octo_like.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What a step does besides the model and the optimizer.
+
+    Attributes:
+      seed: of all randomness in the step.
+      accumulate: number of micro-batches the batch is split into.
+      ema_decay: of the parameter average; the effective decay at step t is min(ema_decay, (1 + t) / (10 + t)).
+      augmentation: by camera slot.
+    """
+
+    seed: int = 0
+    accumulate: int = 1
+    ema_decay: float = 0.999
+    augmentation: Mapping[str, Augmentation] = dataclasses.field(default_factory=dict)
+
+
+def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array) -> jax.Array:
+    """One key per sample: (B,) from (B,) ids."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, sample_id)
+
+
+def make_train_step(
+    model: OctoModel, tx: optax.GradientTransformation, schedule: Schedule, config: StepConfig
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+    """The step to be jitted with the state donated."""
+
+    def micro_loss(trained, frozen, batch, keys_b, counts):
+        params = join_params(trained, frozen)
+        terms = model.apply({"params": params}, batch, keys_b, True, method="loss_terms")
+        return total_loss(model, terms, counts), terms
+
+    def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        keys_b = sample_keys(config.seed, state.step, batch["sample_id"])
+        batch = augment_batch(batch, config.augmentation, jax.vmap(jax.random.fold_in, (0, None))(keys_b, 0))
+        keys_b = jax.vmap(jax.random.fold_in, (0, None))(keys_b, 1)
+        counts = model.counts(batch)
+        gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+        if config.accumulate == 1:
+            (loss, terms), grads = gradient(state.trained, state.frozen, batch, keys_b, counts)
+        else:
+            # Interleaved rows, so that every micro-batch is spread over the devices as the whole batch is.
+            split = lambda x: jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0)  # noqa: E731
+            micro = jax.tree.map(split, (batch, keys_b))
+            first = jax.eval_shape(lambda b, k: gradient(state.trained, state.frozen, b, k, counts), *jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro
+            ))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, gradient(state.trained, state.frozen, *part, counts)), None
+
+            ((loss, terms), grads), _ = jax.lax.scan(add, zeros, micro)
+
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        t = state.step.astype(jnp.float32)
+        decay = jnp.minimum(config.ema_decay, (1 + t) / (10 + t))
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, trained)
+
+        # A step whose gradient is not finite changes nothing but the counters.
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        state = state.replace(
+            step=state.step + 1,
+            trained=keep(trained, state.trained),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=keep(ema, state.ema),
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(state.trained),
+            "learning_rate": schedule(t),
+            "skipped": state.skipped,
+        }
+        return state, metrics | mean_terms(terms, counts)
+
+    return train_step
+
+
+def make_eval_step(model: OctoModel, seed: int) -> Callable[[Any, Mapping[str, Any]], dict[str, dict[str, jax.Array]]]:
+    """(params, batch) to summed loss terms with fixed keys: the same batch always gives the same numbers."""
+
+    def eval_step(params, batch):
+        return model.apply(
+            {"params": params}, batch, sample_keys(seed, 0, batch["sample_id"]), False, method="loss_terms"
+        )
+
+    return eval_step
+
+
+def mean_terms(terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str, jax.Array]) -> Metrics:
+    """Sums to means, flat: {"{head}/{term}": mean}."""
+    return {
+        f"{head}/{name}": value / jnp.maximum(counts[head], 1.0)
+        for head, part in terms.items()
+        for name, value in part.items()
+        if name != "count"
+    }
