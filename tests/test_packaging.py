@@ -1,0 +1,240 @@
+"""What may import what, what the package promises to installers, and what the files may not say."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "octo_like"
+ROOMS = ("common", "model", "data", "training", "robot", "envs")
+
+# Which rooms a room may import besides itself.
+ARROWS = {
+    "common": set(),
+    "model": {"common"},
+    "data": {"common"},
+    "training": {"model", "common", "robot"},
+    "robot": {"model", "common"},
+    "envs": set(),
+}
+# `training -> robot` is for closed-loop evaluation during training, and for nothing else.
+ARROW_EXCEPTIONS = {("training", "robot"): {"training/evaluation.py"}}
+
+TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_cpu", "tfds")
+
+# A process in which TensorFlow is not installed, as far as Python can tell.
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "tensorflow_datasets", "torch"):
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import importlib
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+try:
+    import tensorflow
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("the blocker does not block")
+print(sorted(m for m in sys.modules if m.split(".")[0] in ("tensorflow", "tensorflow_datasets", "torch")))
+"""
+
+
+def modules(room: str) -> list[str]:
+    paths = sorted((PACKAGE / room).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def sources() -> list[pathlib.Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Full names of everything a file imports, at any depth of the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+                module = ".".join([*base, *([node.module] if node.module else [])])
+            else:
+                module = node.module
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def tracked_files() -> list[pathlib.Path]:
+    """Files of the project: those git knows or would add; in an unpacked archive, all."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        paths = [ROOT / name for name in done.stdout.split("\0") if name]
+    else:
+        paths = [p for p in ROOT.rglob("*") if not {".venv", "runs", "__pycache__"} & set(p.relative_to(ROOT).parts)]
+    return [path for path in paths if path.is_file()]
+
+
+def test_rooms_exist():
+    assert {p.parent.name for p in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+    for room in ROOMS:
+        assert len(modules(room)) > 1, f"{room} is empty"
+
+
+def test_core_imports_without_tensorflow_or_torch():
+    """A notebook, a robot or a bare GPU box has no TensorFlow. One process imports every module outside of data."""
+    names = ["octo_like", *(name for room in ROOMS if room != "data" for name in modules(room))]
+    assert {"octo_like.model.policy", "octo_like.training.step", "octo_like.common.schema"} <= set(names)
+    command = [sys.executable, "-c", BLOCKED, *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_order_of_the_data_is_plain_numpy():
+    names = imports(PACKAGE / "data" / "order.py")
+    assert not {name for name in names if name.split(".")[0] in (*TENSORFLOW, "jax")}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_between_rooms_go_one_way(room):
+    wrong = []
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        relative = path.relative_to(PACKAGE).as_posix()
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] in ("train", "finetune", "scripts", "configs"):
+                wrong.append(f"{relative} imports {name}")
+            if parts[0] != "octo_like" or len(parts) < 2 or parts[1] not in ROOMS or parts[1] == room:
+                continue
+            allowed = parts[1] in ARROWS[room]
+            only = ARROW_EXCEPTIONS.get((room, parts[1]))
+            if not allowed or (only is not None and relative not in only):
+                wrong.append(f"{relative} imports {name}")
+    assert not wrong
+
+
+def files_importing(*packages: str) -> set[str]:
+    def matches(name: str) -> bool:
+        return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+    return {p.relative_to(PACKAGE).as_posix() for p in sources() if any(matches(n) for n in imports(p))}
+
+
+def test_apis_that_churn_live_in_one_place():
+    assert files_importing("orbax") == {"training/checkpoint.py"}
+    assert files_importing("jax.sharding.PartitionSpec") <= {"training/sharding.py"}
+    naming = {p.relative_to(PACKAGE).as_posix() for p in sources() if "PartitionSpec" in p.read_text(encoding="utf-8")}
+    assert naming == {"training/sharding.py"}
+    outside = {name for name in files_importing(*TENSORFLOW) if not name.startswith("data/")}
+    assert not outside
+    assert files_importing(*TENSORFLOW), "the scan finds no import of TensorFlow at all: it is broken"
+    assert not files_importing("torch")
+
+
+def test_model_knows_no_mesh():
+    meshes = ("jax.sharding", "jax.experimental.mesh_utils", "jax.experimental.multihost_utils", "jax.distributed")
+    assert not {name for name in files_importing(*meshes) if name.startswith("model/")}
+
+
+def test_no_file_speaks_of_one_machine():
+    """Paths of a developer's machine have no place in the project."""
+    # Written in pieces, because this file is searched as well.
+    home = re.compile(r"(?<![\w.~:])/(?:" + "|".join(["ho" + "me/", "ro" + "ot/", "wo" + "rk/", "Us" + "ers/"]) + r")")
+    found = []
+    for path in tracked_files():
+        if path.suffix in (".png", ".gif", ".npz", ".model", ".tfrecord"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}:{n}" for n, line in enumerate(text.splitlines(), 1) if home.search(line)]
+    assert not found
+    assert home.search("see /" + "work/x") and not home.search("pages/work/x")
+
+
+def test_large_files_are_made_and_not_kept():
+    assert not [f"{p} {p.stat().st_size}" for p in tracked_files() if p.stat().st_size > 1_000_000]
+
+
+def requirements(text: str) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    matches = [re.fullmatch(r"([\w.-]+)==([\w.+!-]+)(?: ; .+)?", line) for line in lines if line]
+    assert all(matches), [line for line, match in zip(filter(None, lines), matches, strict=True) if not match]
+    return {match[1].lower().replace("_", "-"): match[2] for match in matches}
+
+
+def test_lock_pins_exact_versions_from_nowhere_in_particular():
+    text = (ROOT / "requirements" / "cpu.lock").read_text()
+    pinned = requirements(text)
+    assert not re.search(r"https?:|file:|index-url|find-links|--", text)
+    assert "torch" not in pinned
+    assert {"jax", "flax", "orbax-checkpoint", "tensorflow-cpu", "websockets", "pytest", "nbclient"} <= set(pinned)
+
+
+def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id in ("CORE", "EXTRAS")
+    }
+    return values["CORE"], values["EXTRAS"]
+
+
+def test_core_needs_no_tensorflow_and_every_extra_exists():
+    core, extras = setup_lists()
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in core}
+    assert not names & {"tensorflow", "tensorflow-cpu", "tensorflow-datasets", "torch", "wandb", "websockets"}
+    assert set(extras) == {"data", "cuda", "tpu", "sim", "serve", "hub", "wandb", "notebook", "dev"}
+    pinned = requirements((ROOT / "requirements" / "cpu.lock").read_text())
+    locked = [line for extra in ("data", "serve", "notebook", "dev") for line in extras[extra]]
+    needed = {re.match(r"[\w-]+", line)[0].lower() for line in [*core, *locked]}
+    assert needed <= set(pinned)
+
+
+def test_everything_the_core_imports_is_a_dependency():
+    """A third-party import at the top of a module of the core has to be installed by `pip install octo_like`."""
+    core, _ = setup_lists()
+    distributions = {
+        "absl-py": "absl",
+        "ml-collections": "ml_collections",
+        "orbax-checkpoint": "orbax",
+        "pillow": "PIL",
+    }
+    installed = {distributions.get(name, name) for name in (re.match(r"[\w-]+", line)[0] for line in core)}
+    # Dependencies of the dependencies that cannot go away: etils comes with orbax-checkpoint.
+    installed |= {"octo_like", "etils"} | set(sys.stdlib_module_names)
+    missing = set()
+    for path in sources():
+        if path.relative_to(PACKAGE).parts[0] == "data":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            missing |= {f"{path.name}: {n}" for n in names if n.split(".")[0] not in installed}
+    assert not missing
+
+
+def test_assets_are_packaged():
+    """What the package reads at run time is found beside its modules and named in setup.py."""
+    assets = [p for p in (PACKAGE / "common" / "assets").iterdir() if p.is_file()]
+    assert assets
+    data_files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert {p.parent for p in data_files} == {PACKAGE / "common" / "assets"}
+    assert '"octo_like.common": ["assets/*"]' in (ROOT / "setup.py").read_text()
