@@ -1,6 +1,6 @@
 """Trains the small sentencepiece model of the built-in world, or one for your own instructions.
 
-    python scripts/train_tokenizer.py                                   # rewrites octo_like/common/assets/tabletop.model
+    python scripts/train_tokenizer.py    # rewrites octo_like/common/assets/tabletop.model
     python scripts/train_tokenizer.py --texts my_instructions.txt --output my.model --vocab_size 512
 
 Training is deterministic: one thread, sorted unique texts.
@@ -8,10 +8,7 @@ Training is deterministic: one thread, sorted unique texts.
 
 import argparse
 import io
-import os
 import sys
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 # Every printable letter a user may type is a piece of its own, so unseen words are spelled instead of lost.
 REQUIRED_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"-_/()+&%"

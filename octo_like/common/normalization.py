@@ -6,12 +6,13 @@ Statistics of one dataset are a plain dict:
      "num_transitions": int, "num_trajectories": int}
 
 The arrays are float32 of shape (D,) in physical units; `mask` is bool, False for dimensions that are passed through
-unchanged (a gripper that is already 0 or 1). `normalize` and `unnormalize` use operators only, so they take NumPy arrays,
-JAX arrays and JAX tracers alike, and return what they were given.
+unchanged (a gripper that is already 0 or 1). `normalize` and `unnormalize` use operators only, so they take NumPy
+arrays, JAX arrays and JAX tracers alike, and return what they were given.
 """
 
 import json
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ CONSTANT = 1e-8
 def compute_statistics(values: np.ndarray, mask: Sequence[bool] | None = None) -> dict[str, np.ndarray]:
     """Statistics over the first axis of `values` (N, D), accumulated in float64, returned as float32.
 
-    `std` is the population deviation, percentiles interpolate linearly. Constant dimensions get a deviation of exactly 0.
+    `std` is the population deviation (exactly 0 for constant dimensions); percentiles interpolate linearly.
     """
     values = np.asarray(values)
     if values.ndim != 2 or not len(values):
@@ -96,7 +97,7 @@ def normalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
 
 
 def unnormalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
-    """Inverse of `normalize` (up to clipping): normalised values to physical units. Constant dimensions give their mean."""
+    """Inverse of `normalize` (up to clipping): back to physical units. Constant dimensions give their mean."""
     _check_width(x, stats)
     centre, spread, constant, mask = _affine(stats, kind)
     mean = np.asarray(stats["mean"], np.float64)
@@ -108,7 +109,8 @@ def unnormalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
 def combine_statistics(statistics: Sequence[Statistics]) -> Statistics:
     """Statistics of several datasets with the same dimensions, as if they were one.
 
-    Mean, deviation, min, max and counts are exact. Percentiles cannot be recovered from percentiles: the widest are kept.
+    Mean, deviation, min, max and counts are exact. Percentiles cannot be recovered from percentiles: the widest
+    are kept.
     """
     if not statistics:
         raise ValueError("nothing to combine")

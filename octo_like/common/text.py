@@ -6,7 +6,7 @@ attention mask [1, 0, ...]. Words the model has not seen become pieces, letters 
 
 import json
 import os
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 

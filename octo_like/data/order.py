@@ -1,17 +1,18 @@
 """The order of the data is a function: sample number n -> (dataset, pass, episode, frame, key). Pure NumPy.
 
-Nothing here reads a file or keeps a position. Everything follows from the *order spec*: the seed, the datasets with their
-weights and usable frames per episode, the batch size, the number of lanes S and the episodes per block.
+Nothing here reads a file or keeps a position. Everything follows from the *order spec*: the seed, the datasets with
+their weights and usable frames per episode, the batch size, the number of lanes S and the episodes per block.
 
-Lanes      The stream is S lanes. Lane s owns rows [s B/S, (s+1) B/S) of every global batch; a process opens the lanes of
-           the rows it holds, so more or fewer processes continue the same global sequence.
-Mixture    Lane s fills its k-th window of WINDOW/S slots with the quotas of "virtual window" v = k S + s. The quotas are
-           the increments of integer counts c_d(m) that sum to m, never decrease, and stay within 2 of m w_d (a Huffman
-           tree of exact two-way splits). A window's slots are in keyed order. Per-dataset counts at any n are arithmetic.
+Lanes      The stream is S lanes. Lane s owns rows [s B/S, (s+1) B/S) of every global batch; a process opens the lanes
+           of the rows it holds, so more or fewer processes continue the same global sequence.
+Mixture    Lane s fills its k-th window of WINDOW/S slots with the quotas of "virtual window" v = k S + s. The quotas
+           are the increments of integer counts c_d(m) that sum to m, never decrease, and stay within 2 of m w_d (a
+           Huffman tree of exact two-way splits). A window's slots are in keyed order. Per-dataset counts at any n are
+           arithmetic.
 Episodes   A dataset is dealt to the lanes once, by a keyed permutation cut at equal frames; one with fewer than 4 S
-           episodes is walked whole by every lane with its own key. A lane walks its share in a new keyed permutation per
-           pass, frames shuffled within blocks of consecutive episodes. Finding sample n takes a divmod and two searches
-           in cumulative sums.
+           episodes is walked whole by every lane with its own key. A lane walks its share in a new keyed permutation
+           per pass, frames shuffled within blocks of consecutive episodes. Finding sample n takes a divmod and two
+           searches in cumulative sums.
 Randomness All keys are 64-bit hashes of (seed, what, which); nothing depends on what was asked for before.
 """
 
@@ -140,6 +141,7 @@ class Samples(NamedTuple):
     lane: np.ndarray  # int32
     pass_number: np.ndarray  # int64
     block: np.ndarray  # int64, number of the block within the pass
+    offset: np.ndarray  # int64, samples already taken from the block
     episode: np.ndarray  # int64, index into DatasetFrames.frames
     frame: np.ndarray  # int64, number of the usable frame within the episode
     key: np.ndarray  # uint64, keys everything random about this sample
@@ -203,10 +205,10 @@ class _Walk:
         size = int(table.block_start[block + 1] - table.block_start[block])
         return self._orders.fetch((number, block), lambda: permutation(size, *self._key, "frames", number, block))
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(pass, block, episode, frame) of walk positions (N,)."""
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(pass, block, offset, episode, frame) of walk positions (N,)."""
         passes, rest = np.divmod(positions, self.frames_per_pass)
-        blocks, episodes, frames = np.empty_like(rest), np.empty_like(rest), np.empty_like(rest)
+        blocks, offsets, episodes, frames = (np.empty_like(rest) for _ in range(4))
         for number in np.unique(passes):
             table = self.pass_table(int(number))
             rows = np.flatnonzero(passes == number)
@@ -214,9 +216,10 @@ class _Walk:
             for block in np.unique(blocks[rows]):
                 inside = rows[blocks[rows] == block]
                 start = table.block_start[block]
-                shuffled = start + self._block_order(int(number), int(block))[rest[inside] - start]
+                offsets[inside] = rest[inside] - start
+                shuffled = start + self._block_order(int(number), int(block))[offsets[inside]]
                 episodes[inside], frames[inside] = self._episode_frame(table, shuffled)
-        return passes, blocks, episodes, frames
+        return passes, blocks, offsets, episodes, frames
 
     def _episode_frame(self, table: _Pass, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         which = np.searchsorted(table.ends, position, side="right")
@@ -309,7 +312,13 @@ class Order:
         """Episodes of one block, in the order of the pass."""
         return self._walk(dataset, lane).block_episodes(pass_number, block)
 
+    def block_frames(self, dataset: int, lane: int, pass_number: int, block: int) -> int:
+        """Frames of one block."""
+        start = self._walk(dataset, lane).pass_table(pass_number).block_start
+        return int(start[block + 1] - start[block])
+
     def frames_per_pass(self, dataset: int, lane: int) -> int:
+        """Frames of a lane's pass through a dataset."""
         return self._walk(dataset, lane).frames_per_pass
 
     # -- windows
@@ -360,13 +369,13 @@ class Order:
             rows = (lane == lane_id) & (window == window_id)
             table_dataset, table_position = self._window(lane_id, window_id)
             dataset[rows], position[rows] = table_dataset[slot[rows]], table_position[slot[rows]]
-        passes, block, episode, frame = (np.empty_like(n) for _ in range(4))
+        passes, block, offset, episode, frame = (np.empty_like(n) for _ in range(5))
         for d, lane_id in sorted(set(zip(dataset.tolist(), lane.tolist(), strict=True))):
             rows = np.flatnonzero((dataset == d) & (lane == lane_id))
             located = self._walk(d, lane_id).locate(position[rows])
-            passes[rows], block[rows], episode[rows], frame[rows] = located
+            passes[rows], block[rows], offset[rows], episode[rows], frame[rows] = located
         key = hash_key(self.seed, "sample", n)
-        return Samples(n, dataset.astype(np.int32), lane.astype(np.int32), passes, block, episode, frame, key)
+        return Samples(n, dataset.astype(np.int32), lane.astype(np.int32), passes, block, offset, episode, frame, key)
 
     def batch_rows(self, batch: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
         """Sample numbers of a process's rows of a global batch, int64."""

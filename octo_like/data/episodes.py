@@ -1,0 +1,144 @@
+"""Episodes in memory: encoded frames, normalised numbers, instruction rows; loaded by offset, kept while they fit."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from octo_like.common import normalization
+from octo_like.common.text import TextTable
+from octo_like.data import rlds
+from octo_like.data.index import Index, PreparedDataset
+from octo_like.data.spec import DataError
+from octo_like.data.tf import tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One standardised episode of T steps.
+
+    Attributes:
+      action: (T, A) float32, normalised.
+      proprio: (T, P) float32, normalised, or None.
+      text: (T,) int32 rows of the text table; 0 means no instruction.
+      images: slot -> T encoded frames, or (T, h, w, 3) uint8; b"" is a missing frame.
+    """
+
+    action: np.ndarray
+    proprio: np.ndarray | None
+    text: np.ndarray
+    images: Mapping[str, Sequence[bytes] | np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        total = self.action.nbytes + self.text.nbytes + (0 if self.proprio is None else self.proprio.nbytes)
+        for frames in self.images.values():
+            # 33 bytes of overhead per bytes object, 8 for the reference.
+            total += frames.nbytes if isinstance(frames, np.ndarray) else sum(map(len, frames)) + 41 * len(frames)
+        return total
+
+
+def load_episode(
+    prepared: PreparedDataset,
+    index: Index,
+    episode: int,
+    slots: Collection[str],
+    table: TextTable,
+    lock: threading.Lock,
+) -> Episode:
+    """Reads, checks and normalises one episode, keeping the frames of the cameras in `slots`.
+
+    Raises:
+      DataError: the record is damaged, or no longer what was indexed; names file and episode.
+    """
+    path, offset = index.files[index.file[episode]], int(index.offset[episode])
+    try:
+        raw = prepared.function.from_file(path, offset)
+    except (
+        tf.errors.DataLossError,
+        tf.errors.InvalidArgumentError,
+        tf.errors.NotFoundError,
+        tf.errors.OutOfRangeError,
+    ) as e:
+        raise rlds.damaged(path, int(index.record[episode]), offset, e) from e
+    if int(raw["hash"]) != index.record_hash[episode]:
+        raise DataError(f"{index.where(episode)}: the record is not the one that was indexed; delete the cached index")
+    statistics, kind = prepared.statistics, prepared.spec.normalization
+    action = normalization.normalize(raw["action"].numpy(), statistics["action"], kind)
+    proprio = None
+    if "proprio" in raw:
+        proprio = normalization.normalize(raw["proprio"].numpy(), statistics["proprio"], kind)
+    if "language" in raw:
+        texts = [text.decode("utf-8", "replace").strip() for text in raw["language"].numpy().tolist()]
+        with lock:
+            text = table.rows(texts)
+    else:
+        text = np.zeros(len(action), np.int32)
+    images = {}
+    for slot, frames in raw["images"].items():
+        if slot not in slots:
+            continue
+        values = frames.numpy()
+        images[slot] = values.tolist() if frames.dtype == tf.string else values
+    return Episode(action, proprio, text, images)
+
+
+class EpisodeStore:
+    """Loads episodes in a few threads and keeps the most recently used ones within a limit of bytes.
+
+    What is in memory never changes what is returned, only how fast.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[PreparedDataset, Index]],
+        slots: Collection[str],
+        table: TextTable,
+        pool: concurrent.futures.Executor,
+        max_bytes: int,
+    ):
+        self._sources, self._slots, self._table = sources, frozenset(slots), table
+        self._pool, self._max_bytes = pool, max_bytes
+        self._text_lock, self._lock = threading.Lock(), threading.Lock()
+        self._entries: collections.OrderedDict[tuple[int, int], concurrent.futures.Future] = collections.OrderedDict()
+        self.nbytes = 0
+
+    def request(self, wanted: Iterable[tuple[int, int]]) -> list[concurrent.futures.Future]:
+        """Futures of (dataset, episode) pairs; those not in memory start loading."""
+        futures = []
+        with self._lock:
+            for key in wanted:
+                future = self._entries.get(key)
+                if future is None:
+                    future = self._entries[key] = self._pool.submit(self._load, key)
+                self._entries.move_to_end(key)
+                futures.append(future)
+        return futures
+
+    def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode]:
+        """Episodes of (dataset, episode) pairs. Raises DataError for a damaged one."""
+        episodes = [future.result() for future in self.request(wanted)]
+        self._evict()
+        return episodes
+
+    def _load(self, key: tuple[int, int]) -> Episode:
+        dataset, number = key
+        prepared, index = self._sources[dataset]
+        episode = load_episode(prepared, index, number, self._slots, self._table, self._text_lock)
+        with self._lock:
+            self.nbytes += episode.nbytes
+        return episode
+
+    def _evict(self) -> None:
+        with self._lock:
+            if self.nbytes <= self._max_bytes:
+                return
+            for key, future in list(self._entries.items()):
+                if self.nbytes <= self._max_bytes:
+                    break
+                if future.done() and future.exception() is None:
+                    self.nbytes -= future.result().nbytes
+                    del self._entries[key]

@@ -1,0 +1,321 @@
+"""A TFDS/RLDS split as random-access episodes: where its records are, and how one becomes a standardised trajectory.
+
+The only file that knows TFDS. One record of a TFRecord file is one episode; images stay encoded.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from octo_like.data import standardize
+from octo_like.data.spec import DataError, DatasetSpec, suggest
+from octo_like.data.tf import tf
+
+# Around each record of a TFRecord file: length (8 bytes) and its CRC (4) before, CRC of the data (4) after.
+HEADER_BYTES, FOOTER_BYTES = 12, 4
+INFO_FILE = "dataset_info.json"
+
+
+# ---------------------------------------------------------------- finding a dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class RldsSplit:
+    """One split of one dataset version on disk (or any TensorFlow file system, e.g. gs://)."""
+
+    name: str
+    version: str
+    split: str
+    directory: str
+    files: tuple[str, ...]
+    shard_lengths: tuple[int, ...]
+    features: Any = dataclasses.field(repr=False, compare=False)
+
+
+def _subfolders(path: str) -> list[str]:
+    if not tf.io.gfile.isdir(path):
+        return []
+    entries = [entry.rstrip("/") for entry in tf.io.gfile.listdir(path)]
+    return sorted(
+        entry for entry in entries if not entry.startswith(".") and tf.io.gfile.isdir(os.path.join(path, entry))
+    )
+
+
+def _has_info(path: str) -> bool:
+    return tf.io.gfile.exists(os.path.join(path, INFO_FILE))
+
+
+def _version_key(version: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else -1 for part in version.split("."))
+
+
+def find_dataset(name: str, data_dir: str, version: str | None = None) -> str:
+    """Folder with dataset_info.json and features.json: data_dir/name/version, the newest version when None.
+
+    Raises:
+      DataError: the folder, dataset or version does not exist, with what does.
+    """
+    data_dir = os.path.expanduser(data_dir)
+    if not tf.io.gfile.isdir(data_dir):
+        raise DataError(f"dataset {name!r}: data_dir {data_dir!r} does not exist")
+    root = os.path.join(data_dir, name)
+    if not tf.io.gfile.isdir(root):
+        raise DataError(f"dataset {name!r} is not in {data_dir!r}; {suggest(name, _subfolders(data_dir))}")
+    versions = [entry for entry in _subfolders(root) if _has_info(os.path.join(root, entry))]
+    if version is None and not versions:
+        raise DataError(
+            f"dataset {name!r}: no version folder with {INFO_FILE} in {root!r} (an unfinished or interrupted build?); "
+            f"it holds: {', '.join(_subfolders(root)) or 'nothing'}"
+        )
+    if version is None:
+        version = max(versions, key=_version_key)
+    if version not in versions:
+        raise DataError(f"dataset {name!r} has no version {version!r} in {root!r}; {suggest(version, versions)}")
+    return os.path.join(root, version)
+
+
+def open_split(name: str, data_dir: str, version: str | None = None, split: str = "train") -> RldsSplit:
+    """Opens a split; "a+b" joins several.
+
+    Raises:
+      DataError: no such dataset, version or split; not RLDS; a missing file; an empty split.
+    """
+    import tensorflow_datasets as tfds
+
+    directory = find_dataset(name, data_dir, version)
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except (ValueError, KeyError, FileNotFoundError, AttributeError, ImportError) as error:
+        raise DataError(f"{directory}: cannot read {INFO_FILE} and features.json: {error}") from error
+    if "steps" not in builder.info.features:
+        raise DataError(
+            f"{directory}: not an RLDS dataset: no `steps`, features are {', '.join(builder.info.features)}"
+        )
+    file_format = builder.info.file_format.value
+    if file_format != "tfrecord":
+        raise DataError(
+            f"{directory}: files are {file_format}, only tfrecord can be read; build it with file_format=tfrecord"
+        )
+    files, lengths = [], []
+    for part in split.split("+"):
+        if part not in builder.info.splits:
+            hint = " (slices are written as val_fraction and num_demos)" if "[" in part else ""
+            raise DataError(f"{directory}: no split {part!r}{hint}; {suggest(part, builder.info.splits)}")
+        info = builder.info.splits[part]
+        files += [os.fspath(path) for path in info.filepaths]
+        lengths += list(info.shard_lengths)
+    if not sum(lengths):
+        raise DataError(f"{directory}: split {split!r} is empty")
+    missing = [path for path in files if not tf.io.gfile.exists(path)]
+    if missing:
+        raise DataError(
+            f"{directory}: {len(missing)} of {len(files)} files of split {split!r} are missing: {missing[0]}"
+        )
+    version = os.path.basename(directory)
+    return RldsSplit(name, version, split, directory, tuple(files), tuple(lengths), builder.info.features)
+
+
+# ---------------------------------------------------------------- record -> trajectory -> episode
+
+
+def parse_episode(serialized: tf.Tensor, features: Any) -> dict[str, Any]:
+    """One record as a trajectory: a dict of tensors whose first axis is the step. Images stay encoded.
+
+    The steps' features keep their names. Added: `traj_metadata/...` (episode features, repeated for each step), `_len`
+    and `_frame_index` (int32).
+    """
+    import tensorflow_datasets as tfds
+
+    episode = dict(features.deserialize_example(serialized, decoders={"steps": tfds.decode.SkipDecoding()}))
+    steps = dict(episode.pop("steps"))
+    length = tf.shape(tf.nest.flatten(steps)[0])[0]
+    steps["traj_metadata"] = tf.nest.map_structure(lambda x: tf.repeat(x[None], length, axis=0), episode)
+    steps["_len"] = tf.repeat(length, length)
+    steps["_frame_index"] = tf.range(length)
+    return steps
+
+
+def lookup(trajectory: Mapping[str, Any], path: str) -> Any:
+    """Leaf at "a/b/c"; a key may itself contain slashes. None when there is no such leaf."""
+    if path in trajectory:
+        return trajectory[path]
+    for cut in [i for i, letter in enumerate(path) if letter == "/"]:
+        child = trajectory.get(path[:cut])
+        if isinstance(child, Mapping):
+            found = lookup(child, path[cut + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        result.update(_leaves(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return result
+
+
+def _require(
+    tree: Mapping[str, Any], path: str, what: str, spec: DatasetSpec, keep: Callable[[tf.Tensor], bool]
+) -> Any:
+    leaf = lookup(tree, path)
+    if leaf is None or isinstance(leaf, Mapping):
+        after = f" after {spec.standardize}" if spec.standardize else ""
+        valid = [key for key, value in _leaves(tree).items() if keep(value)]
+        raise DataError(f"{spec.name}: no {what} {path!r}{after}; {suggest(path, valid)}")
+    return leaf
+
+
+def _is_image(x: tf.Tensor) -> bool:
+    return (x.dtype == tf.string and x.shape.rank == 1) or (x.dtype == tf.uint8 and x.shape.rank == 4)
+
+
+def _is_vector(x: tf.Tensor) -> bool:
+    return x.dtype.is_floating or x.dtype.is_integer
+
+
+def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
+    """The leaves of a standardised trajectory that a spec names.
+
+    Returns:
+      {"action": (T, A) float32, "proprio": (T, P) float32 (absent without proprio_keys), "language": (T,) string
+      (absent without language_key), "images": {slot: (T,) encoded strings or (T, h, w, 3) uint8}}.
+
+    Raises:
+      DataError: a key that is not there, or of the wrong kind, with the valid ones.
+    """
+    observation = trajectory.get("observation")
+    if not isinstance(observation, Mapping):
+        raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
+    action = _require(trajectory, spec.action_key, "action", spec, _is_vector)
+    if action.shape.rank != 2:
+        raise DataError(f"{spec.name}: {spec.action_key!r} must have shape (steps, dimensions), got {action.shape}")
+    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}}
+    if spec.proprio_keys:
+        parts = []
+        for key in spec.proprio_keys:
+            part = tf.cast(
+                _require(observation, key.removeprefix("observation/"), "proprio key", spec, _is_vector), tf.float32
+            )
+            if part.shape.rank not in (1, 2):
+                raise DataError(f"{spec.name}: proprio {key!r} must have shape (steps, dimensions), got {part.shape}")
+            parts.append(part[:, None] if part.shape.rank == 1 else part)
+        chosen["proprio"] = tf.concat(parts, axis=-1)
+    if spec.language_key is not None:
+        language = _require(trajectory, spec.language_key, "instruction", spec, lambda x: x.dtype == tf.string)
+        if language.dtype != tf.string or language.shape.rank != 1:
+            raise DataError(f"{spec.name}: instruction {spec.language_key!r} must be a string per step, got {language}")
+        chosen["language"] = language
+    for slot, key in spec.image_keys.items():
+        if key is None:
+            continue
+        image = _require(
+            observation, key.removeprefix("observation/"), f"image key for camera {slot!r}:", spec, _is_image
+        )
+        if not _is_image(image):
+            raise DataError(f"{spec.name}: {key!r} (camera {slot!r}) is not an image: {image.dtype.name} {image.shape}")
+        chosen["images"][slot] = image
+    return chosen
+
+
+class EpisodeFunction:
+    """record -> standardised, selected episode, as one traced function per dataset.
+
+    Attributes:
+      definition: JSON-able description of everything that determines its result.
+      random_ops: names of stateful random operations in the user's function; empty means that it is reproducible.
+    """
+
+    def __init__(self, spec: DatasetSpec, features: Any):
+        self.spec = spec
+        transform, source = standardize.resolve(spec.standardize)
+        self.definition = {**spec.transform_fields(), "standardize_source": source}
+
+        def episode(serialized):
+            trajectory = parse_episode(serialized, features)
+            raw_steps = trajectory["_len"]
+            chosen = select(transform(trajectory) if transform else trajectory, spec)
+            return {
+                **chosen,
+                "raw_steps": tf.size(raw_steps),
+                "hash": tf.strings.to_hash_bucket_fast(serialized, 2**62),
+            }
+
+        self.episode = episode
+        self._from_record = tf.function(episode, input_signature=[tf.TensorSpec([], tf.string)])
+        self._from_file = tf.function(
+            lambda path, offset: episode(read_record(path, offset)),
+            input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int64)],
+        )
+
+    @functools.cached_property
+    def output(self) -> Any:
+        """Structure of tensors (shapes and dtypes) of an episode. Tracing happens here, so bad keys show here."""
+        try:
+            return self._from_record.get_concrete_function().structured_outputs
+        except DataError:
+            raise
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise DataError(f"{self.spec.name}: standardize={self.spec.standardize!r} failed: {error}") from error
+
+    @functools.cached_property
+    def random_ops(self) -> tuple[str, ...]:
+        graph = self._from_record.get_concrete_function().graph
+        graphs = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
+        return tuple(
+            sorted(
+                {op.type for g in graphs for op in g.get_operations() if "Random" in op.type and op.op_def.is_stateful}
+            )
+        )
+
+    @property
+    def action_dim(self) -> int:
+        return self._width("action")
+
+    @property
+    def proprio_dim(self) -> int | None:
+        return self._width("proprio") if "proprio" in self.output else None
+
+    def _width(self, key: str) -> int:
+        width = self.output[key].shape[-1]
+        if width is None:
+            raise DataError(
+                f"{self.spec.name}: the width of {key!r} is not known before reading; give it a static shape "
+                "in the standardize function (tf.ensure_shape)"
+            )
+        return int(width)
+
+    def from_file(self, path: str, offset: int) -> dict[str, Any]:
+        """Reads and standardises the record at a byte offset. Raises tf.errors.* for damaged records."""
+        return self._from_file(path, tf.constant(offset, tf.int64))
+
+
+def read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+    """The record (scalar string) at a byte offset of a TFRecord file, CRC checked."""
+    variant = tf.raw_ops.TFRecordDatasetV2(
+        filenames=tf.reshape(path, [1]),
+        compression_type="",
+        buffer_size=tf.constant(0, tf.int64),  # exact reads: no read-ahead for a single record
+        byte_offsets=tf.reshape(offset, [1]),
+    )
+    return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(1).get_single_element()
+
+
+def damaged(path: str, record: int, offset: int, error: Exception) -> DataError:
+    """One readable error for a record that cannot be read."""
+    reason = re.sub(r"\s*\{\{.*|\s*\[\[.*|\s*\[Op:.*", "", str(getattr(error, "message", error))).strip().splitlines()
+    return DataError(
+        f"{path}: episode {record} (byte {offset}) is damaged or truncated: {reason[0] if reason else error}"
+    )
+
+
+def non_finite(values: np.ndarray) -> tuple[int, int] | None:
+    """(step, dimension) of the first value that is NaN or infinite."""
+    bad = np.argwhere(~np.isfinite(values))
+    return (int(bad[0][0]), int(bad[0][1])) if len(bad) else None

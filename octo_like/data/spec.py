@@ -1,0 +1,118 @@
+"""What a run must know about one dataset, as plain data."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from octo_like.common.normalization import KINDS
+
+
+class DataError(ValueError):
+    """Something is wrong with a dataset or its description. Messages name file, episode or key, and what is valid."""
+
+
+def suggest(word: str, valid: Any) -> str:
+    """'valid: a, b, c' with a 'did you mean' in front when one is close."""
+    valid = sorted(map(str, valid))
+    close = difflib.get_close_matches(str(word), valid, n=1)
+    listed = ", ".join(valid[:40]) + (f" and {len(valid) - 40} more" if len(valid) > 40 else "")
+    return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {listed or '(none)'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSpec:
+    """One dataset of a mixture. Built from a config's dict by `from_dict`.
+
+    Attributes:
+      name: TFDS name; the folder below `data_dir`.
+      version: TFDS version, or None for the newest.
+      weight: share of the samples, relative to the other datasets.
+      split: training split; "a+b" joins several.
+      val_split: validation split, or None: then a keyed `val_fraction` of the episodes of `split` is held out.
+      val_fraction: share of the episodes held out (at least one); 0 for no validation.
+      standardize: None, a name of the OXE registry, or "python.module:function" (dict of tensors -> dict of tensors,
+        on a whole trajectory).
+      image_keys: camera slot of the schema -> key below `observation`, or None where the dataset has no such camera.
+      proprio_keys: keys below `observation`, concatenated.
+      action_key: key of the actions (T, A).
+      language_key: key of the instruction (top level, or "observation/..."), or None.
+      normalization: "normal" or "bounds".
+      action_normalization_mask: False for action dimensions that are left in physical units.
+      head: action head that learns from this dataset.
+      num_demos: use only this many training episodes (keyed; 10 are among the 50).
+      env: gymnasium id for rollouts, or None.
+    """
+
+    name: str
+    version: str | None = None
+    weight: float = 1.0
+    split: str = "train"
+    val_split: str | None = None
+    val_fraction: float = 0.05
+    standardize: str | None = None
+    image_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    proprio_keys: tuple[str, ...] = ()
+    action_key: str = "action"
+    language_key: str | None = "language_instruction"
+    normalization: str = "normal"
+    action_normalization_mask: tuple[bool, ...] | None = None
+    head: str = "action"
+    num_demos: int | None = None
+    env: str | None = None
+
+    def __post_init__(self):
+        if self.normalization not in KINDS:
+            raise DataError(f"{self.name}: normalization {self.normalization!r}; {suggest(self.normalization, KINDS)}")
+        if not 0 <= self.val_fraction < 1:
+            raise DataError(f"{self.name}: val_fraction must be in [0, 1), got {self.val_fraction}")
+        if self.num_demos is not None and self.num_demos < 1:
+            raise DataError(f"{self.name}: num_demos must be at least 1 or None, got {self.num_demos}")
+        if not self.weight >= 0:
+            raise DataError(f"{self.name}: weight must not be negative, got {self.weight}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], name: str | None = None) -> "DatasetSpec":
+        """Spec of a plain dict. Fields not given come from the registry entry that `standardize` names, if any.
+
+        Raises:
+          DataError: an unknown field or a missing name.
+        """
+        if isinstance(data, cls):
+            return data
+        fields = {field.name for field in dataclasses.fields(cls)}
+        data = dict(data)
+        for key in data:
+            if key not in fields:
+                raise DataError(f"dataset {data.get('name') or name!r}: unknown field {key!r}; {suggest(key, fields)}")
+        standardize = data.get("standardize")
+        if standardize is not None and ":" not in standardize:
+            from octo_like.data.oxe import registry
+
+            data = {**registry.spec_fields(standardize), **data}
+        if not data.get("name"):
+            if not name:
+                raise DataError("a dataset needs a name")
+            data["name"] = name
+        data["image_keys"] = dict(data.get("image_keys") or {})
+        data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
+        mask = data.get("action_normalization_mask")
+        data["action_normalization_mask"] = None if mask is None else tuple(bool(m) for m in mask)
+        return cls(**data)
+
+    def transform_fields(self) -> dict[str, Any]:
+        """The fields that determine the content of an episode (not its weight, split or normalisation)."""
+        return {
+            "standardize": self.standardize,
+            "image_keys": dict(sorted(self.image_keys.items())),
+            "proprio_keys": list(self.proprio_keys),
+            "action_key": self.action_key,
+            "language_key": self.language_key,
+        }
+
+
+def specs_from_config(datasets: Mapping[str, Any]) -> dict[str, DatasetSpec]:
+    """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another."""
+    if not datasets:
+        raise DataError("the mixture is empty: `datasets` needs at least one entry")
+    return {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}

@@ -1,0 +1,362 @@
+"""The closed vocabulary in which the registry says what a dataset's actions and proprioception mean.
+
+An expression is built from `field("observation/state")[0:6]`, `concat(...)`, `delta(...)`, ... and evaluated on a
+trajectory: a dict of tensors whose first axis is the step ("steps", T) and whose last is the feature axis. Expressions
+are plain frozen data, so they can be printed, compared and hashed. A user's own function (dict of tensors -> dict of
+tensors) may use the same operations through `evaluate`.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from octo_like.data.spec import DataError, suggest
+from octo_like.data.tf import tf
+
+Trajectory = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """One operation with its arguments (expressions) and settings."""
+
+    op: str
+    args: tuple["Expression", ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def __getitem__(self, key: int | slice) -> "Expression":
+        """Feature `key` (that axis disappears) or a range of features."""
+        if isinstance(key, slice):
+            if key.step not in (None, 1):
+                raise ValueError("feature ranges have no step")
+            return Expression("slice", (self,), (("start", key.start), ("stop", key.stop)))
+        return Expression("index", (self,), (("i", int(key)),))
+
+    # Without this, Python would iterate an expression through __getitem__ for ever.
+    __iter__ = None
+
+
+def _build(op: str, *args: Expression, **settings: Any) -> Expression:
+    return Expression(op, args, tuple(settings.items()))
+
+
+def field(path: str, *, before_pre_steps: bool = False) -> Expression:
+    """The leaf at `path`; `before_pre_steps`: as it was before the steps were cut."""
+    return _build("field", path=path, before_pre_steps=before_pre_steps)
+
+
+def concat(*args: Expression) -> Expression:
+    """Joined along the feature axis."""
+    return _build("concat", *args)
+
+
+def expand(arg: Expression) -> Expression:
+    """(T,) to (T, 1)."""
+    return _build("expand", arg)
+
+
+def cast(arg: Expression, dtype: str) -> Expression:
+    return _build("cast", arg, dtype=dtype)
+
+
+def clip(arg: Expression, lo: float, hi: float) -> Expression:
+    return _build("clip", arg, lo=lo, hi=hi)
+
+
+def divide(arg: Expression, by: Expression) -> Expression:
+    return _build("divide", arg, by)
+
+
+def multiply(arg: Expression, factor: Expression) -> Expression:
+    return _build("multiply", arg, factor)
+
+
+def invert_gripper(arg: Expression) -> Expression:
+    """1 - x, unclipped."""
+    return _build("invert_gripper", arg)
+
+
+def zeros(width: int, dtype: str = "float32") -> Expression:
+    return _build("zeros", width=width, dtype=dtype)
+
+
+def ones(width: int, dtype: str = "float32") -> Expression:
+    return _build("ones", width=width, dtype=dtype)
+
+
+def delta(arg: Expression) -> Expression:
+    """x[t+1] - x[t]: one step shorter; angles are not wrapped."""
+    return _build("delta", arg)
+
+
+def drop_last_step(arg: Expression) -> Expression:
+    return _build("drop_last_step", arg)
+
+
+def binarize_gripper(arg: Expression, open_above: float = 0.95, closed_below: float = 0.05) -> Expression:
+    """Absolute gripper (T,) to open 1 / closed 0.
+
+    Steps in between take the next decided state; a run of them at the end takes the raw last value.
+    """
+    return _build("binarize_gripper", arg, open_above=open_above, closed_below=closed_below)
+
+
+def rel_to_abs_gripper(arg: Expression, threshold: float = 0.1) -> Expression:
+    """Relative commands (T,), positive closes, to open 1 / closed 0. The first command is taken as a real change."""
+    return _build("rel_to_abs_gripper", arg, threshold=threshold)
+
+
+def euler_from_quat(arg: Expression, order: str = "xyzw") -> Expression:
+    """Quaternions (T, 4) to fixed-axis x, y, z angles (T, 3)."""
+    return _build("euler_from_quat", arg, order=order)
+
+
+def rotate_by_heading(vec: Expression, yaw: Expression) -> Expression:
+    """World vectors (T, 2) seen from a frame rotated by yaw (T, 1)."""
+    return _build("rotate_by_heading", vec, yaw)
+
+
+def first_step_norm_ratio(num: Expression, den: Expression) -> Expression:
+    """Norm of the first row of `num` over that of `den`: a scalar."""
+    return _build("first_step_norm_ratio", num, den)
+
+
+def zlib_floats(arg: Expression, width: int) -> Expression:
+    """Each step inflated and read as little-endian float32: (T, width)."""
+    return _build("zlib_floats", arg, width=width)
+
+
+def blank_text() -> Expression:
+    """No instruction: an empty string per step."""
+    return _build("blank_text")
+
+
+def codepoints_to_text(arg: Expression) -> Expression:
+    """Rows of Unicode code points, cut at the first 0, to UTF-8 text."""
+    return _build("codepoints_to_text", arg)
+
+
+# ---------------------------------------------------------------- values
+
+
+def _binarize_gripper(x: tf.Tensor, open_above: float, closed_below: float) -> tf.Tensor:
+    is_open, is_closed = x > tf.constant(open_above, x.dtype), x < tf.constant(closed_below, x.dtype)
+    decided = tf.where(is_open | is_closed)[:, 0]
+    states = tf.concat([tf.gather(tf.cast(is_open, x.dtype), decided), x[-1:]], 0)
+    following = tf.searchsorted(decided, tf.range(tf.size(x, tf.int64)), side="left")
+    return tf.gather(states, following)
+
+
+def _rel_to_abs_gripper(x: tf.Tensor, threshold: float) -> tf.Tensor:
+    opens, closes = x < tf.constant(-threshold, x.dtype), x > tf.constant(threshold, x.dtype)
+    events = tf.where(opens | closes)[:, 0]
+    states = tf.gather(tf.cast(opens, tf.float32), events)
+    before = tf.concat([1 - states[:1], tf.ones([tf.cast(tf.size(events) == 0, tf.int32)])], 0)
+    past = tf.searchsorted(events, tf.range(tf.size(x, tf.int64)), side="right")
+    return tf.gather(tf.concat([before, states], 0), past)
+
+
+def _euler_from_quat(quat: tf.Tensor, order: str) -> tf.Tensor:
+    parts = dict(zip(order, tf.unstack(quat, axis=-1), strict=True))
+    x, y, z, w = (parts[name] for name in "xyzw")
+    r00, r01, r02 = 1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)
+    r10, r20 = 2 * (x * y + z * w), 2 * (x * z - y * w)
+    r21, r22 = 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)
+    sign = tf.where(r20 < 0, -tf.ones_like(r20), tf.ones_like(r20))
+    locked = tf.abs(tf.abs(r20) - 1) < 1e-6  # pitch of +-90 degrees: roll and yaw are one angle, given to roll
+    pitch = tf.where(locked, -sign * tf.constant(np.pi / 2, quat.dtype), -tf.asin(tf.clip_by_value(r20, -1, 1)))
+    roll = tf.where(locked, tf.atan2(-sign * r01, -sign * r02), tf.atan2(r21, r22))
+    yaw = tf.where(locked, tf.zeros_like(r20), tf.atan2(r10, r00))
+    return tf.stack([roll, pitch, yaw], axis=-1)
+
+
+def _rotate_by_heading(vec: tf.Tensor, yaw: tf.Tensor) -> tf.Tensor:
+    cos, sin = tf.cos(yaw), tf.sin(yaw)
+    return tf.concat([cos * vec[:, :1] + sin * vec[:, 1:], -sin * vec[:, :1] + cos * vec[:, 1:]], axis=-1)
+
+
+def _zlib_floats(x: tf.Tensor, width: int) -> tf.Tensor:
+    return tf.reshape(tf.io.decode_raw(tf.io.decode_compressed(x, "ZLIB"), tf.float32), [-1, width])
+
+
+def _codepoints_to_text(rows: tf.Tensor) -> tf.Tensor:
+    rows = tf.cast(rows, tf.int32)
+    lengths = tf.reduce_sum(tf.math.cumprod(tf.cast(rows != 0, tf.int32), axis=-1), axis=-1)
+    ragged = tf.RaggedTensor.from_tensor(rows, lengths=lengths)
+    return tf.strings.unicode_encode(ragged, "UTF-8", errors="replace")
+
+
+OPERATIONS: dict[str, Callable[..., tf.Tensor]] = {
+    "concat": lambda *args: tf.concat(args, axis=-1),
+    "slice": lambda x, start, stop: x[..., start:stop],
+    "index": lambda x, i: x[..., i],
+    "expand": lambda x: x[..., None],
+    "cast": lambda x, dtype: tf.cast(x, dtype),
+    "clip": lambda x, lo, hi: tf.clip_by_value(x, tf.constant(lo, x.dtype), tf.constant(hi, x.dtype)),
+    "divide": lambda x, by: x / by,
+    "multiply": lambda x, factor: x * factor,
+    "invert_gripper": lambda x: 1 - x,
+    "delta": lambda x: x[1:] - x[:-1],
+    "drop_last_step": lambda x: x[:-1],
+    "binarize_gripper": _binarize_gripper,
+    "rel_to_abs_gripper": _rel_to_abs_gripper,
+    "euler_from_quat": _euler_from_quat,
+    "rotate_by_heading": _rotate_by_heading,
+    "first_step_norm_ratio": lambda num, den: tf.norm(num[0]) / tf.norm(den[0]),
+    "zlib_floats": _zlib_floats,
+    "codepoints_to_text": _codepoints_to_text,
+}
+
+
+def get_leaf(trajectory: Mapping[str, Any], path: str) -> tf.Tensor:
+    """The leaf at "container/leaf". Raises DataError with the valid names."""
+    head, _, rest = path.partition("/")
+    node = trajectory.get(path, trajectory.get(head))
+    if isinstance(node, Mapping) and rest:
+        return get_leaf(node, rest)
+    if node is None or isinstance(node, Mapping) or rest:
+        raise DataError(f"no leaf {path!r} in the trajectory; {suggest(path, trajectory)}")
+    return node
+
+
+def steps_of(trajectory: Mapping[str, Any]) -> tf.Tensor:
+    """T, the number of steps of a trajectory (scalar int32)."""
+    return tf.shape(tf.nest.flatten(trajectory)[0])[0]
+
+
+def evaluate(expression: Expression, trajectory: Trajectory, raw: Trajectory | None = None) -> tf.Tensor:
+    """Value of an expression on a trajectory. `raw`: the trajectory before any step was cut."""
+    settings = dict(expression.settings)
+    if expression.op == "field":
+        source = (raw or trajectory) if settings["before_pre_steps"] else trajectory
+        return get_leaf(source, settings["path"])
+    if expression.op in ("zeros", "ones"):
+        shape = [steps_of(trajectory), settings["width"]]
+        return tf.ensure_shape(getattr(tf, expression.op)(shape, settings["dtype"]), [None, settings["width"]])
+    if expression.op == "blank_text":
+        return tf.fill([steps_of(trajectory)], "")
+    if expression.op not in OPERATIONS:
+        raise DataError(f"unknown operation {expression.op!r}; {suggest(expression.op, OPERATIONS)}")
+    args = [evaluate(arg, trajectory, raw) for arg in expression.args]
+    return OPERATIONS[expression.op](*args, **settings)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _subsample(tree: Trajectory, factor: int) -> Trajectory:
+    return tf.nest.map_structure(lambda x: x[::factor], tree)
+
+
+def _empty_if_fewer_than(tree: Trajectory, n: int) -> Trajectory:
+    steps = steps_of(tree)
+    keep = tf.where(steps < n, 0, steps)
+    return tf.nest.map_structure(lambda x: x[:keep], tree)
+
+
+STEP_OPERATIONS: dict[str, Callable[..., Trajectory]] = {
+    "drop_first_steps": lambda tree, n: tf.nest.map_structure(lambda x: x[n:], tree),
+    "drop_last_steps": lambda tree, n: tf.nest.map_structure(lambda x: x[:-n], tree),
+    "subsample": _subsample,
+    "empty_if_fewer_than": _empty_if_fewer_than,
+}
+
+
+def _apply_steps(tree: Trajectory, operations: tuple[tuple[str, int], ...]) -> Trajectory:
+    for name, argument in operations:
+        if name not in STEP_OPERATIONS:
+            raise DataError(f"unknown step operation {name!r}; {suggest(name, STEP_OPERATIONS)}")
+        tree = STEP_OPERATIONS[name](tree, argument)
+    return tree
+
+
+def _swap(trajectory: Trajectory, paths: tuple[str, str], probability: float) -> Trajectory:
+    """Exchanges two leaves for a keyed share of the episodes: the coin is a hash of the first leaf's content."""
+    a, b = (get_leaf(trajectory, path) for path in paths)
+    first = a[0] if a.dtype == tf.string else tf.strings.as_string(tf.reduce_sum(tf.cast(a, tf.float64)))
+    heads = tf.strings.to_hash_bucket_strong(first, 1 << 30, key=[0x0C70, 0x51DE]) < int(probability * (1 << 30))
+    trajectory = _set_leaf(trajectory, paths[0], tf.where(heads, b, a))
+    return _set_leaf(trajectory, paths[1], tf.where(heads, a, b))
+
+
+def _set_leaf(tree: Trajectory, path: str, value: Any) -> Trajectory:
+    head, _, rest = path.partition("/")
+    if not rest:
+        return {**tree, head: value}
+    child = tree.get(head)
+    return {**tree, head: _set_leaf(child if isinstance(child, Mapping) else {}, rest, value)}
+
+
+def _remove_leaf(tree: Trajectory, path: str) -> Trajectory:
+    head, _, rest = path.partition("/")
+    if rest and isinstance(tree.get(head), Mapping):
+        return {**tree, head: _remove_leaf(tree[head], rest)}
+    return {key: value for key, value in tree.items() if key != path}
+
+
+@dataclasses.dataclass(frozen=True)
+class Standardize:
+    """A declarative trajectory function: what is cut, computed, kept and removed, in this order.
+
+    Attributes:
+      outputs: path -> expression, all on the trajectory after `pre_steps`.
+      pre_steps: step operations on every leaf, e.g. (("drop_first_steps", 1),).
+      passthrough_steps: step operations on the leaves that are not outputs (outputs are already final).
+      removes: leaves deleted at the end.
+      swap: (path, path, probability): two leaves exchanged for a share of the episodes.
+    """
+
+    outputs: Mapping[str, Expression] = dataclasses.field(default_factory=dict)
+    pre_steps: tuple[tuple[str, int], ...] = ()
+    passthrough_steps: tuple[tuple[str, int], ...] = ()
+    removes: tuple[str, ...] = ()
+    swap: tuple[str, str, float] | None = None
+
+    def __call__(self, raw: Trajectory) -> Trajectory:
+        trajectory = _apply_steps(raw, self.pre_steps)
+        values = {path: evaluate(expression, trajectory, raw) for path, expression in self.outputs.items()}
+        result = _apply_steps(trajectory, self.passthrough_steps)
+        for path, value in values.items():
+            result = _set_leaf(result, path, value)
+        if self.swap is not None:
+            result = _swap(result, self.swap[:2], self.swap[2])
+        for path in self.removes:
+            result = _remove_leaf(result, path)
+        return result
+
+
+# ---------------------------------------------------------------- names
+
+
+def resolve(name: str | None) -> tuple[Callable[[Trajectory], Trajectory] | None, str]:
+    """(function, hash of its definition) of a spec's `standardize`.
+
+    Args:
+      name: None, a name of the registry, or "python.module:function".
+
+    Raises:
+      DataError: no such module, function or registry entry.
+    """
+    if name is None:
+        return None, ""
+    if ":" not in name:
+        from octo_like.data.oxe import registry
+
+        entry = registry.get(name)
+        return entry.standardize, hashlib.sha256(repr(entry.standardize).encode()).hexdigest()[:16]
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise DataError(f"standardize={name!r}: cannot import {module_name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        valid = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise DataError(f"standardize={name!r}: no function {function_name!r}; {suggest(function_name, valid)}")
+    # The whole module counts: helper functions change the result as much as the function does.
+    return function, hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]

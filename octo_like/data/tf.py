@@ -1,0 +1,25 @@
+"""TensorFlow, set up as the host side of a JAX program: no accelerator, few threads, no chatter.
+
+The data room imports TensorFlow from here, and only the data room imports it at all.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tensorflow as tf  # noqa: E402
+
+# Training shares the host's cores; the stream has its own few threads and calls TensorFlow from them.
+INTER_OP_THREADS = int(os.environ.get("OCTO_LIKE_TF_THREADS", min(4, os.cpu_count() or 1)))
+
+try:
+    # A visible GPU would be filled by TensorFlow before JAX gets to it.
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_visible_devices([], "TPU")
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(INTER_OP_THREADS)
+except RuntimeError:
+    # The program has already used TensorFlow: its settings stand.
+    pass
+
+__all__ = ["tf"]
