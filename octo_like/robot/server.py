@@ -79,39 +79,31 @@ class PolicyServer:
             "unnormalize": unnormalize,
             "action_names": None if action_names is None else list(action_names),
         }
-        self._server = None
 
     def warm_up(self) -> float:
         """Compiles the policy for single requests before any robot waits for it; returns the seconds it took."""
         start = time.monotonic()
-        observation = synthetic_batch(self.policy.batch_spec, 1)["observation"]
-        for masks in ("proprio_pad_mask", "pad_mask_dict"):
-            observation.pop(masks, None)
-        self._sample(observation, self._text_task(""), None, 0, 0)
+        example = synthetic_batch(self.policy.batch_spec, 1)
+        observation = {key: example["observation"][key] for key in example["observation"] if not key.endswith("_dict")}
+        task = example["task"] if self.policy.batch_spec.language_length is None else self._text_task("")
+        self._sample(observation, task, None, 0, 0)
         return time.monotonic() - start
-
-    def serve_forever(self) -> None:
-        """Listens and answers until `close()` is called from another thread."""
-        self._listen()
-        self._server.serve_forever()
 
     @contextlib.contextmanager
     def running(self) -> Iterator["PolicyServer"]:
         """Listens in a thread of its own for as long as the context lasts."""
         self._listen()
-        thread = threading.Thread(target=self._server.serve_forever, name="policy-server", daemon=True)
-        thread.start()
+        self._thread = threading.Thread(target=self._server.serve_forever, name="policy-server", daemon=True)
+        self._thread.start()
         try:
             yield self
         finally:
-            self.close()
-            thread.join()
-
-    def close(self) -> None:
-        """Stops listening and hangs up."""
-        if self._server is not None:
             self._server.shutdown()
-            self._server = None
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Blocks for as long as the server runs."""
+        self._thread.join()
 
     def _listen(self) -> None:
         # Images compress badly and the robot is waiting: no compression.

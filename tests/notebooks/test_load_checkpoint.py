@@ -3,16 +3,10 @@
 import os
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from octo_like.common.normalization import compute_statistics
-from octo_like.common.schema import BatchSpec
-from octo_like.common.text import TextTokenizer
 from octo_like.envs import EMBODIMENTS
-from octo_like.model.octo import build_model, init_params
-from octo_like.model.policy import Policy, spec_to_json
+from tests.robot.tiny import tiny_policy
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -32,53 +26,13 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def tiny_policy(dataset: str, action_dim: int, proprio_dim: int | None) -> Policy:
-    """Random weights, real shapes."""
-    tokenizer = TextTokenizer.load("builtin")
-    spec = BatchSpec(
-        window_size=1,
-        action_horizon=4,
-        action_dim=action_dim,
-        image_sizes={"primary": (32, 32)},
-        proprio_dim=proprio_dim,
-        language_length=tokenizer.max_length,
-    )
-    model = {
-        "token_dim": 32,
-        "max_window": 1,
-        "transformer": {"num_layers": 1, "num_heads": 2, "mlp_dim": 32},
-        "task_tokenizers": {"language": {"kind": "language", "encoder": "small", "dim": 16, "num_heads": 2}},
-        "observation_tokenizers": {
-            "primary": {
-                "kind": "image",
-                "obs_keys": ["image_primary"],
-                "stem": {"kind": "patch", "patch_size": 16, "num_features": 16},
-            },
-        },
-        "readouts": {"action": 1},
-        "heads": {
-            "action": {
-                "kind": "regression",
-                "readout": "readout_action",
-                "action_horizon": 4,
-                "action_dim": action_dim,
-            }
-        },
-    }
-    rng = np.random.default_rng(0)
-    statistics = {"action": compute_statistics(rng.normal(size=(50, action_dim)).astype(np.float32) * 0.01)}
-    if proprio_dim:
-        statistics["proprio"] = compute_statistics(rng.normal(size=(50, proprio_dim)).astype(np.float32))
-    params = init_params(build_model(model, vocab_size=tokenizer.vocab_size), spec, jax.random.key(0))
-    return Policy({"model": model, "batch_spec": spec_to_json(spec)}, params, {dataset: statistics}, tokenizer)
-
-
 def execute(tmp_path, monkeypatch, checkpoint: Path):
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(NO_TENSORFLOW)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(NOTEBOOKS.parent)]))
     monkeypatch.setenv("OCTO_CHECKPOINT", str(checkpoint))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # small programs: compiling is all the work
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(NOTEBOOKS / "load_checkpoint.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "the notebook is kept without outputs"

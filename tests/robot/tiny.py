@@ -1,0 +1,54 @@
+"""A policy with random weights and real parts, made in no time."""
+
+import jax
+import numpy as np
+
+from octo_like.common.normalization import compute_statistics
+from octo_like.common.schema import BatchSpec
+from octo_like.common.text import TextTokenizer
+from octo_like.model.octo import build_model, init_params
+from octo_like.model.policy import Policy, spec_to_json
+
+
+def tiny_policy(dataset: str, action_dim: int, proprio_dim: int | None) -> Policy:
+    """Random weights, real shapes."""
+    tokenizer = TextTokenizer.load("builtin")
+    spec = BatchSpec(
+        window_size=1,
+        action_horizon=4,
+        action_dim=action_dim,
+        image_sizes={"primary": (32, 32)},
+        proprio_dim=proprio_dim,
+        language_length=tokenizer.max_length,
+    )
+    model = {
+        "token_dim": 32,
+        "max_window": 1,
+        "transformer": {"num_layers": 1, "num_heads": 2, "mlp_dim": 32},
+        "task_tokenizers": {"language": {"kind": "language", "encoder": "small", "dim": 16, "num_heads": 2}},
+        "observation_tokenizers": {
+            "primary": {
+                "kind": "image",
+                "obs_keys": ["image_primary"],
+                "stem": {"kind": "patch", "patch_size": 16, "num_features": 16},
+            },
+        },
+        "readouts": {"action": 1},
+        "heads": {
+            "action": {
+                "kind": "regression",
+                "readout": "readout_action",
+                "action_horizon": 4,
+                "action_dim": action_dim,
+            }
+        },
+    }
+    rng = np.random.default_rng(0)
+    statistics = {"action": compute_statistics(rng.normal(size=(50, action_dim)).astype(np.float32) * 0.01)}
+    if proprio_dim:
+        statistics["proprio"] = compute_statistics(rng.normal(size=(50, proprio_dim)).astype(np.float32))
+    built = build_model(model, vocab_size=tokenizer.vocab_size)
+    # Random numbers from NumPy: compiling the initialisers takes longer than everything else here.
+    shapes = jax.eval_shape(lambda: init_params(built, spec, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
+    return Policy({"model": model, "batch_spec": spec_to_json(spec)}, params, {dataset: statistics}, tokenizer)
