@@ -24,7 +24,7 @@ READY := $(VENV)/.ready-$(shell cat $(LOCK) setup.py | cksum | cut -d' ' -f1)
 
 # On a machine with an NVIDIA GPU the demo also gets JAX's CUDA plugin, for the CUDA that the driver offers.
 ifeq ($(OCTO_CPU),)
-CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p' | head -n 1)
+CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && { nvidia-smi | sed -n 's/.*CUDA[^:]*Version: *\([0-9]*\)\..*/\1/p'; echo 12; } | head -n 1)
 endif
 ifneq ($(CUDA),)
 CUDA_EXTRA := cuda$(shell [ $(CUDA) -ge 13 ] && echo 13 || echo 12)
@@ -44,10 +44,10 @@ setup: $(READY) ## makes .venv from the lock, with the package installed for edi
 
 $(READY):
 	@[ -n "$(PYTHON)" ] || { echo "octo_like needs Python 3.11 or 3.12 and none was found. Install one, or pass PYTHON=/path/to/python3.11." >&2; exit 1; }
-	@$(PYTHON) -c '$(SUITABLE)' || { echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1); octo_like needs Python 3.11 or 3.12." >&2; exit 1; }
+	@$(PYTHON) -c '$(SUITABLE)' || { echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing); octo_like needs Python 3.11 or 3.12." >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version) and $(if $(UV),uv,pip); the first time this downloads about 500 MB."
 ifeq ($(UV),)
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv. Or install uv." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv. Or install uv." >&2; exit 1; }
 else
 	@[ -x $(PY) ] || $(UV) venv --quiet --python "$$(command -v $(PYTHON))" $(VENV)
 endif
