@@ -104,7 +104,7 @@ class MetricsWriter:
         if self._file is None:
             return
         frames = _checked_frames(name, np.asarray(frames), 4)
-        gif = encode_gif(frames, fps=fps)
+        gif = _encode_gif(frames, fps=fps)
         path = self._media(name, step, "gif")
         path.write_bytes(gif)
         if self._tensorboard is not None:
@@ -192,7 +192,7 @@ def _checked_frames(name: str, image: np.ndarray, dims: int) -> np.ndarray:
     return image
 
 
-def encode_gif(frames: np.ndarray, *, fps: float = 10.0) -> bytes:
+def _encode_gif(frames: np.ndarray, *, fps: float = 10.0) -> bytes:
     """(t, h, w, 3) uint8 frames as the bytes of a looping GIF."""
     pictures = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
