@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from typing import Any, Mapping
 
 import flax.linen as nn
@@ -147,7 +148,7 @@ def _plain(node):
 def _tokenizer(entry, shared, vocab_size, where):
     entry = dict(entry)
     if entry.get("kind") == "image":
-        entry["stem"] = _make(STEMS, entry.get("stem", {"kind": "small"}), {"dtype": shared["dtype"]}, f"{where}.stem")
+        entry["stem"] = _stem(entry.get("stem", {"kind": "small"}), f"{where}.stem")
     if entry.get("kind") == "language":
         if entry.get("encoder") == "t5":
             entry["t5"] = _t5_config(entry.get("t5", "t5-base"), where)
@@ -156,6 +157,17 @@ def _tokenizer(entry, shared, vocab_size, where):
         if entry.get("encoder", "small") == "small" and not entry["vocab_size"]:
             raise ValueError(f"{where}: a small language encoder needs vocab_size, or a text tokenizer in the run")
     return _make(TOKENIZERS, entry, shared, where)
+
+
+def _stem(entry, where):
+    """A constructor; the stem's name is part of the parameter paths, and follows the Octo releases."""
+    entry = dict(entry)
+    kind = entry.pop("kind", None)
+    names = {"small": f"SmallStem{entry.get('patch_size', 16)}_0", "patch": "PatchEncoder_0", "conv": "ConvStem_0"}
+    name = entry.pop("module_name", names.get(kind))
+    cls = _lookup(STEMS, kind, where)
+    _check_options(entry, _fields(cls) - {"dtype"}, where)
+    return functools.partial(cls, **entry, name=name)
 
 
 def _t5_config(value, where) -> T5Config:
@@ -169,13 +181,20 @@ def _t5_config(value, where) -> T5Config:
 
 def _make(table, entry, shared, where):
     entry = dict(entry)
-    kind = entry.pop("kind", None)
-    if kind not in table:
-        raise ValueError(f"{where}: unknown kind {kind!r}; valid: {sorted(table)}")
-    cls = table[kind]
-    fields = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+    cls = _lookup(table, entry.pop("kind", None), where)
+    fields = _fields(cls)
     _check_options(entry, fields - set(shared), where)
     return cls(**entry, **{key: value for key, value in shared.items() if key in fields})
+
+
+def _lookup(table, kind, where):
+    if kind not in table:
+        raise ValueError(f"{where}: unknown kind {kind!r}; valid: {sorted(table)}")
+    return table[kind]
+
+
+def _fields(cls) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
 
 
 def _check_options(entry, known, where):

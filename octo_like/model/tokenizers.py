@@ -5,7 +5,7 @@ Every tokenizer returns a TokenGroup with tokens (B, [W,] n, F), or None when th
 """
 
 import re
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -48,7 +48,7 @@ class ImageTokenizer(nn.Module):
     """Cameras to tokens; goal images are stacked onto the observation's channels ("early goal fusion").
 
     Attributes:
-      stem: the encoder module.
+      stem: constructor of the encoder, with its options and name bound.
       obs_keys: regexes of observation keys, stacked along channels in alphabetical order.
       goal_keys: regexes of goal images. A goal that is missing is zero after normalisation (compat: a black image).
       film_keys: task arrays (B, d) that condition the stem; ("task",) conditions on the mean of the task's tokens.
@@ -56,7 +56,7 @@ class ImageTokenizer(nn.Module):
       normalization: "default" or "imagenet".
     """
 
-    stem: nn.Module
+    stem: Callable[..., nn.Module]
     obs_keys: tuple[str, ...]
     goal_keys: tuple[str, ...] = ()
     film_keys: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class ImageTokenizer(nn.Module):
         # One stem pass over all frames of the batch.
         x = jnp.concatenate(images, axis=-1).reshape(b * w, *size[:-1], -1)
         condition = self._condition(task, task_summary, w)
-        x = self.stem(x, condition) if condition is not None else self.stem(x)
+        x = self.stem(dtype=self.dtype)(x, condition)
         tokens = x.reshape(b, w, -1, x.shape[-1])
         if self.num_learned_tokens:
             tokens = TokenLearner(self.num_learned_tokens, self.compat, self.dtype, name="TokenLearner_0")(tokens)
