@@ -8,9 +8,12 @@ Datasets appear whole or not at all.
 """
 
 import argparse
+import contextlib
+import io
 import pathlib
 import shutil
 import sys
+import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 for path in (str(HERE), str(HERE.parent.parent)):  # works from a checkout that is not installed, too
@@ -95,7 +98,9 @@ def build(data_dir: str, requests: list[tuple[str, int, int]], *, workers: int =
             builder = builder_class(name)(
                 data_dir=root, train_episodes=train, val_episodes=val, simulator=simulator, on_episode=on_episode
             )
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+            # TFDS builds in a temporary folder and renames it. Its download cache, empty here, stays out of data_dir.
+            with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(download_dir=downloads)
     for name, train, val in missing:
         failed = sum(count for (who, _), count in simulator.failed.items() if who == DATASETS[name])
         print(f"{name}: wrote {train} + {val} episodes, left out {failed} that the expert failed ({root / name})")

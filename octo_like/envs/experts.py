@@ -47,7 +47,8 @@ class Expert:
         self.env, self.rng = env, rng
         self.habits = sample_habits(rng)
         self.color = target or env.goal.target
-        env.world.block(self.color)  # an unknown colour fails here
+        if self.color not in (colors := [block.color for block in env.world.blocks]):
+            raise ValueError(f"there is no {self.color} block in this scene; valid: {', '.join(colors)}")
 
     @property
     def target(self) -> scene.Block:
