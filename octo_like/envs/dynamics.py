@@ -4,6 +4,7 @@ An effector has a tip (x, y, z), a gripper opening (1 open, 0 closed), and `appl
 one action with process noise: executed displacement = command * (1 + noise) + small noise.
 """
 
+import abc
 import math
 
 import numpy as np
@@ -56,7 +57,7 @@ class Pusher:
         return np.zeros(0, np.float32)
 
 
-class _Grasping:
+class _Grasping(abc.ABC):
     """What all embodiments with a gripper share: closing near a block takes it, opening drops it."""
 
     grasp_radius = 0.04
@@ -67,8 +68,9 @@ class _Grasping:
     def _low_enough(self) -> bool:
         return True
 
+    @abc.abstractmethod
     def _carry_height(self) -> float:
-        raise NotImplementedError("each gripper says how high its load hangs")
+        """How high its load hangs, metres."""
 
     def _set_gripper(self, command: float, world: scene.World) -> None:
         was_open, self.opening = self.opening >= 0.5, float(command)
@@ -161,9 +163,9 @@ class _JointArm(_Grasping):
     def yaw(self) -> float:
         return self.heading + float(self.q.sum())
 
+    @abc.abstractmethod
     def inverse(self, xy: np.ndarray) -> np.ndarray:
         """Joint angles that bring the fingertip to `xy`; the elbow is always on the same side."""
-        raise NotImplementedError("each arm has its own inverse kinematics")
 
     def _two_links(self, x: float, y: float, first: float, second: float) -> tuple[float, float]:
         """Angles of two links that end at (x, y) relative to the base, or as near as they can."""

@@ -4,6 +4,7 @@ An expert's habits (speed, approach offset, hover height) are drawn once per epi
 commands.
 """
 
+import abc
 import dataclasses
 import math
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def sample_habits(rng: np.random.Generator) -> Habits:
     )
 
 
-class Expert:
+class Expert(abc.ABC):
     """Returns actions in physical units, clipped to the embodiment's limits."""
 
     def __init__(self, env: "TabletopEnv", rng: np.random.Generator, target: str | None = None):
@@ -58,8 +59,9 @@ class Expert:
         action = np.array(self._act(), np.float64)
         return self.env.embodiment.clip(action).astype(np.float32)
 
+    @abc.abstractmethod
     def _act(self):
-        raise NotImplementedError("each embodiment has its own expert")
+        """The command, before it is clipped."""
 
 
 class GraspingExpert(Expert):
@@ -90,13 +92,16 @@ class GraspingExpert(Expert):
             return self.stay(CLOSED)
         return self.toward(aim, self.habits.depth, OPEN)
 
+    @abc.abstractmethod
     def arrived(self, aim: np.ndarray, low: float) -> bool:
-        raise NotImplementedError
+        """Whether the tip is at `aim` (x, y) and, where there is a z, below `low`."""
 
+    @abc.abstractmethod
     def toward(self, aim: np.ndarray, low: float, gripper: float):
         """An action that brings the tip nearer to `aim` (x, y), finally at height `low`."""
         raise NotImplementedError
 
+    @abc.abstractmethod
     def stay(self, gripper: float):
         """An action that only moves the fingers."""
         raise NotImplementedError
