@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -318,18 +319,24 @@ class TestIntegrity:
         _, bad = integrity.checksums({**arrays, "good": jnp.ones(3), "whole": jnp.arange(3)})
         assert sorted(bad) == sorted(arrays)
 
-    def test_verify_script(self, tmp_path, repository):
+    def test_verify_script(self, tmp_path, repository, monkeypatch, capsys):
+        def verify(*arguments):
+            monkeypatch.setattr(sys, "argv", ["verify_checkpoint.py", *map(str, arguments)])
+            status = runpy.run_path(str(repository / "scripts" / "verify_checkpoint.py"))["main"]()
+            return status, *capsys.readouterr()
+
         save(tmp_path, 1, 2)
-        command = [sys.executable, "scripts/verify_checkpoint.py", str(tmp_path), "--all"]
         flip(tmp_path / "checkpoints" / "1" / "state" / "manifest.ocdbt", 40)
-        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1, done.stderr
-        bad, reason, *_, good = done.stdout.splitlines()
-        assert (bad, good.split(" (")[0]) == ("step 1: DAMAGED", "step 2: good")
+        status, output, _ = verify(tmp_path)
+        assert status == 0 and output.startswith("step 2: good (")
+        status, output, _ = verify(tmp_path, "--all")
+        bad, reason, *_, good = output.splitlines()
+        assert (status, bad, good.split(" (")[0]) == (1, "step 1: DAMAGED", "step 2: good")
         assert "state/manifest.ocdbt was altered" in reason
-        command = [*command[:2], str(repository)]
-        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1 and "is not a checkpoint" in done.stderr and "Traceback" not in done.stderr
+        status, _, error = verify(tmp_path, "--step", 7)
+        assert status == 1 and "there is no step 7" in error and "steps: [1, 2]" in error
+        status, _, error = verify(repository)
+        assert status == 1 and "is not a checkpoint" in error
 
 
 KILLED = """
