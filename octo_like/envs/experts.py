@@ -99,12 +99,10 @@ class GraspingExpert(Expert):
     @abc.abstractmethod
     def toward(self, aim: np.ndarray, low: float, gripper: float):
         """An action that brings the tip nearer to `aim` (x, y), finally at height `low`."""
-        raise NotImplementedError
 
     @abc.abstractmethod
     def stay(self, gripper: float):
         """An action that only moves the fingers."""
-        raise NotImplementedError
 
     def retreat(self):
         """An action that opens the hand and, where there is a z, lifts it."""
