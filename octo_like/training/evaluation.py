@@ -220,17 +220,22 @@ def plot_prediction(
     # The object-oriented interface: no global state, no display, safe in a process that plots elsewhere.
     figure = Figure(figsize=(9, 0.5 + 1.45 * width), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(width, 2, squeeze=False, width_ratios=(4, 1), sharex="col" if width > 1 else False)
+    axes = figure.subplots(width, 2, squeeze=False, width_ratios=(4, 1))
+    for row in axes[:-1]:
+        row[0].sharex(axes[-1, 0])
+        row[0].tick_params(labelbottom=False)
     consecutive = steps > 1 and (np.diff(prediction.timestep) == 1).all()
     x = prediction.timestep if consecutive else np.arange(steps)
     for d in range(width):
         over_time, scatter = axes[d]
         valid = prediction.mask[:, d]
         for s in range(samples):
-            for t in range(steps) if consecutive and horizon > 1 else ():
-                over_time.plot(
-                    x[t] + np.arange(horizon), prediction.predicted[s, t, :, d], color=PLOT_COLOUR, lw=0.6, alpha=0.25
-                )
+            if consecutive and horizon > 1:
+                # All chunks as one line with gaps: thousands of line objects would take seconds to draw.
+                gap = np.full((steps, 1), np.nan)
+                chunks = np.concatenate([prediction.predicted[s, :, :, d], gap], axis=1)
+                when = np.concatenate([x[:, None] + np.arange(horizon), gap], axis=1)
+                over_time.plot(when.ravel(), chunks.ravel(), color=PLOT_COLOUR, lw=0.6, alpha=0.25)
             first = prediction.predicted[s, :, 0, d]
             label = f"predicted, {samples} samples" if s == 0 else None
             over_time.plot(x, first, ".", color=PLOT_COLOUR, ms=4, alpha=0.8, label=label)

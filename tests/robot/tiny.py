@@ -11,7 +11,14 @@ from octo_like.model.policy import Policy, spec_to_json
 
 
 def tiny_policy(dataset: str, action_dim: int, proprio_dim: int | None) -> Policy:
-    """Random weights, real shapes."""
+    """Random weights, real shapes; statistics of one dataset."""
+    return tiny_policy_for({dataset: (action_dim, proprio_dim)})
+
+
+def tiny_policy_for(datasets: dict[str, tuple[int, int | None]], seed: int = 0) -> Policy:
+    """Random weights, real shapes; `datasets`: name to (action dimensions, proprio dimensions or None)."""
+    action_dim = max(dims for dims, _ in datasets.values())
+    proprio_dim = max((dims for _, dims in datasets.values() if dims), default=None)
     tokenizer = TextTokenizer.load("builtin")
     spec = BatchSpec(
         window_size=1,
@@ -43,12 +50,14 @@ def tiny_policy(dataset: str, action_dim: int, proprio_dim: int | None) -> Polic
             }
         },
     }
-    rng = np.random.default_rng(0)
-    statistics = {"action": compute_statistics(rng.normal(size=(50, action_dim)).astype(np.float32) * 0.01)}
-    if proprio_dim:
-        statistics["proprio"] = compute_statistics(rng.normal(size=(50, proprio_dim)).astype(np.float32))
+    rng = np.random.default_rng(seed)
+    statistics = {}
+    for name, (dims, proprio) in datasets.items():
+        statistics[name] = {"action": compute_statistics(rng.normal(size=(50, dims)).astype(np.float32) * 0.01)}
+        if proprio:
+            statistics[name]["proprio"] = compute_statistics(rng.normal(size=(50, proprio)).astype(np.float32))
     built = build_model(model, vocab_size=tokenizer.vocab_size)
     # Random numbers from NumPy: compiling the initialisers takes longer than everything else here.
     shapes = jax.eval_shape(lambda: init_params(built, spec, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
-    return Policy({"model": model, "batch_spec": spec_to_json(spec)}, params, {dataset: statistics}, tokenizer)
+    return Policy({"model": model, "batch_spec": spec_to_json(spec)}, params, statistics, tokenizer)

@@ -1,0 +1,282 @@
+"""The whole path in one command: data, pretraining, adaptation to a new robot, closed-loop evaluation, report.
+
+    make demo                                # or: python scripts/demo.py
+    python scripts/demo.py --fresh           # forget what is there
+    python scripts/demo.py --quick           # tiny: shows that everything works, learns nothing
+
+Stages are separate processes. A finished stage is skipped as long as its command and the code behind it are unchanged;
+an interrupted one continues where it can (training resumes from its checkpoint). Everything is below --workdir.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAMPS = "stages"
+DEMONSTRATIONS = 50
+HELD_OUT = "tabletop_arm3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of the demo.
+
+    Attributes:
+      name: short, unique.
+      title: what it does, for the banner.
+      command: arguments after the Python interpreter.
+      sources: glob patterns of the files whose contents decide whether a finished stage is still valid.
+      owns: paths below the workdir that the stage makes; removed when it starts anew.
+      proof: a file below the workdir that exists when it is finished.
+      needs: stages whose output it reads.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    sources: tuple[str, ...]
+    owns: tuple[str, ...]
+    proof: str
+    needs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Sizes of the demo. `steps`: of pretraining and adaptation; None keeps the config's own."""
+
+    episodes: tuple[str, ...]
+    overrides: tuple[str, ...]
+    adapt_overrides: tuple[str, ...]
+    pretrain_steps: int | None
+    adapt_steps: int
+    quick: bool
+
+
+FULL = Settings(
+    episodes=("tabletop_pusher=700", "tabletop_gripper=900", "tabletop_arm=900", f"{HELD_OUT}=200+20"),
+    overrides=(),
+    adapt_overrides=(),
+    pretrain_steps=None,
+    adapt_steps=400,
+    quick=False,
+)
+QUICK = Settings(
+    episodes=("tabletop_pusher=6+2", "tabletop_gripper=6+2", "tabletop_arm=6+2", f"{HELD_OUT}=6+2"),
+    overrides=(),
+    adapt_overrides=(),
+    pretrain_steps=4,
+    adapt_steps=2,
+    quick=True,
+)
+
+TRAINING_CODE = ("octo_like/common/**/*", "octo_like/model/*.py", "octo_like/data/**/*.py", "octo_like/training/*.py")
+WORLD_CODE = ("octo_like/envs/*.py",)
+
+
+def make_stages(workdir: Path, settings: Settings) -> list[Stage]:
+    """The demo as commands; paths are those of `workdir`."""
+    data = ("data/tabletop/**/*.py", *WORLD_CODE)
+    common = (f"--config.data.data_dir={workdir / 'data'}", *settings.overrides)
+    pretrain_steps = () if settings.pretrain_steps is None else (f"--config.num_steps={settings.pretrain_steps}",)
+    stages = [
+        Stage(
+            "data",
+            "demonstrations of four robots, written as RLDS",
+            ("data/tabletop/build.py", "--data_dir", str(workdir / "data"), "--episodes", *settings.episodes),
+            data,
+            owns=("data",),
+            proof=f"data/{HELD_OUT}",
+        ),
+        Stage(
+            "pretrain",
+            "one policy for three robots",
+            ("train.py", "--config", "configs/tabletop.py", "--workdir", str(workdir / "pretrain"), *common)
+            + pretrain_steps,
+            ("train.py", "configs/tabletop.py", *TRAINING_CODE),
+            owns=("pretrain",),
+            proof="pretrain/export/config.json",
+            needs=("data",),
+        ),
+    ]
+
+    def adapt(name: str, title: str, pretrained: str, steps: int, needs: tuple[str, ...]) -> Stage:
+        folder = f"adapt_{name}"
+        return Stage(
+            name,
+            title,
+            (
+                "finetune.py",
+                *("--config", "configs/finetune.py:tabletop"),
+                *("--workdir", str(workdir / folder)),
+                *common,
+                f"--config.pretrained={pretrained}",
+                f"--config.data.num_demos={DEMONSTRATIONS}",
+                f"--config.num_steps={steps}",
+                *settings.adapt_overrides,
+            ),
+            ("finetune.py", "configs/finetune.py", "configs/tabletop.py", *TRAINING_CODE),
+            owns=(folder,),
+            proof=f"{folder}/export/config.json",
+            needs=needs,
+        )
+
+    one, four = settings.adapt_steps, 4 * settings.adapt_steps
+    pretrained = str(workdir / "pretrain" / "export")
+    demos = f"{DEMONSTRATIONS} demonstrations of a robot it has never seen"
+    stages += [
+        adapt("from_pretrained", f"the pretrained policy adapts to {demos}", pretrained, one, ("data", "pretrain")),
+        adapt("from_scratch_1x", "the same demonstrations, from scratch, as many steps", "None", one, ("data",)),
+        adapt(
+            "from_scratch_4x", "the same demonstrations, from scratch, four times the steps", "None", four, ("data",)
+        ),
+    ]
+    exports = [f"{stage.name}={workdir / stage.owns[0] / 'export'}" for stage in stages[2:]]
+    trained = tuple(stage.name for stage in stages[1:])
+    stages += [
+        Stage(
+            "evaluate",
+            "all of them act, in scenes nobody has seen",
+            ("scripts/demo_evaluate.py", "--pretrain", pretrained, "--out", str(workdir / "evaluation"))
+            + ("--adapted", *exports, *(("--quick",) if settings.quick else ())),
+            ("scripts/demo_evaluate.py", "octo_like/robot/*.py", "octo_like/training/evaluation.py", *WORLD_CODE),
+            owns=("evaluation",),
+            proof="evaluation/episodes.json",
+            needs=trained,
+        ),
+        Stage(
+            "report",
+            "numbers and pictures on one page",
+            ("scripts/demo_report.py", "--workdir", str(workdir)),
+            ("scripts/demo_report.py", "octo_like/robot/intervals.py"),
+            owns=("results.json", "report.html"),
+            proof="report.html",
+            needs=("evaluate", *trained),
+        ),
+    ]
+    return stages
+
+
+def stage_keys(stages: Sequence[Stage]) -> dict[str, str]:
+    """Name to a digest of everything a stage's output depends on: its command, its code, the stages before it."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        digest = hashlib.sha256(json.dumps([stage.command, [keys[name] for name in stage.needs]]).encode())
+        for pattern in stage.sources:
+            files = sorted(path for path in ROOT.glob(pattern) if path.is_file() and "__pycache__" not in path.parts)
+            if not files:
+                raise FileNotFoundError(f"stage {stage.name}: no file matches {pattern} below the repository")
+            for path in files:
+                digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+        keys[stage.name] = digest.hexdigest()
+    return keys
+
+
+class Runner:
+    """Runs stages below a workdir and remembers what is finished and how long it took."""
+
+    def __init__(self, workdir: Path, stages: Sequence[Stage]):
+        self.workdir, self.stages, self.keys = workdir, stages, stage_keys(stages)
+        (workdir / STAMPS).mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> int:
+        """Runs what is not finished; returns the exit status of the first stage that fails, or 0."""
+        for number, stage in enumerate(self.stages, 1):
+            stamp = self.stamp(stage)
+            head = f"[{number}/{len(self.stages)}] {stage.name}: {stage.title}"
+            if stamp["finished"]:
+                print(f"\n{head}\n      done before in {stamp['seconds']:.0f} s, nothing has changed since", flush=True)
+                continue
+            print(f"\n{'━' * min(len(head), 100)}\n{head}\n{'━' * min(len(head), 100)}", flush=True)
+            if status := self.execute(stage, stamp):
+                return status
+        return 0
+
+    def stamp(self, stage: Stage) -> dict:
+        """What is known of a stage: {"key", "seconds", "finished"}; clears the output of one that is out of date."""
+        path = self.workdir / STAMPS / f"{stage.name}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("key") != self.keys[stage.name]:
+            for name in stage.owns:
+                target = self.workdir / name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+            known = {"key": self.keys[stage.name], "seconds": 0.0, "finished": False}
+        known["finished"] &= (self.workdir / stage.proof).exists()
+        return known
+
+    def execute(self, stage: Stage, stamp: dict) -> int:
+        self.write_seconds()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, *stage.command]
+        begun, status = time.monotonic(), 130
+        self.write_stamp(stage, stamp)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # Ctrl-C reached the stage, too: let it save what it can.
+            print("\ninterrupted: waiting for the stage to end", flush=True)
+            status = process.wait() or 130
+        finally:
+            stamp["seconds"] += time.monotonic() - begun
+            stamp["finished"] = status == 0 and (self.workdir / stage.proof).exists()
+            self.write_stamp(stage, stamp)
+        if status == 0 and not stamp["finished"]:
+            print(f"\nstage {stage.name} ended without making {self.workdir / stage.proof}", file=sys.stderr)
+            return 1
+        if status:
+            shown = " ".join(["python", *stage.command])
+            print(f"\nstage {stage.name} failed with status {status}:\n  {shown}", file=sys.stderr)
+            print("Run the demo again to continue from here.", file=sys.stderr)
+            return status if status > 0 else 1
+        print(f"      {stage.name}: {stamp['seconds']:.0f} s", flush=True)
+        return 0
+
+    def write_stamp(self, stage: Stage, stamp: dict) -> None:
+        path = self.workdir / STAMPS / f"{stage.name}.json"
+        staging = path.with_suffix(".tmp")
+        staging.write_text(json.dumps(stamp))
+        staging.replace(path)
+
+    def write_seconds(self) -> None:
+        """seconds.json: of the stages finished so far, for the report."""
+        seconds = {}
+        for stage in self.stages:
+            path = self.workdir / STAMPS / f"{stage.name}.json"
+            if path.exists() and (stamp := json.loads(path.read_text()))["finished"] and stage.name != "report":
+                seconds[stage.name] = round(stamp["seconds"], 1)
+        (self.workdir / "seconds.json").write_text(json.dumps(seconds, indent=1))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/demo_quick with --quick")
+    parser.add_argument("--fresh", action="store_true", help="start from nothing")
+    parser.add_argument("--quick", action="store_true", help="a few episodes and steps of everything")
+    args = parser.parse_args()
+    workdir = (args.workdir or ROOT / "runs" / ("demo_quick" if args.quick else "demo")).resolve()
+    if args.fresh:
+        shutil.rmtree(workdir / STAMPS, ignore_errors=True)  # a stage without a stamp clears its output and starts anew
+    stages = make_stages(workdir, QUICK if args.quick else FULL)
+    begun = time.monotonic()
+    status = Runner(workdir, stages).run()
+    if status == 0:
+        print(f"\n{time.monotonic() - begun:.0f} s.  results: {workdir / 'results.json'}")
+        print(f"          report:  {workdir / 'report.html'}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
