@@ -33,6 +33,7 @@ from octo_like.model.pretrained import PretrainedError
 from octo_like.robot import rollout
 from octo_like.robot.record import write_gif
 from octo_like.robot.wrappers import HistoryWrapper
+from octo_like.training.distributed import setup_compilation_cache
 from octo_like.training.evaluation import Prediction, plot_prediction
 
 PRETRAINED_ON = ("pusher", "gripper", "arm")
@@ -72,14 +73,14 @@ def plan(adapted: Sequence[str], *, quick: bool = False) -> list[Evaluation]:
         )
 
     evaluations = [
-        pretrain("natural", 40, record=2),
+        pretrain("natural", 50, record=2),
         pretrain("wrong_nearest", 50, options={"wrong_nearest": True}),
         pretrain("swapped", 50, options={"swap_instruction": True}, record=1),
         pretrain("vision_blind", 20, blind="vision"),
         pretrain("language_blind", 20, blind="language"),
     ]
     for name in adapted:
-        count = 1 if quick else 75
+        count = 1 if quick else 100
         evaluations.append(Evaluation(f"adapt/{name}", f"adapt/{name}", (HELD_OUT,), count, record=2))
     return evaluations
 
@@ -177,6 +178,7 @@ def main() -> int:
     except PretrainedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    setup_compilation_cache()  # the adapted policies are one program
     args.out.mkdir(parents=True, exist_ok=True)
     evaluations = plan([name for name, _ in args.adapted], quick=args.quick)
     begun = time.monotonic()

@@ -58,7 +58,12 @@ def rate(episodes: Episodes, outcome: Callable[[Mapping[str, Any]], bool]) -> di
 
 
 def compute_results(evaluations: Mapping[str, Episodes], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The contents of results.json; see the README for its keys."""
+    """The contents of results.json.
+
+    {"pretrain": {"success", "success_wrong_nearest", "success_swapped_instruction", "original_target_when_swapped", ...},
+     "adapt": {"from_pretrained": {"success"}, "from_scratch_1x": ..., "from_scratch_4x": ..., "difference": {...}},
+     "seconds": {stage: seconds, "total"}}, every rate as `rate` gives it.
+    """
 
     def success(episode):
         return episode["success"]
