@@ -75,6 +75,18 @@ def _check_width(x: Any, stats: Mapping[str, Any]) -> None:
         raise ValueError(f"values have {x.shape[-1]} dimensions on the last axis, the statistics have {width}")
 
 
+def coefficients(stats: Mapping[str, Any], kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(shift, scale, bound), (D,) float32 each: normalised = clip((x - shift) * scale, -bound, bound).
+
+    The bound is infinite where nothing is clipped.
+    """
+    centre, spread, constant, mask = _affine(stats, kind)
+    shift = np.where(mask, centre, 0.0)
+    scale = np.where(mask, np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, spread)), 1.0)
+    bound = np.where(mask & (kind == "bounds"), 1.0, np.inf)
+    return shift.astype(np.float32), scale.astype(np.float32), bound.astype(np.float32)
+
+
 def normalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
     """Physical units to normalised values, over the last axis.
 
@@ -86,14 +98,9 @@ def normalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
     Dimensions whose mask is False are unchanged; constant dimensions become 0.
     """
     _check_width(x, stats)
-    centre, spread, constant, mask = _affine(stats, kind)
-    shift = np.where(mask, centre, 0.0).astype(np.float32)
-    scale = np.where(mask, np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, spread)), 1.0).astype(np.float32)
+    shift, scale, bound = coefficients(stats, kind)
     y = (x - shift) * scale
-    if kind == "bounds":
-        bound = np.where(mask, 1.0, np.inf).astype(np.float32)
-        y = y.clip(-bound, bound)
-    return y
+    return y.clip(-bound, bound) if kind == "bounds" else y
 
 
 def unnormalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:

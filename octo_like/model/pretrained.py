@@ -158,7 +158,30 @@ def module_of(path: str) -> str:
     return "transformer" if parts[1] == "BlockTransformer_0" else parts[1]
 
 
-def merge_params(target: Mapping, source: Mapping, *, reinitialize: Sequence[str] = ()) -> tuple[dict, LoadReport]:
+def replace_parts(model: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A model config with named tokenizers, readouts and heads replaced, added or (None) removed.
+
+    Raises:
+      PretrainedError: a part is removed that is not there, or a group of parts is unknown.
+    """
+    groups = ("task_tokenizers", "observation_tokenizers", "readouts", "heads")
+    result = dict(model)
+    for group, entries in parts.items():
+        if group not in groups:
+            raise PretrainedError(f"surgery: unknown group {group!r}; valid: {', '.join(groups)}")
+        merged = dict(model.get(group) or {})
+        for name, entry in entries.items():
+            if entry is not None:
+                merged[name] = entry
+            elif merged.pop(name, None) is None:
+                raise PretrainedError(f"surgery removes {group}.{name}, but the model has {sorted(merged)}")
+        result[group] = merged
+    return result
+
+
+def merge_params(
+    target: Mapping, source: Mapping, *, reinitialize: Sequence[str] = (), frozen: frozenset[str] = frozenset()
+) -> tuple[dict, LoadReport]:
     """Puts loaded parameters into a freshly initialised tree.
 
     A parameter of equal path and shape is loaded. A position embedding of another length is resized: the common entries
@@ -168,6 +191,7 @@ def merge_params(target: Mapping, source: Mapping, *, reinitialize: Sequence[str
       target: initialised parameters of the new model.
       source: loaded parameters.
       reinitialize: regexes (matched at the start of a path); matching parameters stay new.
+      frozen: paths that will not be trained, for the report.
 
     Returns:
       The merged parameters and the report.
@@ -202,7 +226,7 @@ def merge_params(target: Mapping, source: Mapping, *, reinitialize: Sequence[str
         )
     unused = tuple(path for path in old if path not in new)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in new.items()}
-    return unflatten(merged), LoadReport(status, notes, unused, sizes)
+    return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen)
 
 
 def _shape(leaf) -> str:
@@ -211,3 +235,55 @@ def _shape(leaf) -> str:
 
 def _modules(flat: Mapping[str, Any]) -> list[str]:
     return sorted({module_of(path) for path in flat})
+
+
+def load_t5(path: str | os.PathLike) -> dict:
+    """A T5 encoder from a directory of Hugging Face safetensors, as the tree of `octo_like.model.t5`.
+
+    Raises:
+      PretrainedError: no safetensors there, or they hold no T5 encoder.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not files:
+        raise PretrainedError(f"{path} has no *.safetensors; expected the files of a T5 model, e.g. model.safetensors")
+    flat: dict[str, np.ndarray] = {}
+    for file in files:
+        for name, array in safetensors.numpy.load_file(file).items():
+            if name.startswith("encoder.") and name.endswith(".weight") and "embed_tokens" not in name:
+                *parents, last, _ = name.split(".")
+                if last.endswith("layer_norm"):
+                    flat["/".join([*parents, last, "weight"])] = array
+                elif last == "relative_attention_bias":
+                    flat["/".join([*parents, last, "embedding"])] = array
+                else:
+                    # Torch keeps (out, in).
+                    flat["/".join([*parents, last, "kernel"])] = np.ascontiguousarray(array.T)
+            elif name in ("shared.weight", "encoder.embed_tokens.weight"):
+                flat["shared/embedding"] = array
+    if "shared/embedding" not in flat or not any(path.startswith("encoder/block/0") for path in flat):
+        raise PretrainedError(f"{path}: the safetensors hold no T5 encoder (no shared.weight or encoder.block.0...)")
+    return unflatten(flat)
+
+
+def with_t5(params: Mapping, t5: Mapping | None) -> dict:
+    """Puts T5 weights under every "hf_model" of a parameter tree; None leaves it as it is.
+
+    Raises:
+      PretrainedError: the model has no T5 encoder, or one of another size.
+    """
+    if t5 is None:
+        return dict(params)
+    flat, weights = dict(flatten(params)), dict(flatten(t5))
+    found = False
+    for name, leaf in flat.items():
+        if "/hf_model/" not in name:
+            continue
+        found, inner = True, name.split("/hf_model/", 1)[1]
+        if inner not in weights or weights[inner].shape != leaf.shape:
+            got = weights[inner].shape if inner in weights else "nothing"
+            raise PretrainedError(f"T5 parameter {inner}: the model needs {leaf.shape}, the files hold {got}")
+        flat[name] = np.asarray(weights[inner], leaf.dtype)
+    if not found:
+        raise PretrainedError("T5 weights were given, but no tokenizer of this model is a T5 encoder")
+    return unflatten(flat)

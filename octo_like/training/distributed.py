@@ -79,6 +79,17 @@ def initialize(
     return True
 
 
+def initialize_from_flags(flags: argparse.Namespace) -> bool:
+    """`initialize` with the flags of `add_arguments`."""
+    return initialize(
+        flags.distributed,
+        coordinator_address=flags.coordinator_address,
+        num_processes=flags.num_processes,
+        process_id=flags.process_id,
+        heartbeat_timeout=flags.heartbeat_timeout,
+    )
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

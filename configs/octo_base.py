@@ -1,0 +1,14 @@
+"""Octo-base: 93M parameters and a frozen T5-base, trained on Open X-Embodiment.
+
+    python train.py --config configs/octo_base.py --workdir gs://... --config.data.data_dir=gs://... \
+        --config.text.model=t5-base/spiece.model --config.text.t5_weights=t5-base
+
+Topology: TPU v4-128 (64 chips, 4x4x4), batch 2048. The published Octo-base took about 14 hours for 300k steps there.
+Everything else is as in octo_small.py.
+"""
+
+from configs import octo_small
+
+
+def get_config():
+    return octo_small.get_config("base")

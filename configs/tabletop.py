@@ -1,0 +1,77 @@
+"""One small policy for three robots of the built-in tabletop world: the embedded default, trained by `make demo`.
+
+    python data/tabletop/build.py --data_dir runs/data --episodes tabletop_pusher=3000 tabletop_gripper=3000 tabletop_arm=3000
+    python train.py --config configs/tabletop.py --workdir runs/tabletop --config.data.data_dir=runs/data
+
+Topology: 2 CPU cores, no accelerator. Expected time and success: docs/experiments.md.
+"""
+
+from octo_like.common.defaults import default_config
+
+ROBOTS = {
+    # name: (weight, has proprio)
+    "tabletop_pusher": (1.0, False),
+    "tabletop_gripper": (1.5, True),
+    "tabletop_arm": (1.5, True),
+}
+
+
+def dataset(name: str, *, weight: float = 1.0, proprio: bool = True, wrist: bool = False) -> dict:
+    """DatasetSpec fields of one tabletop dataset."""
+    return dict(
+        weight=weight,
+        image_keys=dict(primary="image", wrist="wrist_image") if wrist else dict(primary="image"),
+        proprio_keys=("state",) if proprio else (),
+        val_split="val",
+        env=f"octo_like.envs:octo_like/Tabletop-{name.removeprefix('tabletop_')}-v0",
+    )
+
+
+def model(action_dim: int = 7) -> dict:
+    """A small Octo: the language conditions the convolutions (FiLM), then everything meets in the transformer."""
+    return dict(
+        token_dim=96,
+        max_window=2,
+        repeat_task_tokens=False,
+        dtype="float32",
+        octo_compat=False,
+        transformer=dict(num_layers=3, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat=False),
+        task_tokenizers=dict(language=dict(kind="language", encoder="small", dim=64, num_layers=1, max_length=12)),
+        observation_tokenizers=dict(
+            primary=dict(
+                kind="image",
+                stem=dict(kind="conv", layers=((4, 4, 32), (3, 2, 64), (3, 2, 128)), use_film=True),
+                obs_keys=("image_primary",),
+                film_keys=("task",),
+            ),
+            proprio=dict(kind="lowdim", obs_keys=("proprio",), per="vector"),
+        ),
+        readouts=dict(action=1),
+        heads=dict(action=head(action_dim)),
+    )
+
+
+def head(action_dim: int) -> dict:
+    """Diffusion over chunks of four actions; sixteen noise draws per sample share one transformer pass."""
+    return dict(
+        kind="diffusion", readout="readout_action", action_horizon=4, action_dim=action_dim, num_samples=8, hidden_dim=128
+    )
+
+
+def get_config():
+    config = default_config()
+    config.num_steps = 3000
+    config.batch_size = 128
+    config.window_size = 1
+    config.image_sizes = dict(primary=(64, 64))
+    config.proprio_dim = 7
+    config.text.max_length = 12
+    config.data.datasets = {name: dataset(name, weight=w, proprio=p) for name, (w, p) in ROBOTS.items()}
+    config.data.decode = "fast"
+    config.data.episodes_per_block = 512
+    config.model = model()
+    config.optimizer.update(schedule="cosine", peak=1e-3, warmup_steps=100, weight_decay=0.02)
+    config.ema_decay = 0.998
+    config.checkpoint.every = 1000
+    config.eval.update(every=0, batches=4, rollouts=0, exec_horizon=2)
+    return config

@@ -1,0 +1,97 @@
+"""Every knob of a run with its default. Files in configs/ start from here and change what differs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from octo_like.common.schema import BatchSpec
+
+AUGMENTATION_PRIMARY = dict(
+    crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), brightness=0.1, contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=0.05
+)
+AUGMENTATION_WRIST = dict(brightness=0.1, contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=0.05)
+
+
+def default_config() -> ConfigDict:
+    """A complete config without datasets and model."""
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 300_000
+    config.batch_size = 256  # global
+    config.accumulate = 1  # micro-batches per step
+
+    # What a batch looks like; see octo_like/common/schema.py.
+    config.window_size = 2
+    config.image_sizes = dict(primary=(256, 256))
+    config.goal_images = ()  # cameras that also give a goal image
+    config.proprio_dim = None  # widest proprioception of the mixture; None: not used
+
+    config.text = dict(
+        model="builtin",  # or the path of a sentencepiece model, e.g. T5's spiece.model; None: no language
+        max_length=16,
+        t5_weights=None,  # directory with Hugging Face safetensors of a T5 encoder
+    )
+    config.data = dict(
+        kind="rlds",  # or "synthetic": random batches of the run's own spec
+        data_dir=None,
+        cache_dir=None,  # where indices and statistics are kept; None: beside the data
+        datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec
+        num_demos=None,  # training episodes used of each dataset; None: all
+        num_lanes=None,  # None: the process count rounded up to a power of two
+        episodes_per_block=256,
+        decode="parity",  # or "fast"
+        keep_goal_prob=0.5,
+        max_goal_distance=None,
+        octo_compat=False,
+        host_threads=2,
+        host_memory_gb=2.0,
+        prefetch=2,
+    )
+    config.augmentation = dict()  # camera -> fields of octo_like.training.augment.Augmentation
+    config.optimizer = dict(
+        schedule="rsqrt",  # or "constant", "cosine"
+        peak=3e-4,
+        warmup_steps=2000,
+        timescale=10_000,  # rsqrt
+        decay_steps=None,  # cosine; None: num_steps
+        end=0.0,  # cosine
+        weight_decay=0.1,
+        clip_norm=1.0,
+        b2=0.999,
+        freeze=(),  # regexes of parameter paths
+    )
+    config.ema_decay = 0.999
+    config.mesh = dict(data=-1, fsdp=1)
+    config.checkpoint = dict(every=5000, keep_last=2, keep_every=None)
+    config.eval = dict(
+        every=5000,  # steps; 0: only at the end; None: never
+        batch_size=None,  # None: the training batch size
+        batches=16,  # per dataset
+        rollouts=0,  # closed-loop episodes per dataset that names an environment
+        exec_horizon=None,  # actions executed per prediction; None: the whole chunk
+    )
+    config.log_every = 50
+    config.wandb = dict(project=None, name=None)
+    return config
+
+
+def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: Any = None) -> BatchSpec:
+    """The batch spec of a run.
+
+    Args:
+      model: the model's config, when it is not `config.model`.
+      tokenizer: the text tokenizer, when it is not the one `config.text` names (anything with `max_length`).
+    """
+    heads = (config.model if model is None else model)["heads"]
+    length = None if config.text.model is None else config.text.max_length
+    return BatchSpec(
+        window_size=config.window_size,
+        action_horizon=max(head["action_horizon"] for head in heads.values()),
+        action_dim=max(head["action_dim"] for head in heads.values()),
+        image_sizes={slot: tuple(size) for slot, size in config.image_sizes.items()},
+        goal_images=tuple(config.goal_images),
+        proprio_dim=config.proprio_dim,
+        language_length=length if tokenizer is None else tokenizer.max_length,
+        heads=tuple(heads),
+    )

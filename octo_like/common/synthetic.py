@@ -1,0 +1,52 @@
+"""A stream of random batches made from a run's own spec: for smoke tests and throughput, without any data."""
+
+from typing import Any
+
+import numpy as np
+
+from octo_like.common.schema import BatchSpec, Tree, flatten, synthetic_batch, unflatten
+
+
+class SyntheticStream:
+    """Endless, seekable, the same on any number of processes. Mirrors `octo_like.data.stream.Stream`."""
+
+    def __init__(self, spec: BatchSpec, batch_size: int, seed: int, vocab_size: int, process_index=0, process_count=1):
+        if batch_size % process_count:
+            raise ValueError(f"{process_count} processes do not divide the batch size {batch_size}")
+        self.batch_spec, self.position = spec, 0
+        self._size, self._seed, self._vocab = batch_size, seed, vocab_size
+        local = batch_size // process_count
+        self._rows = slice(process_index * local, (process_index + 1) * local)
+        self.order_spec: dict[str, Any] = {"synthetic": {"seed": seed, "batch_size": batch_size}}
+        self.dataset_names = ("synthetic",)
+        self.statistics = {"synthetic": _unit_statistics(spec)}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Tree:
+        batch = synthetic_batch(
+            self.batch_spec, self._size, self._seed * 1_000_003 + self.position // self._size, language_vocab=self._vocab
+        )
+        batch["sample_id"] = np.arange(self.position, self.position + self._size, dtype=np.int64)
+        self.position += self._size
+        return unflatten({path: leaf[self._rows] for path, leaf in flatten(batch)})
+
+    def seek(self, n: int) -> None:
+        if n < 0 or n % self._size:
+            raise ValueError(f"position {n} is not the beginning of a batch of {self._size}")
+        self.position = n
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _unit_statistics(spec: BatchSpec) -> dict[str, Any]:
+    def unit(dim):
+        zero, one = np.zeros(dim, np.float32), np.ones(dim, np.float32)
+        return dict(mean=zero, std=one, min=-3 * one, max=3 * one, p01=-2 * one, p99=2 * one, mask=np.ones(dim, bool))
+
+    stats: dict[str, Any] = {"action": unit(spec.action_dim), "num_transitions": 0, "num_trajectories": 0}
+    if spec.proprio_dim is not None:
+        stats["proprio"] = unit(spec.proprio_dim)
+    return stats

@@ -1,0 +1,106 @@
+"""From a run config to its training stream and validation batches. TensorFlow is imported only when data is read."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from octo_like.common.config import ConfigError
+from octo_like.common.schema import BatchSpec, Tree
+from octo_like.common.synthetic import SyntheticStream
+from octo_like.common.text import TextTokenizer
+from octo_like.data.order import spec_differences
+from octo_like.data.spec import DatasetSpec, specs_from_config
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What a run trains and validates on.
+
+    Attributes:
+      stream: endless training batches with `position`, `seek`, `order_spec`.
+      validation: dataset to finite batches.
+      statistics: dataset to statistics, with the kind of normalisation in "normalization".
+      environments: dataset to the gymnasium id it is rolled out in.
+    """
+
+    stream: Any
+    validation: Mapping[str, Iterable[Tree]]
+    statistics: dict[str, Any]
+    environments: dict[str, str]
+
+    def resume(self, order_spec: Mapping[str, Any], position: int) -> None:
+        """Continues at a saved position.
+
+        Raises:
+          ConfigError: the data or its order is not what the saved run saw.
+        """
+        changes = spec_differences(order_spec, self.stream.order_spec)
+        if changes:
+            listed = "\n  ".join(changes)
+            raise ConfigError(f"the order of the data differs from the saved run's; use a new --workdir:\n  {listed}")
+        self.stream.seek(position)
+
+
+def inputs_from_config(
+    config: Any, spec: BatchSpec, tokenizer: TextTokenizer | None, *, process_index: int = 0, process_count: int = 1
+) -> Inputs:
+    """Builds the inputs of `config.data`.
+
+    Raises:
+      ConfigError or DataError (both ValueErrors): with the valid choices.
+    """
+    data = config.data
+    processes = dict(process_index=process_index, process_count=process_count)
+    eval_size = config.eval.batch_size or config.batch_size
+    if data.kind == "synthetic":
+        vocab = tokenizer.vocab_size if tokenizer else 100
+        stream = SyntheticStream(spec, config.batch_size, config.seed, vocab, **processes)
+        held_out = SyntheticStream(spec, eval_size, config.seed + 1, vocab, **processes)
+        batches = [next(held_out) for _ in range(min(config.eval.batches, 2))]
+        return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
+    if data.kind != "rlds":
+        raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'synthetic'")
+    if not data.data_dir:
+        raise ConfigError(
+            "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
+        )
+
+    from octo_like.data.index import prepare_datasets
+    from octo_like.data.stream import make_train_stream, make_val_iterators
+
+    specs = specs_from_config({name: dict(fields) for name, fields in data.datasets.items()})
+    if data.num_demos is not None:
+        specs = {name: _with_demos(one, data.num_demos) for name, one in specs.items()}
+    datasets = prepare_datasets(specs, data.data_dir, data.cache_dir)
+    shared = dict(
+        decode=data.decode,
+        keep_goal_prob=data.keep_goal_prob,
+        max_goal_distance=data.max_goal_distance,
+        octo_compat=data.octo_compat,
+        host_threads=data.host_threads,
+        **processes,
+    )
+    stream = make_train_stream(
+        datasets,
+        spec,
+        tokenizer,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_lanes=data.num_lanes,
+        episodes_per_block=data.episodes_per_block,
+        prefetch=data.prefetch,
+        host_memory_gb=data.host_memory_gb,
+        **shared,
+    )
+    validation = make_val_iterators(
+        datasets, spec, tokenizer, batch_size=eval_size, max_batches=config.eval.batches, **shared
+    )
+    statistics = {
+        name: {**stats, "normalization": specs[name].normalization} for name, stats in stream.statistics.items()
+    }
+    environments = {name: one.env for name, one in specs.items() if one.env is not None}
+    return Inputs(stream, validation, statistics, environments)
+
+
+def _with_demos(spec: DatasetSpec, num_demos: int) -> DatasetSpec:
+    return spec if spec.num_demos is not None else dataclasses.replace(spec, num_demos=num_demos)

@@ -1,0 +1,83 @@
+"""Pretraining: config -> mesh -> data -> model -> loop.
+
+    python train.py --config configs/tabletop.py --workdir runs/tabletop --config.data.data_dir=runs/data
+    python train.py --config configs/octo_small.py --workdir runs/smoke --config.data.kind=synthetic
+
+Running the same command again continues from the newest checkpoint. Exit status 75: stopped by SIGTERM, state saved.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import jax
+
+from octo_like.common.config import ConfigError, parse_command_line, save, to_dict
+from octo_like.common.defaults import batch_spec
+from octo_like.common.text import TextTokenizer
+from octo_like.data.inputs import inputs_from_config
+from octo_like.model.octo import build_model, init_params
+from octo_like.model.policy import Policy, spec_to_json
+from octo_like.model.pretrained import load_t5, with_t5
+from octo_like.training import distributed
+from octo_like.training.loop import Run, describe, frozen_from_config, run_loop
+from octo_like.training.sharding import make_mesh
+
+
+def main(argv=None) -> int:
+    # ------------------------------------------------------------------------------------------------- command line
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, metrics and the export go here")
+    distributed.add_arguments(parser)
+    flags, config = parse_command_line(parser, argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+
+    # ------------------------------------------------------------------------------------------------------ machine
+    distributed.initialize_from_flags(flags)
+    distributed.setup_compilation_cache()
+    distributed.fingerprint_across_hosts(to_dict(config))
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+
+    # --------------------------------------------------------------------------------------------------------- data
+    tokenizer = TextTokenizer.load(config.text.model, config.text.max_length) if config.text.model else None
+    spec = batch_spec(config)
+    inputs = inputs_from_config(
+        config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+
+    # -------------------------------------------------------------------------------------------------------- model
+    vocab = tokenizer.vocab_size if tokenizer else 0
+    model = build_model(config.model, vocab_size=vocab)
+    t5 = load_t5(config.text.t5_weights) if config.text.t5_weights else None
+
+    def initial(key):
+        return with_t5(init_params(model, spec, key), t5)
+
+    policy_config = {"model": to_dict(config)["model"], "batch_spec": spec_to_json(spec)}
+    run = Run(
+        config=config,
+        workdir=flags.workdir,
+        mesh=mesh,
+        model=model,
+        init_params=initial,
+        inputs=inputs,
+        make_policy=lambda params: Policy(policy_config, params, inputs.statistics, tokenizer),
+        frozen=frozen_from_config(jax.eval_shape(initial, jax.random.key(0)), config),
+    )
+    logging.info(describe(run))
+
+    # --------------------------------------------------------------------------------------------------------- loop
+    if distributed.is_main():
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        save(config, flags.workdir / "config.json")
+    return run_loop(run)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        # Mistakes in config or data say what is wrong; a traceback would hide it.
+        sys.exit(f"train.py: error: {error}")
