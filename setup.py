@@ -28,7 +28,7 @@ CORE = [
 ]
 
 EXTRAS = {
-    # How demonstrations become batches. The CPU build: TensorFlow only reads and decodes here, and must not take the GPU.
+    # How demonstrations become batches. The CPU build: TensorFlow only reads and decodes, and must not take the GPU.
     "data": [
         "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "tensorflow>=2.20; platform_machine != 'x86_64' or sys_platform != 'linux'",

@@ -39,25 +39,21 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-# Groups whose keys the user chooses; everything below them is free as well.
-OPEN_GROUPS = ("data.datasets", "image_sizes")
+# Groups whose keys the user chooses (datasets, cameras, parts of a model); everything below them is free as well.
+OPEN_GROUPS = ("data.datasets", "image_sizes", "augmentation", "surgery.*")
 
 # What a resumed run may change. Anything else decides which samples are seen or what is done with them.
 RESUME_ALLOWED = (
     "num_steps",
-    "eval",
     "eval.*",
-    "checkpoint",
     "checkpoint.*",
-    "log",
-    "log.*",
     "log_*",
-    "wandb",
     "wandb.*",
+    "mesh.*",
     "data.data_dir",
     "data.cache_dir",
-    "data.host_threads",
-    "data.prefetch*",
+    "data.host_*",
+    "data.prefetch",
 )
 
 
