@@ -52,8 +52,10 @@ class TextTokenizer:
         """
         path, config = (BUILTIN if model == "builtin" else model), {}
         if os.path.isdir(path):
-            with open(os.path.join(path, CONFIG_FILE), encoding="utf-8") as file:
-                config = json.load(file)
+            config_path = os.path.join(path, CONFIG_FILE)
+            if os.path.isfile(config_path):
+                with open(config_path, encoding="utf-8") as file:
+                    config = json.load(file)
             path = os.path.join(path, MODEL_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(

@@ -59,7 +59,7 @@ def _decode_many(size: tuple[int, int], mode: str):
     if mode not in MODES:
         raise DataError(f"decode mode {mode!r}; {suggest(mode, MODES)}")
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def decode(contents):
         return tf.map_fn(
             lambda c: _decode(c, size, mode), contents, fn_output_signature=tf.uint8, parallel_iterations=1
@@ -70,7 +70,7 @@ def _decode_many(size: tuple[int, int], mode: str):
 
 @functools.cache
 def _resize_many(size: tuple[int, int], mode: str):
-    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8)], autograph=False)
     def scale(images):
         return resize(images, size, mode)
 

@@ -148,6 +148,7 @@ def _scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance
     """Summaries of all episodes of one file, in order."""
     path = split.files[number]
 
+    @tf.autograph.experimental.do_not_convert
     def summary(serialized):
         episode = function.episode(serialized)
         language = episode.get("language", tf.constant([], tf.string))

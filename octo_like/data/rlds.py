@@ -20,6 +20,11 @@ from octo_like.data.tf import tf
 HEADER_BYTES, FOOTER_BYTES = 12, 4
 INFO_FILE = "dataset_info.json"
 
+# Operations whose result depends on how often they ran before (Stateless* do not).
+_STATEFUL_RANDOM = re.compile(
+    r"^(Random|Stateful|TruncatedNormal|Multinomial|ParameterizedTruncatedNormal|AnonymousRandom)"
+)
+
 
 # ---------------------------------------------------------------- finding a dataset
 
@@ -90,7 +95,7 @@ def open_split(name: str, data_dir: str, version: str | None = None, split: str 
     directory = find_dataset(name, data_dir, version)
     try:
         builder = tfds.builder_from_directory(directory)
-    except (ValueError, KeyError, FileNotFoundError, AttributeError, ImportError) as error:
+    except Exception as error:  # TFDS and its JSON and protobuf readers raise many kinds
         raise DataError(f"{directory}: cannot read {INFO_FILE} and features.json: {error}") from error
     if "steps" not in builder.info.features:
         raise DataError(
@@ -140,44 +145,27 @@ def parse_episode(serialized: tf.Tensor, features: Any) -> dict[str, Any]:
     return steps
 
 
-def lookup(trajectory: Mapping[str, Any], path: str) -> Any:
-    """Leaf at "a/b/c"; a key may itself contain slashes. None when there is no such leaf."""
-    if path in trajectory:
-        return trajectory[path]
-    for cut in [i for i, letter in enumerate(path) if letter == "/"]:
-        child = trajectory.get(path[:cut])
-        if isinstance(child, Mapping):
-            found = lookup(child, path[cut + 1 :])
-            if found is not None:
-                return found
-    return None
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        result.update(_leaves(value, path + "/") if isinstance(value, Mapping) else {path: value})
-    return result
-
-
 def _require(
-    tree: Mapping[str, Any], path: str, what: str, spec: DatasetSpec, keep: Callable[[tf.Tensor], bool]
-) -> Any:
-    leaf = lookup(tree, path)
+    tree: Mapping[str, Any], path: str, what: str, spec: DatasetSpec, fits: Callable[[tf.Tensor], bool]
+) -> tf.Tensor:
+    leaf = standardize.lookup(tree, path)
     if leaf is None or isinstance(leaf, Mapping):
-        after = f" after {spec.standardize}" if spec.standardize else ""
-        valid = [key for key, value in _leaves(tree).items() if keep(value)]
-        raise DataError(f"{spec.name}: no {what} {path!r}{after}; {suggest(path, valid)}")
-    return leaf
+        problem = f"no {what} {path!r}"
+    elif not fits(leaf):
+        problem = f"{path!r} cannot be the {what}: it is {leaf.dtype.name} {leaf.shape}"
+    else:
+        return leaf
+    after = f" after {spec.standardize}" if spec.standardize else ""
+    valid = [key for key, value in standardize.leaves_of(tree).items() if fits(value)]
+    raise DataError(f"{spec.name}: {problem}{after}; {suggest(path, valid)}")
 
 
 def _is_image(x: tf.Tensor) -> bool:
     return (x.dtype == tf.string and x.shape.rank == 1) or (x.dtype == tf.uint8 and x.shape.rank == 4)
 
 
-def _is_vector(x: tf.Tensor) -> bool:
-    return x.dtype.is_floating or x.dtype.is_integer
+def _is_numeric(x: tf.Tensor, *ranks: int) -> bool:
+    return (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool) and x.shape.rank in ranks
 
 
 def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
@@ -188,40 +176,35 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
       (absent without language_key), "images": {slot: (T,) encoded strings or (T, h, w, 3) uint8}}.
 
     Raises:
-      DataError: a key that is not there, or of the wrong kind, with the valid ones.
+      DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
     """
     observation = trajectory.get("observation")
     if not isinstance(observation, Mapping):
         raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
-    action = _require(trajectory, spec.action_key, "action", spec, _is_vector)
-    if action.shape.rank != 2:
-        raise DataError(f"{spec.name}: {spec.action_key!r} must have shape (steps, dimensions), got {action.shape}")
+    action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2))
     chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}}
     if spec.proprio_keys:
         parts = []
         for key in spec.proprio_keys:
-            part = tf.cast(
-                _require(observation, key.removeprefix("observation/"), "proprio key", spec, _is_vector), tf.float32
-            )
-            if part.shape.rank not in (1, 2):
-                raise DataError(f"{spec.name}: proprio {key!r} must have shape (steps, dimensions), got {part.shape}")
-            parts.append(part[:, None] if part.shape.rank == 1 else part)
+            key = key.removeprefix("observation/")
+            part = _require(observation, key, "proprio key", spec, lambda x: _is_numeric(x, 1, 2))
+            parts.append(tf.cast(part[:, None] if part.shape.rank == 1 else part, tf.float32))
         chosen["proprio"] = tf.concat(parts, axis=-1)
     if spec.language_key is not None:
-        language = _require(trajectory, spec.language_key, "instruction", spec, lambda x: x.dtype == tf.string)
-        if language.dtype != tf.string or language.shape.rank != 1:
-            raise DataError(f"{spec.name}: instruction {spec.language_key!r} must be a string per step, got {language}")
-        chosen["language"] = language
-    for slot, key in spec.image_keys.items():
-        if key is None:
-            continue
-        image = _require(
-            observation, key.removeprefix("observation/"), f"image key for camera {slot!r}:", spec, _is_image
+        kind = "instruction (a string per step)"
+        chosen["language"] = _require(
+            trajectory, spec.language_key, kind, spec, lambda x: x.dtype == tf.string and x.shape.rank == 1
         )
-        if not _is_image(image):
-            raise DataError(f"{spec.name}: {key!r} (camera {slot!r}) is not an image: {image.dtype.name} {image.shape}")
-        chosen["images"][slot] = image
+    for slot, key in spec.image_keys.items():
+        if key is not None:
+            key = key.removeprefix("observation/")
+            chosen["images"][slot] = _require(observation, key, f"image of camera {slot!r}", spec, _is_image)
     return chosen
+
+
+def _user_function(function: Callable) -> Callable:
+    """A user's function as one that may change its argument in place and branch on tensors in plain Python."""
+    return tf.function(lambda trajectory: function(tf.nest.map_structure(tf.identity, trajectory)))
 
 
 class EpisodeFunction:
@@ -235,44 +218,53 @@ class EpisodeFunction:
     def __init__(self, spec: DatasetSpec, features: Any):
         self.spec = spec
         transform, source = standardize.resolve(spec.standardize)
+        if transform is not None and not isinstance(transform, standardize.Standardize):
+            transform = _user_function(transform)
         self.definition = {**spec.transform_fields(), "standardize_source": source}
 
         def episode(serialized):
             trajectory = parse_episode(serialized, features)
-            raw_steps = trajectory["_len"]
-            chosen = select(transform(trajectory) if transform else trajectory, spec)
+            raw_steps = tf.size(trajectory["_len"])
+            chosen = select(self._transformed(transform, trajectory), spec)
             return {
                 **chosen,
-                "raw_steps": tf.size(raw_steps),
+                "raw_steps": raw_steps,
                 "hash": tf.strings.to_hash_bucket_fast(serialized, 2**62),
             }
 
         self.episode = episode
-        self._from_record = tf.function(episode, input_signature=[tf.TensorSpec([], tf.string)])
+        self._from_record = tf.function(episode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
         self._from_file = tf.function(
             lambda path, offset: episode(read_record(path, offset)),
             input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int64)],
+            autograph=False,
         )
+
+    def _transformed(self, transform: Any, trajectory: dict[str, Any]) -> dict[str, Any]:
+        if transform is None:
+            return trajectory
+        try:
+            result = transform(trajectory)
+        except Exception as error:  # a user's function may raise anything
+            raise DataError(f"{self.spec.name}: standardize={self.spec.standardize!r} failed: {error}") from error
+        if not isinstance(result, Mapping):
+            raise DataError(
+                f"{self.spec.name}: standardize={self.spec.standardize!r} returned a {type(result).__name__}, "
+                "not a dict of tensors"
+            )
+        return result
 
     @functools.cached_property
     def output(self) -> Any:
         """Structure of tensors (shapes and dtypes) of an episode. Tracing happens here, so bad keys show here."""
-        try:
-            return self._from_record.get_concrete_function().structured_outputs
-        except DataError:
-            raise
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-            raise DataError(f"{self.spec.name}: standardize={self.spec.standardize!r} failed: {error}") from error
+        return self._from_record.get_concrete_function().structured_outputs
 
     @functools.cached_property
     def random_ops(self) -> tuple[str, ...]:
-        graph = self._from_record.get_concrete_function().graph
-        graphs = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
-        return tuple(
-            sorted(
-                {op.type for g in graphs for op in g.get_operations() if "Random" in op.type and op.op_def.is_stateful}
-            )
-        )
+        definition = self._from_record.get_concrete_function().graph.as_graph_def()
+        nodes = [definition.node, *(function.node_def for function in definition.library.function)]
+        found = {node.op for part in nodes for node in part}
+        return tuple(sorted(op for op in found if _STATEFUL_RANDOM.match(op)))
 
     @property
     def action_dim(self) -> int:

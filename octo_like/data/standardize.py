@@ -68,12 +68,18 @@ def clip(arg: Expression, lo: float, hi: float) -> Expression:
     return _build("clip", arg, lo=lo, hi=hi)
 
 
-def divide(arg: Expression, by: Expression) -> Expression:
-    return _build("divide", arg, by)
+def divide(arg: Expression, by: Expression | float) -> Expression:
+    """Element-wise quotient by an expression or a number."""
+    return _build("divide", arg, _operand(by))
 
 
-def multiply(arg: Expression, factor: Expression) -> Expression:
-    return _build("multiply", arg, factor)
+def multiply(arg: Expression, factor: Expression | float) -> Expression:
+    """Element-wise product with an expression or a number."""
+    return _build("multiply", arg, _operand(factor))
+
+
+def _operand(value: Expression | float) -> Expression:
+    return value if isinstance(value, Expression) else _build("number", value=float(value))
 
 
 def invert_gripper(arg: Expression) -> Expression:
@@ -207,21 +213,39 @@ OPERATIONS: dict[str, Callable[..., tf.Tensor]] = {
     "rel_to_abs_gripper": _rel_to_abs_gripper,
     "euler_from_quat": _euler_from_quat,
     "rotate_by_heading": _rotate_by_heading,
-    "first_step_norm_ratio": lambda num, den: tf.norm(num[0]) / tf.norm(den[0]),
+    "first_step_norm_ratio": lambda num, den: tf.norm(num[:1]) / tf.norm(den[:1]),
     "zlib_floats": _zlib_floats,
     "codepoints_to_text": _codepoints_to_text,
 }
 
 
+def lookup(trajectory: Mapping[str, Any], path: str) -> Any:
+    """What is at "a/b/c", or None. A key may itself contain slashes."""
+    if path in trajectory:
+        return trajectory[path]
+    for cut in (i for i, letter in enumerate(path) if letter == "/"):
+        child = trajectory.get(path[:cut])
+        found = lookup(child, path[cut + 1 :]) if isinstance(child, Mapping) else None
+        if found is not None:
+            return found
+    return None
+
+
+def leaves_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a/b": leaf} of a nested trajectory."""
+    result = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        result.update(leaves_of(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return result
+
+
 def get_leaf(trajectory: Mapping[str, Any], path: str) -> tf.Tensor:
-    """The leaf at "container/leaf". Raises DataError with the valid names."""
-    head, _, rest = path.partition("/")
-    node = trajectory.get(path, trajectory.get(head))
-    if isinstance(node, Mapping) and rest:
-        return get_leaf(node, rest)
-    if node is None or isinstance(node, Mapping) or rest:
-        raise DataError(f"no leaf {path!r} in the trajectory; {suggest(path, trajectory)}")
-    return node
+    """The leaf at `path`. Raises DataError with the valid names."""
+    leaf = lookup(trajectory, path)
+    if leaf is None or isinstance(leaf, Mapping):
+        raise DataError(f"no leaf {path!r} in the trajectory; {suggest(path, leaves_of(trajectory))}")
+    return leaf
 
 
 def steps_of(trajectory: Mapping[str, Any]) -> tf.Tensor:
@@ -242,7 +266,10 @@ def evaluate(expression: Expression, trajectory: Trajectory, raw: Trajectory | N
         return tf.fill([steps_of(trajectory)], "")
     if expression.op not in OPERATIONS:
         raise DataError(f"unknown operation {expression.op!r}; {suggest(expression.op, OPERATIONS)}")
-    args = [evaluate(arg, trajectory, raw) for arg in expression.args]
+    # A number takes the type of the other operand, so it comes as a Python number.
+    args = [
+        dict(arg.settings)["value"] if arg.op == "number" else evaluate(arg, trajectory, raw) for arg in expression.args
+    ]
     return OPERATIONS[expression.op](*args, **settings)
 
 

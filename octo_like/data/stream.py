@@ -275,6 +275,7 @@ def make_train_stream(
     max_goal_distance: int | None = None,
     octo_compat: bool = False,
     cache_dir: str | None = None,
+    exact: bool = True,
     host_threads: int = 2,
     prefetch: int = 2,
     host_memory_gb: float = 2.0,
@@ -293,6 +294,7 @@ def make_train_stream(
       decode: "parity" or "fast"; see `octo_like.data.frames`.
       keep_goal_prob, max_goal_distance, octo_compat: see `TaskOptions`.
       cache_dir: where indices are kept; default beside the data.
+      exact: refuse functions with stateful randomness; False: name them in `order_spec["approximate"]` instead.
       host_threads, prefetch, host_memory_gb: see `HostOptions`.
       start: global sample number to begin at.
 
@@ -300,6 +302,13 @@ def make_train_stream(
       DataError (a ValueError): whatever is wrong with data or settings, with the valid choices.
     """
     datasets = _prepared(specs, data_dir, cache_dir, progress)
+    approximate = [name for name, d in datasets.items() if d.function.random_ops]
+    if exact and approximate:
+        d = datasets[approximate[0]]
+        raise DataError(
+            f"{d.key}: standardize={d.spec.standardize!r} uses {', '.join(d.function.random_ops)}, whose results no "
+            "resume can repeat; use tf.random.stateless_*, or accept it with exact=False"
+        )
     task = TaskOptions(keep_goal_prob, max_goal_distance, octo_compat)
     host = HostOptions(host_threads, prefetch, host_memory_gb)
     frames = [
@@ -316,6 +325,7 @@ def make_train_stream(
     order_spec = {
         "data_version": DATA_VERSION,
         "order": order.spec(),
+        "approximate": approximate,
         "decode": decode,
         "task": dataclasses.asdict(task),
         "batch": {
