@@ -22,7 +22,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMPS = "stages"
-DEMONSTRATIONS = 50
 HELD_OUT = "tabletop_arm3"
 
 
@@ -51,30 +50,34 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes of the demo. `steps`: of pretraining and adaptation; None keeps the config's own."""
+    """Sizes of the demo.
+
+    Attributes:
+      episodes: of the datasets, as data/tabletop/build.py takes them.
+      adapt_steps: of adaptation; training from scratch gets as many, and four times as many.
+      demonstrations: of the held-out robot that adaptation sees.
+      overrides, pretrain_overrides: changes to the configs of all training runs, and of pretraining.
+      quick: one episode of each evaluation.
+    """
 
     episodes: tuple[str, ...]
-    overrides: tuple[str, ...]
-    adapt_overrides: tuple[str, ...]
-    pretrain_steps: int | None
     adapt_steps: int
-    quick: bool
+    demonstrations: int = 50
+    overrides: tuple[str, ...] = ()
+    pretrain_overrides: tuple[str, ...] = ()
+    quick: bool = False
 
 
 FULL = Settings(
-    episodes=("tabletop_pusher=700", "tabletop_gripper=900", "tabletop_arm=900", f"{HELD_OUT}=200+20"),
-    overrides=(),
-    adapt_overrides=(),
-    pretrain_steps=None,
+    episodes=("tabletop_pusher=3000", "tabletop_gripper=3000", "tabletop_arm=3000", f"{HELD_OUT}=200+20"),
     adapt_steps=400,
-    quick=False,
 )
 QUICK = Settings(
     episodes=("tabletop_pusher=6+2", "tabletop_gripper=6+2", "tabletop_arm=6+2", f"{HELD_OUT}=6+2"),
-    overrides=(),
-    adapt_overrides=(),
-    pretrain_steps=4,
     adapt_steps=2,
+    demonstrations=4,
+    overrides=("--config.batch_size=8", "--config.optimizer.warmup_steps=1", "--config.log_every=1"),
+    pretrain_overrides=("--config.num_steps=4",),
     quick=True,
 )
 
@@ -86,7 +89,6 @@ def make_stages(workdir: Path, settings: Settings) -> list[Stage]:
     """The demo as commands; paths are those of `workdir`."""
     data = ("data/tabletop/**/*.py", *WORLD_CODE)
     common = (f"--config.data.data_dir={workdir / 'data'}", *settings.overrides)
-    pretrain_steps = () if settings.pretrain_steps is None else (f"--config.num_steps={settings.pretrain_steps}",)
     stages = [
         Stage(
             "data",
@@ -100,7 +102,7 @@ def make_stages(workdir: Path, settings: Settings) -> list[Stage]:
             "pretrain",
             "one policy for three robots",
             ("train.py", "--config", "configs/tabletop.py", "--workdir", str(workdir / "pretrain"), *common)
-            + pretrain_steps,
+            + settings.pretrain_overrides,
             ("train.py", "configs/tabletop.py", *TRAINING_CODE),
             owns=("pretrain",),
             proof="pretrain/export/config.json",
@@ -108,7 +110,7 @@ def make_stages(workdir: Path, settings: Settings) -> list[Stage]:
         ),
     ]
 
-    def adapt(name: str, title: str, pretrained: str, steps: int, needs: tuple[str, ...]) -> Stage:
+    def adapt(name: str, title: str, steps: int, pretrained: str | None = None) -> Stage:
         folder = f"adapt_{name}"
         return Stage(
             name,
@@ -118,26 +120,23 @@ def make_stages(workdir: Path, settings: Settings) -> list[Stage]:
                 *("--config", "configs/finetune.py:tabletop"),
                 *("--workdir", str(workdir / folder)),
                 *common,
-                f"--config.pretrained={pretrained}",
-                f"--config.data.num_demos={DEMONSTRATIONS}",
+                *(() if pretrained is None else (f"--config.pretrained={pretrained}",)),
+                f"--config.data.num_demos={settings.demonstrations}",
                 f"--config.num_steps={steps}",
-                *settings.adapt_overrides,
             ),
             ("finetune.py", "configs/finetune.py", "configs/tabletop.py", *TRAINING_CODE),
             owns=(folder,),
             proof=f"{folder}/export/config.json",
-            needs=needs,
+            needs=("data",) if pretrained is None else ("data", "pretrain"),
         )
 
     one, four = settings.adapt_steps, 4 * settings.adapt_steps
     pretrained = str(workdir / "pretrain" / "export")
-    demos = f"{DEMONSTRATIONS} demonstrations of a robot it has never seen"
+    demos = f"{settings.demonstrations} demonstrations of a robot it has never seen"
     stages += [
-        adapt("from_pretrained", f"the pretrained policy adapts to {demos}", pretrained, one, ("data", "pretrain")),
-        adapt("from_scratch_1x", "the same demonstrations, from scratch, as many steps", "None", one, ("data",)),
-        adapt(
-            "from_scratch_4x", "the same demonstrations, from scratch, four times the steps", "None", four, ("data",)
-        ),
+        adapt("from_pretrained", f"the pretrained policy adapts to {demos}", one, pretrained),
+        adapt("from_scratch_1x", "the same demonstrations, from scratch, as many steps", one),
+        adapt("from_scratch_4x", "the same demonstrations, from scratch, four times the steps", four),
     ]
     exports = [f"{stage.name}={workdir / stage.owns[0] / 'export'}" for stage in stages[2:]]
     trained = tuple(stage.name for stage in stages[1:])

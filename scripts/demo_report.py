@@ -60,7 +60,7 @@ def rate(episodes: Episodes, outcome: Callable[[Mapping[str, Any]], bool]) -> di
 def compute_results(evaluations: Mapping[str, Episodes], seconds: Mapping[str, float]) -> dict[str, Any]:
     """The contents of results.json.
 
-    {"pretrain": {"success", "success_wrong_nearest", "success_swapped_instruction", "original_target_when_swapped", ...},
+    {"pretrain": {"success", "success_wrong_nearest", "success_swapped_instruction", "original_target_when_swapped"},
      "adapt": {"from_pretrained": {"success"}, "from_scratch_1x": ..., "from_scratch_4x": ..., "difference": {...}},
      "seconds": {stage: seconds, "total"}}, every rate as `rate` gives it.
     """
@@ -362,7 +362,7 @@ def gallery_section(folder: Path, evaluations: Mapping[str, Episodes]) -> list[s
 
 
 def loading_section(workdir: Path) -> list[str]:
-    file = workdir / RUNS["adapt/from_pretrained"] / "load_report.txt"
+    file = workdir / RUNS["adapt/from_pretrained"] / "weights.txt"
     return [
         "<h2>What the adapted policy took from the pretrained one</h2>",
         f"<pre>{escape(file.read_text().rstrip())}</pre>",

@@ -203,7 +203,7 @@ def test_the_page_is_self_contained(script, tmp_path):
     with (tmp_path / "pretrain" / "metrics.jsonl").open("w") as file:
         for step in range(1, 20):
             file.write(json.dumps({"step": step, "time": 0, "train/loss": 1 / step}) + "\n")
-    (tmp_path / "adapt_from_pretrained" / "load_report.txt").write_text("loaded 12 <arrays>")
+    (tmp_path / "adapt_from_pretrained" / "weights.txt").write_text("loaded 12 <arrays>")
     done = subprocess.run(
         [sys.executable, report.__file__, "--workdir", str(tmp_path)],
         capture_output=True,
