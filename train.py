@@ -62,6 +62,7 @@ def main(argv=None) -> int:
         mesh=mesh,
         model=model,
         init_params=initial,
+        init_from=jax.random.key(config.seed),
         inputs=inputs,
         make_policy=lambda params: Policy(policy_config, params, inputs.statistics, tokenizer),
         frozen=frozen_from_config(jax.eval_shape(initial, jax.random.key(0)), config),

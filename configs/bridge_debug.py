@@ -1,6 +1,7 @@
 """Real BridgeData V2 demonstrations (a sample of 25 short episodes): shows that training on robot data works.
 
-    python train.py --config configs/bridge_debug.py --workdir runs/bridge --config.data.data_dir=DIR --config.num_steps=50
+    python train.py --config configs/bridge_debug.py --workdir runs/bridge --config.data.data_dir=DIR \
+        --config.num_steps=50
 
 DIR is the folder that holds bridge_dataset/1.0.0. Topology: any, down to 2 CPU cores (about a second a step). The loss
 falls from about 8 to below 4 within 50 steps. The sample's `val` split holds the episodes of `train`, so validation is
@@ -21,13 +22,19 @@ def get_config():
     model = octo_small.model("small")
     model.update(token_dim=192, dtype="float32", max_window=4)
     model["transformer"].update(num_layers=4, num_heads=4, mlp_dim=768)
-    model["task_tokenizers"] = dict(language=dict(kind="language", encoder="small", dim=96, num_layers=1, max_length=16))
+    model["task_tokenizers"] = dict(
+        language=dict(kind="language", encoder="small", dim=96, num_layers=1, max_length=16)
+    )
     del model["observation_tokenizers"]["wrist"]
     model["observation_tokenizers"]["primary"]["stem"] = dict(
         kind="small", patch_size=16, features=(32, 64, 96, 128), num_features=128
     )
     config.model = model
-    config.data.datasets = dict(bridge_dataset=dict(standardize="bridge_dataset", image_keys=dict(primary="image_0"), val_split=None, val_fraction=0.1))
+    config.data.datasets = dict(
+        bridge_dataset=dict(
+            standardize="bridge_dataset", image_keys=dict(primary="image_0"), val_split=None, val_fraction=0.1
+        )
+    )
     config.augmentation = dict(primary=AUGMENTATION_PRIMARY)
     config.optimizer.update(schedule="rsqrt", peak=5e-4, warmup_steps=20, timescale=1000, weight_decay=0.05)
     config.ema_decay = 0.99

@@ -81,7 +81,7 @@ def _tabletop(config) -> None:
     config.batch_size = 64
     config.image_sizes = dict(primary=(64, 64), wrist=(32, 32))
     config.proprio_dim = 4
-    config.text.max_length = 12
+    config.text.max_length = 14
     config.data.datasets = dict(tabletop_arm3=tabletop.dataset("tabletop_arm3", wrist=True))
     config.data.decode = "fast"
     config.optimizer.update(peak=1e-3, warmup_steps=50, weight_decay=0.02)

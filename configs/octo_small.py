@@ -41,7 +41,9 @@ def model(size: str = "small") -> dict:
         task_tokenizers=dict(language=dict(kind="language", encoder="t5", t5="t5-base", finetune_encoder=False)),
         observation_tokenizers=dict(primary=camera("primary"), wrist=camera("wrist")),
         readouts=dict(action=1),
-        heads=dict(action=dict(kind="diffusion", readout="readout_action", action_horizon=4, action_dim=7, num_steps=20)),
+        heads=dict(
+            action=dict(kind="diffusion", readout="readout_action", action_horizon=4, action_dim=7, num_steps=20)
+        ),
     )
 
 
@@ -53,7 +55,9 @@ def get_config(size: str = "small"):
     config.image_sizes = dict(primary=(256, 256), wrist=(128, 128))
     config.goal_images = ("primary", "wrist")
     config.model = model(size)
-    config.optimizer.update(schedule="rsqrt", peak=3e-4, warmup_steps=2000, timescale=10_000, weight_decay=0.1, clip_norm=1.0)
+    config.optimizer.update(
+        schedule="rsqrt", peak=3e-4, warmup_steps=2000, timescale=10_000, weight_decay=0.1, clip_norm=1.0
+    )
     config.optimizer.freeze = ("hf_model",)
     config.augmentation = dict(primary=AUGMENTATION_PRIMARY, wrist=AUGMENTATION_WRIST)
     config.eval.update(every=5000, batches=16)

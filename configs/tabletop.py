@@ -1,6 +1,7 @@
 """One small policy for three robots of the built-in tabletop world: the embedded default, trained by `make demo`.
 
-    python data/tabletop/build.py --data_dir runs/data --episodes tabletop_pusher=3000 tabletop_gripper=3000 tabletop_arm=3000
+    python data/tabletop/build.py --data_dir runs/data \
+        --episodes tabletop_pusher=3000 tabletop_gripper=3000 tabletop_arm=3000
     python train.py --config configs/tabletop.py --workdir runs/tabletop --config.data.data_dir=runs/data
 
 Topology: 2 CPU cores, no accelerator. Expected time and success: docs/experiments.md.
@@ -35,8 +36,10 @@ def model(action_dim: int = 7) -> dict:
         repeat_task_tokens=False,
         dtype="float32",
         octo_compat=False,
-        transformer=dict(num_layers=3, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat=False),
-        task_tokenizers=dict(language=dict(kind="language", encoder="small", dim=64, num_layers=1, max_length=12)),
+        transformer=dict(
+            num_layers=3, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat=False
+        ),
+        task_tokenizers=dict(language=dict(kind="language", encoder="small", dim=64, num_layers=1, max_length=14)),
         observation_tokenizers=dict(
             primary=dict(
                 kind="image",
@@ -54,7 +57,12 @@ def model(action_dim: int = 7) -> dict:
 def head(action_dim: int) -> dict:
     """Diffusion over chunks of four actions; sixteen noise draws per sample share one transformer pass."""
     return dict(
-        kind="diffusion", readout="readout_action", action_horizon=4, action_dim=action_dim, num_samples=8, hidden_dim=128
+        kind="diffusion",
+        readout="readout_action",
+        action_horizon=4,
+        action_dim=action_dim,
+        num_samples=8,
+        hidden_dim=128,
     )
 
 
@@ -65,7 +73,7 @@ def get_config():
     config.window_size = 1
     config.image_sizes = dict(primary=(64, 64))
     config.proprio_dim = 7
-    config.text.max_length = 12
+    config.text.max_length = 14
     config.data.datasets = {name: dataset(name, weight=w, proprio=p) for name, (w, p) in ROBOTS.items()}
     config.data.decode = "fast"
     config.data.episodes_per_block = 512

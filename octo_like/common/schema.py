@@ -1,7 +1,7 @@
 """The schema of a batch: the treaty between data, model, training and robot.
 
-A batch is a plain nested dict of arrays. `BatchSpec` states which keys a run uses and their sizes; everything that needs
-shapes (model initialisation, synthetic batches, ahead-of-time compilation, input checks) derives them from it.
+A batch is a plain nested dict of arrays. `BatchSpec` states which keys a run uses and their sizes; everything that
+needs shapes (model initialisation, synthetic batches, ahead-of-time compilation, input checks) derives them from it.
 
 Letters: B batch, W window (history), H action horizon, A action dim, P proprio dim, L language tokens, h w image size.
 
@@ -24,7 +24,8 @@ Letters: B batch, W window (history), H action horizon, A action dim, P proprio 
 """
 
 import dataclasses
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,8 @@ class BatchSpec:
     def observation(self) -> Tree:
         W = self.window_size
         leaves: Tree = {
-            f"image_{slot}": Leaf((W, *size, IMAGE_CHANNELS), np.dtype(np.uint8)) for slot, size in self.image_sizes.items()
+            f"image_{slot}": Leaf((W, *size, IMAGE_CHANNELS), np.dtype(np.uint8))
+            for slot, size in self.image_sizes.items()
         }
         if self.proprio_dim is not None:
             leaves["proprio"] = Leaf((W, self.proprio_dim), np.dtype(np.float32))
@@ -138,7 +140,7 @@ def unflatten(items: Mapping[str, Any]) -> Tree:
 
 
 def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language_vocab: int = 100) -> Tree:
-    """A random but valid batch of the given spec: the same seed gives the same batch. Needs no data and no TensorFlow."""
+    """A random but valid batch of the given spec: the same seed gives the same batch. Needs no data, no TensorFlow."""
     rng = np.random.default_rng([seed, 0x0C70])
 
     def fill(path: str, leaf: Leaf) -> np.ndarray:
@@ -158,13 +160,17 @@ def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language
         if name == "dataset_id":
             return np.zeros(shape, np.int32)
         if name == "timestep":
-            return np.broadcast_to(np.arange(shape[-1], dtype=np.int32) if len(shape) > 1 else np.int32(50), shape).copy()
+            return np.broadcast_to(
+                np.arange(shape[-1], dtype=np.int32) if len(shape) > 1 else np.int32(50), shape
+            ).copy()
         return rng.normal(size=shape).astype(leaf.dtype)
 
     return unflatten({path: fill(path, leaf) for path, leaf in flatten(spec.batch())})
 
 
-def check_tree(tree: Mapping[str, Any], expected: Mapping[str, Any], *, where: str = "batch", batch_dims: int = 1) -> None:
+def check_tree(
+    tree: Mapping[str, Any], expected: Mapping[str, Any], *, where: str = "batch", batch_dims: int = 1
+) -> None:
     """Compares a nested dict of arrays with a tree of `Leaf`.
 
     Raises:

@@ -26,7 +26,10 @@ class SyntheticStream:
 
     def __next__(self) -> Tree:
         batch = synthetic_batch(
-            self.batch_spec, self._size, self._seed * 1_000_003 + self.position // self._size, language_vocab=self._vocab
+            self.batch_spec,
+            self._size,
+            self._seed * 1_000_003 + self.position // self._size,
+            language_vocab=self._vocab,
         )
         batch["sample_id"] = np.arange(self.position, self.position + self._size, dtype=np.int64)
         self.position += self._size

@@ -1,7 +1,8 @@
 """Who attends to whom: the block-causal rule as one static mask, and masked dot-product attention."""
 
 import dataclasses
-from typing import Literal, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def attend(
 
     Args:
       mask_bqk: True where a key may be attended; None allows all. The batch dimension may be 1.
-      uniform_when_masked: what a query without any valid key gives: the mean of all values (as upstream) instead of zero.
+      uniform_when_masked: a query without any valid key gives the mean of all values (as upstream), not zero.
       weights_fn: applied to the (B, h, q, k) weights, for dropout.
     """
     logits = jnp.einsum("bqhd,bkhd->bhqk", q_bqhd, k_bkhd).astype(jnp.float32) * q_bqhd.shape[-1] ** -0.5

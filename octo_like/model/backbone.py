@@ -4,7 +4,7 @@ Sequence: task groups, then for every timestep of the window: observation groups
 """
 
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax

@@ -39,7 +39,7 @@ def add_noise(schedule: NoiseSchedule, x: jax.Array, noise: jax.Array, time: jax
 
 
 def ddpm_step(schedule: NoiseSchedule, x: jax.Array, eps: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
-    """One ancestral step x_t to x_{t-1} (Ho et al. 2020, algorithm 2, sigma_t^2 = beta_t); no noise is added at t = 0."""
+    """One ancestral step x_t to x_{t-1} (Ho et al. 2020, algorithm 2, sigma_t^2 = beta_t); no noise at t = 0."""
     alpha, alpha_hat = schedule.alphas[t], schedule.alpha_hats[t]
     mean = (x - (1 - alpha) / jnp.sqrt(1 - alpha_hat) * eps) / jnp.sqrt(alpha)
     return mean + jnp.where(t > 0, jnp.sqrt(schedule.betas[t]), 0.0) * z

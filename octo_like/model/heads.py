@@ -3,7 +3,7 @@
 Shapes: embedding (B, W, D); actions (B, W, H, A); sampled actions (*sample_shape, B, H, A), of the last timestep only.
 """
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax

@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import functools
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -68,10 +69,13 @@ class OctoModel(nn.Module):
         return self.heads[head].sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
 
 
-def total_loss(model: OctoModel, terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str, jax.Array]) -> jax.Array:
+def total_loss(
+    model: OctoModel, terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str, jax.Array]
+) -> jax.Array:
     """Weighted sum over heads of the mean loss; `counts` are those of the whole batch."""
     return sum(
-        model.head_weights.get(name, 1.0) * part["loss"] / jnp.maximum(counts[name], 1.0) for name, part in terms.items()
+        model.head_weights.get(name, 1.0) * part["loss"] / jnp.maximum(counts[name], 1.0)
+        for name, part in terms.items()
     )
 
 

@@ -1,14 +1,15 @@
 """Reading the released Octo checkpoints: their msgpack files, and their configs in our vocabulary.
 
-Format: `<step>/default/checkpoint` is one msgpack file with the whole parameter tree; `config.json` names the modules by
-class, with keyword overrides of defaults; `example_batch.msgpack` tells token counts. Parameter names are the same as
+Format: `<step>/default/checkpoint` is one msgpack file with the whole parameter tree; `config.json` names the modules
+by class, with keyword overrides of defaults; `example_batch.msgpack` tells token counts. Parameter names are the same as
 ours, so only the configuration is translated. The models behave as they were trained: `octo_compat=True`.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -44,7 +45,9 @@ def _join_chunks(node: Any) -> Any:
         return node
     if "__msgpack_chunked_array__" in node:
         pieces = node["chunks"]
-        flat = np.concatenate([pieces[key] for key in sorted(pieces, key=int)] if isinstance(pieces, Mapping) else pieces)
+        flat = np.concatenate(
+            [pieces[key] for key in sorted(pieces, key=int)] if isinstance(pieces, Mapping) else pieces
+        )
         shape = node["shape"]
         shape = [shape[key] for key in sorted(shape, key=int)] if isinstance(shape, Mapping) else shape
         return flat.reshape(shape)
@@ -80,7 +83,12 @@ def load_release(path: str | os.PathLike, *, step: int | None = None, t5: Mappin
 def translate_config(model: Mapping[str, Any], *, t5: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A release's `config["model"]` in our vocabulary (see configs/octo_small.py)."""
     transformer = {"num_heads": model["transformer_kwargs"]["num_attention_heads"]}
-    for name, default in (("num_layers", None), ("mlp_dim", None), ("dropout_rate", 0.1), ("attention_dropout_rate", 0.1)):
+    for name, default in (
+        ("num_layers", None),
+        ("mlp_dim", None),
+        ("dropout_rate", 0.1),
+        ("attention_dropout_rate", 0.1),
+    ):
         transformer[name] = model["transformer_kwargs"].get(name, default)
     return {
         "token_dim": model["token_embedding_size"],
@@ -90,7 +98,9 @@ def translate_config(model: Mapping[str, Any], *, t5: Mapping[str, Any] | None =
         "octo_compat": True,
         "transformer": transformer,
         "task_tokenizers": {name: _tokenizer(spec, t5) for name, spec in model["task_tokenizers"].items()},
-        "observation_tokenizers": {name: _tokenizer(spec, t5) for name, spec in model["observation_tokenizers"].items()},
+        "observation_tokenizers": {
+            name: _tokenizer(spec, t5) for name, spec in model["observation_tokenizers"].items()
+        },
         "readouts": dict(model["readouts"]),
         "heads": {name: _head(spec) for name, spec in model["heads"].items()},
     }
@@ -135,7 +145,12 @@ def _tokenizer(spec: Mapping[str, Any], t5) -> dict[str, Any]:
 
 def _stem(encoder: Mapping[str, Any]) -> dict[str, Any]:
     name, kwargs = encoder["name"], encoder["kwargs"]
-    stems = {"SmallStem": ("small", 16), "SmallStem16": ("small", 16), "SmallStem32": ("small", 32), "PatchEncoder": ("patch", 32)}
+    stems = {
+        "SmallStem": ("small", 16),
+        "SmallStem16": ("small", 16),
+        "SmallStem32": ("small", 32),
+        "PatchEncoder": ("patch", 32),
+    }
     if name not in stems:
         raise PretrainedError(f"unknown image encoder {name!r} in the release's config; known: {sorted(stems)}")
     kind, patch = stems[name]
@@ -194,7 +209,9 @@ def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
 def release_spec(config: Mapping[str, Any], example: Mapping[str, Any], heads: Mapping[str, Any]) -> BatchSpec:
     """The batch spec of a release, from its example batch."""
     observation, task = example["observation"], example.get("task", example.get("tasks"))
-    images = {key.removeprefix("image_"): value.shape[2:4] for key, value in observation.items() if key.startswith("image_")}
+    images = {
+        key.removeprefix("image_"): value.shape[2:4] for key, value in observation.items() if key.startswith("image_")
+    }
     text = task.get("language_instruction")
     return BatchSpec(
         window_size=observation["timestep_pad_mask" if "timestep_pad_mask" in observation else "pad_mask"].shape[1],

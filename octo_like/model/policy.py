@@ -1,8 +1,8 @@
 """Policy: the public face of a trained model. Pure JAX; loading and running it imports no TensorFlow.
 
-    policy = Policy.load_pretrained("runs/pretrain/export")
-    task = policy.create_tasks(texts=["put the green block on the blue plate"])
-    actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize="tabletop_gripper")
+policy = Policy.load_pretrained("runs/pretrain/export")
+task = policy.create_tasks(texts=["put the green block on the blue plate"])
+actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize="tabletop_gripper")
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import difflib
 import functools
 import logging
 import os
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,9 @@ class Policy:
         if unnormalize is not None:
             entry = self._entry(unnormalize)
             if "proprio" not in entry:
-                raise ValueError(f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation")
+                raise ValueError(
+                    f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation"
+                )
             proprio = normalization.normalize(proprio, entry["proprio"], entry.get("normalization", "normal"))
         width, want = proprio.shape[-1], self.batch_spec.proprio_dim
         if width > want:
@@ -243,7 +246,9 @@ class Policy:
                     f"{self.model.heads[head].action_dim}"
                 )
         valid = np.arange(self.model.heads[head].action_dim) < dim
-        actions = self._sample(self.params, observations, tasks, keys_b, valid, head=head, sample_shape=tuple(sample_shape))
+        actions = self._sample(
+            self.params, observations, tasks, keys_b, valid, head=head, sample_shape=tuple(sample_shape)
+        )
         if unnormalize is None:
             return actions
         return normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
@@ -276,7 +281,14 @@ class Policy:
 
 def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, head, sample_shape):
     return model.apply(
-        {"params": params}, observations, tasks, keys_b, head=head, sample_shape=sample_shape, valid=valid, method="sample"
+        {"params": params},
+        observations,
+        tasks,
+        keys_b,
+        head=head,
+        sample_shape=sample_shape,
+        valid=valid,
+        method="sample",
     )
 
 

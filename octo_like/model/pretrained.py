@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -24,14 +25,21 @@ import safetensors.numpy
 from octo_like.common.schema import flatten, unflatten
 
 FORMAT_VERSION = 1
-CONFIG_FILE, PARAMS_FILE, STATISTICS_FILE, TEXT_DIR = "config.json", "params.safetensors", "dataset_statistics.json", "text"
+CONFIG_FILE, PARAMS_FILE, STATISTICS_FILE, TEXT_DIR = (
+    "config.json",
+    "params.safetensors",
+    "dataset_statistics.json",
+    "text",
+)
 
 
 class PretrainedError(ValueError):
     """A directory that cannot be loaded as a policy, and why."""
 
 
-def save_directory(path: str | os.PathLike, *, config: Mapping, params: Mapping, statistics: Mapping, save_text=None) -> None:
+def save_directory(
+    path: str | os.PathLike, *, config: Mapping, params: Mapping, statistics: Mapping, save_text=None
+) -> None:
     """Writes an exported policy; the directory appears whole or not at all, and replaces an earlier export.
 
     Args:
@@ -72,7 +80,9 @@ def load_directory(path: str | os.PathLike) -> tuple[dict, dict, dict, Path | No
     """
     path = Path(path)
     if not path.is_dir():
-        raise PretrainedError(f"{path} is not a directory; expected an exported policy with {CONFIG_FILE} and {PARAMS_FILE}")
+        raise PretrainedError(
+            f"{path} is not a directory; expected an exported policy with {CONFIG_FILE} and {PARAMS_FILE}"
+        )
     missing = [name for name in (CONFIG_FILE, PARAMS_FILE, STATISTICS_FILE) if not (path / name).is_file()]
     if missing:
         found = sorted(entry.name for entry in path.iterdir())[:8]

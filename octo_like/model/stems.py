@@ -24,7 +24,7 @@ def normalize_images(images: jax.Array, kind: Literal["default", "imagenet"] = "
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """Cross-correlation, NHWC with an HWIO kernel, the same padding on every side.
 
-    A patch convolution (kernel = stride, no padding) is a reshape and one matrix product, which every backend runs well.
+    A patch convolution (kernel = stride, no padding) is a reshape and one matrix product: every backend runs that well.
     """
     kh, kw, cin, cout = kernel.shape
     n, h, w, _ = x.shape
@@ -71,7 +71,9 @@ class GroupNorm(nn.Module):
     def __call__(self, x):
         n, h, w, channels = x.shape
         if channels % self.num_groups:
-            raise ValueError(f"{channels} channels are not divisible by {self.num_groups} groups; use multiples of them")
+            raise ValueError(
+                f"{channels} channels are not divisible by {self.num_groups} groups; use multiples of them"
+            )
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         per_group = channels // self.num_groups
@@ -137,14 +139,27 @@ class PatchStem(nn.Module):
         return Film(name="FilmConditioning_0")(x, condition) if self.use_film else x
 
 
+def with_coordinates(x: jax.Array) -> jax.Array:
+    """Appends two channels with the row and column of every pixel, in [-1, 1]."""
+    n, h, w, _ = x.shape
+    rows = jnp.broadcast_to(jnp.linspace(-1, 1, h)[None, :, None, None], (n, h, w, 1))
+    cols = jnp.broadcast_to(jnp.linspace(-1, 1, w)[None, None, :, None], (n, h, w, 1))
+    return jnp.concatenate([x, rows.astype(x.dtype), cols.astype(x.dtype)], axis=-1)
+
+
 class ConvStem(nn.Module):
     """A stack of (kernel, stride, features) convolutions, each with group norm, FiLM and ReLU: small images, few FLOPs.
 
     The language enters after every convolution, so that a feature map can already be about the object that is meant.
+
+    Attributes:
+      coordinates: every convolution also sees where it is (CoordConv, Liu et al. 2018), which makes "where is the green
+        block" a linear question.
     """
 
     layers: tuple[tuple[int, int, int], ...]
     use_film: bool = False
+    coordinates: bool = False
     num_groups: int = 8
     dtype: jnp.dtype = jnp.float32
 
@@ -152,6 +167,8 @@ class ConvStem(nn.Module):
     def __call__(self, x, condition=None):
         for i, (kernel, stride, width) in enumerate(self.layers):
             padding = 0 if kernel == stride else kernel // 2
+            if self.coordinates:
+                x = with_coordinates(x)
             x = Conv(width, kernel, stride, padding, dtype=self.dtype, name=f"Conv_{i}")(x)
             x = GroupNorm(self.num_groups, name=f"GroupNorm_{i}")(x)
             if self.use_film:

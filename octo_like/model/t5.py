@@ -54,7 +54,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     return (normed * weight).astype(x.dtype)
 
 
-def encode(params: Any, config: T5Config, input_ids: jax.Array, attention_mask: jax.Array, dtype=jnp.float32) -> jax.Array:
+def encode(
+    params: Any, config: T5Config, input_ids: jax.Array, attention_mask: jax.Array, dtype=jnp.float32
+) -> jax.Array:
     """Last hidden state: (B, L) ids and mask to (B, L, d_model).
 
     A row whose mask is all zero attends uniformly. There is no 1/sqrt(d_kv): T5 folds it into its initialisation.
@@ -74,7 +76,8 @@ def encode(params: Any, config: T5Config, input_ids: jax.Array, attention_mask: 
         attention, feed_forward = (params["encoder"]["block"][str(i)]["layer"][j] for j in ("0", "1"))
         h = rms_norm(x, attention["layer_norm"]["weight"], config.epsilon)
         q, k, v = (
-            dense(h, attention["SelfAttention"][name]).reshape(batch, length, config.num_heads, config.d_kv) for name in "qkv"
+            dense(h, attention["SelfAttention"][name]).reshape(batch, length, config.num_heads, config.d_kv)
+            for name in "qkv"
         )
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) + bias
         weights = jax.nn.softmax(jnp.maximum(logits, jnp.finfo(jnp.float32).min), axis=-1).astype(dtype)
@@ -107,9 +110,13 @@ def init_params(config: T5Config, rng: jax.Array) -> dict:
             "o": {"kernel": normal((inner, d), inner**-0.5)},
         }
         if i == 0:
-            attention["relative_attention_bias"] = {"embedding": normal((config.num_buckets, config.num_heads), d**-0.5)}
+            attention["relative_attention_bias"] = {
+                "embedding": normal((config.num_buckets, config.num_heads), d**-0.5)
+            }
         names = ("wi_0", "wi_1") if config.gated else ("wi",)
-        mlp = {name: {"kernel": normal((d, f), d**-0.5)} for name in names} | {"wo": {"kernel": normal((f, d), f**-0.5)}}
+        mlp = {name: {"kernel": normal((d, f), d**-0.5)} for name in names} | {
+            "wo": {"kernel": normal((f, d), f**-0.5)}
+        }
         norm = {"weight": jnp.ones(d)}
         return {
             "layer": {
@@ -136,6 +143,7 @@ class T5Encoder(nn.Module):
     @nn.compact
     def __call__(self, input_ids, attention_mask):
         parts = {
-            name: self.param(name, lambda rng, part=name: init_params(self.config, rng)[part]) for name in ("shared", "encoder")
+            name: self.param(name, lambda rng, part=name: init_params(self.config, rng)[part])
+            for name in ("shared", "encoder")
         }
         return encode(parts, self.config, input_ids, attention_mask, self.dtype)

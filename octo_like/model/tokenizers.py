@@ -5,7 +5,8 @@ Every tokenizer returns a TokenGroup with tokens (B, [W,] n, F), or None when th
 """
 
 import re
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -232,7 +233,9 @@ class LowdimTokenizer(nn.Module):
         if self.compat:
             valid = jnp.ones(x.shape, bool)
         else:
-            valid = jnp.concatenate([self._valid(observation, key, v.shape) for key, v in zip(keys, values, strict=True)], -1)
+            valid = jnp.concatenate(
+                [self._valid(observation, key, v.shape) for key, v in zip(keys, values, strict=True)], -1
+            )
             x = jnp.where(valid, x, 0.0)
         if self.per == "vector":
             tokens = jnp.concatenate([x, valid.astype(x.dtype)], axis=-1)[..., None, :]

@@ -1,6 +1,6 @@
 """Token groups: the currency of the model. A group is a named run of tokens that share one attention rule."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import flax.struct
 import jax

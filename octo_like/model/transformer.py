@@ -43,7 +43,9 @@ class MultiHeadAttention(nn.Module):
         xavier = nn.initializers.xavier_uniform
 
         def projection(name, in_dim):
-            holder = _Projection((in_dim, heads, head_dim), (heads, head_dim), xavier(in_axis=0, out_axis=(1, 2)), name=name)
+            holder = _Projection(
+                (in_dim, heads, head_dim), (heads, head_dim), xavier(in_axis=0, out_axis=(1, 2)), name=name
+            )
             kernel, bias = holder()
             return kernel.reshape(in_dim, dim).astype(self.dtype), bias.reshape(dim).astype(self.dtype)
 
@@ -66,7 +68,9 @@ class MultiHeadAttention(nn.Module):
             weights_fn=lambda w: dropout(w, self.dropout_rate, dropout_keys),
         )
         kernel, bias = _Projection((heads, head_dim, dim), (dim,), xavier(in_axis=(0, 1), out_axis=2), name="out")()
-        return out_bnhd.reshape(*x_bnd.shape[:-1], dim) @ kernel.reshape(dim, dim).astype(self.dtype) + bias.astype(self.dtype)
+        return out_bnhd.reshape(*x_bnd.shape[:-1], dim) @ kernel.reshape(dim, dim).astype(self.dtype) + bias.astype(
+            self.dtype
+        )
 
 
 class _Projection(nn.Module):
@@ -125,7 +129,9 @@ class Block(nn.Module):
             name="MultiHeadDotProductAttention_0",
         )(norm(0)(x_bnd), mask_bnn, dropout_keys=fold_in_all(dropout_keys, 0))
         x_bnd = x_bnd + dropout(h, self.dropout_rate, fold_in_all(dropout_keys, 1))
-        h = Mlp(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_0")(norm(1)(x_bnd), fold_in_all(dropout_keys, 2))
+        h = Mlp(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_0")(
+            norm(1)(x_bnd), fold_in_all(dropout_keys, 2)
+        )
         return x_bnd + h
 
 
@@ -172,7 +178,9 @@ class MapPooling(nn.Module):
     def __call__(self, tokens, mask=None):
         *lead, m, dim = tokens.shape
         tokens = tokens.reshape(-1, m, dim)
-        mask_bnm = None if mask is None else jnp.broadcast_to(mask.reshape(-1, 1, m), (tokens.shape[0], self.num_probes, m))
+        mask_bnm = (
+            None if mask is None else jnp.broadcast_to(mask.reshape(-1, 1, m), (tokens.shape[0], self.num_probes, m))
+        )
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, self.num_probes, dim))
         probe = jnp.broadcast_to(probe, (tokens.shape[0], self.num_probes, dim)).astype(self.dtype)
         out = MultiHeadAttention(

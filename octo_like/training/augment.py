@@ -5,7 +5,8 @@ that they stay one scene. Missing images (pad mask False) are left alone: they m
 """
 
 import dataclasses
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,9 @@ def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> j
     return jnp.floor(x * 255.5).clip(0, 255).astype(jnp.uint8)
 
 
-def augment_batch(batch: Mapping[str, Any], augmentation: Mapping[str, Augmentation], keys_b: jax.Array) -> dict[str, Any]:
+def augment_batch(
+    batch: Mapping[str, Any], augmentation: Mapping[str, Augmentation], keys_b: jax.Array
+) -> dict[str, Any]:
     """Augments every camera that has an `Augmentation`; cameras are numbered in sorted order.
 
     Raises:

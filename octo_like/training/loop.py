@@ -43,7 +43,8 @@ class Run:
       workdir: where checkpoints, metrics and the export go.
       mesh: device mesh.
       model: the network.
-      init_params: makes the initial parameters (a pure function of a key).
+      init_params: makes the initial parameters from `init_from`; traced, so that they are made where they will live.
+      init_from: a random key, or loaded parameters.
       inputs: `octo_like.data.inputs.Inputs`.
       make_policy: parameters to Policy, for evaluation and export.
       frozen: paths of parameters that are not trained.
@@ -53,7 +54,8 @@ class Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     model: OctoModel
-    init_params: Callable[[jax.Array], Any]
+    init_params: Callable[[Any], Any]
+    init_from: Any
     inputs: Any
     make_policy: Callable[[Any], Policy]
     frozen: frozenset[str] = frozenset()
@@ -78,10 +80,9 @@ def step_from_config(model: OctoModel, config: Any):
 
 def place_state(run: Run, tx) -> tuple[TrainState, Any]:
     """The initial state, made on the devices where it will live, and its shardings."""
-    create = lambda key: create_state(run.init_params(key), tx, run.frozen)  # noqa: E731
-    key = jax.random.key(run.config.seed)
-    shardings = sharding.infer_sharding(jax.eval_shape(create, key), run.mesh)
-    return jax.jit(create, out_shardings=shardings)(key), shardings
+    create = lambda source: create_state(run.init_params(source), tx, run.frozen)  # noqa: E731
+    shardings = sharding.infer_sharding(jax.eval_shape(create, run.init_from), run.mesh)
+    return jax.jit(create, out_shardings=shardings)(run.init_from), shardings
 
 
 def run_loop(run: Run) -> int:
@@ -100,7 +101,10 @@ def run_loop(run: Run) -> int:
     wandb = dict(config.wandb) if config.wandb.project else None
     with (
         Checkpointer(
-            run.workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every, metadata=metadata
+            run.workdir,
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            metadata=metadata,
         ) as checkpointer,
         MetricsWriter(run.workdir, config=to_dict(config), wandb=wandb) as writer,
         Preemption() as preemption,
@@ -178,7 +182,9 @@ def _resume(run: Run, checkpointer: Checkpointer, state: TrainState, shardings) 
     return state, Clock.resume(extra.get("clock"))
 
 
-def _log(writer: MetricsWriter, step: int, metrics: Mapping[str, Any], progress: Progress, clock: Clock) -> dict[str, float]:
+def _log(
+    writer: MetricsWriter, step: int, metrics: Mapping[str, Any], progress: Progress, clock: Clock
+) -> dict[str, float]:
     values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
     if (rate := progress.samples_per_second()) is not None:
         values["train/samples_per_second"] = rate
@@ -253,7 +259,7 @@ def frozen_from_config(params: Any, config: Any) -> frozenset[str]:
 
 def describe(run: Run) -> str:
     """One paragraph about what is going to be trained, for the log."""
-    shapes = jax.eval_shape(run.init_params, jax.random.key(0))
+    shapes = jax.eval_shape(run.init_params, run.init_from)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes)}
     trained = sum(size for path, size in sizes.items() if path not in run.frozen)
     counts = {name: stats["num_transitions"] for name, stats in run.inputs.statistics.items()}

@@ -1,7 +1,8 @@
 """Learning-rate schedules, AdamW with a decay mask, and which parameters are trained."""
 
 import re
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

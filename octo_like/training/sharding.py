@@ -4,12 +4,13 @@
     data        batch
     fsdp        batch, and every large enough parameter (with its optimizer state and average) along one dimension
 
-Placement is inferred from shapes: a parameter of at least `min_size` entries is split along its largest dimension that the
-fsdp axis divides; regexes of paths override the inference.
+Placement is inferred from shapes: a parameter of at least `min_size` entries is split along its largest dimension that
+the fsdp axis divides; regexes of paths override the inference.
 """
 
 import re
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np

@@ -1,6 +1,7 @@
 """The state of training: everything a resumed run needs besides the position in the data."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax

@@ -1,12 +1,13 @@
 """One training step as a pure function (state, batch) -> (state, metrics), used by pretraining and adaptation alike.
 
-All randomness of a sample (augmentation, dropout, diffusion time and noise) is keyed by the run's seed, the step and the
-sample's id; losses are sums divided by counts over the whole batch. So neither the number of devices nor gradient
+All randomness of a sample (augmentation, dropout, diffusion time and noise) is keyed by the run's seed, the step and
+the sample's id; losses are sums divided by counts over the whole batch. So neither the number of devices nor gradient
 accumulation changes the mathematics.
 """
 
 import dataclasses
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,10 @@ def make_train_step(
             # Interleaved rows, so that every micro-batch is spread over the devices as the whole batch is.
             split = lambda x: jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0)  # noqa: E731
             micro = jax.tree.map(split, (batch, keys_b))
-            first = jax.eval_shape(lambda b, k: gradient(state.trained, state.frozen, b, k, counts), *jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro
-            ))
+            first = jax.eval_shape(
+                lambda b, k: gradient(state.trained, state.frozen, b, k, counts),
+                *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro),
+            )
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
             def add(total, part):

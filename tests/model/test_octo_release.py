@@ -108,10 +108,16 @@ def test_regression_and_discrete_heads(golden, head):
     for name, want in out["loss"]["metrics"].items():
         close(terms[name] / mask.sum(), want, name)
     if head == "disc":
-        model = build_model(checkpoint.config | {"heads": {"disc": checkpoint.config["heads"]["disc"] | {"temperature": 0}}})
+        model = build_model(
+            checkpoint.config | {"heads": {"disc": checkpoint.config["heads"]["disc"] | {"temperature": 0}}}
+        )
         greedy = model.apply(
             {"params": {k: v for k, v in checkpoint.params.items() if k in ("octo_transformer", "heads_disc")}},
-            obs, task, None, head="disc", method="sample",
+            obs,
+            task,
+            None,
+            head="disc",
+            method="sample",
         )
         close(greedy, out["predict_action_argmax"], "argmax")
     else:
@@ -126,7 +132,10 @@ def test_gradients(golden, name):
     obs, task = tree["in"]["observation"], tree["in"]["task"]
     for head, entry in want.items():
         draws = tree["in"]["draws"]["head"].get(head, {})
-        action, mask = draws.get("action", tree["in"]["action"]), draws.get("action_pad_mask", tree["in"]["action_pad_mask"])
+        action, mask = (
+            draws.get("action", tree["in"]["action"]),
+            draws.get("action_pad_mask", tree["in"]["action_pad_mask"]),
+        )
         mask = mask & obs["timestep_pad_mask"][:, :, None, None]
         kwargs = {"draws": (draws["loss"]["time"], draws["loss"]["noise"])} if "loss" in draws else {}
 

@@ -1,0 +1,136 @@
+"""Heads: losses count what they should, closed forms, sampling keyed per row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from octo_like.common.schema import flatten, synthetic_batch, unflatten
+from octo_like.model.diffusion import add_noise, cosine_schedule, ddpm_sample
+from octo_like.model.octo import build_model, init_params, total_loss
+from octo_like.model.tokenizers import bin_index, bin_thresholds
+from tests.model import tiny
+
+HEADS = {
+    "diffusion": tiny.diffusion(),
+    "diffusion_map": tiny.diffusion(use_map=True, num_samples=3),
+    "mse": dict(kind="regression", readout="readout_action", action_horizon=3, action_dim=4),
+    "l1": dict(kind="regression", loss="l1", readout="obs", use_map=True, action_horizon=3, action_dim=4),
+    "discrete": dict(kind="discrete", readout="obs", use_map=True, action_horizon=3, action_dim=4, num_bins=16),
+    "discrete_chunk": dict(
+        kind="discrete", readout="readout_action", token_per="", action_horizon=3, action_dim=4, bin_type="normal"
+    ),
+}
+
+
+def make(head):
+    model = build_model(tiny.config(heads=dict(action=head)))
+    return model, init_params(model, tiny.SPEC, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_masked_actions_do_not_matter_and_sums_add_up(name):
+    model, params = make(HEADS[name])
+    batch = synthetic_batch(tiny.SPEC, 4, language_vocab=tiny.VOCAB)
+    batch["action_pad_mask"][0, :, 2] = False
+    batch["action_pad_mask"][1, :, :, 3] = False
+    batch["observation"]["timestep_pad_mask"][2, 0] = False
+    keys = jax.random.split(jax.random.key(1), 4)
+    terms = lambda b, k: model.apply({"params": params}, b, k, False, method="loss_terms")["action"]  # noqa: E731
+    whole = terms(batch, keys)
+    assert whole["count"] == 4 * 24 - 8 - 6 - 12
+    parts = []
+    for i in range(4):
+        row = unflatten({path: leaf[i : i + 1] for path, leaf in flatten(batch)})
+        parts.append(terms(row, keys[i : i + 1]))
+    for key in whole:
+        np.testing.assert_allclose(whole[key], sum(part[key] for part in parts), rtol=2e-5, err_msg=key)
+    if "diffusion" not in name:
+        batch["action"][0, :, 2] += 100.0
+        batch["action"][1, :, :, 3] -= 100.0
+        batch["action"][2, 0] = 50.0
+        np.testing.assert_allclose(terms(batch, keys)["loss"], whole["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_sampling_is_keyed_by_row(name):
+    model, params = make(HEADS[name])
+    batch = synthetic_batch(tiny.SPEC, 3, language_vocab=tiny.VOCAB)
+    keys = jax.random.split(jax.random.key(5), 3)
+
+    def sample(rows, **kwargs):
+        part = unflatten({path: leaf[rows] for path, leaf in flatten(batch)})
+        return model.apply(
+            {"params": params}, part["observation"], part["task"], keys[rows], head="action", method="sample", **kwargs
+        )
+
+    actions = sample(np.array([0, 1, 2]))
+    assert actions.shape == (3, 3, 4) and np.all(np.isfinite(actions)) and np.all(np.abs(actions) <= 5.0)
+    np.testing.assert_allclose(sample(np.array([2, 0])), actions[np.array([2, 0])], rtol=1e-4, atol=1e-4)
+    assert sample(np.array([0, 1]), sample_shape=(5,)).shape == (5, 2, 3, 4)
+
+
+def test_several_heads_train_their_own_samples_only():
+    heads = dict(arm=tiny.diffusion(), base=HEADS["mse"] | dict(action_horizon=2, action_dim=2, weight=0.5))
+    model = build_model(tiny.config(heads=heads))
+    params = init_params(model, tiny.SPEC, jax.random.key(0))
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    batch["action_head_mask"] = {"arm": np.array([True, True]), "base": np.array([False, False])}
+    keys = jax.random.split(jax.random.key(1), 2)
+
+    def loss(params):
+        terms = model.apply({"params": params}, batch, keys, False, method="loss_terms")
+        return total_loss(model, terms, model.counts(batch))
+
+    grads = jax.grad(loss)(params)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["heads_base"]))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(grads["heads_arm"]))
+
+
+def test_sampling_a_gaussian_whose_score_is_known():
+    """With the exact noise prediction of N(m, s^2), ancestral sampling gives N(m, s^2)."""
+    schedule, mean, std = cosine_schedule(100), 0.7, 0.4
+
+    def denoise(x, t):
+        level = schedule.alpha_hats[t]
+        variance = level * std**2 + 1 - level
+        return jnp.sqrt(1 - level) * (x - jnp.sqrt(level) * mean) / variance
+
+    n = 20_000
+    noise = jax.random.normal(jax.random.key(0), (101, n))
+    x = ddpm_sample(denoise, schedule, noise[0], noise[1:], max_action=5.0)
+    assert abs(float(x.mean()) - mean) < 0.02 and abs(float(x.std()) - std) < 0.02
+
+
+def test_add_noise_has_the_stated_moments():
+    schedule = cosine_schedule(20)
+    assert np.all(np.diff(schedule.alpha_hats) < 0) and schedule.alpha_hats[-1] < 1e-3
+    noise = jax.random.normal(jax.random.key(0), (50_000,))
+    for t in (0, 7, 19):
+        x = add_noise(schedule, jnp.full(50_000, 2.0), noise, jnp.asarray(t))
+        level = float(schedule.alpha_hats[t])
+        assert abs(float(x.mean()) - 2 * level**0.5) < 0.02 and abs(float(x.var()) - (1 - level)) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_bins_against_brute_force(kind):
+    edges = bin_thresholds(16, kind, -2.0, 2.0)
+    x = np.concatenate([np.linspace(-6, 6, 101), edges[1:-1]]).astype(np.float32)
+    want = []
+    for value in x:
+        if kind == "uniform":
+            value = np.clip(value, np.float32(-2 + 1e-6), np.float32(2 - 1e-6))
+        inside = [i for i in range(16) if edges[i] <= value < edges[i + 1]]
+        want.append(inside[0] if inside else (0 if value < edges[0] else 15))
+    np.testing.assert_array_equal(bin_index(jnp.asarray(x), 16, kind, -2.0, 2.0, compat=False), want)
+
+
+def test_unknown_options_are_named():
+    for change, word in (
+        (dict(kind="difusion"), "diffusion"),
+        (tiny.diffusion(hiden_dim=3), "hidden_dim"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            build_model(tiny.config(heads=dict(action=change)))
+    with pytest.raises(ValueError, match="readout_action"):
+        make(tiny.diffusion() | dict(readout="readout_value"))

@@ -1,0 +1,177 @@
+"""Masks mean what they say: nothing padded, missing or from the future reaches a valid output."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from octo_like.common.schema import flatten, synthetic_batch, unflatten
+from octo_like.model.attention import GroupLayout, attend, block_mask
+from octo_like.model.octo import build_model, init_params
+from tests.model import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = build_model(tiny.config())
+    return model, _randomised(init_params(model, tiny.SPEC, jax.random.key(0)))
+
+
+def _randomised(params):
+    """Zero-initialised parameters (FiLM, biases) would hide a leak."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def outputs(model, params, batch):
+    def run(module):
+        groups = module.groups(batch["observation"], batch["task"])
+        return groups, module.heads["action"].embed(groups)
+
+    return model.apply({"params": params}, method=run)
+
+
+def changed(batch, path, value):
+    flat = dict(flatten(batch))
+    flat[path] = value
+    return unflatten(flat)
+
+
+def test_block_mask_is_the_token_by_token_rule():
+    groups = [GroupLayout("task_language", "task", 3, -1)]
+    for t in range(3):
+        groups += [
+            GroupLayout("obs_a", "obs", 2, t),
+            GroupLayout("obs_b", "obs", 1, t),
+            GroupLayout("readout_x", "readout", 2, t),
+            GroupLayout("readout_y", "readout", 1, t),
+        ]
+    tokens = [group for group in groups for _ in range(group.size)]
+    mask = block_mask(groups)
+    for (i, q), (j, k) in itertools.product(enumerate(tokens), enumerate(tokens)):
+        sees = {"task": ("task",), "obs": ("task", "obs"), "readout": ("task", "obs")}[q.role]
+        want = k.timestep <= q.timestep and (k.role in sees or (k.role == q.role == "readout" and k.name == q.name))
+        assert mask[i, j] == want, (q, k)
+
+
+def test_masked_query_gives_zero_or_the_mean():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 4, 2, 8)) for i in range(3))
+    mask = jnp.ones((1, 4, 4), bool).at[0, 1].set(False)
+    out = attend(q, k, v, mask)
+    assert not np.any(out[0, 1]) and np.all(np.any(out[0, 0] != 0, -1))
+    np.testing.assert_allclose(
+        attend(q, k, v, mask, uniform_when_masked=True)[0, 1], v[0].mean(0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "mask_path,index,hidden",
+    [
+        ("observation/pad_mask_dict/image_primary", (0, slice(None)), ["observation/image_primary"]),
+        ("observation/pad_mask_dict/image_wrist", (0, 1), ["observation/image_wrist"]),
+        ("observation/pad_mask_dict/proprio", (0, slice(None)), ["observation/proprio"]),
+        ("observation/proprio_pad_mask", (0, slice(None), 3), ["observation/proprio"]),
+        ("task/pad_mask_dict/image_primary", (0,), ["task/image_primary"]),
+        ("task/pad_mask_dict/language_instruction", (0,), ["task/language_instruction/input_ids"]),
+    ],
+)
+def test_missing_inputs_change_nothing(model, mask_path, index, hidden):
+    """Bitwise: whatever stands in a masked place, the readouts are the same; unmasked, they differ."""
+    model, params = model
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    flat = dict(flatten(batch))
+    mask = flat[mask_path].copy()
+    mask[index] = False
+    for path in hidden:
+        value = flat[path].copy()
+        replaced = value[index]
+        value[index] = (
+            replaced ^ 0x55
+            if value.dtype == np.uint8
+            else ((replaced + 3) % tiny.VOCAB if value.dtype == np.int32 else replaced + 5)
+        )
+        masked, other = changed(batch, mask_path, mask), changed(changed(batch, mask_path, mask), path, value)
+        want, got = (outputs(model, params, b)[1] for b in (masked, other))
+        np.testing.assert_array_equal(want, got)
+        visible = outputs(model, params, changed(batch, path, value))[1]
+        assert np.any(visible[0] != outputs(model, params, batch)[1][0])
+
+
+def test_padded_words_are_not_read(model):
+    model, params = model
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    text = batch["task"]["language_instruction"]
+    text["attention_mask"][:] = np.arange(6) < 4
+    first = outputs(model, params, batch)[1]
+    text["input_ids"][:, 4:] = 7
+    np.testing.assert_array_equal(first, outputs(model, params, batch)[1])
+
+
+def test_padded_timesteps_are_not_read(model):
+    model, params = model
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    batch["observation"]["timestep_pad_mask"][0, 0] = False
+    first = outputs(model, params, batch)[1]
+    batch["observation"]["image_primary"][0, 0] = 3
+    batch["observation"]["proprio"][0, 0] = 9.0
+    second = outputs(model, params, batch)[1]
+    np.testing.assert_array_equal(first[0, 1], second[0, 1])
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+def test_the_future_is_not_read(model):
+    model, params = model
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    first, embedding = outputs(model, params, batch)
+    batch["observation"]["image_primary"][:, 1] = 200
+    batch["observation"]["proprio"][:, 1] += 1.0
+    second, other = outputs(model, params, batch)
+    for name, group in first.items():
+        if name.startswith("task"):
+            np.testing.assert_array_equal(group.tokens, second[name].tokens, name)
+        else:
+            np.testing.assert_array_equal(group.tokens[:, 0], second[name].tokens[:, 0], name)
+    assert np.any(embedding[:, 1] != other[:, 1])
+
+
+def test_readouts_read_without_writing(model):
+    model, params = model
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    first, _ = outputs(model, params, batch)
+    moved = jax.tree.map(jnp.copy, params)
+    moved["octo_transformer"]["readout_action_pos_embedding"] += 1.0
+    second, _ = outputs(model, moved, batch)
+    for name, group in first.items():
+        if not name.startswith("readout"):
+            np.testing.assert_array_equal(group.tokens, second[name].tokens, name)
+    assert np.any(first["readout_action"].tokens != second["readout_action"].tokens)
+
+
+def test_rows_are_independent(model):
+    model, params = model
+    batch = synthetic_batch(tiny.SPEC, 4, language_vocab=tiny.VOCAB)
+    order = np.array([2, 0, 3, 1])
+    permuted = unflatten({path: leaf[order] for path, leaf in flatten(batch)})
+    first, second = (outputs(model, params, b)[1] for b in (batch, permuted))
+    np.testing.assert_allclose(first[order], second, rtol=1e-5, atol=1e-6)
+
+
+def test_compat_ignores_what_upstream_ignores():
+    """Each difference of the compatibility switch: padded words, proprio masks and missing goals are read there."""
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    batch["task"]["language_instruction"]["attention_mask"][:] = np.arange(6) < 3
+    batch["observation"]["pad_mask_dict"]["proprio"][:] = False
+    batch["task"]["pad_mask_dict"]["image_primary"][:] = False
+    for compat in (False, True):
+        model = build_model(tiny.config(octo_compat=compat))
+        params = _randomised(init_params(model, tiny.SPEC, jax.random.key(0)))
+        first = outputs(model, params, batch)[1]
+        for path in ("observation/proprio", "task/image_primary"):
+            value = dict(flatten(batch))[path]
+            second = outputs(model, params, changed(batch, path, value + value.dtype.type(7)))[1]
+            assert np.any(first != second) == compat, path
+        groups = outputs(model, params, batch)[0]
+        assert np.all(groups["task_language"].mask[:, 3:]) == compat
