@@ -238,3 +238,27 @@ def test_assets_are_packaged():
     data_files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
     assert {p.parent for p in data_files} == {PACKAGE / "common" / "assets"}
     assert '"octo_like.common": ["assets/*"]' in (ROOT / "setup.py").read_text()
+
+
+def test_readme_names_only_what_exists():
+    """Every file and folder of the project that the README speaks of is there, and so is every make target."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = set(
+        re.findall(r"(?<![\w/.])((?:octo_like|configs|scripts|notebooks|data|docs|tests|requirements)/[\w./-]*)", text)
+    )
+    names |= set(re.findall(r"python (\w+\.py)", text)) | set(re.findall(r"\]\(([\w./-]+)\)", text))
+    names = {name.rstrip(".") for name in names}
+    assert {"train.py", "finetune.py", "configs/tabletop.py", "scripts/serve.py"} <= names
+    assert not sorted(name for name in names if not (ROOT / name).exists())
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", text)) <= targets
+
+
+def test_doctor(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "scripts/doctor.py", "--workdir", str(tmp_path / "file" / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "sum over all devices: right" in done.stdout and "TFLOP/s" in done.stdout
+    problems = [line for line in done.stdout.splitlines() if line.startswith("PROBLEM")]
+    assert problems == [f"PROBLEM: {tmp_path / 'file'} is a file, expected a directory"]

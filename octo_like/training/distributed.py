@@ -122,7 +122,8 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         if not jax.distributed.is_initialized():
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            # None: a handler that was not installed from Python, and cannot be put back from it.
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal) or signal.SIG_DFL
         return self
 
     def __exit__(self, *exc_info) -> None:
