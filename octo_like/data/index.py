@@ -14,6 +14,7 @@ import io
 import json
 import os
 import stat
+import sys
 import uuid
 from typing import Any
 
@@ -205,7 +206,10 @@ def _check_episode(item: dict[str, Any], where: str, spec: DatasetSpec) -> None:
 def _build(split: RldsSplit, function: EpisodeFunction, progress: bool) -> dict[str, Any]:
     episodes: list[dict[str, Any]] = []
     label = f"index {split.name} {split.split}"
-    with tqdm(total=sum(split.shard_lengths), desc=label, unit="ep", disable=not progress, leave=False) as bar:
+    # Without a terminal a bar is a line of a log every few seconds.
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    total = sum(split.shard_lengths)
+    with tqdm(total=total, desc=label, unit="ep", disable=not progress, leave=False, mininterval=every) as bar:
         for number in range(len(split.files)):
             episodes += _scan_file(split, number, function, bar.update)
     instructions = collections.Counter(

@@ -149,6 +149,7 @@ class Stream:
         sources = [(prepared, prepared.train) for prepared in datasets.values()]
         self._reader = _Reader(sources, batch_spec, tokenizer, task, decode, host)
         self._prefetch = host.prefetch
+        self._ahead: dict[tuple[int, int], tuple[Any, int]] = {}  # episodes of the next block already asked for
         self._worker: _Worker | None = None
         self._batch = 0
         self.seek(start)
@@ -197,7 +198,11 @@ class Stream:
                 following = self.order.block_episodes(dataset, lane, number, block + 1)
             else:
                 following = self.order.block_episodes(dataset, lane, number + 1, 0)
-            self._reader.store.request([(dataset, int(e)) for e in following[: int(done * len(following))]])
+            count = int(done * len(following))
+            before = self._ahead.get((dataset, lane), (None, 0))
+            self._ahead[dataset, lane] = ((number, block), count)
+            start = before[1] if before[0] == (number, block) else 0
+            self._reader.store.request([(dataset, int(e)) for e in following[start:count]])
 
     def close(self) -> None:
         """Stops the threads. The stream cannot be used afterwards."""

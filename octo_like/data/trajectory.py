@@ -29,7 +29,7 @@ def vmap(fn: Callable[[Any], Any], num_parallel_calls: int | None = None) -> Cal
 
     def mapped(trajectory: Any) -> Any:
         steps = tf.shape(tf.nest.flatten(trajectory)[0], tf.int64)[0]
-        frames = tf.data.Dataset.from_tensor_slices(trajectory).map(fn, num_parallel_calls, deterministic=True)
+        frames = tf.data.Dataset.from_tensor_slices(trajectory).map(fn, num_parallel_calls)
         return frames.batch(steps).get_single_element()
 
     return mapped
