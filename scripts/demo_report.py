@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from octo_like.robot.intervals import difference_interval, success_interval, success_rate
-from octo_like.training.metrics import format_seconds, read_metrics
+from octo_like.training.metrics import METRICS_FILE, format_seconds, read_metrics
 
 LEVEL = 0.9
 WANTED_DIFFERENCE = 0.20
@@ -201,7 +201,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes 
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.set_yscale("log")
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.25, which="both")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
@@ -295,6 +295,7 @@ def page(results: Mapping[str, Any], workdir: Path, evaluations: Mapping[str, Ep
         "none of it was in pretraining. All three policies learn from the same 50 demonstrations.</p>",
         table({title: adapt[name]["success"] for name, title in ADAPTED.items()}),
         *curves_section(workdir),
+        *error_section(workdir),
         *plots_section(workdir / "evaluation"),
         *gallery_section(workdir / "evaluation", evaluations),
         *loading_section(workdir),
@@ -324,6 +325,31 @@ def curves_section(workdir: Path) -> list[str]:
     if picture is None:
         return []
     return ["<h2>Learning curves</h2>", f'<img class="wide" src="{data_uri(picture, "png")}" alt="learning curves">']
+
+
+def error_section(workdir: Path) -> list[str]:
+    """The last action errors that each run measured on its held-out demonstrations."""
+    rows = []
+    for name, folder in RUNS.items():
+        last: dict[str, float] = {}
+        for row in read_metrics(workdir / folder) if (workdir / folder / METRICS_FILE).exists() else []:
+            last |= {key: value for key, value in row.items() if key.startswith("val/")}
+        for key in (key for key in last if key.split("/")[-2] == "mae"):
+            dataset, dimension = key.split("/")[1], key.split("/")[-1]
+            mean = last[f"val/{dataset}/mean_mae/{dimension}"]
+            first = last[f"val/{dataset}/first_mae/{dimension}"]
+            cells = (name, dataset, dimension, f"{first:.4f}", f"{last[key]:.4f}", f"{mean:.4f}")
+            rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    if not rows:
+        return []
+    head = ("policy", "dataset", "action dimension", "first action", "whole chunk", "answering with the mean")
+    return [
+        "<h2>Action error on held-out demonstrations</h2>",
+        "<p>Mean absolute error in physical units (metres, radians, opening 0 to 1). Demonstrators vary, so it never "
+        "gets to zero; the last column is what a policy must beat.</p>",
+        f"<details><summary>{len(rows)} action dimensions</summary><table><tr>"
+        f"{''.join(f'<th>{title}</th>' for title in head)}</tr>{''.join(rows)}</table></details>",
+    ]
 
 
 def plots_section(folder: Path) -> list[str]:
