@@ -2,7 +2,7 @@
 
     python finetune.py --config configs/finetune.py --workdir runs/mine --config.pretrained=runs/pretrain/export \
         --config.data.data_dir=DIR --config.data.datasets.target.name=my_robot \
-        --config.data.datasets.target.image_keys.primary=image --config.action_dim=7
+        --config.data.datasets.target.image_keys.primary=image
 
 It prints which parameters were loaded, resized, new and frozen, and writes the same to WORKDIR/weights.json.
 Running the same command again continues from the newest checkpoint.
@@ -25,6 +25,7 @@ from octo_like.model.octo import build_model, init_params
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.pretrained import merge_params, replace_parts
 from octo_like.training import distributed
+from octo_like.training.checkpoint import CheckpointError
 from octo_like.training.loop import Run, describe, frozen_from_config, run_loop
 from octo_like.training.sharding import make_mesh
 
@@ -36,7 +37,8 @@ def main(argv=None) -> int:
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv, default="configs/finetune.py")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
     # ------------------------------------------------------------------------------------------------------ machine
     distributed.initialize_from_flags(flags)
@@ -100,6 +102,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
         # Mistakes in config or data say what is wrong; a traceback would hide it.
         sys.exit(f"finetune.py: error: {error}")

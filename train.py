@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from octo_like.common.config import ConfigError, parse_command_line, save, to_dict
+from octo_like.common.config import parse_command_line, save, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.text import TextTokenizer
 from octo_like.data.inputs import inputs_from_config
@@ -21,6 +21,7 @@ from octo_like.model.octo import build_model, init_params
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.pretrained import load_t5, with_t5
 from octo_like.training import distributed
+from octo_like.training.checkpoint import CheckpointError
 from octo_like.training.loop import Run, describe, frozen_from_config, run_loop
 from octo_like.training.sharding import make_mesh
 
@@ -32,7 +33,8 @@ def main(argv=None) -> int:
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
     # ------------------------------------------------------------------------------------------------------ machine
     distributed.initialize_from_flags(flags)
@@ -79,6 +81,6 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
         # Mistakes in config or data say what is wrong; a traceback would hide it.
         sys.exit(f"train.py: error: {error}")

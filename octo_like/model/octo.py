@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from octo_like.common.schema import BatchSpec, synthetic_batch
 from octo_like.model.backbone import OctoTransformer
 from octo_like.model.heads import ActionHead, DiffusionHead, DiscreteHead, RegressionHead, action_mask
-from octo_like.model.stems import ConvStem, PatchStem, SmallStem
+from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
 from octo_like.model.transformer import fold_in_all
 
-STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem}
+STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem}
 TOKENIZERS = {"image": ImageTokenizer, "language": LanguageTokenizer, "lowdim": LowdimTokenizer}
 HEADS = {"diffusion": DiffusionHead, "regression": RegressionHead, "discrete": DiscreteHead}
 TRANSFORMER_OPTIONS = ("num_layers", "num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate", "remat")
@@ -167,9 +167,9 @@ def _stem(entry, where):
     """A constructor; the stem's name is part of the parameter paths, and follows the Octo releases."""
     entry = dict(entry)
     kind = entry.pop("kind", None)
-    names = {"small": f"SmallStem{entry.get('patch_size', 16)}_0", "patch": "PatchEncoder_0", "conv": "ConvStem_0"}
-    name = entry.pop("module_name", names.get(kind))
     cls = _lookup(STEMS, kind, where)
+    names = {"small": f"SmallStem{entry.get('patch_size', 16)}_0", "patch": "PatchEncoder_0"}
+    name = entry.pop("module_name", names.get(kind, f"{cls.__name__}_0"))
     _check_options(entry, _fields(cls) - {"dtype"}, where)
     return functools.partial(cls, **entry, name=name)
 

@@ -1,8 +1,8 @@
 """Reading the released Octo checkpoints: their msgpack files, and their configs in our vocabulary.
 
 Format: `<step>/default/checkpoint` is one msgpack file with the whole parameter tree; `config.json` names the modules
-by class, with keyword overrides of defaults; `example_batch.msgpack` tells token counts. Parameter names are the same as
-ours, so only the configuration is translated. The models behave as they were trained: `octo_compat=True`.
+by class, with keyword overrides of defaults; `example_batch.msgpack` tells token counts. Parameter names are the same
+as ours, so only the configuration is translated. The models behave as they were trained: `octo_compat=True`.
 """
 
 import json

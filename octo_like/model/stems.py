@@ -175,3 +175,35 @@ class ConvStem(nn.Module):
                 x = Film(name=f"Film_{i}")(x, condition)
             x = jax.nn.relu(x)
         return x
+
+
+class KeypointStem(nn.Module):
+    """Convolutions and a spatial softmax: where things are, as coordinates (Levine et al. 2016; Finn et al. 2016).
+
+    Every one of `num_keypoints` maps becomes the expected (row, column) of its softmax and its expected value.
+    With FiLM the words choose what the maps look for. The whole image becomes one token of 3 * num_keypoints features:
+    the cheapest way to learn to point, and too narrow for scenes that cannot be told in points.
+
+    Attributes:
+      layers: (kernel, stride, features) of the convolutions.
+    """
+
+    layers: tuple[tuple[int, int, int], ...]
+    num_keypoints: int = 32
+    use_film: bool = False
+    num_groups: int = 8
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, condition=None):
+        x = ConvStem(self.layers, self.use_film, False, self.num_groups, self.dtype, name="ConvStem_0")(x, condition)
+        maps = Conv(self.num_keypoints, 1, 1, dtype=self.dtype, name="maps")(x).astype(jnp.float32)
+        n, h, w, k = maps.shape
+        maps = maps.reshape(n, h * w, k)
+        weights = jax.nn.softmax(maps, axis=1)
+        rows, cols = jnp.meshgrid(jnp.linspace(-1, 1, h), jnp.linspace(-1, 1, w), indexing="ij")
+        values = jnp.stack([rows.reshape(-1), cols.reshape(-1)], axis=-1)
+        points = jnp.einsum("npk,pc->nkc", weights, values)
+        strength = jnp.tanh(jnp.sum(weights * maps, axis=1) / 4.0)
+        out = jnp.concatenate([points.reshape(n, 2 * k), strength], axis=-1)
+        return out.astype(self.dtype)[:, None, None]

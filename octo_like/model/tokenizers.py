@@ -15,7 +15,7 @@ import numpy as np
 
 from octo_like.model.stems import normalize_images
 from octo_like.model.t5 import T5Config, T5Encoder
-from octo_like.model.tokens import TokenGroup
+from octo_like.model.tokens import TokenGroup, masked_mean
 from octo_like.model.transformer import MapPooling, Transformer
 
 
@@ -130,6 +130,7 @@ class LanguageTokenizer(nn.Module):
         (the batch holds precomputed (B, d) or (B, n, d) features).
       finetune_encoder: whether gradients reach a T5 encoder.
       vocab_size, dim, num_layers, num_heads: sizes of the "small" encoder.
+      pool: one token, the mean over the words, instead of one per word.
     """
 
     encoder: str = "small"
@@ -140,6 +141,7 @@ class LanguageTokenizer(nn.Module):
     num_layers: int = 1
     num_heads: int = 4
     max_length: int = 16
+    pool: bool = False
     use_pad_mask: bool = True
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -155,6 +157,8 @@ class LanguageTokenizer(nn.Module):
         else:
             ids, word_mask = text["input_ids"], text["attention_mask"] > 0
             tokens = self._encode(ids, word_mask)
+        if self.pool:
+            tokens, word_mask = masked_mean(TokenGroup(tokens, word_mask))[:, None], word_mask.any(-1, keepdims=True)
         mask = jnp.ones(tokens.shape[:1], bool)
         if self.use_pad_mask:
             mask = valid_mask(task, "language_instruction", tokens.shape[:1])

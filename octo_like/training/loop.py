@@ -22,17 +22,14 @@ from octo_like.model.policy import Policy
 from octo_like.training import sharding
 from octo_like.training.augment import Augmentation
 from octo_like.training.checkpoint import Checkpointer
-from octo_like.training.distributed import Preemption, is_main
+from octo_like.training.distributed import EXIT_PREEMPTED, Preemption, is_main
 from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
-from octo_like.training.metrics import Clock, MetricsWriter, Progress
+from octo_like.training.metrics import METRICS_FILE, Clock, MetricsWriter, Progress, read_metrics
 from octo_like.training.optimizer import frozen_paths, make_optimizer, make_schedule
 from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_eval_step, make_train_step, sample_keys
 
 log = logging.getLogger(__name__)
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to continue
-
 
 @dataclasses.dataclass
 class Run:
@@ -179,7 +176,8 @@ def _resume(run: Run, checkpointer: Checkpointer, state: TrainState, shardings) 
     state, extra = checkpointer.restore(None, abstract)
     run.inputs.resume(extra["order_spec"], extra["position"])
     log.info("resumed from step %d", int(jax.device_get(state.step)))
-    return state, Clock.resume(extra.get("clock"))
+    rows = read_metrics(run.workdir) if (Path(run.workdir) / METRICS_FILE).exists() else []
+    return state, Clock.resume(extra.get("clock"), last_seen=rows[-1]["time"] if rows else None)
 
 
 def _log(
