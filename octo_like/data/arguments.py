@@ -1,0 +1,64 @@
+"""Datasets named on a command line: by a config file, a mixture, a registry entry, or key by key."""
+
+import argparse
+import importlib.util
+import json
+from typing import Any
+
+from octo_like.data.oxe import mixes, registry
+from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `specs_from_arguments` reads."""
+    parser.add_argument("--data_dir", required=True, help="folder of the TFDS datasets (DATA_DIR/name/version)")
+    parser.add_argument("--cache_dir", help="where indices are kept (default: beside the data)")
+    parser.add_argument(
+        "datasets", nargs="*", metavar="DATASET", help="names below DATA_DIR; known ones use the registry"
+    )
+    parser.add_argument("--config", help="use the datasets of this config file instead")
+    parser.add_argument("--mix", help=f"use a named mixture instead: {', '.join(mixes.MIXES)}")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help='fields of their spec, values in JSON or plain: image_keys=\'{"primary": "image"}\' action_key=action',
+    )
+
+
+def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
+    """{name: DatasetSpec} of parsed arguments. Raises DataError naming the argument that is wrong."""
+    given = [bool(args.datasets), bool(args.config), bool(args.mix)]
+    if sum(given) != 1:
+        raise DataError("name datasets, or give --config, or give --mix: exactly one of them")
+    if args.config:
+        datasets: dict[str, Any] = {name: dict(fields) for name, fields in _config(args.config).data.datasets.items()}
+    elif args.mix:
+        datasets = mixes.mix(args.mix)
+    else:
+        datasets = {name: {"standardize": name} if name in registry.REGISTRY else {} for name in args.datasets}
+    changes = dict(_field(item) for item in args.set)
+    return specs_from_config({name: {**fields, **changes} for name, fields in datasets.items()})
+
+
+def _config(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise DataError(f"--config: {path!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError as error:
+        raise DataError(f"--config: {path!r} does not exist") from error
+    return module.get_config()
+
+
+def _field(item: str) -> tuple[str, Any]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise DataError(f"--set: {item!r} is not FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value  # a plain word

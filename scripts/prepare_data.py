@@ -1,0 +1,51 @@
+"""Indexes datasets and computes their statistics; prints what is in them.
+
+    python scripts/prepare_data.py --data_dir runs/data tabletop_pusher tabletop_arm
+    python scripts/prepare_data.py --data_dir DIR --mix bridge
+    python scripts/prepare_data.py --data_dir DIR --config configs/bridge_debug.py
+    python scripts/prepare_data.py --data_dir DIR my_robot --set action_key=control proprio_keys='["joints"]'
+
+Training does this by itself when it first meets a dataset; doing it beforehand finds damaged files early. The index is
+cached beside the data (or in --cache_dir): a second run takes a second.
+"""
+
+import argparse
+import json
+import sys
+
+
+def main() -> int:
+    from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_dataset_arguments(parser)
+    parser.add_argument("--statistics", metavar="FILE", help="also write the statistics of all datasets as JSON")
+    args = parser.parse_args()
+
+    from octo_like.common import normalization
+    from octo_like.data import report
+    from octo_like.data.index import prepare_dataset
+    from octo_like.data.spec import DataError
+
+    try:
+        datasets = {
+            name: prepare_dataset(name, spec, args.data_dir, args.cache_dir)
+            for name, spec in specs_from_arguments(args).items()
+        }
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, prepared in datasets.items():
+        print(
+            f"\n{name}: {prepared.directory}\n\n{report.range_table(prepared)}\n\n{report.instruction_table(prepared)}"
+        )
+    print(f"\n{report.mixture_table(datasets)}")
+    if args.statistics:
+        with open(args.statistics, "w", encoding="utf-8") as file:
+            json.dump(normalization.to_json({name: d.statistics for name, d in datasets.items()}), file, indent=1)
+        print(f"\nstatistics: {args.statistics}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

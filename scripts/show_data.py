@@ -1,0 +1,46 @@
+"""Draws episodes of datasets: frames of every camera, instruction, actions in physical units and as a model sees them.
+
+    python scripts/show_data.py --data_dir runs/data --config configs/tabletop.py --output runs/look
+    python scripts/show_data.py --data_dir runs/data my_robot --set image_keys='{"primary": "image"}' --episodes 8
+
+Writes one PNG per dataset. Look at it before you train: wrong cameras, swapped colours, shifted actions and missing
+instructions are seen at once.
+"""
+
+import argparse
+import os
+import sys
+
+
+def main() -> int:
+    from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_dataset_arguments(parser)
+    parser.add_argument("--output", default="runs/show_data", help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=4, help="episodes per dataset (default: %(default)s)")
+    parser.add_argument("--val", action="store_true", help="validation episodes instead of training episodes")
+    args = parser.parse_args()
+
+    from octo_like.data import report
+    from octo_like.data.index import prepare_dataset
+    from octo_like.data.spec import DataError
+
+    os.makedirs(args.output, exist_ok=True)
+    try:
+        for name, spec in specs_from_arguments(args).items():
+            prepared = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
+            index = prepared.val if args.val else prepared.train
+            if not len(index):
+                raise DataError(f"{name}: no validation episodes (val_fraction is 0)")
+            path = os.path.join(args.output, f"{name}.png")
+            report.contact_sheet(prepared, index, path, episodes=args.episodes)
+            print(path)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
