@@ -38,6 +38,18 @@ def add_noise(schedule: NoiseSchedule, x: jax.Array, noise: jax.Array, time: jax
     return jnp.sqrt(level) * x + jnp.sqrt(1 - level) * noise
 
 
+def velocity(schedule: NoiseSchedule, x: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+    """sqrt(alpha_hat_t) noise - sqrt(1 - alpha_hat_t) x (Salimans & Ho 2022, appendix D)."""
+    level = schedule.alpha_hats[time]
+    return jnp.sqrt(level) * noise - jnp.sqrt(1 - level) * x
+
+
+def noise_from_velocity(schedule: NoiseSchedule, x_t: jax.Array, v: jax.Array, time: jax.Array) -> jax.Array:
+    """The noise that `add_noise` put into x_t, given its velocity."""
+    level = schedule.alpha_hats[time]
+    return jnp.sqrt(level) * v + jnp.sqrt(1 - level) * x_t
+
+
 def ddpm_step(schedule: NoiseSchedule, x: jax.Array, eps: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
     """One ancestral step x_t to x_{t-1} (Ho et al. 2020, algorithm 2, sigma_t^2 = beta_t); no noise at t = 0."""
     alpha, alpha_hat = schedule.alphas[t], schedule.alpha_hats[t]

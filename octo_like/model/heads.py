@@ -9,7 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from octo_like.model.diffusion import ScoreNetwork, add_noise, cosine_schedule, ddpm_sample
+from octo_like.model.diffusion import (
+    ScoreNetwork,
+    add_noise,
+    cosine_schedule,
+    ddpm_sample,
+    noise_from_velocity,
+    velocity,
+)
 from octo_like.model.tokenizers import bin_index, bin_thresholds
 from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import MapPooling, fold_in_all
@@ -102,7 +109,10 @@ class DiffusionHead(ActionHead):
 
     Attributes:
       num_samples: noise draws per example; one transformer pass serves all of them.
-      loss: "mse" or "l1" on the predicted noise.
+      prediction: "noise" (as the Octo releases) or "velocity", sqrt(alpha_hat) noise - sqrt(1 - alpha_hat) action
+        (Salimans & Ho 2022). Where there is almost only noise, predicting it asks nothing of the observation, and the
+        sampler magnifies its errors; the velocity is then the action itself. It learns several times faster.
+      loss: "mse" or "l1" on what is predicted.
     """
 
     num_steps: int = 20
@@ -112,10 +122,13 @@ class DiffusionHead(ActionHead):
     hidden_dim: int = 256
     use_layer_norm: bool = True
     dropout_rate: float = 0.0
+    prediction: str = "noise"
     loss: str = "mse"
 
     def setup(self):
         super().setup()
+        if self.prediction not in ("noise", "velocity"):
+            raise ValueError(f"unknown prediction {self.prediction!r}; valid: 'noise', 'velocity'")
         self.diffusion_model = ScoreNetwork(
             self.action_horizon * self.action_dim,
             self.time_dim,
@@ -127,11 +140,13 @@ class DiffusionHead(ActionHead):
         )
         self.schedule = cosine_schedule(self.num_steps)
 
-    def predict_noise(self, embedding, x, time, dropout_keys=None) -> jax.Array:
-        return self.diffusion_model(embedding, x, time, dropout_keys)
+    def predict_noise(self, embedding, x, time) -> jax.Array:
+        """The noise in x (..., H*A) at integer times (..., 1)."""
+        out = self.diffusion_model(embedding, x, time)
+        return out if self.prediction == "noise" else noise_from_velocity(self.schedule, x, out, time)
 
     def loss_terms(self, groups, action, mask, keys_b, *, draws=None) -> dict[str, jax.Array]:
-        """Masked sums of "loss" and "mse" over the noise, averaged over draws, times A as upstream.
+        """Masked sums of "loss" and "mse" over what is predicted, averaged over draws, times A as upstream.
 
         Args:
           keys_b: (B,) keys; time and noise of a sample depend on its key only.
@@ -146,9 +161,10 @@ class DiffusionHead(ActionHead):
             draws = jnp.moveaxis(time, 1, 0), jnp.moveaxis(noise, 1, 0)
         time, noise = draws
         noisy = add_noise(self.schedule, x0[None], noise, time)
-        pred = self.predict_noise(self.embed(groups)[None], noisy, time, fold_in_all(keys_b, 2))
-        squared = (pred - noise) ** 2
-        loss = jnp.abs(pred - noise) if self.loss == "l1" else squared
+        pred = self.diffusion_model(self.embed(groups)[None], noisy, time, fold_in_all(keys_b, 2))
+        target = noise if self.prediction == "noise" else velocity(self.schedule, x0[None], noise, time)
+        squared = (pred - target) ** 2
+        loss = jnp.abs(pred - target) if self.loss == "l1" else squared
         weight = mask.reshape(b, w, -1) * self.action_dim / noise.shape[0]
         return {"loss": jnp.sum(loss * weight), "mse": jnp.sum(squared * weight)}
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
-from octo_like.model.diffusion import add_noise, cosine_schedule, ddpm_sample
+from octo_like.model.diffusion import add_noise, cosine_schedule, ddpm_sample, noise_from_velocity, velocity
 from octo_like.model.octo import build_model, init_params, total_loss
 from octo_like.model.tokenizers import bin_index, bin_thresholds
 from tests.model import tiny
 
 HEADS = {
     "diffusion": tiny.diffusion(),
+    "diffusion_velocity": tiny.diffusion(prediction="velocity"),
     "diffusion_map": tiny.diffusion(use_map=True, num_samples=3),
     "mse": dict(kind="regression", readout="readout_action", action_horizon=3, action_dim=4),
     "l1": dict(kind="regression", loss="l1", readout="obs", use_map=True, action_horizon=3, action_dim=4),
@@ -110,6 +111,16 @@ def test_add_noise_has_the_stated_moments():
         x = add_noise(schedule, jnp.full(50_000, 2.0), noise, jnp.asarray(t))
         level = float(schedule.alpha_hats[t])
         assert abs(float(x.mean()) - 2 * level**0.5) < 0.02 and abs(float(x.var()) - (1 - level)) < 0.02
+
+
+def test_velocity_and_noise_are_the_same_knowledge():
+    schedule = cosine_schedule(20)
+    x, noise = jax.random.normal(jax.random.key(0), (2, 20, 6))
+    time = jnp.arange(20)[:, None]
+    x_t = add_noise(schedule, x, noise, time)
+    np.testing.assert_allclose(
+        noise_from_velocity(schedule, x_t, velocity(schedule, x, noise, time), time), noise, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
