@@ -71,7 +71,7 @@ def _tabletop(config) -> None:
     config.surgery.observation_tokenizers = dict(
         wrist=dict(
             kind="image",
-            stem=dict(kind="conv", layers=((4, 4, 32), (4, 4, 64)), use_film=True),
+            stem=dict(kind="keypoints", layers=((4, 4, 32), (3, 1, 32)), num_keypoints=16, use_film=True),
             obs_keys=("image_wrist",),
             film_keys=("task",),
         )
@@ -84,8 +84,8 @@ def _tabletop(config) -> None:
     config.text.max_length = 14
     config.data.datasets = dict(tabletop_arm3=tabletop.dataset("tabletop_arm3", wrist=True))
     config.data.decode = "fast"
-    config.optimizer.update(peak=1e-3, warmup_steps=50, weight_decay=0.02)
+    config.optimizer.update(peak=1e-3, warmup_steps=50, weight_decay=0.02, b2=0.99)
     config.ema_decay = 0.99
-    config.checkpoint.every = 500
-    config.eval.update(every=0, batches=4, exec_horizon=2)
+    config.checkpoint.every = 800
+    config.eval.update(every=0, batches=2, exec_horizon=2)
     config.augmentation = dict()

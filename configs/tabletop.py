@@ -12,8 +12,8 @@ from octo_like.common.defaults import default_config
 ROBOTS = {
     # name: (weight, has proprio)
     "tabletop_pusher": (1.0, False),
-    "tabletop_gripper": (1.5, True),
-    "tabletop_arm": (1.5, True),
+    "tabletop_gripper": (1.2, True),
+    "tabletop_arm": (1.2, True),
 }
 
 
@@ -29,7 +29,7 @@ def dataset(name: str, *, weight: float = 1.0, proprio: bool = True, wrist: bool
 
 
 def model(action_dim: int = 7) -> dict:
-    """A small Octo: the language conditions the convolutions (FiLM), then everything meets in the transformer."""
+    """A small Octo: a sentence steers what the key points look for, then everything meets in the transformer."""
     return dict(
         token_dim=96,
         max_window=2,
@@ -37,13 +37,15 @@ def model(action_dim: int = 7) -> dict:
         dtype="float32",
         octo_compat=False,
         transformer=dict(
-            num_layers=3, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat=False
+            num_layers=2, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat=False
         ),
-        task_tokenizers=dict(language=dict(kind="language", encoder="small", dim=64, num_layers=1, max_length=14)),
+        task_tokenizers=dict(
+            language=dict(kind="language", encoder="small", dim=64, num_layers=1, max_length=14, pool=True)
+        ),
         observation_tokenizers=dict(
             primary=dict(
                 kind="image",
-                stem=dict(kind="conv", layers=((4, 4, 32), (3, 2, 64), (3, 2, 128)), use_film=True),
+                stem=dict(kind="keypoints", layers=((4, 4, 32), (3, 2, 64)), num_keypoints=48, use_film=True),
                 obs_keys=("image_primary",),
                 film_keys=("task",),
             ),
@@ -55,20 +57,21 @@ def model(action_dim: int = 7) -> dict:
 
 
 def head(action_dim: int) -> dict:
-    """Diffusion over chunks of four actions; sixteen noise draws per sample share one transformer pass."""
+    """Diffusion over chunks of four actions; four noise draws per sample share one transformer pass."""
     return dict(
         kind="diffusion",
         readout="readout_action",
         action_horizon=4,
         action_dim=action_dim,
-        num_samples=8,
+        prediction="velocity",
+        num_samples=4,
         hidden_dim=128,
     )
 
 
 def get_config():
     config = default_config()
-    config.num_steps = 3000
+    config.num_steps = 3200
     config.batch_size = 128
     config.window_size = 1
     config.image_sizes = dict(primary=(64, 64))
@@ -78,8 +81,8 @@ def get_config():
     config.data.decode = "fast"
     config.data.episodes_per_block = 512
     config.model = model()
-    config.optimizer.update(schedule="cosine", peak=1e-3, warmup_steps=100, weight_decay=0.02)
+    config.optimizer.update(schedule="cosine", peak=2e-3, warmup_steps=100, weight_decay=0.02, b2=0.99)
     config.ema_decay = 0.998
-    config.checkpoint.every = 1000
-    config.eval.update(every=0, batches=4, rollouts=0, exec_horizon=2)
+    config.checkpoint.every = 1600
+    config.eval.update(every=0, batches=2, rollouts=0, exec_horizon=2)
     return config
