@@ -34,7 +34,8 @@ endif
 ifeq ($(UV),)
 INSTALL := $(PY) -m pip install --disable-pip-version-check
 else
-INSTALL := $(UV) pip install --python $(PY)
+# Compiled once here, as pip does: where PYTHONDONTWRITEBYTECODE is set, every import of TensorFlow would compile it anew.
+INSTALL := $(UV) pip install --compile-bytecode --python $(PY)
 endif
 
 help: ## this list
