@@ -82,8 +82,9 @@ def total_loss(
 def init_params(model: OctoModel, spec: BatchSpec, rng: jax.Array, *, vocab_size: int = 100):
     """Freshly initialised parameters, a plain nested dict."""
     batch = synthetic_batch(spec, 1, language_vocab=vocab_size)
-    variables = model.init(rng, batch, jax.random.split(rng, 1), False, method="loss_terms")
-    return variables["params"]
+    # Compiled as a whole: one by one, the operations would each be compiled.
+    init = jax.jit(lambda key: model.init(key, batch, jax.random.split(key, 1), False, method="loss_terms"))
+    return init(rng)["params"]
 
 
 def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:

@@ -37,7 +37,7 @@ def test_masked_actions_do_not_matter_and_sums_add_up(name):
     batch["action_pad_mask"][1, :, :, 3] = False
     batch["observation"]["timestep_pad_mask"][2, 0] = False
     keys = jax.random.split(jax.random.key(1), 4)
-    terms = lambda b, k: model.apply({"params": params}, b, k, False, method="loss_terms")["action"]  # noqa: E731
+    terms = jax.jit(lambda b, k: model.apply({"params": params}, b, k, False, method="loss_terms")["action"])
     whole = terms(batch, keys)
     assert whole["count"] == 4 * 24 - 8 - 6 - 12
     parts = []
@@ -61,9 +61,8 @@ def test_sampling_is_keyed_by_row(name):
 
     def sample(rows, **kwargs):
         part = unflatten({path: leaf[rows] for path, leaf in flatten(batch)})
-        return model.apply(
-            {"params": params}, part["observation"], part["task"], keys[rows], head="action", method="sample", **kwargs
-        )
+        run = jax.jit(lambda *args: model.apply({"params": params}, *args, head="action", method="sample", **kwargs))
+        return run(part["observation"], part["task"], keys[rows])
 
     actions = sample(np.array([0, 1, 2]))
     assert actions.shape == (3, 3, 4) and np.all(np.isfinite(actions)) and np.all(np.abs(actions) <= 5.0)
@@ -83,7 +82,7 @@ def test_several_heads_train_their_own_samples_only():
         terms = model.apply({"params": params}, batch, keys, False, method="loss_terms")
         return total_loss(model, terms, model.counts(batch))
 
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["heads_base"]))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(grads["heads_arm"]))
 

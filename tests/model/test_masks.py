@@ -1,5 +1,6 @@
 """Masks mean what they say: nothing padded, missing or from the future reaches a valid output."""
 
+import functools
 import itertools
 
 import jax
@@ -26,12 +27,17 @@ def _randomised(params):
     return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
 
 
-def outputs(model, params, batch):
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(model, params, batch):
     def run(module):
         groups = module.groups(batch["observation"], batch["task"])
         return groups, module.heads["action"].embed(groups)
 
     return model.apply({"params": params}, method=run)
+
+
+def outputs(model, params, batch):
+    return _outputs(model, params, {key: batch[key] for key in ("observation", "task")})
 
 
 def changed(batch, path, value):

@@ -42,7 +42,8 @@ def test_transformer_outputs(golden, name, case):
 def test_legacy_attention(golden, name):
     checkpoint, tree = golden[name], golden[name].case()
     model = build_model(checkpoint.config | {"legacy_attention": not checkpoint.config["legacy_attention"]})
-    groups = model.apply({"params": checkpoint.params}, tree["in"]["observation"], tree["in"]["task"], method="groups")
+    run = jax.jit(lambda p, *args: model.apply({"params": p}, *args, method="groups"))
+    groups = run(checkpoint.params, tree["in"]["observation"], tree["in"]["task"])
     for group, want in tree["out"]["legacy_attention"]["group"].items():
         close(groups[group].tokens, want["tokens"], group)
 
@@ -79,7 +80,7 @@ def test_diffusion_head(golden, name, head):
             results[case] = module.heads[head].sample(groups, None, sample_shape=shape, valid=valid, noise=noise)
         return results
 
-    got = checkpoint.model.apply({"params": checkpoint.params}, method=run)
+    got = checkpoint.apply(method=run)
     close(got["embedding"], out["embedding"], "embedding")
     close(got["pred_eps"], out["eps"]["pred_eps"], "pred_eps")
     for case in ("loss", "loss_n4"):
@@ -102,7 +103,7 @@ def test_regression_and_discrete_heads(golden, head):
         pred = module.heads[head].logits(groups) if head == "disc" else module.heads[head].predict(groups)
         return terms, pred, module.heads[head].embed(groups)
 
-    terms, pred, embedding = checkpoint.model.apply({"params": checkpoint.params}, method=run)
+    terms, pred, embedding = checkpoint.apply(method=run)
     close(embedding, out["embedding"], "embedding")
     close(pred, out["pred"], "pred")
     for name, want in out["loss"]["metrics"].items():
@@ -148,7 +149,7 @@ def test_gradients(golden, name):
 
             return checkpoint.model.apply({"params": params}, method=run)
 
-        value, grads = jax.value_and_grad(loss)(jax.tree.map(jnp.asarray, checkpoint.params))
+        value, grads = jax.jit(jax.value_and_grad(loss))(jax.tree.map(jnp.asarray, checkpoint.params))
         close(value, entry["loss"], head)
         for path, grad in flatten(grads):
             stats = entry["params"].get(path) if "params" in entry else entry["grads"].get(path)
