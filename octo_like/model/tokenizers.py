@@ -187,7 +187,8 @@ def bin_thresholds(num_bins: int, kind: str, low: float, high: float) -> np.ndar
     if kind == "uniform":
         return np.linspace(low, high, num_bins + 1, dtype=np.float32)
     if kind == "normal":
-        return np.asarray(jax.scipy.stats.norm.ppf(jnp.linspace(1e-6, 1 - 1e-6, num_bins + 1)))
+        with jax.ensure_compile_time_eval():  # constants, also while tracing
+            return np.asarray(jax.scipy.stats.norm.ppf(jnp.linspace(1e-6, 1 - 1e-6, num_bins + 1)))
     raise ValueError(f"unknown bin type {kind!r}; valid: 'uniform', 'normal'")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
 from octo_like.model.diffusion import add_noise, cosine_schedule, ddpm_sample, noise_from_velocity, velocity
-from octo_like.model.octo import build_model, init_params, total_loss
+from octo_like.model.octo import build_model, total_loss
 from octo_like.model.tokenizers import bin_index, bin_thresholds
 from tests.model import tiny
 
@@ -26,7 +26,7 @@ HEADS = {
 
 def make(head):
     model = build_model(tiny.config(heads=dict(action=head)))
-    return model, init_params(model, tiny.SPEC, jax.random.key(0))
+    return model, tiny.random_params(model)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -73,7 +73,7 @@ def test_sampling_is_keyed_by_row(name):
 def test_several_heads_train_their_own_samples_only():
     heads = dict(arm=tiny.diffusion(), base=HEADS["mse"] | dict(action_horizon=2, action_dim=2, weight=0.5))
     model = build_model(tiny.config(heads=heads))
-    params = init_params(model, tiny.SPEC, jax.random.key(0))
+    params = tiny.random_params(model)
     batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
     batch["action_head_mask"] = {"arm": np.array([True, True]), "base": np.array([False, False])}
     keys = jax.random.split(jax.random.key(1), 2)

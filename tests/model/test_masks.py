@@ -10,21 +10,14 @@ import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
 from octo_like.model.attention import GroupLayout, attend, block_mask
-from octo_like.model.octo import build_model, init_params
+from octo_like.model.octo import build_model
 from tests.model import tiny
 
 
 @pytest.fixture(scope="module")
 def model():
     model = build_model(tiny.config())
-    return model, _randomised(init_params(model, tiny.SPEC, jax.random.key(0)))
-
-
-def _randomised(params):
-    """Zero-initialised parameters (FiLM, biases) would hide a leak."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return model, tiny.random_params(model)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -173,7 +166,7 @@ def test_compat_ignores_what_upstream_ignores():
     batch["task"]["pad_mask_dict"]["image_primary"][:] = False
     for compat in (False, True):
         model = build_model(tiny.config(octo_compat=compat))
-        params = _randomised(init_params(model, tiny.SPEC, jax.random.key(0)))
+        params = tiny.random_params(model)
         first = outputs(model, params, batch)[1]
         for path in ("observation/proprio", "task/image_primary"):
             value = dict(flatten(batch))[path]

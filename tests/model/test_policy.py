@@ -9,7 +9,7 @@ import pytest
 from octo_like.common.normalization import compute_statistics
 from octo_like.common.schema import synthetic_batch
 from octo_like.common.text import TextTokenizer
-from octo_like.model.octo import build_model, init_params
+from octo_like.model.octo import build_model
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.pretrained import PretrainedError, merge_params, replace_parts
 from tests.model import tiny
@@ -21,7 +21,7 @@ def policy():
     config = tiny.config()
     config["task_tokenizers"]["language"]["vocab_size"] = 0
     model = build_model(config, vocab_size=tokenizer.vocab_size)
-    params = init_params(model, tiny.SPEC, jax.random.key(0))
+    params = tiny.random_params(model)
     rng = np.random.default_rng(0)
     statistics = {
         "arm": {
@@ -149,7 +149,7 @@ def test_merge_reports_every_parameter(policy):
     )
     config["max_window"] = 6
     model = build_model(config, vocab_size=policy.text_tokenizer.vocab_size)
-    target = jax.device_get(init_params(model, tiny.SPEC, jax.random.key(3)))
+    target = tiny.random_params(model, seed=3)
     merged, report = merge_params(target, jax.device_get(policy.params))
     assert report.status["octo_transformer/obs_primary_projection/kernel"] == "loaded"
     assert report.status["octo_transformer/obs_primary_pos_embedding"] == "resized"

@@ -1,6 +1,10 @@
 """A tiny model with every kind of part, for tests."""
 
-from octo_like.common.schema import BatchSpec
+import jax
+import numpy as np
+
+from octo_like.common.schema import BatchSpec, flatten, unflatten
+from octo_like.model.octo import init_params
 
 SPEC = BatchSpec(
     window_size=2,
@@ -56,3 +60,17 @@ def config(**changes):
         heads=dict(action=diffusion()),
     )
     return tiny | changes
+
+
+def random_params(model, spec=SPEC, seed=0):
+    """Random values for every parameter, zero-initialised ones too: a zero would hide a leak. Compiles nothing."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_params(model, spec, jax.random.key(0)))
+
+    def fill(path, leaf):
+        if path.endswith(("scale", "weight")):
+            return (1 + 0.1 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+        fan_in = max(1, int(np.prod(leaf.shape[:-1]))) if path.endswith("kernel") else 25
+        return (rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(leaf.dtype)
+
+    return unflatten({path: fill(path, leaf) for path, leaf in flatten(shapes)})

@@ -21,7 +21,7 @@ CONFIG = "tests/training/tiny_config.py"
 
 def run(script, *arguments, devices=1, check=True):
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    environment["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     if check:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
-from octo_like.model.octo import build_model, init_params
+from octo_like.model.octo import build_model
 from octo_like.training import sharding
 from octo_like.training.augment import (
     Augmentation,
@@ -35,7 +35,7 @@ from tests.model import tiny
 @pytest.fixture(scope="module")
 def model():
     model = build_model(tiny.config(transformer=dict(num_layers=1, num_heads=4, mlp_dim=32, dropout_rate=0.2)))
-    return model, init_params(model, tiny.SPEC, jax.random.key(0))
+    return model, jax.tree.map(jnp.asarray, tiny.random_params(model))
 
 
 def batch():
