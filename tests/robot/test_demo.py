@@ -252,6 +252,7 @@ def test_the_plan_has_enough_episodes_and_the_same_seeds_for_all(script):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_whole_demo_in_small(script, tmp_path, repository):
     command = [sys.executable, str(repository / "scripts" / "demo.py"), "--quick", "--workdir", str(tmp_path)]
     # Almost all of the time goes into compiling, and nothing here has to run fast.
