@@ -33,7 +33,7 @@ EXTRAS = {
         "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "tensorflow>=2.20; platform_machine != 'x86_64' or sys_platform != 'linux'",
         "tensorflow-datasets>=4.9.9",
-        "importlib_resources",  # TFDS needs it for builders in packages and does not ask for it
+        "importlib-resources",  # TFDS needs it for builders in packages and does not ask for it
     ],
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],

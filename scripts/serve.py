@@ -8,6 +8,7 @@ can use the policy: listen on 127.0.0.1 (the default) or inside a network you tr
 
 import argparse
 import logging
+import signal
 import sys
 
 from octo_like.model.policy import Policy
@@ -38,6 +39,9 @@ def main() -> int:
     except (PretrainedError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A program that a shell starts in the background inherits SIGINT ignored; a server must end when told.
+        signal.signal(number, signal.default_int_handler)
     print(f"compiled in {server.warm_up():.1f} s", flush=True)
     with server.running():
         print(f"serving {args.checkpoint} at ws://{args.host}:{server.port} (Ctrl-C ends it)", flush=True)

@@ -275,7 +275,7 @@ class Policy:
         sizes: dict[str, int] = {}
         for path, leaf in flatten(self.params):
             sizes[module_of(path)] = sizes.get(module_of(path), 0) + int(np.prod(leaf.shape))
-        lines += ["parameters"] + [f"  {name:<34}{size:>12,}" for name, size in sizes.items()]
+        lines += ["parameters"] + [f"  {name:<34}{size:>12,}" for name, size in sorted(sizes.items())]
         return "\n".join([*lines, f"  {'total':<34}{sum(sizes.values()):>12,}"])
 
 

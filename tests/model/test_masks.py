@@ -1,6 +1,5 @@
 """Masks mean what they say: nothing padded, missing or from the future reaches a valid output."""
 
-import functools
 import itertools
 
 import jax
@@ -20,17 +19,20 @@ def model():
     return model, tiny.random_params(model)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _outputs(model, params, batch):
-    def run(module):
-        groups = module.groups(batch["observation"], batch["task"])
-        return groups, module.heads["action"].embed(groups)
-
-    return model.apply({"params": params}, method=run)
+COMPILED = {}
 
 
 def outputs(model, params, batch):
-    return _outputs(model, params, {key: batch[key] for key in ("observation", "task")})
+    """All groups and the head's embedding."""
+
+    def run(module, observation, task):
+        groups = module.groups(observation, task)
+        return groups, module.heads["action"].embed(groups)
+
+    if id(model) not in COMPILED:
+        # The model is kept beside its program, so that its id stays its own.
+        COMPILED[id(model)] = model, jax.jit(lambda params, *args: model.apply({"params": params}, *args, method=run))
+    return COMPILED[id(model)][1](params, batch["observation"], batch["task"])
 
 
 def changed(batch, path, value):
