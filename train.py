@@ -27,19 +27,12 @@ from octo_like.training.sharding import make_mesh
 
 
 def main(argv=None) -> int:
-    # ------------------------------------------------------------------------------------------------- command line
+    # --------------------------------------------------------------------------------------- command line, machine
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, metrics and the export go here")
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for chatty in ("absl", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-
-    # ------------------------------------------------------------------------------------------------------ machine
-    distributed.initialize_from_flags(flags)
-    distributed.setup_compilation_cache()
-    distributed.fingerprint_across_hosts(to_dict(config))
+    distributed.start(flags, config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
 
     # --------------------------------------------------------------------------------------------------------- data

@@ -50,6 +50,12 @@ def noise_from_velocity(schedule: NoiseSchedule, x_t: jax.Array, v: jax.Array, t
     return jnp.sqrt(level) * v + jnp.sqrt(1 - level) * x_t
 
 
+def noise_from_action(schedule: NoiseSchedule, x_t: jax.Array, x0: jax.Array, time: jax.Array) -> jax.Array:
+    """The noise that `add_noise` put into x_t, given what it was put into."""
+    level = schedule.alpha_hats[time]
+    return (x_t - jnp.sqrt(level) * x0) / jnp.sqrt(1 - level)
+
+
 def ddpm_step(schedule: NoiseSchedule, x: jax.Array, eps: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
     """One ancestral step x_t to x_{t-1} (Ho et al. 2020, algorithm 2, sigma_t^2 = beta_t); no noise at t = 0."""
     alpha, alpha_hat = schedule.alphas[t], schedule.alpha_hats[t]

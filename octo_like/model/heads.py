@@ -14,6 +14,7 @@ from octo_like.model.diffusion import (
     add_noise,
     cosine_schedule,
     ddpm_sample,
+    noise_from_action,
     noise_from_velocity,
     velocity,
 )
@@ -110,8 +111,10 @@ class DiffusionHead(ActionHead):
     Attributes:
       num_samples: noise draws per example; one transformer pass serves all of them.
       prediction: "noise" (as the Octo releases) or "velocity", sqrt(alpha_hat) noise - sqrt(1 - alpha_hat) action
-        (Salimans & Ho 2022). Where there is almost only noise, predicting it asks nothing of the observation, and the
-        sampler magnifies its errors; the velocity is then the action itself. It learns several times faster.
+        (Salimans & Ho 2022), or "action", the clean chunk itself ("x-prediction" there). Where there is almost only
+        noise, predicting it asks nothing of the observation, and the sampler magnifies its errors; there the velocity
+        is the action itself. Where there is little noise, the velocity is mostly noise that nothing explains, and its
+        gradient drowns the rest; the action asks for what the observation tells at every level, and learns fastest.
       loss: "mse" or "l1" on what is predicted.
     """
 
@@ -127,8 +130,8 @@ class DiffusionHead(ActionHead):
 
     def setup(self):
         super().setup()
-        if self.prediction not in ("noise", "velocity"):
-            raise ValueError(f"unknown prediction {self.prediction!r}; valid: 'noise', 'velocity'")
+        if self.prediction not in ("noise", "velocity", "action"):
+            raise ValueError(f"unknown prediction {self.prediction!r}; valid: 'noise', 'velocity', 'action'")
         self.diffusion_model = ScoreNetwork(
             self.action_horizon * self.action_dim,
             self.time_dim,
@@ -143,7 +146,9 @@ class DiffusionHead(ActionHead):
     def predict_noise(self, embedding, x, time) -> jax.Array:
         """The noise in x (..., H*A) at integer times (..., 1)."""
         out = self.diffusion_model(embedding, x, time)
-        return out if self.prediction == "noise" else noise_from_velocity(self.schedule, x, out, time)
+        if self.prediction == "velocity":
+            return noise_from_velocity(self.schedule, x, out, time)
+        return out if self.prediction == "noise" else noise_from_action(self.schedule, x, out, time)
 
     def loss_terms(self, groups, action, mask, keys_b, *, draws=None) -> dict[str, jax.Array]:
         """Masked sums of "loss" and "mse" over what is predicted, averaged over draws, times A as upstream.
@@ -162,7 +167,9 @@ class DiffusionHead(ActionHead):
         time, noise = draws
         noisy = add_noise(self.schedule, x0[None], noise, time)
         pred = self.diffusion_model(self.embed(groups)[None], noisy, time, fold_in_all(keys_b, 2))
-        target = noise if self.prediction == "noise" else velocity(self.schedule, x0[None], noise, time)
+        target = {"noise": lambda *_: noise, "velocity": velocity, "action": lambda *_: x0[None]}[self.prediction](
+            self.schedule, x0[None], noise, time
+        )
         squared = (pred - target) ** 2
         loss = jnp.abs(pred - target) if self.loss == "l1" else squared
         weight = mask.reshape(b, w, -1) * self.action_dim / noise.shape[0]

@@ -82,9 +82,19 @@ def total_loss(
 def init_params(model: OctoModel, spec: BatchSpec, rng: jax.Array, *, vocab_size: int = 100):
     """Freshly initialised parameters, a plain nested dict."""
     batch = synthetic_batch(spec, 1, language_vocab=vocab_size)
+
+    def init(key):
+        return model.init(key, batch, jax.random.split(key, 1), False, method="loss_terms")["params"]
+
+    if isinstance(rng, jax.core.Tracer):
+        return init(rng)
     # Compiled as a whole: one by one, the operations would each be compiled.
-    init = jax.jit(lambda key: model.init(key, batch, jax.random.split(key, 1), False, method="loss_terms"))
-    return init(rng)["params"]
+    return jax.jit(init, compiler_options=run_once_options())(rng)
+
+
+def run_once_options() -> dict[str, str]:
+    """Compiler options of a program that runs once: on CPU, optimising takes longer than running ever will."""
+    return {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
 
 
 def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:

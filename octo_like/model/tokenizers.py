@@ -130,7 +130,7 @@ class LanguageTokenizer(nn.Module):
         (the batch holds precomputed (B, d) or (B, n, d) features).
       finetune_encoder: whether gradients reach a T5 encoder.
       vocab_size, dim, num_layers, num_heads: sizes of the "small" encoder.
-      pool: one token, the mean over the words, instead of one per word.
+      pool: one token, the normalised mean over the words, instead of one per word.
     """
 
     encoder: str = "small"
@@ -159,6 +159,8 @@ class LanguageTokenizer(nn.Module):
             tokens = self._encode(ids, word_mask)
         if self.pool:
             tokens, word_mask = masked_mean(TokenGroup(tokens, word_mask))[:, None], word_mask.any(-1, keepdims=True)
+            # The one word that differs is a tenth of the mean; brought back to the size of a token.
+            tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="pool_norm")(tokens)
         mask = jnp.ones(tokens.shape[:1], bool)
         if self.use_pad_mask:
             mask = valid_mask(task, "language_instruction", tokens.shape[:1])

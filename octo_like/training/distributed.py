@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from octo_like.common.config import to_dict
+
 # sysexits.h EX_TEMPFAIL: "try again later". A launcher that sees it starts the same command again.
 EXIT_PREEMPTED = 75
 
@@ -88,6 +90,20 @@ def initialize_from_flags(flags: argparse.Namespace) -> bool:
         process_id=flags.process_id,
         heartbeat_timeout=flags.heartbeat_timeout,
     )
+
+
+def start(flags: argparse.Namespace, config: Any) -> None:
+    """What every training script does first: log lines, the other processes, the compilation cache, one config for all.
+
+    Raises:
+      ValueError: wrong flags of `add_arguments`, or processes that were given different configs.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    initialize_from_flags(flags)
+    setup_compilation_cache()
+    fingerprint_across_hosts(to_dict(config))
 
 
 def _free_port() -> int:

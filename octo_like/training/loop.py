@@ -17,7 +17,7 @@ import numpy as np
 
 from octo_like.common.config import check_resume, to_dict
 from octo_like.common.schema import check_batch, flatten
-from octo_like.model.octo import OctoModel
+from octo_like.model.octo import OctoModel, run_once_options
 from octo_like.model.policy import Policy
 from octo_like.training import sharding
 from octo_like.training.augment import Augmentation
@@ -30,6 +30,7 @@ from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_eval_step, make_train_step, sample_keys
 
 log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
 class Run:
@@ -79,7 +80,8 @@ def place_state(run: Run, tx) -> tuple[TrainState, Any]:
     """The initial state, made on the devices where it will live, and its shardings."""
     create = lambda source: create_state(run.init_params(source), tx, run.frozen)  # noqa: E731
     shardings = sharding.infer_sharding(jax.eval_shape(create, run.init_from), run.mesh)
-    return jax.jit(create, out_shardings=shardings)(run.init_from), shardings
+    place = jax.jit(create, out_shardings=shardings, compiler_options=run_once_options())
+    return place(run.init_from), shardings
 
 
 def run_loop(run: Run) -> int:

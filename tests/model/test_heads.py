@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
-from octo_like.model.diffusion import add_noise, cosine_schedule, ddpm_sample, noise_from_velocity, velocity
+from octo_like.model.diffusion import (
+    add_noise,
+    cosine_schedule,
+    ddpm_sample,
+    noise_from_action,
+    noise_from_velocity,
+    velocity,
+)
 from octo_like.model.octo import build_model, total_loss
 from octo_like.model.tokenizers import bin_index, bin_thresholds
 from tests.model import tiny
@@ -14,6 +21,7 @@ from tests.model import tiny
 HEADS = {
     "diffusion": tiny.diffusion(),
     "diffusion_velocity": tiny.diffusion(prediction="velocity"),
+    "diffusion_action": tiny.diffusion(prediction="action"),
     "diffusion_map": tiny.diffusion(use_map=True, num_samples=3),
     "mse": dict(kind="regression", readout="readout_action", action_horizon=3, action_dim=4),
     "l1": dict(kind="regression", loss="l1", readout="obs", use_map=True, action_horizon=3, action_dim=4),
@@ -112,7 +120,7 @@ def test_add_noise_has_the_stated_moments():
         assert abs(float(x.mean()) - 2 * level**0.5) < 0.02 and abs(float(x.var()) - (1 - level)) < 0.02
 
 
-def test_velocity_and_noise_are_the_same_knowledge():
+def test_velocity_action_and_noise_are_the_same_knowledge():
     schedule = cosine_schedule(20)
     x, noise = jax.random.normal(jax.random.key(0), (2, 20, 6))
     time = jnp.arange(20)[:, None]
@@ -120,6 +128,35 @@ def test_velocity_and_noise_are_the_same_knowledge():
     np.testing.assert_allclose(
         noise_from_velocity(schedule, x_t, velocity(schedule, x, noise, time), time), noise, atol=1e-5
     )
+    np.testing.assert_allclose(noise_from_action(schedule, x_t, x, time), noise, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity", "action"])
+def test_a_network_that_always_says_the_same_is_sampled_and_scored_as_the_closed_form_says(prediction):
+    """The last layer's kernel is zero, so that its bias b is all the network ever says."""
+    model, params = make(tiny.diffusion(prediction=prediction))
+    b = np.linspace(-0.9, 0.9, 12, dtype=np.float32)
+    flat = dict(flatten(params))
+    last = "heads_action/diffusion_model/reverse_network/Dense_1"
+    flat[f"{last}/kernel"], flat[f"{last}/bias"] = jnp.zeros_like(flat[f"{last}/kernel"]), jnp.asarray(b)
+    params = unflatten(flat)
+    batch = synthetic_batch(tiny.SPEC, 2, language_vocab=tiny.VOCAB)
+    keys = jax.random.split(jax.random.key(0), 2)
+    if prediction == "action":  # whatever the noise, the chain ends at b
+        out = model.apply({"params": params}, batch["observation"], batch["task"], keys, head="action", method="sample")
+        np.testing.assert_allclose(out.reshape(2, -1), np.stack([b, b]), atol=1e-5)
+
+    schedule = cosine_schedule(5)
+    groups = model.apply({"params": params}, batch["observation"], batch["task"], method="groups")
+    action, mask = batch["action"], jnp.ones_like(batch["action"])
+    shape = (1, *action.shape[:2])
+    time = jnp.full((*shape, 1), 3)
+    noise = jax.random.normal(jax.random.key(3), (*shape, 12))
+    terms = model.bind({"params": params}).heads["action"].loss_terms(groups, action, mask, keys, draws=(time, noise))
+    x = np.clip(np.asarray(action).reshape(*shape[1:], 12), -5, 5)[None]
+    a = np.asarray(schedule.alpha_hats)[3]
+    target = {"noise": noise, "velocity": a**0.5 * noise - (1 - a) ** 0.5 * x, "action": x}[prediction]
+    assert np.isclose(terms["loss"], np.sum((b - target) ** 2) * action.shape[-1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
