@@ -1,68 +1,18 @@
-"""Index and statistics of a split: one pass over its records, cached as one file, never decoding an image.
-
-The cache holds, per episode: file, byte offset, length, hash of the record, steps before and after standardisation,
-whether it has an instruction; and the standardised actions and proprioception of all steps, so that the statistics of
-any subset of episodes are exact. Its name contains a hash of the files (names and sizes), the version and everything
-that defines the episodes, so a changed dataset or function never meets old numbers.
-"""
+"""From a dataset's spec to what a run reads: index, training and validation episodes, statistics, usable steps."""
 
 import collections
 import dataclasses
-import functools
-import hashlib
-import io
-import json
 import os
-import stat
-import sys
-import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from octo_like.common import normalization
-from octo_like.data import order, rlds
-from octo_like.data.rlds import EpisodeFunction, RldsSplit
+from octo_like.data import filters, order, rlds
+from octo_like.data.rlds import EpisodeFunction
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.tf import tf
-
-FORMAT = 1
-CACHE_FOLDER = ".octo_like"
-
-
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """Index of one split, or of some of its episodes. Arrays have one entry per episode."""
-
-    files: tuple[str, ...]
-    file: np.ndarray  # int32, which of `files`
-    offset: np.ndarray  # int64, bytes
-    length: np.ndarray  # int64, bytes of the record
-    record_hash: np.ndarray  # int64, of the record's bytes
-    raw_steps: np.ndarray  # int32, before standardisation
-    frames: np.ndarray  # int32, usable steps
-    has_language: np.ndarray  # bool
-    record: np.ndarray  # int32, number of the record in its file
-    definition_hash: str
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def take(self, episodes: np.ndarray) -> "Index":
-        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Index(**{k: v[episodes] if isinstance(v, np.ndarray) else v for k, v in arrays.items()})
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Identifies the episodes' content and their order, wherever the files lie."""
-        digest = hashlib.sha256(self.definition_hash.encode())
-        digest.update(self.record_hash.astype("<i8").tobytes() + self.frames.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
-
-    def where(self, episode: int) -> str:
-        """'file: episode number', for messages."""
-        return f"{self.files[self.file[episode]]}: episode {self.record[episode]}"
+from octo_like.data.split_index import MAX_BAD_FRACTION, Index, SplitIndex, cached, digest_of, load_index, with_usable
+from octo_like.data.statistics import read_rows, streamed_statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +22,10 @@ class PreparedDataset:
     Attributes:
       key: name in the mixture (and of its statistics).
       train, val: their episodes; `val` is empty when the spec holds none out.
-      statistics: see `octo_like.common.normalization`; over the training episodes only.
+      statistics: see `octo_like.common.normalization`; over all steps of the training episodes, before the filters
+        that look at values, as in Octo (which need the statistics themselves).
       instructions: every instruction of the split(s) and the number of episodes that have it.
+      damaged: one message per record that could not be read when the dataset was indexed.
     """
 
     key: str
@@ -85,180 +37,10 @@ class PreparedDataset:
     instructions: dict[str, int]
     directory: str
     version: str
+    damaged: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------- the cache
-
-
-def cache_path(split: RldsSplit, function: EpisodeFunction, cache_dir: str | None) -> str:
-    """Where the index of a split is kept. Beside the data, or in `cache_dir`, or in ~/.cache when that is read-only."""
-    description = {
-        "format": FORMAT,
-        "name": split.name,
-        "version": split.version,
-        "files": [(os.path.basename(path), tf.io.gfile.stat(path).length) for path in split.files],
-        "definition": function.definition,
-    }
-    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:20]
-    if cache_dir is not None:
-        root = os.path.join(os.path.expanduser(cache_dir), split.name, split.version)
-    elif _writable(split.directory):
-        root = os.path.join(split.directory, CACHE_FOLDER)
-    else:
-        root = os.path.join(os.path.expanduser("~/.cache/octo_like"), split.name, split.version)
-    return os.path.join(root, f"{split.split.replace('+', '-')}-{key}.npz")
-
-
-def _writable(directory: str) -> bool:
-    if "://" in directory:
-        return True
-    # The superuser may write anywhere; a folder marked read-only is left alone all the same.
-    return os.access(directory, os.W_OK) and bool(os.stat(directory).st_mode & stat.S_IWUSR)
-
-
-def _write_atomically(path: str, content: bytes) -> None:
-    tf.io.gfile.makedirs(os.path.dirname(path))
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with tf.io.gfile.GFile(temporary, "wb") as file:
-            file.write(content)
-        tf.io.gfile.rename(temporary, path, overwrite=True)
-    finally:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
-
-
-def _read(path: str) -> dict[str, Any] | None:
-    if not tf.io.gfile.exists(path):
-        return None
-    with tf.io.gfile.GFile(path, "rb") as file:
-        content = file.read()
-    try:
-        with np.load(io.BytesIO(content)) as arrays:
-            return {key.removeprefix("index_"): arrays[key] for key in arrays.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(
-            f"{path}: the cached index cannot be read ({error}); delete it and it is built again"
-        ) from error
-
-
-# ---------------------------------------------------------------- one pass over the records
-
-
-def _scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance: Any) -> list[dict[str, Any]]:
-    """Summaries of all episodes of one file, in order."""
-    path = split.files[number]
-
-    @tf.autograph.experimental.do_not_convert
-    def summary(serialized):
-        episode = function.episode(serialized)
-        language = episode.get("language", tf.constant([], tf.string))
-        return {
-            "length": tf.strings.length(serialized),
-            "hash": episode["hash"],
-            "raw_steps": episode["raw_steps"],
-            "action": episode["action"],
-            "proprio": episode.get("proprio", tf.zeros([tf.shape(episode["action"])[0], 0])),
-            "language": tf.unique(language)[0],
-            # Leaves that a user's function cut differently are found here, before training starts.
-            "lengths": {
-                **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
-                **{key: tf.shape(episode[key])[0] for key in ("proprio", "language") if key in episode},
-            },
-        }
-
-    dataset = tf.data.TFRecordDataset(path, buffer_size=8 << 20).map(summary).prefetch(2)
-    episodes, offset = [], 0
-    iterator = iter(dataset)
-    while True:
-        try:
-            item = next(iterator)
-        except StopIteration:
-            break
-        except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-            raise rlds.damaged(path, len(episodes), offset, error) from error
-        item = tf.nest.map_structure(lambda x: x.numpy(), item)
-        item |= {"offset": offset, "file": number, "record": len(episodes)}
-        offset += int(item["length"]) + rlds.HEADER_BYTES + rlds.FOOTER_BYTES
-        _check_episode(item, f"{path}: episode {len(episodes)}", function.spec)
-        episodes.append(item)
-        advance(1)
-    if len(episodes) != split.shard_lengths[number]:
-        raise DataError(
-            f"{path}: {len(episodes)} episodes, but {rlds.INFO_FILE} says {split.shard_lengths[number]}: truncated, "
-            "or not from this build"
-        )
-    return episodes
-
-
-def _check_episode(item: dict[str, Any], where: str, spec: DatasetSpec) -> None:
-    steps = len(item["action"])
-    wrong = [f"{key} has {count}" for key, count in item["lengths"].items() if count != steps]
-    if wrong:
-        raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
-    for key, name in (("action", spec.action_key), ("proprio", ", ".join(spec.proprio_keys))):
-        bad = rlds.non_finite(item[key])
-        if bad is not None:
-            value = item[key][bad]
-            raise DataError(f"{where}: {key} ({name!r}) is {value} at step {bad[0]}, dimension {bad[1]}")
-
-
-def _build(split: RldsSplit, function: EpisodeFunction, progress: bool) -> dict[str, Any]:
-    episodes: list[dict[str, Any]] = []
-    label = f"index {split.name} {split.split}"
-    # Without a terminal a bar is a line of a log every few seconds.
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    total = sum(split.shard_lengths)
-    with tqdm(total=total, desc=label, unit="ep", disable=not progress, leave=False, mininterval=every) as bar:
-        for number in range(len(split.files)):
-            episodes += _scan_file(split, number, function, bar.update)
-    instructions = collections.Counter(
-        text.decode("utf-8", "replace") for e in episodes for text in e["language"].tolist()
-    )
-    arrays: dict[str, Any] = {
-        key: np.array([e[key] for e in episodes], dtype)
-        for key, dtype in [
-            ("file", np.int32),
-            ("record", np.int32),
-            ("offset", np.int64),
-            ("length", np.int64),
-            ("raw_steps", np.int32),
-        ]
-    }
-    arrays["record_hash"] = np.array([e["hash"] for e in episodes], np.int64)
-    arrays["frames"] = np.array([len(e["action"]) for e in episodes], np.int32)
-    arrays["has_language"] = np.array([any(text for text in e["language"].tolist()) for e in episodes], bool)
-    arrays["action"] = np.concatenate([e["action"] for e in episodes])
-    arrays["proprio"] = np.concatenate([e["proprio"] for e in episodes])
-    arrays["instructions"] = np.array(json.dumps(dict(sorted(instructions.items()))))
-    return arrays
-
-
-def load_index(
-    split: RldsSplit, function: EpisodeFunction, cache_dir: str | None = None, progress: bool = True
-) -> tuple[Index, dict[str, np.ndarray]]:
-    """Index of a split from the cache, or built and cached.
-
-    Returns:
-      (index, {"action": (sum of frames, A), "proprio": (sum of frames, P), "instructions": JSON}).
-
-    Raises:
-      DataError: a damaged or truncated file, non-finite actions or proprioception, leaves of unequal length.
-    """
-    function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
-    path = cache_path(split, function, cache_dir)
-    arrays = _read(path)
-    if arrays is None:
-        arrays = _build(split, function, progress)
-        buffer = io.BytesIO()
-        np.savez(buffer, **{f"index_{key}": value for key, value in arrays.items()})
-        _write_atomically(path, buffer.getvalue())
-    steps = {key: arrays.pop(key) for key in ("action", "proprio", "instructions")}
-    definition = hashlib.sha256(json.dumps(function.definition, sort_keys=True).encode()).hexdigest()[:16]
-    return Index(files=split.files, definition_hash=definition, **arrays), steps
-
-
-# ---------------------------------------------------------------- training, validation, statistics
+# ---------------------------------------------------------------- training, validation, statistics, filters
 
 
 def hold_out(record_hash: np.ndarray, fraction: float) -> np.ndarray:
@@ -277,65 +59,178 @@ def first_demos(record_hash: np.ndarray, count: int) -> np.ndarray:
 
 
 def prepare_dataset(
-    key: str, spec: DatasetSpec, data_dir: str, cache_dir: str | None = None, progress: bool = True
+    key: str,
+    spec: DatasetSpec,
+    data_dir: str,
+    cache_dir: str | None = None,
+    progress: bool = True,
+    *,
+    workers: int | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    process_index: int = 0,
 ) -> PreparedDataset:
-    """Finds, indexes and splits a dataset, and computes the statistics of its training episodes.
+    """Finds, indexes, splits and filters a dataset, and computes the statistics of its training episodes.
 
     Raises:
       DataError: whatever is wrong with the files or the spec, with what would be valid.
     """
-    split = rlds.open_split(spec.name, data_dir, spec.version, spec.split)
+    if not 0 <= max_bad_fraction <= 1:
+        raise DataError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
+    options = dict(workers=workers, max_bad_fraction=max_bad_fraction, process_index=process_index)
+    split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=max_bad_fraction)
     function = EpisodeFunction(spec, split.features)
-    index, steps = load_index(split, function, cache_dir, progress)
-    instructions = collections.Counter(json.loads(str(steps["instructions"])))
-    everything = np.arange(len(index))
+    whole = load_index(split, function, cache_dir, progress, **options)
+    index, val_whole = whole.index, whole
+    instructions = collections.Counter(whole.instructions)
+    everything = np.flatnonzero((index.frames > 0) | (index.steps == 0))  # all that the user's filter did not refuse
     if spec.val_split is not None:
-        val_split = rlds.open_split(spec.name, data_dir, spec.version, spec.val_split)
-        val, val_steps = load_index(val_split, function, cache_dir, progress)
-        instructions.update(json.loads(str(val_steps["instructions"])))
+        val_files = rlds.open_split(
+            spec.name, data_dir, spec.version, spec.val_split, max_bad_fraction=max_bad_fraction
+        )
+        val_whole = load_index(val_files, function, cache_dir, progress, **options)
+        instructions.update(val_whole.instructions)
         chosen = everything
+        held = np.flatnonzero((val_whole.index.frames > 0) | (val_whole.index.steps == 0))
     else:
-        held = hold_out(index.record_hash, spec.val_fraction)
+        held = everything[hold_out(index.record_hash[everything], spec.val_fraction)] if len(everything) else everything
         chosen = np.setdiff1d(everything, held)
-        if not len(chosen):
+        if len(everything) and not len(chosen):
             raise DataError(
-                f"{key}: split {spec.split!r} has {len(index)} episode(s), none left to train on after holding "
+                f"{key}: split {spec.split!r} has {len(everything)} episode(s), none left to train on after holding "
                 "out validation; set val_fraction=0 or name a val_split"
             )
-        val = index.take(held)
     if spec.num_demos is not None:
         if spec.num_demos > len(chosen):
             raise DataError(f"{key}: num_demos={spec.num_demos}, but only {len(chosen)} training episodes exist")
         chosen = chosen[first_demos(index.record_hash[chosen], spec.num_demos)]
-    if not index.frames[chosen].sum():
+    if not index.steps[chosen].sum():
+        left = f" after filter={spec.filter!r}" if spec.filter else ""
         raise DataError(
-            f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(chosen)} episodes"
+            f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(chosen)} episodes{left}"
         )
-    statistics = _statistics(key, spec, index, steps, chosen)
+    statistics = _statistics(key, spec, function, whole, chosen)
+    train = _filtered(spec, function, whole, statistics).take(chosen)
+    val = _filtered(spec, function, val_whole, statistics).take(held)
+    if not train.frames.sum():
+        used = {name: value for name, value in spec.filter_fields().items() if value not in (None, False)}
+        raise DataError(
+            f"{key}: the filters leave none of the {int(index.steps[chosen].sum())} steps of {len(chosen)} training "
+            "episodes: " + ", ".join(f"{name}={value}" for name, value in used.items())
+        )
+    damaged = whole.damaged + (val_whole.damaged if val_whole is not whole else ())
     return PreparedDataset(
-        key, spec, function, index.take(chosen), val, statistics, dict(instructions), split.directory, split.version
+        key,
+        spec,
+        function,
+        train,
+        val,
+        statistics,
+        dict(instructions),
+        split.directory,
+        split.version,
+        damaged,
     )
 
 
-def _statistics(key: str, spec: DatasetSpec, index: Index, steps: dict[str, Any], chosen: np.ndarray) -> dict[str, Any]:
+def _values(rows: np.ndarray, function: EpisodeFunction) -> tuple[np.ndarray, np.ndarray]:
+    """(action (n, A) or (n, N, A), proprio (n, P)) of rows (n, width)."""
+    width = rows.shape[1] - (function.proprio_dim or 0)
+    action = rows[:, :width]
+    if function.action_chunk is not None:
+        action = action.reshape(len(rows), function.action_chunk, function.action_dim)
+    return action, rows[:, width:]
+
+
+def _statistics(
+    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray
+) -> dict[str, Any]:
+    index, mask = whole.index, spec.action_normalization_mask
+    if mask is not None and len(mask) != function.action_dim:
+        raise DataError(
+            f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has "
+            f"{function.action_dim} dimensions"
+        )
     selected = np.zeros(len(index), bool)
     selected[chosen] = True
-    rows = np.repeat(selected, index.frames)
-    mask, width = spec.action_normalization_mask, steps["action"].shape[1]
-    if mask is not None and len(mask) != width:
-        raise DataError(
-            f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has {width} dimensions"
-        )
-    statistics: dict[str, Any] = {"action": normalization.compute_statistics(steps["action"][rows], mask)}
-    if spec.proprio_keys:
-        statistics["proprio"] = normalization.compute_statistics(steps["proprio"][rows])
-    statistics["num_transitions"] = int(rows.sum())
+    ends = index.first + index.steps
+
+    def passes(part: int, dims: int) -> Callable[[], Iterator[np.ndarray]]:
+        def rows() -> Iterator[np.ndarray]:
+            for first, chunk in read_rows(whole.rows_path):
+                episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
+                yield _values(chunk[selected[episode]], function)[part].reshape(-1, dims)
+
+        return rows
+
+    def make() -> dict[str, Any]:
+        arrays = {f"action_{k}": v for k, v in streamed_statistics(passes(0, function.action_dim)).items()}
+        if function.proprio_dim is not None:
+            arrays |= {f"proprio_{k}": v for k, v in streamed_statistics(passes(1, function.proprio_dim)).items()}
+        return arrays
+
+    digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
+    arrays = cached(os.path.join(whole.folder, f"statistics-{digest}.npz"), make)
+    statistics: dict[str, Any] = {
+        part: {k.removeprefix(f"{part}_"): v for k, v in arrays.items() if k.startswith(f"{part}_")}
+        for part in ("action", "proprio")
+    }
+    if mask is not None:
+        statistics["action"]["mask"] = np.asarray(mask, bool)
+    if not spec.proprio_keys:
+        del statistics["proprio"]
+    statistics["num_transitions"] = int(index.steps[chosen].sum(dtype=np.int64))
     statistics["num_trajectories"] = len(chosen)
     return statistics
 
 
+def _filtered(spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, statistics: dict[str, Any]) -> Index:
+    """The index of the whole split with the steps that the spec's filters leave."""
+    index = whole.index
+    if not filters.has_filters(spec):
+        return index
+    definition = {"normalization": spec.normalization, **spec.filter_fields()}
+    numbers = [
+        statistics[part][field] for part in ("action", "proprio") if part in statistics for field in statistics[part]
+    ]
+
+    def make() -> dict[str, Any]:
+        usable = np.zeros(int(index.steps.sum(dtype=np.int64)), bool)
+        episodes = _episodes(whole) if filters.needs_values(spec) else _no_values(index, function)
+        for number, rows in enumerate(episodes):
+            action, proprio = _values(rows, function)
+            labeled = bool(index.has_language[number])
+            start = index.first[number]
+            usable[start : start + len(rows)] = filters.usable_steps(spec, statistics, action, proprio, labeled)
+        return {"bits": np.packbits(usable)}
+
+    path = os.path.join(whole.folder, f"usable-{digest_of(definition, *numbers)}.npz")
+    bits = cached(path, make)["bits"]
+    if index.bits is not None:
+        bits = bits & index.bits
+    usable = np.unpackbits(bits)[: int(index.steps.sum(dtype=np.int64))].astype(bool)
+    return with_usable(index, usable, definition)
+
+
+def _episodes(whole: SplitIndex) -> Iterator[np.ndarray]:
+    """Rows of each episode in turn."""
+    number, steps, left = 0, whole.index.steps, None
+    for _, chunk in read_rows(whole.rows_path):
+        left = chunk if left is None or not len(left) else np.concatenate([left, chunk])
+        while number < len(steps) and len(left) >= steps[number]:
+            yield left[: steps[number]]
+            left, number = left[steps[number] :], number + 1
+    # Episodes without a step, when there is no row at all.
+    width = 0 if left is None else left.shape[1]
+    yield from (np.zeros((0, width), np.float32) for _ in range(number, len(steps)))
+
+
+def _no_values(index: Index, function: EpisodeFunction) -> Iterator[np.ndarray]:
+    width = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0)
+    return (np.broadcast_to(np.float32(0), (int(steps), width)) for steps in index.steps)
+
+
 def prepare_datasets(
-    specs: dict[str, DatasetSpec], data_dir: str, cache_dir: str | None = None, progress: bool = True
+    specs: dict[str, DatasetSpec], data_dir: str, cache_dir: str | None = None, progress: bool = True, **options: Any
 ) -> dict[str, PreparedDataset]:
     """`prepare_dataset` for a whole mixture, in its order."""
-    return {key: prepare_dataset(key, spec, data_dir, cache_dir, progress) for key, spec in specs.items()}
+    return {key: prepare_dataset(key, spec, data_dir, cache_dir, progress, **options) for key, spec in specs.items()}

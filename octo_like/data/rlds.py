@@ -3,16 +3,17 @@
 The only file that knows TFDS. One record of a TFRecord file is one episode; images stay encoded.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from octo_like.data import standardize
+from octo_like.data import indices, standardize
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import tf
 
@@ -26,12 +27,29 @@ _STATEFUL_RANDOM = re.compile(
 )
 
 
+# What reading a damaged record raises; and what a storage that is busy raises, which says nothing about the record.
+DAMAGE = (
+    tf.errors.DataLossError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+    tf.errors.OutOfRangeError,
+)
+TRANSIENT = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
+
+
+class DamagedRecord(DataError):
+    """A record that cannot be read: damaged, truncated, or in a file that is gone."""
+
+
 # ---------------------------------------------------------------- finding a dataset
 
 
 @dataclasses.dataclass(frozen=True)
 class RldsSplit:
-    """One split of one dataset version on disk (or any TensorFlow file system, e.g. gs://)."""
+    """One split of one dataset version on disk (or any TensorFlow file system, e.g. gs://).
+
+    `file_bytes` are the files' sizes; -1 where a file is missing.
+    """
 
     name: str
     version: str
@@ -39,6 +57,7 @@ class RldsSplit:
     directory: str
     files: tuple[str, ...]
     shard_lengths: tuple[int, ...]
+    file_bytes: tuple[int, ...]
     features: Any = dataclasses.field(repr=False, compare=False)
 
 
@@ -84,11 +103,23 @@ def find_dataset(name: str, data_dir: str, version: str | None = None) -> str:
     return os.path.join(root, version)
 
 
-def open_split(name: str, data_dir: str, version: str | None = None, split: str = "train") -> RldsSplit:
+def _file_bytes(path: str) -> int:
+    try:
+        return tf.io.gfile.stat(path).length
+    except tf.errors.NotFoundError:
+        return -1
+
+
+def open_split(
+    name: str, data_dir: str, version: str | None = None, split: str = "train", *, max_bad_fraction: float = 0.0
+) -> RldsSplit:
     """Opens a split; "a+b" joins several.
 
+    Args:
+      max_bad_fraction: share of the episodes that may be in files that are missing.
+
     Raises:
-      DataError: no such dataset, version or split; not RLDS; a missing file; an empty split.
+      DataError: no such dataset, version or split; not RLDS; missing files; an empty split.
     """
     import tensorflow_datasets as tfds
 
@@ -116,13 +147,17 @@ def open_split(name: str, data_dir: str, version: str | None = None, split: str 
         lengths += list(info.shard_lengths)
     if not sum(lengths):
         raise DataError(f"{directory}: split {split!r} is empty")
-    missing = [path for path in files if not tf.io.gfile.exists(path)]
-    if missing:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each look at a file of a bucket is a round trip
+        sizes = list(pool.map(_file_bytes, files))
+    missing = [path for path, size in zip(files, sizes, strict=True) if size < 0]
+    lost = sum(length for length, size in zip(lengths, sizes, strict=True) if size < 0)
+    if missing and lost > max_bad_fraction * sum(lengths):
         raise DataError(
             f"{directory}: {len(missing)} of {len(files)} files of split {split!r} are missing: {missing[0]}"
         )
     version = os.path.basename(directory)
-    return RldsSplit(name, version, split, directory, tuple(files), tuple(lengths), builder.info.features)
+    features = builder.info.features
+    return RldsSplit(name, version, split, directory, tuple(files), tuple(lengths), tuple(sizes), features)
 
 
 # ---------------------------------------------------------------- record -> trajectory -> episode
@@ -172,8 +207,9 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     """The leaves of a standardised trajectory that a spec names.
 
     Returns:
-      {"action": (T, A) float32, "proprio": (T, P) float32 (absent without proprio_keys), "language": (T,) string
-      (absent without language_key), "images": {slot: (T,) encoded strings or (T, h, w, 3) uint8}}.
+      {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
+      proprio_keys); "language": (T,) string (absent without language_key); "images": {slot: (T,) encoded strings or
+      (T, h, w, 3) uint8}}.
 
     Raises:
       DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
@@ -181,7 +217,7 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     observation = trajectory.get("observation")
     if not isinstance(observation, Mapping):
         raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
-    action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2))
+    action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2, 3))
     chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}}
     if spec.proprio_keys:
         parts = []
@@ -190,6 +226,13 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             part = _require(observation, key, "proprio key", spec, lambda x: _is_numeric(x, 1, 2))
             parts.append(tf.cast(part[:, None] if part.shape.rank == 1 else part, tf.float32))
         chosen["proprio"] = tf.concat(parts, axis=-1)
+    if spec.relative_to is not None:
+        try:
+            chosen["action"] = relative_chunks(
+                chosen["action"], chosen["proprio"], spec.relative_to, spec.chunk_length or 1
+            )
+        except DataError as error:
+            raise DataError(f"{spec.name}: {error}") from error
     if spec.language_key is not None:
         kind = "instruction (a string per step)"
         chosen["language"] = _require(
@@ -200,6 +243,33 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             key = key.removeprefix("observation/")
             chosen["images"][slot] = _require(observation, key, f"image of camera {slot!r}", spec, _is_image)
     return chosen
+
+
+def relative_chunks(action: tf.Tensor, proprio: tf.Tensor, relative_to: Sequence[int | None], length: int) -> tf.Tensor:
+    """Chunks (T, length, A) of absolute actions, relative to the proprioception at the chunk's own first step.
+
+    chunk[t, h, d] = action[min(t + h, T - 1), d] - proprio[t, relative_to[d]], without the second term where
+    `relative_to[d]` is None. A robot adds its proprioception at the time of the prediction to all actions of a chunk.
+
+    Args:
+      action: (T, A) float32. proprio: (T, P) float32.
+      relative_to: A entries.
+
+    Raises:
+      DataError: actions that come in chunks already, a wrong number of entries, no such proprioception dimension.
+    """
+    if action.shape.rank != 2:
+        raise DataError(f"relative_to needs actions of shape (T, A), got {action.shape}")
+    if len(relative_to) != action.shape[-1]:
+        raise DataError(f"relative_to has {len(relative_to)} entries, but the action has {action.shape[-1]} dimensions")
+    wrong = [p for p in relative_to if p is not None and not 0 <= p < proprio.shape[-1]]
+    if wrong:
+        raise DataError(f"relative_to names proprio dimension {wrong[0]}; valid: 0 to {proprio.shape[-1] - 1}")
+    steps = tf.shape(action)[0]
+    chunk = indices.within(indices.chunk_steps(tf.range(steps), length), steps, xp=tf)
+    base = tf.gather(proprio, [p or 0 for p in relative_to], axis=1)
+    moves = tf.constant([p is not None for p in relative_to])
+    return tf.gather(action, chunk) - tf.where(moves, base, 0.0)[:, None]
 
 
 def _user_function(function: Callable) -> Callable:
@@ -221,6 +291,10 @@ class EpisodeFunction:
         if transform is not None and not isinstance(transform, standardize.Standardize):
             transform = _user_function(transform)
         self.definition = {**spec.transform_fields(), "standardize_source": source}
+        keep = None
+        if spec.filter is not None:
+            keep, self.definition["filter_source"] = standardize.resolve(spec.filter)
+            keep = _user_function(keep)
 
         def episode(serialized):
             trajectory = parse_episode(serialized, features)
@@ -228,6 +302,7 @@ class EpisodeFunction:
             chosen = select(self._transformed(transform, trajectory), spec)
             return {
                 **chosen,
+                "usable": self._usable(keep, trajectory, tf.shape(chosen["action"])[0]),
                 "raw_steps": raw_steps,
                 "hash": tf.strings.to_hash_bucket_fast(serialized, 2**62),
             }
@@ -254,6 +329,21 @@ class EpisodeFunction:
             )
         return result
 
+    def _usable(self, keep: Any, trajectory: dict[str, Any], steps: tf.Tensor) -> tf.Tensor:
+        """(T,) bool of the user's filter."""
+        if keep is None:
+            return tf.ones([steps], tf.bool)
+        try:
+            kept = tf.convert_to_tensor(keep(trajectory))
+        except Exception as error:  # a user's function may raise anything
+            raise DataError(f"{self.spec.name}: filter={self.spec.filter!r} failed: {error}") from error
+        if kept.dtype != tf.bool or kept.shape.rank not in (0, 1):
+            raise DataError(
+                f"{self.spec.name}: filter={self.spec.filter!r} returned {kept.dtype.name} {kept.shape}; valid: a bool "
+                "for the episode, or one for each step"
+            )
+        return kept if kept.shape.rank == 1 else tf.fill([steps], kept)
+
     @functools.cached_property
     def output(self) -> Any:
         """Structure of tensors (shapes and dtypes) of an episode. Tracing happens here, so bad keys show here."""
@@ -269,6 +359,19 @@ class EpisodeFunction:
     @property
     def action_dim(self) -> int:
         return self._width("action")
+
+    @property
+    def action_chunk(self) -> int | None:
+        """N, when each step has a chunk of N actions; None when it has one action."""
+        shape = self.output["action"].shape
+        if shape.rank == 2:
+            return None
+        if shape[1] is None:
+            raise DataError(
+                f"{self.spec.name}: the number of actions in each chunk of {self.spec.action_key!r} is not known "
+                "before reading; give it a static shape in the standardize function (tf.ensure_shape)"
+            )
+        return int(shape[1])
 
     @property
     def proprio_dim(self) -> int | None:
@@ -299,15 +402,15 @@ def read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
     return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string)).take(1).get_single_element()
 
 
-def damaged(path: str, record: int, offset: int, error: Exception) -> DataError:
+def damaged(path: str, record: int, offset: int, error: Exception) -> DamagedRecord:
     """One readable error for a record that cannot be read."""
     reason = re.sub(r"\s*\{\{.*|\s*\[\[.*|\s*\[Op:.*", "", str(getattr(error, "message", error))).strip().splitlines()
-    return DataError(
+    return DamagedRecord(
         f"{path}: episode {record} (byte {offset}) is damaged or truncated: {reason[0] if reason else error}"
     )
 
 
-def non_finite(values: np.ndarray) -> tuple[int, int] | None:
-    """(step, dimension) of the first value that is NaN or infinite."""
+def non_finite(values: np.ndarray) -> tuple[int, ...] | None:
+    """Position (step, ..., dimension) of the first value that is NaN or infinite."""
     bad = np.argwhere(~np.isfinite(values))
-    return (int(bad[0][0]), int(bad[0][1])) if len(bad) else None
+    return tuple(int(i) for i in bad[0]) if len(bad) else None

@@ -7,6 +7,8 @@ from typing import Any
 
 from octo_like.common.normalization import KINDS
 
+IDLE_OF = ("action", "change")
+
 
 class DataError(ValueError):
     """Something is wrong with a dataset or its description. Messages name file, episode or key, and what is valid."""
@@ -41,6 +43,19 @@ class DatasetSpec:
       action_normalization_mask: False for action dimensions that are left in physical units.
       head: action head that learns from this dataset.
       num_demos: use only this many training episodes (keyed; 10 are among the 50).
+      filter: None, or "python.module:function": trajectory as on disk (dict of tensors) -> bool for the episode, or
+        (T,) bools for its standardised steps. What it refuses is in no batch; an episode refused whole is as if it
+        were not there (no statistics, no validation).
+      skip_unlabeled: leave out episodes without an instruction.
+      max_action, max_proprio: leave out episodes with a normalised value of larger magnitude anywhere.
+      idle_threshold: leave out steps at which nothing is commanded: `idle_of` of every normalised action dimension is
+        at most this in physical units, and the others (a gripper) are what they were a step before. None: keep.
+      idle_of: "action" for velocities and differences, "change" (from the step before) for absolute positions.
+      frame_slice: (start, stop, step) as in Python: the steps of an episode that may be the present step of a sample.
+      subsample_length: steps of an episode that one pass shows; the next pass goes on with others. None: all.
+      relative_to: for each action dimension the proprioception dimension it is made relative to, or None: the chunk of
+        step t becomes action[t + h] - proprio[t]. Needs `chunk_length`.
+      chunk_length: actions in each of these chunks, at least the run's action horizon.
       env: gymnasium id for rollouts, or None.
     """
 
@@ -59,6 +74,16 @@ class DatasetSpec:
     action_normalization_mask: tuple[bool, ...] | None = None
     head: str = "action"
     num_demos: int | None = None
+    filter: str | None = None
+    skip_unlabeled: bool = False
+    max_action: float | None = None
+    max_proprio: float | None = None
+    idle_threshold: float | None = None
+    idle_of: str = "action"
+    frame_slice: tuple[int | None, int | None, int | None] | None = None
+    subsample_length: int | None = None
+    relative_to: tuple[int | None, ...] | None = None
+    chunk_length: int | None = None
     env: str | None = None
 
     def __post_init__(self):
@@ -68,8 +93,37 @@ class DatasetSpec:
             raise DataError(f"{self.name}: val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.num_demos is not None and self.num_demos < 1:
             raise DataError(f"{self.name}: num_demos must be at least 1 or None, got {self.num_demos}")
-        if not self.weight >= 0:
-            raise DataError(f"{self.name}: weight must not be negative, got {self.weight}")
+        if not 0 <= self.weight < float("inf"):
+            raise DataError(f"{self.name}: weight must be a finite number, not negative, got {self.weight}")
+        self._check_filters()
+        if (self.relative_to is None) != (self.chunk_length is None):
+            raise DataError(f"{self.name}: relative_to and chunk_length go together, give both or none")
+        if self.relative_to is not None and not self.proprio_keys:
+            raise DataError(f"{self.name}: relative_to needs proprio_keys, whose dimensions it names")
+        if self.chunk_length is not None and self.chunk_length < 1:
+            raise DataError(f"{self.name}: chunk_length must be at least 1, got {self.chunk_length}")
+
+    def _check_filters(self) -> None:
+        for field in ("max_action", "max_proprio", "idle_threshold"):
+            value = getattr(self, field)
+            if value is not None and not value >= 0:
+                raise DataError(f"{self.name}: {field} must not be negative, got {value}")
+        if self.idle_of not in IDLE_OF:
+            raise DataError(f"{self.name}: idle_of {self.idle_of!r}; {suggest(self.idle_of, IDLE_OF)}")
+        if self.subsample_length is not None and self.subsample_length < 1:
+            raise DataError(f"{self.name}: subsample_length must be at least 1 or None, got {self.subsample_length}")
+        if self.max_proprio is not None and not self.proprio_keys:
+            raise DataError(f"{self.name}: max_proprio needs proprio_keys")
+        if self.skip_unlabeled and self.language_key is None:
+            raise DataError(f"{self.name}: skip_unlabeled with language_key=None would leave nothing")
+        if self.frame_slice is not None:
+            parts = self.frame_slice
+            ok = len(parts) == 3 and all(p is None or isinstance(p, int) for p in parts)
+            if not ok or (parts[2] is not None and parts[2] < 1):
+                raise DataError(
+                    f"{self.name}: frame_slice must be (start, stop, step), integers or None, step at least 1; "
+                    f"got {parts}"
+                )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str | None = None) -> "DatasetSpec":
@@ -98,6 +152,8 @@ class DatasetSpec:
         data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
         mask = data.get("action_normalization_mask")
         data["action_normalization_mask"] = None if mask is None else tuple(bool(m) for m in mask)
+        for field in ("frame_slice", "relative_to"):
+            data[field] = None if data.get(field) is None else tuple(data[field])
         return cls(**data)
 
     def transform_fields(self) -> dict[str, Any]:
@@ -108,6 +164,20 @@ class DatasetSpec:
             "proprio_keys": list(self.proprio_keys),
             "action_key": self.action_key,
             "language_key": self.language_key,
+            "filter": self.filter,
+            "relative_to": None if self.relative_to is None else list(self.relative_to),
+            "chunk_length": self.chunk_length,
+        }
+
+    def filter_fields(self) -> dict[str, Any]:
+        """The fields that choose among the steps of the episodes, by their standardised values."""
+        return {
+            "skip_unlabeled": self.skip_unlabeled,
+            "max_action": self.max_action,
+            "max_proprio": self.max_proprio,
+            "idle_threshold": self.idle_threshold,
+            "idle_of": self.idle_of,
+            "frame_slice": None if self.frame_slice is None else list(self.frame_slice),
         }
 
 

@@ -1,0 +1,254 @@
+"""One pass over the records of one TFRecord file: a summary of every episode, and a list of those that are damaged.
+
+A record whose checksum fails is stepped over by the length in its header, which has a checksum of its own. When that
+fails too, or the file ends early, nothing says where the next record begins: the rest of the file is lost.
+"""
+
+import collections
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from octo_like.data import rlds
+from octo_like.data.rlds import EpisodeFunction, RldsSplit
+from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.tf import tf
+
+COLUMNS = {
+    "record": np.int32,
+    "offset": np.int64,
+    "length": np.int64,
+    "record_hash": np.int64,
+    "raw_steps": np.int32,
+    "steps": np.int32,
+    "has_language": bool,
+}
+_RETRIES = 3
+
+
+@dataclasses.dataclass
+class FileSummary:
+    """What one pass over a file found.
+
+    Attributes:
+      episodes: one array per entry of COLUMNS, one value per readable episode.
+      usable: (steps,) bool, of the user's filter, all episodes after each other.
+      rows: (steps, width) float32, standardised action and proprioception of all steps.
+      instructions: instruction -> number of episodes that have it.
+      damaged: one message per record that cannot be read.
+    """
+
+    episodes: dict[str, np.ndarray]
+    usable: np.ndarray
+    rows: np.ndarray
+    instructions: dict[str, int]
+    damaged: list[str]
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        text = json.dumps({"instructions": self.instructions, "damaged": self.damaged})
+        np.savez(buffer, usable=self.usable, rows=self.rows, text=np.array(text), **self.episodes)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "FileSummary":
+        with np.load(io.BytesIO(content)) as arrays:
+            text = json.loads(str(arrays["text"]))
+            return cls({key: arrays[key] for key in COLUMNS}, arrays["usable"], arrays["rows"], **text)
+
+
+# ---------------------------------------------------------------- the format
+
+
+def _crc32c_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)  # the Castagnoli polynomial, reflected
+        table.append(byte)
+    return table
+
+
+_CRC_TABLE = _crc32c_table()
+
+
+def masked_crc32c(content: bytes) -> int:
+    """Checksum of the TFRecord format: CRC-32C, rotated right by 15 bits plus a constant. For a few bytes."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc = crc >> 8 ^ _CRC_TABLE[(crc ^ byte) & 0xFF]
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def record_length(path: str, offset: int, file_bytes: int) -> int | None:
+    """Length of the record at a byte offset; None when its header is damaged or the file ends before its end."""
+    with tf.io.gfile.GFile(path, "rb") as file:
+        file.seek(offset)
+        header = file.read(rlds.HEADER_BYTES)
+    if len(header) < rlds.HEADER_BYTES or masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
+        return None
+    length = int.from_bytes(header[:8], "little")
+    return length if offset + rlds.HEADER_BYTES + length + rlds.FOOTER_BYTES <= file_bytes else None
+
+
+# ---------------------------------------------------------------- the pass
+
+
+@tf.autograph.experimental.do_not_convert
+def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]:
+    episode = function.episode(serialized)
+    language = episode.get("language", tf.constant([], tf.string))
+    return {
+        "length": tf.strings.length(serialized),
+        "hash": episode["hash"],
+        "raw_steps": episode["raw_steps"],
+        "usable": episode["usable"],
+        "action": episode["action"],
+        "proprio": episode.get("proprio", tf.zeros([tf.shape(episode["action"])[0], 0])),
+        "language": tf.unique(language)[0],
+        # Leaves that a user's function cut differently are found here, before training starts.
+        "lengths": {
+            **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
+            **{key: tf.shape(episode[key])[0] for key in ("proprio", "language", "usable") if key in episode},
+        },
+    }
+
+
+class _Cursor:
+    """The summaries of a file's records in turn: streamed, and record by record from the first bad one on."""
+
+    def __init__(self, path: str, file_bytes: int, function: EpisodeFunction):
+        self._path, self._bytes, self._function = path, file_bytes, function
+        self._offset = 0
+        self._stream: Any = None
+        self._single: Any = None
+
+    def next(self) -> dict[str, Any]:
+        """The summary of the next record, with its "offset". StopIteration at the end; tf.errors.* when it is bad."""
+        if self._single is not None:
+            return self._taken(self._single(self._path, tf.constant(self._offset, tf.int64)))
+        if self._stream is None:
+            records = tf.data.TFRecordDataset(self._path, buffer_size=8 << 20)
+            summary = tf.autograph.experimental.do_not_convert(lambda record: _summary(record, self._function))
+            self._stream = iter(records.map(summary).prefetch(2))
+        return self._taken(next(self._stream))
+
+    def _taken(self, item: dict[str, Any]) -> dict[str, Any]:
+        item = tf.nest.map_structure(lambda x: x.numpy(), item) | {"offset": self._offset}
+        self._offset += int(item["length"]) + rlds.HEADER_BYTES + rlds.FOOTER_BYTES
+        return item
+
+    @property
+    def offset(self) -> int:
+        """Byte at which the next record begins."""
+        return self._offset
+
+    def retry(self) -> None:
+        """Goes on with the same record, now by itself."""
+        self._single = tf.function(
+            lambda path, offset: _summary(rlds.read_record(path, offset), self._function),
+            input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int64)],
+            autograph=False,
+        )
+
+    def skip(self) -> bool:
+        """Steps over the next record, if there is a way to know where it ends."""
+        length = record_length(self._path, self._offset, self._bytes)
+        if length is None:
+            return False
+        self.retry()
+        self._offset += length + rlds.HEADER_BYTES + rlds.FOOTER_BYTES
+        return True
+
+    def at_end(self) -> bool:
+        return self._single is not None and self._offset == self._bytes
+
+
+def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance: Callable[[int], Any]) -> FileSummary:
+    """Summary of file `number` of a split. `advance(1)` is called for every record.
+
+    Raises:
+      DataError: more episodes than the dataset says, non-finite numbers, leaves of unequal length.
+    """
+    path, expected = split.files[number], split.shard_lengths[number]
+    if split.file_bytes[number] < 0:
+        advance(expected)
+        return _collect([], [f"{path}: the file is missing, with episodes 0 to {expected - 1}"] * expected, function)
+    episodes: list[dict[str, Any]] = []
+    damaged: list[str] = []
+    record = failures = 0
+    cursor = _Cursor(path, split.file_bytes[number], function)
+    while not cursor.at_end():
+        try:
+            item = cursor.next()
+        except StopIteration:
+            break
+        except rlds.TRANSIENT as error:
+            failures += 1
+            if failures > _RETRIES:
+                raise DataError(f"{path}: cannot be read (byte {cursor.offset}): {error.message}") from error
+            cursor.retry()
+            continue
+        except rlds.DAMAGE as error:
+            damaged.append(str(rlds.damaged(path, record, cursor.offset, error)))
+            if cursor.skip():
+                record += 1
+                advance(1)
+                continue
+            lost = max(1, expected - record)
+            damaged += [f"{path}: episode {record + i} is lost behind it" for i in range(1, lost)]
+            record += lost
+            advance(lost)
+            break
+        item["record"] = record
+        _check_episode(item, f"{path}: episode {record}", function.spec)
+        episodes.append(item)
+        record += 1
+        advance(1)
+    says = f"{path}: {record} episodes, but {rlds.INFO_FILE} says {expected}"
+    if record > expected:
+        raise DataError(f"{says}: not from this build")
+    damaged += [f"{says}: truncated, or not from this build"] * (expected - record)
+    return _collect(episodes, damaged, function)
+
+
+def _check_episode(item: dict[str, Any], where: str, spec: DatasetSpec) -> None:
+    steps = len(item["action"])
+    wrong = [f"{key} has {count}" for key, count in item["lengths"].items() if count != steps]
+    if wrong:
+        raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
+    for key, name in (("action", spec.action_key), ("proprio", ", ".join(spec.proprio_keys))):
+        bad = rlds.non_finite(item[key])
+        if bad is not None:
+            value = item[key][bad]
+            raise DataError(f"{where}: {key} ({name!r}) is {value} at step {bad[0]}, dimension {bad[-1]}")
+
+
+def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: EpisodeFunction) -> FileSummary:
+    width = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0)
+    values: dict[str, list] = {key: [] for key in COLUMNS}
+    rows, usable = [np.zeros((0, width), np.float32)], [np.zeros(0, bool)]
+    instructions: collections.Counter[str] = collections.Counter()
+    for item in episodes:
+        steps, texts = len(item["action"]), item["language"].tolist()
+        values["steps"].append(steps)
+        values["record_hash"].append(item["hash"])
+        values["has_language"].append(any(text.strip() for text in texts))
+        for key in ("record", "offset", "length", "raw_steps"):
+            values[key].append(item[key])
+        action = item["action"].reshape(steps, width - item["proprio"].shape[1])
+        rows.append(np.concatenate([action, item["proprio"]], axis=1))
+        usable.append(item["usable"])
+        instructions.update(text.decode("utf-8", "replace") for text in texts)
+    return FileSummary(
+        {key: np.array(values[key], dtype) for key, dtype in COLUMNS.items()},
+        np.concatenate(usable),
+        np.concatenate(rows),
+        dict(instructions),
+        damaged,
+    )

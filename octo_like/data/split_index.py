@@ -1,0 +1,387 @@
+"""Index of a split: one pass over its records, cached as a folder, never decoding an image.
+
+    train-0123456789abcdef0123/
+      index.npz             per episode: file, byte offset, length, hash of the record, steps, has an instruction
+      rows.npy              float32: standardised actions and proprioception of all steps of all episodes
+      statistics-*.npz      of one choice of training episodes, exact (see `statistics.py`)
+      usable-*.npz          steps that one set of filters leaves (see `filters.py`)
+      parts/                of an unfinished pass: one file per TFRecord file, so that a killed pass goes on
+
+The folder's name contains a hash of the files (names and sizes), the version and everything that defines the episodes,
+so a changed dataset or function never meets old numbers. Memory holds a few numbers per episode and one file's rows for
+each thread, whatever the size of the dataset.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import stat
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from octo_like.data.lock import build_once
+from octo_like.data.rlds import EpisodeFunction, RldsSplit
+from octo_like.data.scan import COLUMNS, FileSummary, scan_file
+from octo_like.data.spec import DataError
+from octo_like.data.statistics import RowWriter
+from octo_like.data.tf import tf
+
+FORMAT = 2
+CACHE_FOLDER = ".octo_like"
+MAX_BAD_FRACTION = 0.01
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Index of one split, or of some of its episodes. Arrays have one entry per episode, except `bits`.
+
+    Attributes:
+      files: of the split; `file` is the number of each episode's.
+      record: number of the record in its file.
+      offset, length: bytes of the record.
+      record_hash: of the record's bytes.
+      raw_steps, steps: before and after standardisation.
+      frames: steps that may be samples.
+      first: number of the episode's first step among all steps of the split.
+      bits: packed bits of all steps of the split, 1 for those that may be samples; None: all may.
+      definition_hash: of everything that defines the episodes and the choice of their steps.
+    """
+
+    files: tuple[str, ...]
+    file: np.ndarray  # int32
+    record: np.ndarray  # int32
+    offset: np.ndarray  # int64
+    length: np.ndarray  # int64
+    record_hash: np.ndarray  # int64
+    raw_steps: np.ndarray  # int32
+    steps: np.ndarray  # int32
+    frames: np.ndarray  # int32
+    has_language: np.ndarray  # bool
+    first: np.ndarray  # int64
+    bits: np.ndarray | None
+    definition_hash: str
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def take(self, episodes: np.ndarray) -> "Index":
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "bits"}
+        return dataclasses.replace(self, **{k: v[episodes] for k, v in arrays.items() if isinstance(v, np.ndarray)})
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identifies the episodes' content and their order, and their usable steps, wherever the files lie."""
+        digest = hashlib.sha256(self.definition_hash.encode())
+        for values in (self.record_hash, self.frames, *((self.first,) if self.bits is not None else ())):
+            digest.update(values.astype("<i8").tobytes())
+        if self.bits is not None:
+            digest.update(self.bits.tobytes())
+        return digest.hexdigest()[:16]
+
+    def usable(self, episode: int) -> np.ndarray:
+        """(frames,) sorted numbers of the episode's usable steps."""
+        if self.bits is None:
+            return np.arange(self.steps[episode])
+        start, stop = int(self.first[episode]), int(self.first[episode]) + int(self.steps[episode])
+        packed = self.bits[start // 8 : -(-stop // 8)]
+        return np.flatnonzero(np.unpackbits(packed)[start % 8 :][: stop - start])
+
+    def step_of(self, episode: np.ndarray, frame: np.ndarray) -> np.ndarray:
+        """Step numbers (N,) of the `frame`-th (N,) usable steps of `episode` (N,)."""
+        if self.bits is None:
+            return np.asarray(frame)
+        return np.array([self.usable(e)[f] for e, f in zip(episode, frame, strict=True)], np.int64)
+
+    def where(self, episode: int) -> str:
+        """'file: episode number', for messages."""
+        return f"{self.files[self.file[episode]]}: episode {self.record[episode]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitIndex:
+    """The index of a whole split and what is kept beside it.
+
+    Attributes:
+      index: its episodes; usable are those steps that the user's filter left.
+      folder: of the cache.
+      instructions: every instruction and the number of episodes that have it.
+      damaged: one message per record that cannot be read; these are not in `index`.
+    """
+
+    index: Index
+    folder: str
+    instructions: dict[str, int]
+    damaged: tuple[str, ...]
+
+    @property
+    def rows_path(self) -> str:
+        return os.path.join(self.folder, "rows.npy")
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def cache_folder(split: RldsSplit, function: EpisodeFunction, cache_dir: str | None) -> str:
+    """Where the index of a split is kept. Beside the data, or in `cache_dir`, or in ~/.cache when that is read-only."""
+    description = {
+        "format": FORMAT,
+        "name": split.name,
+        "version": split.version,
+        "files": [(os.path.basename(path), size) for path, size in zip(split.files, split.file_bytes, strict=True)],
+        "definition": function.definition,
+    }
+    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:20]
+    if cache_dir is not None:
+        root = os.path.join(os.path.expanduser(cache_dir), split.name, split.version)
+    elif _writable(split.directory):
+        root = os.path.join(split.directory, CACHE_FOLDER)
+    else:
+        root = os.path.join(os.path.expanduser("~/.cache/octo_like"), split.name, split.version)
+    return os.path.join(root, f"{split.split.replace('+', '-')}-{key}")
+
+
+def _writable(directory: str) -> bool:
+    if "://" in directory:
+        # Buckets have no permission bits to look at: public ones are found out by trying.
+        probe = os.path.join(directory, CACHE_FOLDER, f"probe-{uuid.uuid4().hex[:8]}")
+        try:
+            _write_atomically(probe, b"")
+            tf.io.gfile.remove(probe)
+        except tf.errors.OpError:
+            return False
+        return True
+    # The superuser may write anywhere; a folder marked read-only is left alone all the same.
+    return os.access(directory, os.W_OK) and bool(os.stat(directory).st_mode & stat.S_IWUSR)
+
+
+def _write_atomically(path: str, content: bytes) -> None:
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with tf.io.gfile.GFile(temporary, "wb") as file:
+            file.write(content)
+        tf.io.gfile.rename(temporary, path, overwrite=True)
+    finally:
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.remove(temporary)
+
+
+def _save(path: str, arrays: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f"index_{key}": value for key, value in arrays.items()})  # a key may be called "file"
+    _write_atomically(path, buffer.getvalue())
+
+
+def _load(path: str) -> dict[str, Any]:
+    with tf.io.gfile.GFile(path, "rb") as file:
+        content = file.read()
+    try:
+        with np.load(io.BytesIO(content)) as arrays:
+            return {key.removeprefix("index_"): arrays[key] for key in arrays.files}
+    except Exception as error:  # zipfile, NumPy and pickle raise many kinds
+        raise DataError(
+            f"{path}: the cached index cannot be read ({error}); delete its folder and it is built again"
+        ) from error
+
+
+def cached(path: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Arrays of a small file, made and written when it is not there. Each is a function of its name."""
+    if tf.io.gfile.exists(path):
+        return _load(path)
+    arrays = make()
+    _save(path, arrays)
+    return arrays
+
+
+def digest_of(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part, sort_keys=True).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()[:20]
+
+
+# ---------------------------------------------------------------- one pass over the records
+
+
+def _build(
+    split: RldsSplit, function: EpisodeFunction, folder: str, progress: bool, workers: int, limit: float
+) -> None:
+    """Scans all files, several at a time, and writes the index; those that an earlier pass finished are not read."""
+    total, numbers = sum(split.shard_lengths), range(len(split.files))
+    parts = os.path.join(folder, "parts")
+    tf.io.gfile.makedirs(parts)
+    part = [os.path.join(parts, f"{number:05d}.npz") for number in numbers]
+    done = set(tf.io.gfile.listdir(parts))
+    finished = [number for number in numbers if os.path.basename(part[number]) in done]
+    if finished:
+        log.info("%s: %d of %d files were indexed by an earlier pass", folder, len(finished), len(part))
+    # Files with damage are not kept as parts: once repaired, they must be read again.
+    with_damage: dict[int, FileSummary] = {}
+    bar_lock, damaged = threading.Lock(), 0
+    # Without a terminal a bar is a line of a log every few seconds.
+    bar = tqdm(
+        total=total,
+        initial=sum(split.shard_lengths[number] for number in finished),
+        desc=f"index {split.name} {split.split}",
+        unit="ep",
+        disable=not progress,
+        leave=False,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+    )
+
+    def advance(count: int) -> None:
+        with bar_lock:
+            bar.update(count)
+
+    def scan(number: int) -> tuple[int, FileSummary | None]:
+        summary = scan_file(split, number, function, advance)
+        if summary.damaged:
+            return number, summary
+        _write_atomically(part[number], summary.to_bytes())
+        return number, None
+
+    with bar, concurrent.futures.ThreadPoolExecutor(workers, "octo_like-index") as pool:
+        try:
+            futures = [pool.submit(scan, number) for number in numbers if number not in set(finished)]
+            for future in concurrent.futures.as_completed(futures):
+                number, summary = future.result()
+                if summary is not None:
+                    with_damage[number] = summary
+                    damaged += len(summary.damaged)
+                    first = with_damage[min(with_damage)].damaged[0]
+                    check_damage(f"{split.name} {split.split}", damaged, total, limit, first)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+    def summary_of(number: int) -> FileSummary:
+        if number in with_damage:
+            return with_damage[number]
+        with tf.io.gfile.GFile(part[number], "rb") as file:
+            return FileSummary.from_bytes(file.read())
+
+    _assemble(folder, len(part), summary_of, function)
+    tf.io.gfile.rmtree(parts)
+
+
+def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary], function: EpisodeFunction) -> None:
+    """Joins the files' summaries, one at a time in memory, to index.npz (written last) and rows.npy."""
+    columns: dict[str, list[np.ndarray]] = {key: [] for key in (*COLUMNS, "file")}
+    usable: list[np.ndarray] = []
+    instructions: collections.Counter[str] = collections.Counter()
+    damaged: list[str] = []
+    for number in range(count):
+        summary = summary_of(number)
+        for key in COLUMNS:
+            columns[key].append(summary.episodes[key])
+        columns["file"].append(np.full(len(summary.episodes["steps"]), number, np.int32))
+        usable.append(summary.usable)
+        instructions.update(summary.instructions)
+        damaged += summary.damaged
+    arrays = {key: np.concatenate(values) for key, values in columns.items()}
+    chosen = np.concatenate(usable)
+    rows_path = os.path.join(folder, "rows.npy")
+    temporary = f"{rows_path}.{uuid.uuid4().hex[:8]}.tmp"
+    width = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0)
+    try:
+        writer = RowWriter(temporary, int(arrays["steps"].sum(dtype=np.int64)), width)
+        for number in range(count):
+            writer.write(summary_of(number).rows)
+        writer.close()
+        tf.io.gfile.rename(temporary, rows_path, overwrite=True)
+    finally:
+        if tf.io.gfile.exists(temporary):
+            tf.io.gfile.remove(temporary)
+    arrays["bits"] = np.packbits(chosen) if not chosen.all() else np.zeros(0, np.uint8)
+    text = {"instructions": dict(sorted(instructions.items())), "damaged": damaged}
+    arrays["text"] = np.array(json.dumps(text))
+    _save(os.path.join(folder, "index.npz"), arrays)
+
+
+def check_damage(name: str, damaged: int, total: int, limit: float, first: str) -> None:
+    """Raises DataError when more than `limit` of a dataset's records are damaged, with the first of them."""
+    if damaged > limit * total:
+        raise DataError(
+            f"{first}\n{name}: {damaged} of {total} records are damaged, more than max_bad_fraction={limit:g}; "
+            "restore the files, or allow more"
+        )
+
+
+def load_index(
+    split: RldsSplit,
+    function: EpisodeFunction,
+    cache_dir: str | None = None,
+    progress: bool = True,
+    *,
+    workers: int | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    process_index: int = 0,
+) -> SplitIndex:
+    """Index of a split from the cache, or built and cached; by one process where several share the cache.
+
+    Args:
+      workers: files read at the same time; None: up to 8, by the number of cores.
+      max_bad_fraction: share of the records that may be damaged; they are left out, and named in the log.
+
+    Raises:
+      DataError: too much damage, non-finite actions or proprioception, leaves of unequal length.
+    """
+    function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
+    folder = cache_folder(split, function, cache_dir)
+    path = os.path.join(folder, "index.npz")
+    if not tf.io.gfile.exists(path):
+        workers = workers or min(8, os.cpu_count() or 1)
+        tf.io.gfile.makedirs(folder)
+        build_once(
+            path,
+            lambda: _build(split, function, folder, progress, workers, max_bad_fraction),
+            what=f"index of {split.name} {split.split}",
+            process_index=process_index,
+        )
+    arrays = _load(path)
+    text = json.loads(str(arrays.pop("text")))
+    damaged = tuple(text["damaged"])
+    if damaged:
+        label = f"{split.name} {split.split}"
+        check_damage(label, len(damaged), sum(split.shard_lengths), max_bad_fraction, damaged[0])
+        log.warning(
+            "%s: %d of %d records were damaged when it was indexed and are left out: %s%s. If the files have been "
+            "restored since, delete %s",
+            label,
+            len(damaged),
+            sum(split.shard_lengths),
+            "; ".join(damaged[:3]),
+            " ..." if len(damaged) > 3 else "",
+            folder,
+        )
+    bits = arrays.pop("bits")
+    arrays["first"] = np.cumsum(arrays["steps"], dtype=np.int64) - arrays["steps"]
+    index = Index(
+        files=split.files, frames=arrays["steps"], bits=None, definition_hash=digest_of(function.definition), **arrays
+    )
+    if len(bits):
+        index = with_usable(index, np.unpackbits(bits)[: int(arrays["steps"].sum())].astype(bool), {})
+    return SplitIndex(index, folder, text["instructions"], damaged)
+
+
+def with_usable(index: Index, usable: np.ndarray, definition: dict[str, Any]) -> Index:
+    """The index of a whole split with a choice of its steps, (all steps,) bool."""
+    sums = np.concatenate([[0], np.cumsum(usable, dtype=np.int64)])
+    frames = (sums[index.first + index.steps] - sums[index.first]).astype(np.int32)
+    digest = digest_of(index.definition_hash, definition)
+    return dataclasses.replace(index, frames=frames, bits=np.packbits(usable), definition_hash=digest)

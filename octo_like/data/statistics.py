@@ -1,0 +1,162 @@
+"""Exact statistics of more steps than fit in memory: two passes over float32 rows on disk, constant memory.
+
+Mean and deviation are sums in float64 (the deviation about the exact mean, in the second pass). Percentiles are exact
+order statistics, found by radix selection: the bits of a float32, reordered, sort like the number; the first pass
+counts the upper 16 bits of every value, which tells in which of 65,536 bins a wanted rank lies, and the second counts
+the lower 16 bits within those bins. So nothing is sampled, sketched or sorted, and no array grows with the rows.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from octo_like.data.spec import DataError
+from octo_like.data.tf import tf
+
+QUANTILES = (0.01, 0.99)
+CHUNK_BYTES = 8 << 20
+_BINS = 1 << 16
+_SIGN = np.uint32(0x80000000)
+
+
+# ---------------------------------------------------------------- rows on disk
+
+
+class RowWriter:
+    """Writes a float32 array (rows, width) to an .npy file piece by piece, on any of TensorFlow's file systems."""
+
+    def __init__(self, path: str, rows: int, width: int):
+        self._file = tf.io.gfile.GFile(path, "wb")
+        header = io.BytesIO()
+        description = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+        np.lib.format.write_array_header_1_0(header, description)
+        self._file.write(header.getvalue())
+
+    def write(self, rows: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(rows, "<f4").tobytes())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first row, rows (n, width) float32) of an .npy file, a few megabytes at a time.
+
+    Raises:
+      DataError: the file is shorter than its header says.
+    """
+    with tf.io.gfile.GFile(path, "rb") as file:
+        start = file.read(10)
+        header = start + file.read(int.from_bytes(start[8:10], "little"))
+        stream = io.BytesIO(header)
+        np.lib.format.read_magic(stream)
+        (rows, width), _, dtype = np.lib.format.read_array_header_1_0(stream)
+        count = max(1, chunk_bytes // max(1, width * dtype.itemsize))
+        for first in range(0, rows, count):
+            n = min(count, rows - first)
+            content = file.read(n * width * dtype.itemsize)
+            if len(content) != n * width * dtype.itemsize:
+                raise DataError(f"{path}: shorter than its header says; delete it and it is built again")
+            yield first, np.frombuffer(content, dtype).reshape(n, width)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def _sortable(values: np.ndarray) -> np.ndarray:
+    """float32 -> uint32 that sort alike."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return np.where(bits & _SIGN, ~bits, bits | _SIGN)
+
+
+def _value(key: int) -> float:
+    """Inverse of `_sortable`, of one number."""
+    key = np.uint32(key)
+    return float((key ^ _SIGN if key & _SIGN else ~key).reshape(1).view(np.float32)[0])
+
+
+def _interpolate(low: float, high: float, t: float) -> float:
+    """Linear interpolation, from the nearer end."""
+    return high - (high - low) * (1 - t) if t >= 0.5 else low + (high - low) * t
+
+
+def streamed_statistics(
+    rows: Callable[[], Iterable[np.ndarray]], mask: Sequence[bool] | None = None
+) -> dict[str, np.ndarray]:
+    """What `octo_like.common.normalization.compute_statistics` gives, of rows that are streamed twice.
+
+    Args:
+      rows: starts a pass; yields (n, D) float32 arrays, the same each time. Finite.
+      mask: (D,) bool, kept in the result.
+
+    Returns:
+      {"mean", "std", "min", "max", "p01", "p99"} float32 (D,), "mask" bool (D,).
+
+    Raises:
+      ValueError: no rows, or a mask of another length.
+    """
+    count, total, low, high, upper = 0, 0.0, np.inf, -np.inf, None
+    for part in rows():
+        if not len(part):
+            continue
+        count += len(part)
+        total = total + part.sum(0, dtype=np.float64)
+        low, high = np.minimum(low, part.min(0)), np.maximum(high, part.max(0))
+        if upper is None:
+            upper = np.zeros((part.shape[1], _BINS), np.int64)
+        for d in range(part.shape[1]):
+            upper[d] += np.bincount(_sortable(part[:, d]) >> np.uint32(16), minlength=_BINS)
+    if upper is None:
+        raise ValueError("statistics need at least one row")
+    width = len(upper)
+    mean = total / count
+
+    # Linear interpolation between the two order statistics around (count - 1) q, as numpy.quantile.
+    places = [q * (count - 1) for q in QUANTILES]
+    ranks = sorted({min(int(place) + i, count - 1) for place in places for i in (0, 1)})
+    ends = upper.cumsum(1)
+    bins = np.stack([np.searchsorted(ends[d], ranks, side="right") for d in range(width)])  # (D, ranks)
+    lower = {(d, int(b)): np.zeros(_BINS, np.int64) for d in range(width) for b in bins[d]}
+    squares = np.zeros(width)
+    for part in rows():
+        if not len(part):
+            continue
+        squares += ((part - mean) ** 2).sum(0)
+        for d in range(width):
+            keys = _sortable(part[:, d])
+            top = keys >> np.uint32(16)
+            for b in np.unique(bins[d]):
+                inside = keys[top == b] & np.uint32(0xFFFF)
+                lower[d, int(b)] += np.bincount(inside, minlength=_BINS)
+    order = np.empty((width, len(ranks)))
+    for d in range(width):
+        for i, rank in enumerate(ranks):
+            b = int(bins[d, i])
+            before = int(ends[d, b] - upper[d, b])
+            rest = int(np.searchsorted(lower[d, b].cumsum(), rank - before, side="right"))
+            order[d, i] = _value(b << 16 | rest)
+    position = {rank: i for i, rank in enumerate(ranks)}
+    percentiles = [
+        [
+            _interpolate(
+                order[d, position[int(place)]], order[d, position[min(int(place) + 1, count - 1)]], place - int(place)
+            )
+            for d in range(width)
+        ]
+        for place in places
+    ]
+    constant = low == high
+    result = {
+        "mean": np.where(constant, low, mean),
+        "std": np.where(constant, 0.0, np.sqrt(squares / count)),
+        "min": low,
+        "max": high,
+        "p01": np.array(percentiles[0]),
+        "p99": np.array(percentiles[1]),
+    }
+    result = {key: np.asarray(value, np.float32) for key, value in result.items()}
+    result["mask"] = np.ones(width, bool) if mask is None else np.asarray(mask, bool)
+    if result["mask"].shape != (width,):
+        raise ValueError(f"mask has {result['mask'].size} entries, but the values have {width} dimensions")
+    return result
