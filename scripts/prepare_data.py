@@ -6,7 +6,8 @@
     python scripts/prepare_data.py --data_dir DIR my_robot --set action_key=control proprio_keys='["joints"]'
 
 Training does this by itself when it first meets a dataset; doing it beforehand finds damaged files early. The index is
-cached beside the data (or in --cache_dir): a second run takes a second.
+cached beside the data (or in --cache_dir): a second run takes a second, and one that was killed goes on where it was.
+Exit status 1: something is wrong with data or arguments, named in one line.
 """
 
 import argparse
@@ -20,6 +21,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataset_arguments(parser)
     parser.add_argument("--statistics", metavar="FILE", help="also write the statistics of all datasets as JSON")
+    parser.add_argument("--workers", type=int, help="files read at the same time; default: up to 8, one per core")
+    parser.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="share of the records that may be damaged (default 0.01)"
+    )
     args = parser.parse_args()
 
     from octo_like.common import normalization
@@ -29,7 +34,14 @@ def main() -> int:
 
     try:
         datasets = {
-            name: prepare_dataset(name, spec, args.data_dir, args.cache_dir)
+            name: prepare_dataset(
+                name,
+                spec,
+                args.data_dir,
+                args.cache_dir,
+                workers=args.workers,
+                max_bad_fraction=args.max_bad_fraction,
+            )
             for name, spec in specs_from_arguments(args).items()
         }
     except DataError as error:
@@ -39,6 +51,12 @@ def main() -> int:
         print(
             f"\n{name}: {prepared.directory}\n\n{report.range_table(prepared)}\n\n{report.instruction_table(prepared)}"
         )
+        left_out = int(prepared.train.steps.sum()) - int(prepared.train.frames.sum())
+        if left_out:
+            print(f"\nfilters leave out {left_out:,} of {int(prepared.train.steps.sum()):,} training steps")
+        if prepared.damaged:
+            print(f"\n{len(prepared.damaged)} damaged records are left out:")
+            print("\n".join(f"  {message}" for message in prepared.damaged[:20]))
     print(f"\n{report.mixture_table(datasets)}")
     if args.statistics:
         with open(args.statistics, "w", encoding="utf-8") as file:

@@ -53,6 +53,7 @@ RESUME_ALLOWED = (
     "data.data_dir",
     "data.cache_dir",
     "data.host_*",
+    "data.max_bad_fraction",
     "data.prefetch",
 )
 

@@ -39,13 +39,20 @@ def default_config() -> ConfigDict:
         datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec
         num_demos=None,  # training episodes used of each dataset; None: all
         num_lanes=None,  # None: the process count rounded up to a power of two
-        episodes_per_block=256,
+        episodes_per_block=None,  # frames are shuffled within this many episodes; None: what host_memory_gb holds
+        balance_weights=False,  # multiply the datasets' weights by their numbers of frames
         decode="parity",  # or "fast"
         keep_goal_prob=0.5,
         max_goal_distance=None,
+        drop_task_prob=0.0,  # samples that are not told what to do
+        paraphrases=None,  # JSON file {"instruction": ["paraphrase", ...]}
+        paraphrase_prob=0.5,  # of the instructions that have paraphrases
+        image_dropout_prob=0.0,  # of each camera of a sample
+        image_dropout_keep=None,  # the camera that is never dropped; None: one of them, drawn
         octo_compat=False,
+        max_bad_fraction=0.01,  # share of a dataset's records that may be damaged
         host_threads=2,
-        host_memory_gb=2.0,
+        host_memory_gb=2.0,  # encoded episodes per process; decides episodes_per_block at the first start
         prefetch=2,
     )
     config.augmentation = dict()  # camera -> fields of octo_like.training.augment.Augmentation

@@ -2,17 +2,19 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from octo_like.common.schema import BatchSpec, Tree
-from octo_like.common.text import TextTable
 from octo_like.data import frames, indices
+from octo_like.data.damage import DamageLog
 from octo_like.data.episodes import Episode, EpisodeStore
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.order import uniform
+from octo_like.data.rlds import DamagedRecord
 from octo_like.data.spec import DataError, suggest
+from octo_like.data.texts import Texts
 
 # A dataset may have these cameras without the run using them; any other name without a size is a mistake.
 COMMON_SLOTS = ("primary", "secondary", "wrist")
@@ -27,15 +29,24 @@ class TaskOptions:
         others' task is the instruction. A sample that has only one keeps it.
       max_goal_distance: goals are drawn from fewer than this many steps ahead; None: up to the end of the episode.
       octo_compat: reproduce Octo's action mask (see `indices.task_completed`).
+      drop_task_prob: share of the samples that are not told what to do at all.
+      paraphrase_prob: of the samples whose task is an instruction that has paraphrases, the share that gets one.
+      image_dropout_prob: probability that a camera's observations (all of a window) are dropped.
+      image_dropout_keep: the camera that is never dropped; None: of those that a sample has, one drawn by its key.
     """
 
     keep_goal_prob: float = 0.5
     max_goal_distance: int | None = None
     octo_compat: bool = False
+    drop_task_prob: float = 0.0
+    paraphrase_prob: float = 0.0
+    image_dropout_prob: float = 0.0
+    image_dropout_keep: str | None = None
 
     def __post_init__(self):
-        if not 0 <= self.keep_goal_prob <= 1:
-            raise DataError(f"keep_goal_prob must be in [0, 1], got {self.keep_goal_prob}")
+        for field in ("keep_goal_prob", "drop_task_prob", "paraphrase_prob", "image_dropout_prob"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise DataError(f"{field} must be in [0, 1], got {getattr(self, field)}")
         if self.max_goal_distance is not None and self.max_goal_distance < 1:
             raise DataError(f"max_goal_distance must be at least 1 or None, got {self.max_goal_distance}")
 
@@ -47,8 +58,13 @@ class Request:
     sample_id: np.ndarray  # int64
     dataset: np.ndarray  # int32
     episode: np.ndarray  # int64
-    frame: np.ndarray  # int64
+    step: np.ndarray  # int64, the present step of the sample
     key: np.ndarray  # uint64
+
+
+# (row of the request, attempt) -> (episode, step) that takes the place of a damaged sample, of the same dataset.
+Substitute = Callable[[int, int], tuple[int, int]]
+MAX_SUBSTITUTES = 64
 
 
 def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
@@ -75,6 +91,11 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
             raise DataError(
                 f"{prepared.key}: no action head {prepared.spec.head!r}; {suggest(prepared.spec.head, spec.heads)}"
             )
+        chunk = prepared.function.action_chunk
+        if chunk is not None and chunk < spec.action_horizon:
+            raise DataError(
+                f"{prepared.key}: actions come in chunks of {chunk}, shorter than action_horizon={spec.action_horizon}"
+            )
 
 
 class Assembler:
@@ -85,7 +106,8 @@ class Assembler:
         sources: Sequence[tuple[PreparedDataset, Index]],
         spec: BatchSpec,
         store: EpisodeStore,
-        table: TextTable | None,
+        table: Texts,
+        damage: DamageLog,
         pool: concurrent.futures.Executor,
         *,
         task: TaskOptions,
@@ -94,17 +116,52 @@ class Assembler:
     ):
         self._sources, self._spec, self._store, self._table, self._pool = sources, spec, store, table, pool
         self._task, self._decode, self._threads = task, decode, max(1, threads)
+        self._damage = damage
+        # Frames that cannot be decoded, {(slot, dataset, episode, step): why}: known ones are not tried again.
+        self._bad_frames: dict[tuple[str, int, int, int], str] = {}
+        if task.image_dropout_keep is not None and task.image_dropout_keep not in spec.image_sizes:
+            keep = task.image_dropout_keep
+            raise DataError(f"image_dropout_keep: no camera {keep!r}; {suggest(keep, spec.image_sizes)}")
         self._has_slot = {
             slot: np.array([prepared.spec.image_keys.get(slot) is not None for prepared, _ in sources])
             for slot in spec.image_sizes
         }
         self._heads = {head: np.array([prepared.spec.head == head for prepared, _ in sources]) for head in spec.heads}
 
-    def __call__(self, request: Request) -> Tree:
-        """A batch of N samples. Raises DataError for a damaged record or frame, by name."""
+    def __call__(self, request: Request, substitute: Substitute) -> Tree:
+        """A batch of N samples. One that needs a damaged record or frame is made from its substitute, keeping its own
+        number and key; no other sample changes.
+
+        Raises:
+          DataError: too much damage (see `DamageLog`), or anything else that is wrong, by name.
+        """
+        attempts = np.zeros(len(request.sample_id), np.int64)
+        while True:
+            found = self._store.get(list(zip(request.dataset.tolist(), request.episode.tolist(), strict=True)))
+            bad = {row: str(error) for row, error in enumerate(found) if isinstance(error, DamagedRecord)}
+            batch: Tree = {}
+            if not bad:
+                batch, bad = self._batch(request, [episode for episode in found if isinstance(episode, Episode)])
+            for row, reason in bad.items():
+                self._damage.report(int(request.dataset[row]), int(request.episode[row]), reason)
+            if not bad:
+                return batch
+            episode, step = request.episode.copy(), request.step.copy()
+            for row, reason in bad.items():
+                if attempts[row] == MAX_SUBSTITUTES:
+                    name = self._sources[int(request.dataset[row])][0].key
+                    raise DataError(
+                        f"{name}: sample {int(request.sample_id[row])}: {MAX_SUBSTITUTES} substitutes are all damaged; "
+                        f"the last one: {reason}"
+                    )
+                episode[row], step[row] = substitute(row, int(attempts[row]))
+                attempts[row] += 1
+            request = dataclasses.replace(request, episode=episode, step=step)
+
+    def _batch(self, request: Request, episodes: list[Episode]) -> tuple[Tree, dict[int, str]]:
+        """(batch, {row: reason} of samples that use a frame that cannot be decoded)."""
         spec = self._spec
-        episodes = self._store.get(list(zip(request.dataset.tolist(), request.episode.tolist(), strict=True)))
-        t = request.frame.astype(np.int32)
+        t = request.step.astype(np.int32)
         length = np.array([len(episode.action) for episode in episodes], np.int32)
         text = np.array([episode.text[step] for episode, step in zip(episodes, t, strict=True)], np.int32)
         use_goal, use_text = self._choose_task(request, text)
@@ -120,7 +177,7 @@ class Assembler:
         past = indices.task_completed(reached, goal, octo_compat=self._task.octo_compat)
 
         action, action_mask = self._actions(episodes, indices.within(chunk, length[:, None, None]), past)
-        images, image_masks, goals, goal_masks = self._images(request, episodes, window, goal, use_goal)
+        images, image_masks, goals, goal_masks, bad = self._images(request, episodes, window, goal, use_goal)
         observation: Tree = dict(images)
         masks = dict(image_masks)
         if spec.proprio_dim is not None:
@@ -132,13 +189,14 @@ class Assembler:
 
         task: Tree = {}
         task_masks: Tree = {}
-        if spec.language_length is not None and self._table is not None:
-            task["language_instruction"] = self._table.encoded(np.where(use_text, text, 0))
+        if spec.language_length is not None:
+            said = self._table.paraphrased(np.where(use_text, text, 0), request.key)
+            task["language_instruction"] = self._table.encoded(said)
             task_masks["language_instruction"] = use_text
         task |= goals
         task["timestep"] = goal
         task["pad_mask_dict"] = task_masks | goal_masks
-        return {
+        batch = {
             "observation": observation,
             "task": task,
             "action": action,
@@ -147,15 +205,17 @@ class Assembler:
             "dataset_id": request.dataset.astype(np.int32),
             "sample_id": request.sample_id.astype(np.int64),
         }
+        return batch, bad
 
     def _choose_task(self, request: Request, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) bool: the task is a goal image; the task is an instruction. Never both."""
+        """(N,) bool: the task is a goal image; the task is an instruction. Never both, and with drop_task_prob none."""
+        told = uniform(request.key, "drop task") >= self._task.drop_task_prob
         has_text = (text != 0) & (self._spec.language_length is not None)
         has_goal = np.zeros(len(text), bool)
         for slot in self._spec.goal_images:
             has_goal |= self._has_slot[slot][request.dataset]
         use_goal = has_goal & (~has_text | (uniform(request.key, "task") < self._task.keep_goal_prob))
-        return use_goal, has_text & ~use_goal
+        return use_goal & told, has_text & ~use_goal & told
 
     def _actions(
         self, episodes: Sequence[Episode], chunk: np.ndarray, past: np.ndarray
@@ -164,7 +224,10 @@ class Assembler:
         mask = np.zeros(action.shape, bool)
         for i, episode in enumerate(episodes):
             width = episode.action.shape[-1]
-            action[i, ..., :width] = episode.action[chunk[i]]
+            if episode.action.ndim == 3:  # each step has a chunk of its own: that of the window's step
+                action[i, ..., :width] = episode.action[chunk[i, :, 0], : chunk.shape[-1]]
+            else:
+                action[i, ..., :width] = episode.action[chunk[i]]
             mask[i, ..., :width] = ~past[i, ..., None]
         return action, mask
 
@@ -180,17 +243,37 @@ class Assembler:
 
     # -- frames
 
+    def _kept_cameras(self, request: Request) -> dict[str, np.ndarray]:
+        """{slot: (N,) bool}, False where dropout takes a camera of a sample."""
+        slots, probability = sorted(self._spec.image_sizes), self._task.image_dropout_prob
+        if probability == 0:
+            return {slot: np.ones(len(request.key), bool) for slot in slots}
+        present = np.stack([self._has_slot[slot][request.dataset] for slot in slots], axis=-1)  # (N, slots)
+        if self._task.image_dropout_keep is not None:
+            keep = np.full(len(request.key), slots.index(self._task.image_dropout_keep))
+        else:
+            keep = indices.nth_true(present, uniform(request.key, "camera that is kept"))
+        draws = np.stack([uniform(request.key, f"drop camera {slot}") for slot in slots], axis=-1)
+        kept = indices.kept_images(present, draws, probability, keep)
+        return {slot: kept[:, i] for i, slot in enumerate(slots)}
+
     def _images(
         self, request: Request, episodes: Sequence[Episode], window: np.ndarray, goal: np.ndarray, use_goal: np.ndarray
-    ) -> tuple[Tree, Tree, Tree, Tree]:
-        """(observation images, their masks, goal images, their masks). Each distinct frame is decoded once."""
+    ) -> tuple[Tree, Tree, Tree, Tree, dict[int, str]]:
+        """(observation images, their masks, goal images, their masks, {row: reason} of rows with a bad frame).
+
+        Each distinct frame is decoded once.
+        """
         spec, N = self._spec, len(episodes)
+        kept = self._kept_cameras(request)
+        bad: dict[int, str] = {}
         images, masks, goals, goal_masks = {}, {}, {}, {}
         for slot, size in spec.image_sizes.items():
             images[f"image_{slot}"] = observed = np.zeros((*window.shape, *size, 3), np.uint8)
             masks[f"image_{slot}"] = mask = np.zeros(window.shape, bool)
             targets: dict[tuple[int, int, int], list[np.ndarray]] = {}
             sources: dict[tuple[int, int, int], Episode] = {}
+            rows: dict[tuple[int, int, int], list[int]] = {}
             wanted_goal = slot in spec.goal_images
             if wanted_goal:
                 goals[f"image_{slot}"] = goal_image = np.zeros((N, *size, 3), np.uint8)
@@ -200,48 +283,66 @@ class Assembler:
                     continue
                 stored = episode.images[slot]
                 identity = (int(request.dataset[i]), int(request.episode[i]))
-                for w, step in enumerate(window[i].tolist()):
+                used = []
+                for w, step in enumerate(window[i].tolist() if kept[slot][i] else ()):
                     if len(stored[step]):
                         mask[i, w] = True
-                        targets.setdefault((*identity, step), []).append(observed[i, w])
-                        sources[(*identity, step)] = episode
+                        used.append((step, observed[i, w]))
                 step = int(goal[i])
                 if wanted_goal and use_goal[i] and len(stored[step]):
                     goal_mask[i] = True
-                    targets.setdefault((*identity, step), []).append(goal_image[i])
+                    used.append((step, goal_image[i]))
+                for step, target in used:
+                    targets.setdefault((*identity, step), []).append(target)
                     sources[(*identity, step)] = episode
-            self._fill(slot, size, targets, sources)
-        return images, masks, goals, goal_masks
+                    rows.setdefault((*identity, step), []).append(i)
+            known = [key for key in targets if (slot, *key) in self._bad_frames]
+            for key in known:
+                del targets[key]
+            for key in known + self._fill(slot, size, targets, sources):
+                bad |= dict.fromkeys(rows[key], self._bad_frames[(slot, *key)])
+        return images, masks, goals, goal_masks, bad
 
     def _fill(
         self, slot: str, size: tuple[int, int], targets: dict, sources: dict[tuple[int, int, int], Episode]
-    ) -> None:
-        """Decodes the frames named by the keys (dataset, episode, step) into all of their targets."""
+    ) -> list[tuple[int, int, int]]:
+        """Decodes the frames named by the keys (dataset, episode, step) into all of their targets.
+
+        Returns the keys of those that cannot be decoded.
+        """
         keys = list(targets)
         parts = [keys[i :: self._threads] for i in range(self._threads)]
 
-        def work(part: list[tuple[int, int, int]]) -> None:
+        def work(part: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
             encoded = [key for key in part if not isinstance(sources[key].images[slot], np.ndarray)]
             raw = [key for key in part if isinstance(sources[key].images[slot], np.ndarray)]
-            if encoded:
+            bad = []
+            while encoded:
                 contents = [sources[key].images[slot][key[2]] for key in encoded]
                 try:
                     decoded = frames.decode_frames(contents, size, self._decode)
                 except frames.FrameError as error:
-                    dataset, episode, step = encoded[error.position]
+                    key = encoded.pop(error.position)
+                    dataset, episode, step = key
                     prepared, index = self._sources[dataset]
                     name = prepared.spec.image_keys[slot]
-                    raise DataError(f"{index.where(episode)}, step {step}, {name!r} ({slot}): {error}") from error
+                    where = f"{index.where(episode)}, step {step}, {name!r} ({slot})"
+                    self._bad_frames[(slot, *key)] = f"{where}: {error}"
+                    bad.append(key)
+                    continue
                 for key, image in zip(encoded, decoded, strict=True):
                     for target in targets[key]:
                         target[...] = image
+                break
             for key in raw:
                 image = frames.resize_frames(sources[key].images[slot][key[2] : key[2] + 1], size, self._decode)[0]
                 for target in targets[key]:
                     target[...] = image
+            return bad
 
         # The calling thread does a part of its own, so a stream with one thread needs no pool.
         others = [self._pool.submit(work, part) for part in parts[1:] if part]
-        work(parts[0])
+        bad = work(parts[0])
         for future in others:
-            future.result()
+            bad += future.result()
+        return bad

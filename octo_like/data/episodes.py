@@ -3,17 +3,24 @@
 import collections
 import concurrent.futures
 import dataclasses
+import logging
 import threading
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from octo_like.common import normalization
-from octo_like.common.text import TextTable
 from octo_like.data import rlds
 from octo_like.data.index import Index, PreparedDataset
+from octo_like.data.rlds import DamagedRecord
 from octo_like.data.spec import DataError
-from octo_like.data.tf import tf
+from octo_like.data.texts import Texts
+
+RETRIES = 3  # of a read that the storage refused
+SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Episode:
     """One standardised episode of T steps.
 
     Attributes:
-      action: (T, A) float32, normalised.
+      action: (T, A) float32, normalised; (T, N, A) when actions come in chunks.
       proprio: (T, P) float32, normalised, or None.
       text: (T,) int32 rows of the text table; 0 means no instruction.
       images: slot -> T encoded frames, or (T, h, w, 3) uint8; b"" is a missing frame.
@@ -46,24 +53,27 @@ def load_episode(
     index: Index,
     episode: int,
     slots: Collection[str],
-    table: TextTable,
+    table: Texts,
     lock: threading.Lock,
 ) -> Episode:
     """Reads, checks and normalises one episode, keeping the frames of the cameras in `slots`.
 
     Raises:
-      DataError: the record is damaged, or no longer what was indexed; names file and episode.
+      DamagedRecord: the record is damaged, or its file gone or cut; names file and episode.
+      DataError: it is another record than the one that was indexed, or the storage does not answer.
     """
     path, offset = index.files[index.file[episode]], int(index.offset[episode])
-    try:
-        raw = prepared.function.from_file(path, offset)
-    except (
-        tf.errors.DataLossError,
-        tf.errors.InvalidArgumentError,
-        tf.errors.NotFoundError,
-        tf.errors.OutOfRangeError,
-    ) as e:
-        raise rlds.damaged(path, int(index.record[episode]), offset, e) from e
+    for attempt in range(RETRIES + 1):
+        try:
+            raw = prepared.function.from_file(path, offset)
+            break
+        except rlds.DAMAGE as error:
+            raise rlds.damaged(path, int(index.record[episode]), offset, error) from error
+        except rlds.TRANSIENT as error:
+            if attempt == RETRIES:
+                raise DataError(f"{index.where(episode)}: cannot be read: {error.message}") from error
+            log.warning("%s: reading failed (%s), trying again", index.where(episode), error.message)
+            time.sleep(2.0**attempt)
     if int(raw["hash"]) != index.record_hash[episode]:
         raise DataError(f"{index.where(episode)}: the record is not the one that was indexed; delete the cached index")
     statistics, kind = prepared.statistics, prepared.spec.normalization
@@ -82,7 +92,7 @@ def load_episode(
         if slot not in slots:
             continue
         values = frames.numpy()
-        images[slot] = values.tolist() if frames.dtype == tf.string else values
+        images[slot] = values.tolist() if values.dtype == object else values
     return Episode(action, proprio, text, images)
 
 
@@ -96,7 +106,7 @@ class EpisodeStore:
         self,
         sources: Sequence[tuple[PreparedDataset, Index]],
         slots: Collection[str],
-        table: TextTable,
+        table: Texts,
         pool: concurrent.futures.Executor,
         max_bytes: int,
     ):
@@ -118,11 +128,32 @@ class EpisodeStore:
                 futures.append(future)
         return futures
 
-    def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode]:
-        """Episodes of (dataset, episode) pairs. Raises DataError for a damaged one."""
-        episodes = [future.result() for future in self.request(wanted)]
+    def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode | DamagedRecord]:
+        """Episodes of (dataset, episode) pairs; the error in place of a damaged one. Other errors are raised."""
+        found: list[Episode | DamagedRecord] = []
+        for key, future in zip(wanted, self.request(wanted), strict=True):
+            error = self._wait(key, future)
+            if error is not None and not isinstance(error, DamagedRecord):
+                raise error
+            found.append(future.result() if error is None else error)
         self._evict()
-        return episodes
+        return found
+
+    def _wait(self, key: tuple[int, int], future: concurrent.futures.Future) -> BaseException | None:
+        """The error of a read, None when it worked. The log names a read that batches have to wait for."""
+        start, patience = time.monotonic(), SLOW_SECONDS
+        while True:
+            try:
+                return future.exception(timeout=patience)
+            except concurrent.futures.TimeoutError:
+                prepared, index = self._sources[key[0]]
+                log.warning(
+                    "%s: batches have been waiting for this read for %.0f s (%s)",
+                    index.where(key[1]),
+                    time.monotonic() - start,
+                    prepared.key,
+                )
+                patience *= 2
 
     def _load(self, key: tuple[int, int]) -> Episode:
         dataset, number = key

@@ -52,3 +52,21 @@ def goal_step(u: Any, t: Any, length: Any, max_distance: int | None = None, xp: 
     drawn = u * span + low
     drawn = xp.cast(drawn, np.int32) if xp is not np else drawn.astype(np.int32)
     return xp.minimum(drawn, length - 1)
+
+
+def kept_images(present: Any, draws: Any, probability: float, keep: Any) -> Any:
+    """(..., n) bool: which of n images dropout leaves. As in Octo.
+
+    Args:
+      present: (..., n) bool, the images there are.
+      draws: (..., n) uniform in [0, 1).
+      probability: of each image to be dropped.
+      keep: (...,) number of the image that is never dropped.
+    """
+    return present & ((draws > probability) | (np.arange(present.shape[-1]) == keep[..., None]))
+
+
+def nth_true(flags: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Position (N,) of a True entry of each row of `flags` (N, n), each equally likely for u uniform in [0, 1)."""
+    wanted = np.floor(u * flags.sum(-1)).astype(np.int64)
+    return (flags.cumsum(-1) <= wanted[:, None]).sum(-1)

@@ -1,6 +1,7 @@
 """From a run config to its training stream and validation batches. TensorFlow is imported only when data is read."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from octo_like.common.synthetic import SyntheticStream
 from octo_like.common.text import TextTokenizer
 from octo_like.data.order import spec_differences
 from octo_like.data.spec import DatasetSpec, specs_from_config
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -34,6 +37,8 @@ class Inputs:
         Raises:
           ConfigError: the data or its order is not what the saved run saw.
         """
+        if hasattr(self.stream, "adopt"):
+            self.stream.adopt(order_spec)
         changes = spec_differences(order_spec, self.stream.order_spec)
         if changes:
             listed = "\n  ".join(changes)
@@ -65,21 +70,26 @@ def inputs_from_config(
             "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
         )
 
+    from octo_like.data import memory
     from octo_like.data.index import prepare_datasets
     from octo_like.data.stream import make_train_stream, make_val_iterators
 
     specs = specs_from_config({name: dict(fields) for name, fields in data.datasets.items()})
     if data.num_demos is not None:
         specs = {name: _with_demos(one, data.num_demos) for name, one in specs.items()}
-    datasets = prepare_datasets(specs, data.data_dir, data.cache_dir)
+    datasets = prepare_datasets(
+        specs, data.data_dir, data.cache_dir, max_bad_fraction=data.max_bad_fraction, process_index=process_index
+    )
     shared = dict(
         decode=data.decode,
         keep_goal_prob=data.keep_goal_prob,
         max_goal_distance=data.max_goal_distance,
         octo_compat=data.octo_compat,
         host_threads=data.host_threads,
+        max_bad_fraction=data.max_bad_fraction,
         **processes,
     )
+    blocks = data.episodes_per_block
     stream = make_train_stream(
         datasets,
         spec,
@@ -87,13 +97,26 @@ def inputs_from_config(
         seed=config.seed,
         batch_size=config.batch_size,
         num_lanes=data.num_lanes,
-        episodes_per_block=data.episodes_per_block,
+        episodes_per_block=dict(blocks) if hasattr(blocks, "items") else blocks,
+        balance_weights=data.balance_weights,
+        drop_task_prob=data.drop_task_prob,
+        paraphrases=data.paraphrases,
+        paraphrase_prob=data.paraphrase_prob,
+        image_dropout_prob=data.image_dropout_prob,
+        image_dropout_keep=data.image_dropout_keep,
         prefetch=data.prefetch,
         host_memory_gb=data.host_memory_gb,
         **shared,
     )
+    log.info(stream.memory_line())
     validation = make_val_iterators(
-        datasets, spec, tokenizer, batch_size=eval_size, max_batches=config.eval.batches, **shared
+        datasets,
+        spec,
+        tokenizer,
+        batch_size=eval_size,
+        max_batches=config.eval.batches,
+        host_memory_gb=data.host_memory_gb * memory.VALIDATION,
+        **shared,
     )
     statistics = {
         name: {**stats, "normalization": specs[name].normalization} for name, stats in stream.statistics.items()

@@ -18,6 +18,7 @@ Randomness All keys are 64-bit hashes of (seed, what, which); nothing depends on
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import heapq
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ import numpy as np
 
 WINDOW = 4096
 VERSION = 1
+NEAR = 8  # substitutes that are drawn from a sample's own block
 _SPLIT_BITS = 40
 _MAX_SAMPLES = 1 << 44
 
@@ -111,6 +113,14 @@ class Mixture:
         return result
 
 
+def balanced_weights(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
+    """Weights (D,) times sizes (D,), normalised, as in Octo: with equal weights every frame is equally likely."""
+    product = np.asarray(weights, np.float64) * np.asarray(sizes, np.float64)
+    if not product.sum() > 0:
+        raise ValueError(f"weights times sizes are all zero: {list(weights)}, {list(sizes)}")
+    return product / product.sum()
+
+
 # ---------------------------------------------------------------- one lane's walk through one dataset
 
 
@@ -124,6 +134,8 @@ class DatasetFrames:
       frames: usable frames of each episode, (N,) integers; episodes with 0 are skipped.
       index_hash: identifies the data, recorded in the order spec.
       episodes_per_block: frames are shuffled within this many consecutive episodes of a pass.
+      subsample: frames of an episode that one pass shows, None for all. An episode's frames are in a keyed order, of
+        which each pass takes the next ones, round and round: ceil(frames / subsample) passes show all.
     """
 
     name: str
@@ -131,6 +143,13 @@ class DatasetFrames:
     frames: np.ndarray
     index_hash: str = ""
     episodes_per_block: int = 256
+    subsample: int | None = None
+
+    @property
+    def shown(self) -> np.ndarray:
+        """Frames of each episode that one pass shows, (N,) int64."""
+        frames = np.asarray(self.frames, np.int64)
+        return frames if self.subsample is None else np.minimum(frames, self.subsample)
 
 
 class Samples(NamedTuple):
@@ -175,13 +194,15 @@ class _Walk:
     """One lane's endless walk through its share of one dataset: position i -> (pass, block, episode, frame)."""
 
     def __init__(self, data: DatasetFrames, share: np.ndarray, key: tuple):
-        self._frames = np.asarray(data.frames, np.int64)
+        self._frames = data.shown
+        self._all_frames = np.asarray(data.frames, np.int64)
         self._share = share
         self._key = key
         self.frames_per_pass = int(self._frames[share].sum())
         self.num_blocks = max(1, -(-len(share) // data.episodes_per_block))
         self._passes = _Cache(2)
         self._orders = _Cache(4)
+        self._subsets = _Cache(256)
 
     def pass_table(self, number: int) -> _Pass:
         return self._passes.fetch(number, lambda: self._make_pass(number))
@@ -218,20 +239,25 @@ class _Walk:
                 start = table.block_start[block]
                 offsets[inside] = rest[inside] - start
                 shuffled = start + self._block_order(int(number), int(block))[offsets[inside]]
-                episodes[inside], frames[inside] = self._episode_frame(table, shuffled)
+                episodes[inside], frames[inside] = self._episode_frame(int(number), table, shuffled)
         return passes, blocks, offsets, episodes, frames
 
-    def _episode_frame(self, table: _Pass, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _episode_frame(self, number: int, table: _Pass, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         which = np.searchsorted(table.ends, position, side="right")
         episode = table.episodes[which]
-        return episode, position - (table.ends[which] - self._frames[episode])
+        frame = position - (table.ends[which] - self._frames[episode])
+        for e in np.unique(episode[self._all_frames[episode] > self._frames[episode]]).tolist():
+            rows, total = np.flatnonzero(episode == e), int(self._all_frames[e])
+            shuffled = self._subsets.fetch(e, functools.partial(permutation, total, *self._key, "subsample", e))
+            frame[rows] = shuffled[(frame[rows] + number * int(self._frames[e])) % total]
+        return episode, frame
 
-    def draw(self, number: int, block: int, key: np.ndarray) -> tuple[int, int]:
-        """(episode, frame) of a keyed draw from all frames of a block."""
+    def draw(self, number: int, block: int | None, key: np.ndarray) -> tuple[int, int]:
+        """(episode, frame) of a keyed draw from all frames of a block, or of the pass."""
         table = self.pass_table(number)
-        start, stop = int(table.block_start[block]), int(table.block_start[block + 1])
+        start, stop = (0, self.frames_per_pass) if block is None else map(int, table.block_start[block : block + 2])
         position = np.array([start + int(key % np.uint64(stop - start))])
-        episode, frame = self._episode_frame(table, position)
+        episode, frame = self._episode_frame(number, table, position)
         return int(episode[0]), int(frame[0])
 
 
@@ -264,6 +290,8 @@ class Order:
         for data in datasets:
             if data.episodes_per_block < 1:
                 raise ValueError(f"{data.name}: episodes_per_block must be at least 1, got {data.episodes_per_block}")
+            if data.subsample is not None and data.subsample < 1:
+                raise ValueError(f"{data.name}: subsample must be at least 1 or None, got {data.subsample}")
             if data.weight > 0 and np.sum(data.frames) < 1:
                 raise ValueError(f"{data.name}: no usable frames, but weight {data.weight}")
         self.datasets = tuple(datasets)
@@ -286,7 +314,7 @@ class Order:
         return shares[lane if len(shares) > 1 else 0]
 
     def _deal(self, data: DatasetFrames) -> list[np.ndarray]:
-        frames, S = np.asarray(data.frames, np.int64), self.num_lanes
+        frames, S = data.shown, self.num_lanes
         usable = np.flatnonzero(frames > 0)
         if S == 1 or len(usable) < 4 * S:
             return [usable]
@@ -388,11 +416,15 @@ class Order:
         return batch * self.batch_size + process_index * local + np.arange(local, dtype=np.int64)
 
     def substitute(self, n: int, attempt: int) -> tuple[int, int]:
-        """(episode, frame) of the keyed `attempt`-th substitute for a damaged sample n, from the same block."""
+        """(episode, frame) of the keyed `attempt`-th substitute for a damaged sample n.
+
+        The first NEAR attempts draw from the same block, whose episodes are in memory; later ones from the lane's whole
+        pass, because a block may have nothing else that is good.
+        """
         sample = self.samples([n])
         walk = self._walk(int(sample.dataset[0]), int(sample.lane[0]))
         key = hash_key(self.seed, "substitute", n, attempt)
-        return walk.draw(int(sample.pass_number[0]), int(sample.block[0]), key)
+        return walk.draw(int(sample.pass_number[0]), int(sample.block[0]) if attempt < NEAR else None, key)
 
     def counts(self, n: int) -> np.ndarray:
         """Samples of each dataset among the first n of the run, (D,) int64."""
@@ -422,6 +454,7 @@ class Order:
                     "frames": int(np.sum(data.frames)),
                     "index_hash": data.index_hash,
                     "episodes_per_block": int(data.episodes_per_block),
+                    "subsample": data.subsample,
                 }
                 for data, weight in zip(self.datasets, self.mixture.weights, strict=True)
             ],

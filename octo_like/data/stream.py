@@ -8,7 +8,6 @@
 What a batch holds depends on the order spec and its number only: not on threads, memory, time, or what was read before.
 """
 
-import concurrent.futures
 import dataclasses
 import queue
 import threading
@@ -18,100 +17,21 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.schema import BatchSpec, Tree
-from octo_like.common.text import TextTable, TextTokenizer
+from octo_like.common.text import TextTokenizer
+from octo_like.data import memory
 from octo_like.data import order as order_lib
-from octo_like.data.assemble import Assembler, Request, TaskOptions, check_spec
-from octo_like.data.episodes import EpisodeStore
-from octo_like.data.frames import MODES
-from octo_like.data.index import PreparedDataset, prepare_datasets
-from octo_like.data.spec import DataError, DatasetSpec, specs_from_config, suggest
+from octo_like.data.assemble import Request, TaskOptions
+from octo_like.data.index import PreparedDataset
+from octo_like.data.plan import OrderPlan, block_sizes, default_lanes
+from octo_like.data.reader import HostOptions, Reader, prepare_mixture
+from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.split_index import MAX_BAD_FRACTION
+from octo_like.data.texts import Paraphrases, load_paraphrases
+from octo_like.data.validation import ValIterator, make_val_iterators
 
-DATA_VERSION = 1
+__all__ = ["Stream", "ValIterator", "default_lanes", "make_train_stream", "make_val_iterators"]
 
-
-@dataclasses.dataclass(frozen=True)
-class HostOptions:
-    """Knobs of this machine. None of them changes a batch.
-
-    Attributes:
-      threads: threads that decode frames (and as many that read episodes).
-      prefetch: batches made ahead of the consumer.
-      memory_gb: encoded episodes kept in memory. Blocks that do not fit are read again; see docs/data.md.
-    """
-
-    threads: int = 2
-    prefetch: int = 2
-    memory_gb: float = 2.0
-
-    def __post_init__(self):
-        if self.threads < 1 or self.prefetch < 1 or self.memory_gb <= 0:
-            raise DataError(f"threads and prefetch must be at least 1, memory_gb positive; got {self}")
-
-
-def default_lanes(process_count: int) -> int:
-    """Lanes of a new run: the process count, rounded up to a power of two."""
-    return 1 << (process_count - 1).bit_length()
-
-
-def _prepared(
-    specs: Mapping[str, Any], data_dir: str | None, cache_dir: str | None, progress: bool
-) -> dict[str, PreparedDataset]:
-    if specs and all(isinstance(value, PreparedDataset) for value in specs.values()):
-        return dict(specs)
-    if data_dir is None:
-        raise DataError("data_dir is needed to read datasets")
-    return prepare_datasets(specs_from_config(specs), data_dir, cache_dir, progress)
-
-
-class _Reader:
-    """What training and validation share: store, table of texts, assembler, threads."""
-
-    def __init__(
-        self,
-        sources: list[tuple[PreparedDataset, Any]],
-        spec: BatchSpec,
-        tokenizer: TextTokenizer | None,
-        task: TaskOptions,
-        decode: str,
-        host: HostOptions,
-    ):
-        if decode not in MODES:
-            raise DataError(f"decode mode {decode!r}; {suggest(decode, MODES)}")
-        if spec.language_length is not None:
-            if tokenizer is None:
-                raise DataError("batches have language, but no text tokenizer was given")
-            if tokenizer.max_length != spec.language_length:
-                raise DataError(
-                    f"the tokenizer makes {tokenizer.max_length} ids, but batches hold language_length="
-                    f"{spec.language_length}"
-                )
-        check_spec([prepared for prepared, _ in sources], spec)
-        table = TextTable(tokenizer) if tokenizer is not None else _NoText()
-        # Two pools: reading ahead must not queue in front of the frames of the present batch.
-        self._readers = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-read")
-        self._decoders = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-decode")
-        self.store = EpisodeStore(sources, spec.image_sizes, table, self._readers, int(host.memory_gb * 2**30))
-        self.assemble = Assembler(
-            sources,
-            spec,
-            self.store,
-            table if tokenizer is not None else None,
-            self._decoders,
-            task=task,
-            decode=decode,
-            threads=host.threads,
-        )
-
-    def close(self) -> None:
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-
-
-class _NoText:
-    """Stands for the text table in a run without language."""
-
-    def rows(self, texts: list[str]) -> np.ndarray:
-        return np.zeros(len(texts), np.int32)
+DATA_VERSION = 2
 
 
 class Stream:
@@ -130,7 +50,7 @@ class Stream:
         datasets: Mapping[str, PreparedDataset],
         batch_spec: BatchSpec,
         tokenizer: TextTokenizer | None,
-        order: order_lib.Order,
+        plan: "OrderPlan",
         order_spec: dict[str, Any],
         *,
         process_index: int,
@@ -138,21 +58,78 @@ class Stream:
         task: TaskOptions,
         decode: str,
         host: HostOptions,
+        paraphrases: Paraphrases | None,
         start: int,
     ):
-        self.order, self.order_spec, self.batch_spec = order, order_spec, batch_spec
+        self.batch_spec = batch_spec
         self.datasets = dict(datasets)
         self.dataset_names = tuple(datasets)
         self.statistics = {name: prepared.statistics for name, prepared in datasets.items()}
         self._process = (process_index, process_count)
-        order.batch_rows(0, process_index, process_count)  # raises here rather than in a thread
-        sources = [(prepared, prepared.train) for prepared in datasets.values()]
-        self._reader = _Reader(sources, batch_spec, tokenizer, task, decode, host)
-        self._prefetch = host.prefetch
-        self._ahead: dict[tuple[int, int], tuple[Any, int]] = {}  # episodes of the next block already asked for
+        self._plan, self._host, self._rest_of_spec = plan, host, order_spec
+        self._indices = [prepared.train for prepared in datasets.values()]
         self._worker: _Worker | None = None
+        self._use_order(plan.make())
+        sources = [(prepared, prepared.train) for prepared in datasets.values()]
+        self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases)
         self._batch = 0
         self.seek(start)
+
+    def _use_order(self, order: order_lib.Order) -> None:
+        self.order = order
+        self.order_spec = {**self._rest_of_spec, "order": order.spec()}
+        self._ahead: dict[tuple[int, int], tuple[Any, int]] = {}  # episodes of the next block already asked for
+
+    def adopt(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what the first start of a run derived and froze: the number of lanes, unless this stream was given
+        one, and the episodes per block, unless they were given or the memory knob is another one.
+
+        So a run goes on with more or fewer processes, which derive other numbers. Everything else is left as it is, and
+        is a difference (`order.spec_differences`) if it differs.
+
+        Raises:
+          DataError: blocks that were sized for more processes do not fit into this one's memory.
+        """
+        frozen = saved.get("order", {})
+        blocks = {d["name"]: d["episodes_per_block"] for d in frozen.get("datasets", ())}
+        same = saved.get("memory") == self._rest_of_spec["memory"] and set(blocks) == set(self.datasets)
+        lanes = frozen.get("num_lanes", self.order.num_lanes)
+        now = {name: d.episodes_per_block for name, d in zip(self.datasets, self.order.datasets, strict=True)}
+        derived = self._plan.blocks is None and same
+        order = self._plan.make(lanes if self._plan.num_lanes is None else None, blocks if derived else now)
+        if order.spec() == self.order.spec():
+            return
+        count = self._process[1]
+        stored = self._plan.stored_bytes(order)
+        if derived and stored > self._host.memory_gb * 2**30:
+            most = order.num_lanes
+            fits = next(
+                (p for p in (2**i for i in range(20)) if p >= count * stored / self._host.memory_gb / 2**30), most
+            )
+            raise DataError(
+                f"the blocks of this run were sized for fewer lanes per process: {order.num_lanes} lanes on {count} "
+                f"process(es) take {stored / 2**30:.3g} GB each, but host_memory_gb is {self._host.memory_gb:g}; use "
+                f"{min(fits, most)} processes"
+            )
+        self._stop_worker()
+        self._use_order(order)
+
+    def memory_line(self) -> str:
+        """What this process is going to take, in words. Raises DataError when the machine has less."""
+        batches = (self._host.prefetch + 2) * self._plan.batch_bytes(self.batch_spec) / self._process[1]
+        limit = self._host.memory_gb * memory.STORED * 2**30
+        need = self._plan.stored_bytes(self.order)
+        line = memory.check_fits(min(need, limit), batches)
+        if need > limit:
+            line += (
+                f". Blocks of {need / 2**30:.3g} GB do not fit into host_memory_gb: episodes will be read repeatedly"
+            )
+        return line
+
+    @property
+    def bad_counts(self) -> dict[str, int]:
+        """{dataset: damaged records met since this stream was made}."""
+        return self._reader.damage.counts
 
     def __iter__(self) -> Iterator[Tree]:
         return self
@@ -175,7 +152,7 @@ class Stream:
 
     def __next__(self) -> Tree:
         if self._worker is None:
-            self._worker = _Worker(self.batch, self._batch, self._prefetch)
+            self._worker = _Worker(self.batch, self._batch, self._host.prefetch)
         batch = self._worker.get()
         self._batch += 1
         return batch
@@ -183,7 +160,18 @@ class Stream:
     def batch(self, number: int) -> Tree:
         """This process's rows of the global batch `number` (samples from number * B on). Moves nothing."""
         samples = self.order.samples(self.order.batch_rows(number, *self._process))
-        batch = self._reader.assemble(Request(samples.n, samples.dataset, samples.episode, samples.frame, samples.key))
+        step = np.empty_like(samples.frame)
+        for d, index in enumerate(self._indices):
+            rows = samples.dataset == d
+            step[rows] = index.step_of(samples.episode[rows], samples.frame[rows])
+
+        def substitute(row: int, attempt: int) -> tuple[int, int]:
+            episode, frame = self.order.substitute(int(samples.n[row]), attempt)
+            index = self._indices[int(samples.dataset[row])]
+            return episode, int(index.step_of(np.array([episode]), np.array([frame]))[0])
+
+        request = Request(samples.n, samples.dataset, samples.episode, step, samples.key)
+        batch = self._reader.assemble(request, substitute)
         self._read_ahead(samples)
         return batch
 
@@ -274,16 +262,23 @@ def make_train_stream(
     process_index: int = 0,
     process_count: int = 1,
     num_lanes: int | None = None,
-    episodes_per_block: int = 256,
+    episodes_per_block: int | Mapping[str, int] | None = None,
+    balance_weights: bool = False,
     decode: str = "parity",
     keep_goal_prob: float = 0.5,
     max_goal_distance: int | None = None,
     octo_compat: bool = False,
+    drop_task_prob: float = 0.0,
+    paraphrases: str | None = None,
+    paraphrase_prob: float = 0.5,
+    image_dropout_prob: float = 0.0,
+    image_dropout_keep: str | None = None,
     cache_dir: str | None = None,
     exact: bool = True,
     host_threads: int = 2,
     prefetch: int = 2,
     host_memory_gb: float = 2.0,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     start: int = 0,
     progress: bool = True,
 ) -> Stream:
@@ -294,19 +289,27 @@ def make_train_stream(
       batch_spec: schema of the batches.
       text_tokenizer: needed when the batches have language.
       data_dir: folder of the TFDS datasets (not needed for prepared ones).
-      seed, batch_size, num_lanes, episodes_per_block: the order; see `octo_like.data.order`. `batch_size` is global.
+      seed, batch_size, num_lanes: the order; see `octo_like.data.order`. `batch_size` is global.
+      episodes_per_block: frames are shuffled within this many episodes; one number, or one for each dataset. None: as
+        many as `host_memory_gb` holds (`octo_like.data.memory`); then that, too, is part of the order.
+      balance_weights: multiply the weights by the datasets' usable frames.
       process_index, process_count: whose rows of each batch to make.
       decode: "parity" or "fast"; see `octo_like.data.frames`.
-      keep_goal_prob, max_goal_distance, octo_compat: see `TaskOptions`.
+      keep_goal_prob, max_goal_distance, octo_compat, drop_task_prob, paraphrase_prob, image_dropout_prob,
+        image_dropout_keep: see `TaskOptions`.
+      paraphrases: a JSON file; see `octo_like.data.texts`.
       cache_dir: where indices are kept; default beside the data.
       exact: refuse functions with stateful randomness; False: name them in `order_spec["approximate"]` instead.
-      host_threads, prefetch, host_memory_gb: see `HostOptions`.
+      host_threads, prefetch, host_memory_gb, max_bad_fraction: see `HostOptions`.
       start: global sample number to begin at.
 
     Raises:
       DataError (a ValueError): whatever is wrong with data or settings, with the valid choices.
     """
-    datasets = _prepared(specs, data_dir, cache_dir, progress)
+    host = HostOptions(host_threads, prefetch, host_memory_gb, max_bad_fraction)
+    datasets = prepare_mixture(
+        specs, data_dir, cache_dir, progress, max_bad_fraction=max_bad_fraction, process_index=process_index
+    )
     approximate = [name for name, d in datasets.items() if d.function.random_ops]
     if exact and approximate:
         d = datasets[approximate[0]]
@@ -314,22 +317,39 @@ def make_train_stream(
             f"{d.key}: standardize={d.spec.standardize!r} uses {', '.join(d.function.random_ops)}, whose results no "
             "resume can repeat; use tf.random.stateless_*, or accept it with exact=False"
         )
-    task = TaskOptions(keep_goal_prob, max_goal_distance, octo_compat)
-    host = HostOptions(host_threads, prefetch, host_memory_gb)
-    frames = [
-        order_lib.DatasetFrames(name, d.spec.weight, d.train.frames, d.train.hash, episodes_per_block)
-        for name, d in datasets.items()
-    ]
-    try:
-        order = order_lib.Order(
-            frames, seed=seed, batch_size=batch_size, num_lanes=num_lanes or default_lanes(process_count)
-        )
-        order.batch_rows(0, process_index, process_count)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    said = load_paraphrases(paraphrases) if paraphrases is not None else None
+    task = TaskOptions(
+        keep_goal_prob,
+        max_goal_distance,
+        octo_compat,
+        drop_task_prob,
+        paraphrase_prob if said is not None else 0.0,
+        image_dropout_prob,
+        image_dropout_keep,
+    )
+    weights = {name: d.spec.weight for name, d in datasets.items()}
+    if balance_weights:
+        sizes = [int(d.train.frames.sum(dtype=np.int64)) for d in datasets.values()]
+        try:
+            balanced = order_lib.balanced_weights(list(weights.values()), sizes).tolist()
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        weights = dict(zip(weights, balanced, strict=True))
+    plan = OrderPlan(
+        datasets=datasets,
+        weights=weights,
+        seed=seed,
+        batch_size=batch_size,
+        num_lanes=num_lanes,
+        blocks=block_sizes(episodes_per_block, datasets),
+        process_index=process_index,
+        process_count=process_count,
+        host_memory_gb=host_memory_gb,
+        slots=len(batch_spec.image_sizes),
+    )
     order_spec = {
         "data_version": DATA_VERSION,
-        "order": order.spec(),
+        "memory": {"host_memory_gb": float(host_memory_gb)} if episodes_per_block is None else None,
         "approximate": approximate,
         "decode": decode,
         "task": dataclasses.asdict(task),
@@ -340,6 +360,7 @@ def make_train_stream(
             "heads": list(batch_spec.heads),
         },
         "tokenizer": text_tokenizer.fingerprint if text_tokenizer is not None else None,
+        "paraphrases": said.hash if said is not None else None,
         "normalization": {
             name: {"kind": d.spec.normalization, "mask": d.statistics["action"]["mask"].tolist(), "head": d.spec.head}
             for name, d in datasets.items()
@@ -349,94 +370,13 @@ def make_train_stream(
         datasets,
         batch_spec,
         text_tokenizer,
-        order,
+        plan,
         order_spec,
         process_index=process_index,
         process_count=process_count,
         task=task,
         decode=decode,
         host=host,
+        paraphrases=said,
         start=start,
     )
-
-
-class ValIterator:
-    """Finite batches of the validation episodes of one dataset, the same every time it is iterated.
-
-    Frames are taken in a keyed order that depends on the data alone. All batches are full: a last partial one is left
-    out, and a dataset with fewer frames than one batch repeats them. `len()` is the number of batches.
-    """
-
-    def __init__(
-        self,
-        dataset_id: int,
-        prepared: PreparedDataset,
-        reader: _Reader,
-        batch_size: int,
-        max_batches: int | None,
-        process_index: int,
-        process_count: int,
-    ):
-        if batch_size % process_count:
-            raise DataError(f"{process_count} processes do not divide the validation batch size {batch_size}")
-        self.name = prepared.key
-        frames = prepared.val.frames.astype(np.int64)
-        self.num_frames, self.num_episodes = int(frames.sum()), len(frames)
-        self._dataset_id, self._reader, self._batch_size = dataset_id, reader, batch_size
-        self._rows = np.arange(process_index, process_index + 1) * (batch_size // process_count)
-        self._local = batch_size // process_count
-        episode = np.repeat(np.arange(len(frames)), frames)
-        frame = np.arange(len(episode)) - np.repeat(np.cumsum(frames) - frames, frames)
-        ranked = order_lib.permutation(len(episode), "validation", prepared.val.hash)
-        self._episode, self._frame = episode[ranked], frame[ranked]
-        available = max(1, len(episode) // batch_size)
-        self._num_batches = available if max_batches is None else min(available, max_batches)
-        self._key = order_lib.hash_key("validation", prepared.val.hash, np.arange(len(episode)))
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[Tree]:
-        for number in range(self._num_batches):
-            position = number * self._batch_size + int(self._rows[0]) + np.arange(self._local)
-            rows = position % len(self._episode)
-            dataset = np.full(self._local, self._dataset_id, np.int32)
-            yield self._reader.assemble(
-                Request(position, dataset, self._episode[rows], self._frame[rows], self._key[rows])
-            )
-
-
-def make_val_iterators(
-    specs: Mapping[str, DatasetSpec | PreparedDataset | Mapping[str, Any]],
-    batch_spec: BatchSpec,
-    text_tokenizer: TextTokenizer | None,
-    *,
-    data_dir: str | None = None,
-    batch_size: int,
-    max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    decode: str = "parity",
-    keep_goal_prob: float = 0.5,
-    max_goal_distance: int | None = None,
-    octo_compat: bool = False,
-    cache_dir: str | None = None,
-    host_threads: int = 2,
-    host_memory_gb: float = 0.5,
-    progress: bool = True,
-) -> dict[str, ValIterator]:
-    """Validation data per dataset, {name: ValIterator}; datasets without validation episodes are left out.
-
-    It has a store of its own: validating never moves or slows the training stream's position. Values are normalised
-    with the statistics of the training episodes. Arguments as in `make_train_stream`; dataset ids are those of `specs`.
-    """
-    datasets = _prepared(specs, data_dir, cache_dir, progress)
-    sources = [(prepared, prepared.val) for prepared in datasets.values()]
-    task = TaskOptions(keep_goal_prob, max_goal_distance, octo_compat)
-    host = HostOptions(threads=host_threads, memory_gb=host_memory_gb)
-    reader = _Reader(sources, batch_spec, text_tokenizer, task, decode, host)
-    return {
-        name: ValIterator(i, prepared, reader, batch_size, max_batches, process_index, process_count)
-        for i, (name, prepared) in enumerate(datasets.items())
-        if prepared.val.frames.sum()
-    }

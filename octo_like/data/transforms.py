@@ -15,12 +15,12 @@ They are the reference for what the stream does sample by sample (the index arit
 `octo_like.data.indices`), and they serve pipelines written on `TrajectoryDataset`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octo_like.common import normalization
 from octo_like.data import indices
-from octo_like.data.rlds import select
+from octo_like.data.rlds import relative_chunks, select
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 
@@ -151,6 +151,45 @@ def drop_task_conditioning(trajectory: Trajectory, draws: tf.Tensor, keep_goal_p
     if "timestep" in task:
         task["timestep"] = tf.where(keep_images, task["timestep"], last)
     return {**trajectory, "task": {**task, "pad_mask_dict": masks}}
+
+
+def drop_images(trajectory: Trajectory, draws: tf.Tensor, probability: float, keep: tf.Tensor) -> Trajectory:
+    """Drops whole cameras from single steps: their images become zeros and their `pad_mask_dict` entries False.
+
+    Args:
+      draws: (T, n) float32 uniform in [0, 1), a column per image key in alphabetical order.
+      probability: of an image to be dropped.
+      keep: (T,) int32 number of the image that is never dropped.
+    """
+    observation = dict(trajectory["observation"])
+    masks, keys = dict(observation["pad_mask_dict"]), sorted(key for key in observation if key.startswith("image_"))
+    present = tf.stack([masks[key] for key in keys], axis=-1)
+    kept = indices.kept_images(present, draws, probability, keep)
+    for i, key in enumerate(keys):
+        image, masks[key] = observation[key], kept[:, i]
+        empty = tf.fill(tf.shape(image), "") if image.dtype == tf.string else tf.zeros_like(image)
+        observation[key] = tf.where(tf.reshape(kept[:, i], [-1] + [1] * (image.shape.rank - 1)), image, empty)
+    return {**trajectory, "observation": {**observation, "pad_mask_dict": masks}}
+
+
+def relative_actions(trajectory: Trajectory, relative_to: Sequence[int | None], length: int) -> Trajectory:
+    """Absolute actions (T, A) to chunks (T, length, A) relative to the step's own proprioception, before normalisation.
+
+    See `octo_like.data.rlds.relative_chunks`; `chunk` then takes the first actions of each.
+    """
+    action = relative_chunks(trajectory["action"], trajectory["observation"]["proprio"], relative_to, length)
+    return {**trajectory, "action": action}
+
+
+def subsample(trajectory: Trajectory, draws: tf.Tensor, length: int) -> Trajectory:
+    """At most `length` steps, in order: those with the smallest draws. After `chunk`, so that windows stay whole.
+
+    Args:
+      draws: (T,) float32 uniform in [0, 1).
+    """
+    count = tf.minimum(_steps(trajectory), length)
+    chosen = tf.sort(tf.argsort(draws, stable=True)[:count])
+    return tf.nest.map_structure(lambda x: tf.gather(x, chosen), trajectory)
 
 
 def chunk(trajectory: Trajectory, window_size: int, action_horizon: int, *, octo_compat: bool = False) -> Trajectory:

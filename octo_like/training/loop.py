@@ -22,7 +22,7 @@ from octo_like.model.policy import Policy
 from octo_like.training import sharding
 from octo_like.training.augment import Augmentation
 from octo_like.training.checkpoint import Checkpointer
-from octo_like.training.distributed import EXIT_PREEMPTED, Preemption, is_main
+from octo_like.training.distributed import EXIT_PREEMPTED, Preemption, fingerprint_across_hosts, is_main
 from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
 from octo_like.training.metrics import METRICS_FILE, Clock, MetricsWriter, Progress, read_metrics
 from octo_like.training.optimizer import frozen_paths, make_optimizer, make_schedule
@@ -109,6 +109,8 @@ def run_loop(run: Run) -> int:
         Preemption() as preemption,
     ):
         state, clock = _resume(run, checkpointer, state, shardings)
+        # Hosts that index other files, or derive other blocks, would make batches that do not belong together.
+        fingerprint_across_hosts(json.loads(json.dumps(stream.order_spec)), "the data or its order")
         start = step = int(jax.device_get(state.step))
         if start >= config.num_steps:
             log.warning("already at step %d of %d; evaluating and exporting again", start, config.num_steps)

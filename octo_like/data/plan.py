@@ -1,0 +1,99 @@
+"""From a mixture and its settings to an order: which numbers were given, and which are derived from this start."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from octo_like.common.schema import BatchSpec
+from octo_like.data import memory
+from octo_like.data import order as order_lib
+from octo_like.data.index import PreparedDataset
+from octo_like.data.spec import DataError, suggest
+
+
+def default_lanes(process_count: int) -> int:
+    """Lanes of a new run: the process count, rounded up to a power of two."""
+    return 1 << (process_count - 1).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderPlan:
+    """What an order is made of, and which of it was given rather than derived.
+
+    Attributes:
+      weights: share of the samples of each dataset.
+      num_lanes: as given; None: derived from the process count.
+      blocks: episodes per block as given; None: derived from host_memory_gb.
+    """
+
+    datasets: Mapping[str, PreparedDataset]
+    weights: Mapping[str, float]
+    seed: int
+    batch_size: int
+    num_lanes: int | None
+    blocks: Mapping[str, int] | None
+    process_index: int
+    process_count: int
+    host_memory_gb: float
+    slots: int
+
+    def make(self, num_lanes: int | None = None, blocks: Mapping[str, int] | None = None) -> order_lib.Order:
+        """The order, with derived values replaced by those that are passed."""
+        lanes = num_lanes or self.num_lanes or default_lanes(self.process_count)
+        blocks = blocks or self.blocks
+        try:
+            order = self._order(lanes, blocks or dict.fromkeys(self.datasets, 1))
+            order.batch_rows(0, self.process_index, self.process_count)  # raises here rather than in a thread
+            if blocks is None:
+                blocks = memory.plan_blocks(
+                    self.datasets,
+                    self.weights,
+                    host_memory_gb=self.host_memory_gb,
+                    num_lanes=lanes,
+                    lanes_here=lanes // self.process_count,
+                    slots=self.slots,
+                )
+                order = self._order(lanes, blocks)
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        return order
+
+    def _order(self, lanes: int, blocks: Mapping[str, int]) -> order_lib.Order:
+        frames = [
+            order_lib.DatasetFrames(
+                name, self.weights[name], d.train.frames, d.train.hash, blocks[name], d.spec.subsample_length
+            )
+            for name, d in self.datasets.items()
+        ]
+        return order_lib.Order(frames, seed=self.seed, batch_size=self.batch_size, num_lanes=lanes)
+
+    def stored_bytes(self, order: order_lib.Order) -> float:
+        """Encoded episodes that this process holds."""
+        return memory.expected_bytes(
+            self.datasets,
+            self.weights,
+            {data.name: data.episodes_per_block for data in order.datasets},
+            num_lanes=order.num_lanes,
+            lanes_here=order.num_lanes // self.process_count,
+            slots=self.slots,
+        )
+
+    def batch_bytes(self, spec: BatchSpec) -> int:
+        """Bytes of the decoded frames of one global batch."""
+        frames = {slot: spec.window_size + (slot in spec.goal_images) for slot in spec.image_sizes}
+        return self.batch_size * sum(3 * h * w * frames[slot] for slot, (h, w) in spec.image_sizes.items())
+
+
+def block_sizes(given: int | Mapping[str, int] | None, names: Mapping[str, Any]) -> dict[str, int] | None:
+    """Episodes per block of each dataset as given; None: to be derived."""
+    if given is None or isinstance(given, int):
+        return None if given is None else dict.fromkeys(names, given)
+    given = dict(given)
+    wrong = sorted(set(given) ^ set(names))
+    if wrong:
+        raise DataError(
+            f"episodes_per_block: {wrong[0]!r} is not in both it and the mixture; {suggest(wrong[0], names)}"
+        )
+    return {name: int(value) for name, value in given.items()}
