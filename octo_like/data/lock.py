@@ -52,6 +52,21 @@ def _look(path: str) -> str | None:
         return None
 
 
+def _is_dead(holder: str) -> bool:
+    """Whether the holder was a process of this machine that is no more: nobody has to wait for its pulse to fail."""
+    host, _, rest = holder.partition(":")
+    pid = rest.partition(":")[0]
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class _Pulse:
     """Rewrites the lock file every few seconds while the builder works."""
 
@@ -115,8 +130,8 @@ def build_once(
         if content != seen:
             seen, changed = content, now
         holder = (seen or "another process").split(" ")[0]
-        if seen is not None and now - changed > STALE_SECONDS:
-            log.warning("%s: %s has shown no sign of life for %.0f s; building here", what, holder, now - changed)
+        if seen is not None and (now - changed > STALE_SECONDS or _is_dead(holder)):
+            log.warning("%s: %s is dead or has been silent for %.0f s; building here", what, holder, now - changed)
             try:
                 tf.io.gfile.remove(lock)
             except tf.errors.NotFoundError:

@@ -1,0 +1,192 @@
+"""Building an index: several files at a time, after a kill, once for several processes, on the command line."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from octo_like.data import lock, rlds, scan, split_index
+from octo_like.data.index import prepare_dataset
+from octo_like.data.rlds import EpisodeFunction
+from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.split_index import cache_folder, load_index
+
+
+def opened(toy, **changes):
+    spec = DatasetSpec.from_dict(toy.fields(**changes))
+    split = rlds.open_split(spec.name, toy.data_dir, spec.version, spec.split)
+    return split, EpisodeFunction(spec, split.features)
+
+
+def files_of(folder):
+    """{name: content} of a finished index (an .npz as arrays)."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).iterdir()):
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                found |= {f"{path.name}/{key}": arrays[key].tobytes() for key in arrays.files}
+        else:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def test_any_number_of_workers_builds_the_same(toy, tmp_path):
+    split, function = opened(toy)
+    built = []
+    for workers in (1, 3):
+        whole = load_index(split, function, str(tmp_path / str(workers)), progress=False, workers=workers)
+        built.append(files_of(whole.folder))
+        assert whole.index.first.tolist() == np.concatenate([[0], np.cumsum(whole.index.steps)[:-1]]).tolist()
+    assert built[0] == built[1] and set(built[0]) > {"rows.npy"}
+    rows = np.load(tmp_path / "3" / "toy_buttons" / "1.0.0" / pathlib.Path(whole.folder).name / "rows.npy")
+    want = [
+        np.concatenate([s["control"], s["observation"]["joints"], [s["observation"]["aperture"]]]).astype(np.float32)
+        for episode in toy.episodes
+        for s in episode
+    ]
+    np.testing.assert_array_equal(rows, np.stack(want))
+
+
+KILLED = """
+import os, signal, sys, json
+from octo_like.data import split_index
+from octo_like.data.index import prepare_dataset
+from octo_like.data.spec import DatasetSpec
+
+scan_file, done = split_index.scan_file, []
+
+def scan_two_files(*args):
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(args)
+    return scan_file(*args)
+
+split_index.scan_file = scan_two_files
+fields, data_dir, cache = json.loads(sys.argv[1])
+prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, workers=1)
+"""
+
+
+def test_a_killed_pass_goes_on(toy, tmp_path, monkeypatch, repository):
+    arguments = json.dumps([toy.fields(), toy.data_dir, str(tmp_path)])
+    killed = subprocess.run([sys.executable, "-c", KILLED, arguments], cwd=repository, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert sorted(path.name for path in tmp_path.rglob("parts/*")) == ["00000.npz", "00001.npz"]
+    assert len(list(tmp_path.rglob("*.lock"))) == 1  # the dead process left it; nobody waits for it
+    read = []
+
+    def counted(split, number, *rest):
+        read.append(number)
+        return scan.scan_file(split, number, *rest)
+
+    monkeypatch.setattr(split_index, "scan_file", counted)
+    spec = DatasetSpec.from_dict(toy.fields())
+    prepared = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), progress=False, workers=2)
+    assert read == [2]
+    assert not list(tmp_path.rglob("parts")) and not list(tmp_path.rglob("*.lock"))
+    fresh = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path / "fresh"), progress=False)
+    assert prepared.train.hash == fresh.train.hash
+    for key, value in fresh.statistics["action"].items():
+        np.testing.assert_array_equal(prepared.statistics["action"][key], value)
+
+
+# ---------------------------------------------------------------- one builder
+
+
+def test_one_builds_and_the_others_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
+    target, builders, started = tmp_path / "index.npz", [], threading.Event()
+
+    def build(number):
+        def write():
+            builders.append(number)
+            started.set()
+            while len(waiting) < 3:  # until the others have looked
+                time.sleep(0.01)
+            target.write_text("done")
+
+        return write
+
+    waiting = []
+    look = lock._look
+    monkeypatch.setattr(lock, "_look", lambda path: waiting.append(path) or look(path))
+    threads = [
+        threading.Thread(target=lock.build_once, args=(str(target), build(i)), kwargs=dict(what="it", process_index=i))
+        for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert builders == [0] and not (tmp_path / "index.npz.lock").exists()
+
+
+def test_a_silent_builder_is_replaced(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)
+    target = tmp_path / "index.npz"
+    (tmp_path / "index.npz.lock").write_text("another-host:17:abc 4")
+    lock.build_once(str(target), lambda: target.write_text("done"), what="index of toy", process_index=1)
+    assert target.read_text() == "done" and "another-host:17:abc is dead or has been silent" in caplog.text
+
+
+def test_waiting_ends_with_a_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
+    (tmp_path / "index.npz.lock").write_text("another-host:17:abc 4")
+    with pytest.raises(DataError, match=r"index of toy: waited 0 s for another-host:17:abc.*delete .*lock"):
+        lock.build_once(str(tmp_path / "index.npz"), lambda: None, what="index of toy", wait_seconds=0.1)
+
+
+def test_hosts_that_share_no_disk_build_for_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "HOLDER_SECONDS", 0.2)
+    target = tmp_path / "index.npz"
+    lock.build_once(str(target), lambda: target.write_text("done"), what="it", process_index=3)
+    assert target.exists()
+
+
+def test_a_failing_build_frees_the_lock(tmp_path):
+    def fail():
+        raise DataError("no")
+
+    with pytest.raises(DataError, match="no"):
+        lock.build_once(str(tmp_path / "index.npz"), fail, what="it")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the cache's name
+
+
+def test_the_folder_is_keyed_by_files_and_definition(copied, toy, tmp_path):
+    split, function = opened(copied)
+    folder = cache_folder(split, function, str(tmp_path))
+    assert folder == cache_folder(*opened(toy), str(tmp_path))  # wherever the data lies
+    others = {
+        cache_folder(*opened(copied, proprio_keys=("joints",)), str(tmp_path)),
+        cache_folder(*opened(copied, relative_to=(0, 1, None, None), chunk_length=3), str(tmp_path)),
+        cache_folder(*opened(copied, image_keys={}), str(tmp_path)),
+    }
+    path = sorted(copied.path.glob("*tfrecord*"))[0]
+    path.write_bytes(path.read_bytes() + b"x")
+    others.add(cache_folder(*opened(copied), str(tmp_path)))
+    assert len(others) == 4 and folder not in others
+    # Filters by value need no other index.
+    assert cache_folder(*opened(toy, max_action=3.0), str(tmp_path)) == folder
+
+
+def test_prepare_data_on_the_command_line(toy, tmp_path, repository):
+    command = [sys.executable, "scripts/prepare_data.py", "--data_dir", toy.data_dir, "--cache_dir", str(tmp_path)]
+    fields = {key: value for key, value in toy.fields(idle_threshold=0.8).items() if key != "name"}
+    settings = [f"{key}={json.dumps(value)}" for key, value in fields.items()]
+    done = subprocess.run(
+        [*command, toy.name, "--workers", "2", "--set", *settings], cwd=repository, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"filters leave out" in done.stdout and list(tmp_path.rglob("index.npz"))
