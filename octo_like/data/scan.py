@@ -6,6 +6,7 @@ fails too, or the file ends early, nothing says where the next record begins: th
 
 import collections
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -99,7 +100,15 @@ def record_length(path: str, offset: int, file_bytes: int) -> int | None:
 # ---------------------------------------------------------------- the pass
 
 
-@tf.autograph.experimental.do_not_convert
+@functools.lru_cache(maxsize=64)
+def traced_summary(function: EpisodeFunction) -> Callable[[tf.Tensor], dict[str, Any]]:
+    """`_summary` as a graph that all files of a dataset share: tracing it takes longer than reading a small file."""
+    signature = [tf.TensorSpec([], tf.string)]
+    summary = tf.function(lambda record: _summary(record, function), input_signature=signature, autograph=False)
+    summary.get_concrete_function()
+    return summary
+
+
 def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]:
     episode = function.episode(serialized)
     language = episode.get("language", tf.constant([], tf.string))
@@ -134,8 +143,9 @@ class _Cursor:
             return self._taken(self._single(self._path, tf.constant(self._offset, tf.int64)))
         if self._stream is None:
             records = tf.data.TFRecordDataset(self._path, buffer_size=8 << 20)
-            summary = tf.autograph.experimental.do_not_convert(lambda record: _summary(record, self._function))
-            self._stream = iter(records.map(summary).prefetch(2))
+            summary = traced_summary(self._function)
+            call = tf.autograph.experimental.do_not_convert(lambda record: summary(record))
+            self._stream = iter(records.map(call).prefetch(2))
         return self._taken(next(self._stream))
 
     def _taken(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +160,9 @@ class _Cursor:
 
     def retry(self) -> None:
         """Goes on with the same record, now by itself."""
+        summary = traced_summary(self._function)
         self._single = tf.function(
-            lambda path, offset: _summary(rlds.read_record(path, offset), self._function),
+            lambda path, offset: summary(rlds.read_record(path, offset)),
             input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int64)],
             autograph=False,
         )

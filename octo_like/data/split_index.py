@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
-from octo_like.data.scan import COLUMNS, FileSummary, scan_file
+from octo_like.data.scan import COLUMNS, FileSummary, scan_file, traced_summary
 from octo_like.data.spec import DataError
 from octo_like.data.statistics import RowWriter
 from octo_like.data.tf import tf
@@ -230,6 +230,7 @@ def _build(
     finished = [number for number in numbers if os.path.basename(part[number]) in done]
     if finished:
         log.info("%s: %d of %d files were indexed by an earlier pass", folder, len(finished), len(part))
+    traced_summary(function)  # once, before the threads ask for it
     # Files with damage are not kept as parts: once repaired, they must be read again.
     with_damage: dict[int, FileSummary] = {}
     bar_lock, damaged = threading.Lock(), 0

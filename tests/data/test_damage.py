@@ -1,0 +1,367 @@
+"""Real files, damaged on purpose: what is left out, what is substituted, what is fatal, and what stays as it was."""
+
+import dataclasses
+import logging
+import pathlib
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from octo_like.common.schema import BatchSpec, flatten
+from octo_like.common.text import TextTokenizer
+from octo_like.data import episodes as episodes_module
+from octo_like.data import scan
+from octo_like.data.index import prepare_dataset
+from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.stream import make_train_stream, make_val_iterators
+from octo_like.data.tf import tf
+
+SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52), "wrist": (24, 24)}, ("primary",), proprio_dim=4, language_length=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.load("builtin", 8)
+
+
+def prepare(toy, fraction=0.3, cache=None, **changes):
+    spec = DatasetSpec.from_dict(toy.fields(**({"val_fraction": 0} | changes)))
+    return prepare_dataset("toy", spec, toy.data_dir, cache, progress=False, max_bad_fraction=fraction)
+
+
+def stream_of(prepared, tokenizer, **options):
+    options = dict(seed=3, batch_size=16, episodes_per_block=6, host_threads=2, max_bad_fraction=0.3) | options
+    return make_train_stream({"toy": prepared}, SPEC, tokenizer, **options)
+
+
+def path_of(toy, number):
+    return sorted(toy.path.glob("*tfrecord*"))[number]
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x40
+    path.write_bytes(bytes(content))
+
+
+def damage(index, episode):
+    """Flips a byte in the middle of a record."""
+    path = index.files[index.file[episode]]
+    with open(path, "rb+") as file:
+        file.seek(int(index.offset[episode]) + 12 + int(index.length[episode]) // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def rewrite(path, change):
+    """Writes a file anew with `change(number, tf.train.Example)` applied; checksums are right."""
+    records = [record.numpy() for record in tf.data.TFRecordDataset(str(path))]
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for number, record in enumerate(records):
+            example = tf.train.Example.FromString(record)
+            content = change(number, example)
+            writer.write(example.SerializeToString() if content is None else content)
+
+
+def equal_rows(a, b):
+    """(N,) bool: rows of two batches that are bitwise equal."""
+    a, b = dict(flatten(a)), dict(flatten(b))
+    assert a.keys() == b.keys()
+    same = [(a[k] == b[k]).reshape(len(a[k]), -1).all(1) for k in a]
+    return np.all(same, axis=0)
+
+
+# ---------------------------------------------------------------- when it is indexed
+
+
+def test_the_checksum_is_that_of_the_format(toy):
+    assert scan.masked_crc32c(b"123456789") == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    content = path_of(toy, 0).read_bytes()
+    assert scan.masked_crc32c(content[:8]) == int.from_bytes(content[8:12], "little")
+
+
+@pytest.mark.parametrize("where", ["data", "footer"])
+def test_a_record_with_a_flipped_byte_is_left_out_alone(copied, original, where, caplog):
+    whole = original.train
+    victim = int(np.flatnonzero(whole.file == 1)[2])
+    inside = 12 + int(whole.length[victim]) + (2 if where == "footer" else -5)
+    flip(path_of(copied, 1), int(whole.offset[victim]) + inside)
+    with pytest.raises(
+        DataError, match=r"(?s)episode 2 \(byte \d+\) is damaged.*1 of 23 records.*max_bad_fraction=0.01"
+    ):
+        prepare(copied, 0.01)
+    with caplog.at_level(logging.WARNING):
+        left = prepare(copied)
+    others = np.delete(np.arange(23), victim)
+    for name in ("offset", "length", "record_hash", "record", "file", "frames"):
+        np.testing.assert_array_equal(getattr(left.train, name), getattr(whole, name)[others])
+    assert len(left.damaged) == 1 and f"{path_of(copied, 1).name}: episode 2 " in left.damaged[0]
+    assert "1 of 23 records were damaged" in caplog.text and "delete" in caplog.text
+    # The limit counts for an index from the cache as well.
+    with pytest.raises(DataError, match="1 of 23 records are damaged"):
+        prepare(copied, 0.01)
+
+
+def test_behind_a_damaged_header_nothing_can_be_found(copied, original):
+    whole = original.train
+    flip(path_of(copied, 2), int(whole.offset[np.flatnonzero(whole.file == 2)[3]]))
+    left = prepare(copied)
+    lost = int((whole.file == 2).sum()) - 3
+    assert len(left.train) == 23 - lost and len(left.damaged) == lost
+    assert "episode 3" in left.damaged[0] and "episode 4 is lost behind it" in left.damaged[1]
+
+
+@pytest.mark.parametrize("cut", ["inside", "between"])
+def test_a_truncated_file(copied, original, cut):
+    whole = original.train
+    last = int(np.flatnonzero(whole.file == 0)[-1])
+    with open(path_of(copied, 0), "rb+") as file:
+        file.truncate(int(whole.offset[last]) + (0 if cut == "between" else 40))
+    left = prepare(copied)
+    assert len(left.train) == 22 and len(left.damaged) == 1
+    assert left.damaged[0].startswith(str(path_of(copied, 0))) and "truncated" in left.damaged[0]
+
+
+def test_a_missing_file(copied, original):
+    whole = original.train
+    path_of(copied, 1).unlink()
+    left = prepare(copied, 0.5)
+    assert len(left.damaged) == (whole.file == 1).sum() and set(left.train.file) == {0, 2}
+    assert "00001-of-00003: the file is missing" in left.damaged[0]
+    with pytest.raises(DataError, match="1 of 3 files.*are missing.*00001-of-00003"):
+        prepare(copied, 0.1)
+
+
+def test_a_record_that_is_no_episode_and_one_of_another_shape(copied):
+    def change(number, example):
+        if number == 1:
+            return b"certainly not a protocol buffer"
+        if number == 4:
+            del example.features.feature["steps/observation/joints"].float_list.value[-1]
+
+    rewrite(path_of(copied, 0), change)
+    left = prepare(copied)
+    assert [message.split(":")[1].split("(")[0] for message in left.damaged] == [" episode 1 ", " episode 4 "]
+    assert len(left.train) == 21
+
+
+def test_zero_length_episodes_and_empty_instructions(make_toy, episodes_like, tmp_path, tokenizer):
+    def without_first_steps(trajectory):
+        return tf.nest.map_structure(lambda x: x[4:], trajectory)
+
+    import sys
+
+    sys.modules["cutting"] = module = type(sys)("cutting")
+    module.cut = without_first_steps
+    toy = make_toy(tmp_path, "toy_short", episodes_like(12, min_steps=2, max_steps=8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inspect.getsource", lambda module: "cut")
+        prepared = prepare(toy, standardize="cutting:cut", skip_unlabeled=True)
+    del sys.modules["cutting"]
+    steps = [max(0, len(episode) - 4) for episode in toy.episodes]
+    assert 0 in steps
+    np.testing.assert_array_equal(prepared.train.steps, steps)
+    labeled = [bool(e[0]["task_text"]) and n > 0 for e, n in zip(toy.episodes, steps, strict=True)]
+    np.testing.assert_array_equal(prepared.train.frames > 0, labeled)
+    with stream_of(prepared, tokenizer, batch_size=8) as stream:
+        batch = next(stream)
+        assert set(stream.order.samples(np.arange(200)).episode) == set(np.flatnonzero(labeled))
+    assert (
+        batch["task"]["pad_mask_dict"]["language_instruction"] ^ batch["task"]["pad_mask_dict"]["image_primary"]
+    ).all()
+
+
+# ---------------------------------------------------------------- while training
+
+
+BATCHES = 14  # more than one pass
+
+
+@pytest.fixture(scope="module")
+def original(toy, tmp_path_factory):
+    """The undamaged dataset. Its files are not to be changed."""
+    return prepare(toy, cache=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def prepared(original, tmp_path):
+    """The same, in files of its own; nothing is indexed or traced again."""
+    files = tuple(str(shutil.copy(path, tmp_path)) for path in original.train.files)
+    return dataclasses.replace(original, train=dataclasses.replace(original.train, files=files))
+
+
+@pytest.fixture(scope="module")
+def clean(original, tokenizer):
+    """Batches of the undamaged dataset, and where their samples come from."""
+    with stream_of(original, tokenizer) as stream:
+        return [next(stream) for _ in range(BATCHES)], stream.order.samples(np.arange(16 * BATCHES))
+
+
+def test_damage_changes_the_samples_of_that_record_only(prepared, clean, tokenizer, caplog):
+    batches, samples = clean
+    victims = (3, 17)
+    for victim in victims:
+        damage(prepared.train, victim)
+    with stream_of(prepared, tokenizer) as stream, caplog.at_level(logging.WARNING):
+        got = [next(stream) for _ in range(BATCHES)]
+        assert stream.bad_counts == {"toy": 2}
+    for number, (a, b) in enumerate(zip(batches, got, strict=True)):
+        rows = slice(16 * number, 16 * number + 16)
+        np.testing.assert_array_equal(equal_rows(a, b), ~np.isin(samples.episode[rows], victims))
+        np.testing.assert_array_equal(a["sample_id"], b["sample_id"])
+    for victim in victims:  # named once each
+        assert caplog.text.count(prepared.train.where(victim) + " (byte") == 1
+    assert "damaged records met: toy 2 of 23" in caplog.text
+    # The same at any position, with other threads, and when the blocks are read in another order.
+    with stream_of(prepared, tokenizer, host_threads=1, prefetch=1, host_memory_gb=1e-5) as stream:
+        for number in np.random.default_rng(0).permutation(BATCHES)[:6].tolist():
+            stream.seek(16 * number)
+            assert equal_rows(next(stream), got[number]).all()
+    # Substitutes come from the record's own block.
+    order, n = stream.order, int(samples.n[np.isin(samples.episode, victims)][0])
+    where = (0, int(samples.lane[n]), int(samples.pass_number[n]), int(samples.block[n]))
+    assert order.substitute(n, 0)[0] in order.block_episodes(*where)
+
+
+@pytest.mark.parametrize("how", ["gone", "truncated"])
+def test_a_file_that_is_lost_while_training(prepared, clean, tokenizer, how):
+    batches, samples = clean
+    with stream_of(prepared, tokenizer, max_bad_fraction=0.5) as stream:
+        if how == "gone":
+            pathlib.Path(prepared.train.files[1]).unlink()
+            victims = np.flatnonzero(prepared.train.file == 1)
+        else:
+            victims = np.flatnonzero(prepared.train.file == 1)[2:]
+            with open(prepared.train.files[1], "rb+") as file:
+                file.truncate(int(prepared.train.offset[victims[0]]) + 20)
+        for number in range(BATCHES):
+            rows = slice(16 * number, 16 * number + 16)
+            good = equal_rows(batches[number], next(stream))
+            np.testing.assert_array_equal(good, ~np.isin(samples.episode[rows], victims))
+        assert stream.bad_counts == {"toy": len(victims)}
+
+
+def test_too_much_damage_is_fatal_and_names_the_first(prepared, tokenizer):
+    for victim in range(4):
+        damage(prepared.train, victim)
+    with stream_of(prepared, tokenizer, max_bad_fraction=0.1) as stream:
+        with pytest.raises(DataError, match=r"(?s)episode \d+ \(byte \d+\) is damaged.*toy: 3 of 23 records.*=0.1"):
+            for _ in range(BATCHES):
+                next(stream)
+
+
+def test_when_nothing_good_is_left(prepared, tokenizer):
+    for victim in range(23):
+        damage(prepared.train, victim)
+    with stream_of(prepared, tokenizer, max_bad_fraction=1.0) as stream:
+        with pytest.raises(
+            DataError, match=r"toy: sample \d+: 64 substitutes are all damaged; the last one: .*tfrecord"
+        ):
+            next(stream)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_garbage_frame_changes_the_samples_that_use_it_only(copied, original, clean, tokenizer, threads):
+    batches, samples = clean
+    whole = original.train
+    victim = int(np.flatnonzero(whole.file == 1)[4])
+    bad_step = 1
+
+    def change(number, example):
+        if number == 4:
+            frames = example.features.feature["steps/observation/hand_rgb"].bytes_list.value
+            frames[bad_step] = frames[bad_step][:20] + b"garbage"
+
+    rewrite(path_of(copied, 1), change)
+    prepared = prepare(copied)
+    assert not prepared.damaged  # no image is decoded when indexing
+    with stream_of(prepared, tokenizer, host_threads=threads) as stream:
+        got = [next(stream) for _ in range(BATCHES)]
+        assert stream.bad_counts == {"toy": 1}
+        again = [stream.batch(number) for number in range(BATCHES)]
+    affected = 0
+    for number, (a, b) in enumerate(zip(batches, got, strict=True)):
+        rows = slice(16 * number, 16 * number + 16)
+        uses = (samples.episode[rows] == victim) & np.isin(samples.frame[rows], (bad_step, bad_step + 1))  # window of 2
+        np.testing.assert_array_equal(equal_rows(a, b), ~uses)
+        assert equal_rows(b, again[number]).all()
+        affected += uses.sum()
+    assert affected
+    with stream_of(prepared, tokenizer, max_bad_fraction=0.0) as stream:
+        with pytest.raises(DataError, match=rf"(?s)episode 4, step {bad_step}, 'hand_rgb' \(wrist\): not a decodable"):
+            for _ in range(BATCHES):
+                next(stream)
+
+
+def test_validation_substitutes_too(copied, tokenizer):
+    prepared = prepare(copied, val_fraction=0.3)
+    options = dict(batch_size=4, host_threads=1, max_bad_fraction=0.3)
+    (iterator,) = make_val_iterators({"toy": prepared}, SPEC, tokenizer, **options).values()
+    before = list(iterator)
+    damage(prepared.val, 1)
+    (iterator,) = make_val_iterators({"toy": prepared}, SPEC, tokenizer, **options).values()
+    after, again = list(iterator), list(iterator)
+    same = np.concatenate([equal_rows(a, b) for a, b in zip(before, after, strict=True)])
+    assert 0 < (~same).sum() <= prepared.val.frames[1]
+    assert all(equal_rows(a, b).all() for a, b in zip(after, again, strict=True))
+
+
+# ---------------------------------------------------------------- slow and unwilling storage
+
+
+def test_a_slow_read_is_named(prepared, tokenizer, monkeypatch):
+    monkeypatch.setattr(episodes_module, "SLOW_SECONDS", 0.05)
+    real, named = episodes_module.load_episode, threading.Event()
+
+    class Watch(logging.Handler):
+        def emit(self, record):
+            if f"{prepared.train.where(5)}: batches have been waiting for this read" in record.getMessage():
+                named.set()
+
+    def slow(prepared, index, episode, *rest):
+        if episode == 5:
+            assert named.wait(60)  # until somebody complains
+        return real(prepared, index, episode, *rest)
+
+    monkeypatch.setattr(episodes_module, "load_episode", slow)
+    episodes_module.log.addHandler(handler := Watch())
+    try:
+        with stream_of(prepared, tokenizer, episodes_per_block=23) as stream:
+            for _ in range(3):
+                next(stream)
+    finally:
+        episodes_module.log.removeHandler(handler)
+    assert named.is_set()
+
+
+def test_a_storage_that_refuses_is_asked_again(prepared, tokenizer, monkeypatch, clean):
+    real, refused = prepared.function.from_file, []
+    monkeypatch.setattr(episodes_module.time, "sleep", lambda seconds: None)
+
+    def unwilling(path, offset):
+        if len(refused) < 2:
+            refused.append(path)
+            raise tf.errors.UnavailableError(None, None, "try later")
+        return real(path, offset)
+
+    monkeypatch.setattr(prepared.function, "from_file", unwilling)
+    with stream_of(prepared, tokenizer) as stream:
+        assert equal_rows(next(stream), clean[0][0]).all()
+        assert stream.bad_counts == {"toy": 0} and len(refused) == 2
+
+    def never(path, offset):
+        raise tf.errors.UnavailableError(None, None, "try later")
+
+    monkeypatch.setattr(prepared.function, "from_file", never)
+    with stream_of(prepared, tokenizer) as stream:
+        with pytest.raises(DataError, match=r"episode \d+: cannot be read: try later"):
+            next(stream)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5])
+def test_bad_fractions(copied, fraction):
+    with pytest.raises(DataError, match=r"max_bad_fraction must be in \[0, 1\]"):
+        prepare(copied, fraction)
