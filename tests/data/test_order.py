@@ -282,3 +282,63 @@ def test_bad_input(change, message):
 def test_order_needs_no_tensorflow():
     code = "import sys, octo_like.data.order; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------- subsampling, weights
+
+
+def subsampled(subsample, num_lanes=1):
+    frames = np.array([30, 4, 11, 1, 0, 25, 12, 9])
+    data = DatasetFrames("a", 1.0, frames, "h", 3, subsample)
+    return Order([data], seed=5, batch_size=4, num_lanes=num_lanes), frames
+
+
+def test_a_pass_shows_a_subset_of_long_episodes():
+    order, frames = subsampled(10)
+    per_pass = int(np.minimum(frames, 10).sum())
+    assert order.frames_per_pass(0, 0) == per_pass
+    samples = order.samples(np.arange(9 * per_pass))
+    shown = {}
+    for number in range(9):
+        rows = samples.pass_number == number
+        pairs = list(zip(samples.episode[rows].tolist(), samples.frame[rows].tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs) == per_pass  # no frame twice in a pass
+        for e, f in pairs:
+            assert 0 <= f < frames[e]
+            shown.setdefault(e, {}).setdefault(number, set()).add(f)
+    for e, count in enumerate(frames):
+        if not count:
+            continue
+        assert all(len(shown[e][number]) == min(count, 10) for number in range(9))
+        # Any ceil(frames / 10) passes after each other show all of them.
+        needed = -(-int(count) // 10)
+        for first in range(9 - needed + 1):
+            assert set.union(*(shown[e][first + i] for i in range(needed))) == set(range(count))
+    assert shown[0][0] != set(range(10))  # not simply the first ten
+    again = subsampled(10)[0].samples(np.arange(9 * per_pass)[::-1])
+    np.testing.assert_array_equal(again.frame[::-1], samples.frame)
+
+
+def test_subsampling_is_part_of_the_spec_and_nothing_else():
+    (plain, _), (wide, _), (narrow, _) = subsampled(None), subsampled(30), subsampled(10)
+    a, b = plain.samples(np.arange(400)), wide.samples(np.arange(400))
+    for x, y in zip(a, b, strict=True):  # as long as the longest episode: no change
+        np.testing.assert_array_equal(x, y)
+    assert order_lib.spec_differences(plain.spec(), narrow.spec()) == ["datasets.a.subsample: None -> 10"]
+    with pytest.raises(ValueError, match="subsample must be at least 1"):
+        subsampled(0)
+    n = 17
+    episode, frame = narrow.substitute(n, 0)
+    assert 0 <= frame < narrow.datasets[0].frames[episode]
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_balanced_weights_match_the_reference(shared, case):
+    golden = np.load(shared / "golden" / "pipeline.npz")
+    given = {key: golden[f"mixture_weights/{case}/in/{key}"] for key in ("weights", "num_transitions")}
+    got = order_lib.balanced_weights(given["weights"], given["num_transitions"])
+    np.testing.assert_allclose(got, golden[f"mixture_weights/{case}/upstream/balanced"], rtol=1e-6)
+    plain = Mixture(given["weights"]).weights
+    np.testing.assert_allclose(plain, golden[f"mixture_weights/{case}/upstream/unbalanced"], rtol=1e-6)
+    with pytest.raises(ValueError, match="all zero"):
+        order_lib.balanced_weights([0.0, 0.0], [3, 4])

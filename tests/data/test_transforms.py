@@ -180,3 +180,69 @@ def test_goals_are_never_behind_and_reach_the_end():
     assert (goal >= t).all() and (goal <= 9).all()
     assert set(goal[t == 0]) == set(range(10)) and set(goal[t == 8]) == {8, 9}
     assert indices.goal_step(np.float32([0.99999994]), np.int32([0]), 10)[0] == 9
+
+
+# ---------------------------------------------------------------- cameras, relative actions, subsets
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_image_dropout(shared, case):
+    golden = dict(np.load(shared / "golden" / "pipeline.npz"))
+    given = tree(golden, f"image_dropout/{case}/in")
+    keys = ["image_a", "image_b", "image_c"]
+    observation = {key: given[key][None] for key in keys}
+    observation["pad_mask_dict"] = {key: given["pad_mask"][i][None] for i, key in enumerate(keys)}
+    got = transforms.drop_images(
+        {"observation": observation},
+        given["uniform_draws"][None],
+        float(given["dropout_prob"]),
+        given["keep_index"][None],
+    )["observation"]
+    want = tree(golden, f"image_dropout/{case}/upstream")
+    np.testing.assert_array_equal([got["pad_mask_dict"][key][0].numpy() for key in keys], want["pad_mask"])
+    for key in keys:
+        np.testing.assert_array_equal(got[key][0], want[key])
+
+
+def test_dropped_images_that_are_encoded_become_empty():
+    observation = {"image_a": tf.constant(["x", "y"]), "pad_mask_dict": {"image_a": tf.constant([True, True])}}
+    got = transforms.drop_images({"observation": observation}, tf.constant([[0.1], [0.9]]), 0.5, tf.constant([-1, -1]))
+    assert got["observation"]["image_a"].numpy().tolist() == [b"", b"y"]
+    assert got["observation"]["pad_mask_dict"]["image_a"].numpy().tolist() == [False, True]
+
+
+def test_kept_camera_is_one_that_is_there_and_any_of_them():
+    flags = np.array([[True, False, True, True]] * 3000 + [[False, True, False, False]])
+    u = np.append(np.random.default_rng(0).random(3000), 0.999)
+    chosen = indices.nth_true(flags, u)
+    assert flags[np.arange(3001), chosen].all() and chosen[-1] == 1
+    share = np.bincount(chosen[:3000], minlength=4) / 3000
+    np.testing.assert_allclose(share, [1 / 3, 0, 1 / 3, 1 / 3], atol=0.03)
+
+
+@pytest.mark.parametrize("H,N", [(3, 3), (2, 5)])
+def test_relative_actions(H, N):
+    rng = np.random.default_rng(0)
+    T, W, relative_to = 6, 2, (2, None, 0)
+    action, proprio = rng.normal(size=(T, 3)).astype(np.float32), rng.normal(size=(T, 4)).astype(np.float32)
+    trajectory = {"action": tf.constant(action), "observation": {"proprio": tf.constant(proprio)}}
+    got = transforms.chunk(transforms.relative_actions(trajectory, relative_to, N), W, H)
+    for t in range(T):
+        for w in range(W):
+            u = max(t - W + 1 + w, 0)
+            for h in range(H):
+                want = action[min(u + h, T - 1)] - np.array([proprio[u, 2], 0, proprio[u, 0]], np.float32)
+                np.testing.assert_array_equal(got["action"][t, w, h], want)
+                assert got["action_pad_mask"][t, w, h].numpy().all() == (t - W + 1 + w + h <= T - 1)
+    with pytest.raises(DataError, match="2 entries, but the action has 3"):
+        transforms.relative_actions(trajectory, (0, 1), 4)
+    with pytest.raises(DataError, match=r"needs actions of shape \(T, A\)"):
+        transforms.relative_actions(transforms.relative_actions(trajectory, relative_to, N), relative_to, N)
+
+
+def test_subsample_keeps_whole_windows():
+    trajectory = {"action": tf.range(10)[:, None], "observation": {"x": tf.range(10)}}
+    draws = tf.constant([0.9, 0.1, 0.5, 0.2, 0.8, 0.3, 0.7, 0.05, 0.6, 0.4])
+    got = transforms.subsample(transforms.chunk(trajectory, 2, 2), draws, 3)
+    assert got["observation"]["x"].numpy().tolist() == [[0, 1], [2, 3], [6, 7]]
+    assert transforms.subsample(trajectory, draws, 30)["observation"]["x"].numpy().tolist() == list(range(10))

@@ -1,0 +1,244 @@
+"""Block sizes that follow from memory, what is frozen at the first start, and memory that really is bounded."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from octo_like.common.config import ConfigError
+from octo_like.common.schema import BatchSpec, flatten
+from octo_like.data import memory
+from octo_like.data.index import prepare_datasets
+from octo_like.data.inputs import Inputs
+from octo_like.data.order import spec_differences
+from octo_like.data.spec import DataError, specs_from_config
+from octo_like.data.stream import make_train_stream
+
+SPEC = BatchSpec(1, 2, 6, {"primary": (40, 52)}, proprio_dim=4)
+
+
+@pytest.fixture(scope="module")
+def datasets(toy, wide_toy, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    fields = dict(image_keys={"primary": "front_rgb"}, val_fraction=0)
+    a = prepare_datasets(specs_from_config({"toy": toy.fields(**fields)}), toy.data_dir, cache, progress=False)
+    wide = {"wide": wide_toy.fields(**fields, weight=3.0)}
+    return a | prepare_datasets(specs_from_config(wide), wide_toy.data_dir, cache, progress=False)
+
+
+def sizes(datasets):
+    """Bytes of an episode, by hand: the record, and 41 for each of its frames."""
+    return {k: np.mean(d.train.length + 41.0 * d.train.steps) for k, d in datasets.items()}
+
+
+def stream_of(datasets, **options):
+    return make_train_stream(datasets, SPEC, None, **(dict(seed=1, batch_size=8, host_threads=1) | options))
+
+
+def blocks_of(stream):
+    return {data.name: data.episodes_per_block for data in stream.order.datasets}
+
+
+def test_plenty_of_memory_makes_each_dataset_one_block(datasets):
+    with stream_of(datasets) as stream:
+        assert blocks_of(stream) == {"toy": 23, "wide": 9}
+        assert [stream.order.num_blocks(d, 0) for d in (0, 1)] == [1, 1]
+        assert stream.order_spec["memory"] == {"host_memory_gb": 2.0}
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_blocks_fill_the_budget_by_weight(datasets, lanes):
+    bytes_of = sizes(datasets)
+    weights = {"toy": 3.0, "wide": 1.0}
+    options = dict(num_lanes=lanes, lanes_here=lanes, slots=1)
+    budget = 4 * lanes * sum(bytes_of.values()) / memory.PLANNED
+    blocks = memory.plan_blocks(datasets, weights, host_memory_gb=budget / 2**30, **options)
+    # A share of the budget in the ratio of the weights, but never less than two episodes for each lane.
+    least = 2 * bytes_of["wide"] * lanes
+    share = max(budget * memory.PLANNED / 4, least)
+    assert blocks["wide"] == int(share / (2 * bytes_of["wide"] * lanes))
+    rest = budget * memory.PLANNED - share
+    assert blocks["toy"] == int(np.floor(rest / (2 * bytes_of["toy"] * lanes) + 1e-9))
+    need = memory.expected_bytes(datasets, weights, blocks, **options)
+    assert need <= budget * memory.PLANNED
+    by_hand = sum(2 * lanes * blocks[k] * bytes_of[k] for k in blocks)
+    assert need == pytest.approx(by_hand, rel=1e-9)
+    # More memory never makes a block smaller.
+    grown = [
+        memory.plan_blocks(datasets, weights, host_memory_gb=k * budget / 2**30, **options) for k in (1, 1.5, 2, 4, 100)
+    ]
+    assert all(a[k] <= b[k] for a, b in zip(grown, grown[1:], strict=False) for k in a)
+    assert grown[-1] == {"toy": 23, "wide": 9}
+
+
+def test_a_budget_that_holds_nothing_is_refused(datasets):
+    with pytest.raises(DataError, match=r"host_memory_gb=1e-06 is too small: two episodes.*at least 0\.\d+") as error:
+        stream_of(datasets, host_memory_gb=1e-6)
+    enough = float(str(error.value).split("at least ")[1].split(",")[0])
+    stream_of(datasets, host_memory_gb=enough).close()
+
+
+def test_given_blocks_win(datasets):
+    with stream_of(datasets, episodes_per_block=3, host_memory_gb=1e-6) as stream:
+        assert blocks_of(stream) == {"toy": 3, "wide": 3} and stream.order_spec["memory"] is None
+        assert "read repeatedly" in stream.memory_line()
+    with stream_of(datasets, episodes_per_block={"toy": 3, "wide": 4}) as stream:
+        assert blocks_of(stream) == {"toy": 3, "wide": 4}
+    with pytest.raises(DataError, match="episodes_per_block: 'wide' is not in both.*toy, wide"):
+        stream_of(datasets, episodes_per_block={"toy": 3})
+
+
+def test_more_than_the_machine_has_is_refused(datasets, monkeypatch):
+    with stream_of(datasets) as stream:
+        line = stream.memory_line()
+        assert line.startswith("expected memory") and "of encoded episodes" in line and "repeatedly" not in line
+        monkeypatch.setattr(memory, "machine_bytes", lambda: 10 << 20)
+        with pytest.raises(DataError, match="the machine has 0.01. Lower host_memory_gb"):
+            stream.memory_line()
+    assert memory.resident_bytes() > 50 << 20
+
+
+# ---------------------------------------------------------------- what the first start freezes
+
+
+def knob_for(datasets, episodes):
+    """The knob that holds this many episodes of each dataset."""
+    return episodes * sum(sizes(datasets).values()) / memory.PLANNED / 2**30
+
+
+def test_resuming_on_other_numbers_of_processes(datasets):
+    """The knob allows larger blocks on more processes; a run keeps those of its first start, and its lanes."""
+    knob = knob_for(datasets, 12)  # four lanes on one process have blocks of one or two
+    with stream_of(datasets, num_lanes=4, host_memory_gb=knob) as first:
+        saved = json.loads(json.dumps(first.order_spec))
+        want = [dict(flatten(next(first))) for _ in range(3)]
+    for count in (1, 2, 4):
+        parts = []
+        for index in range(count):
+            options = dict(process_index=index, process_count=count, host_memory_gb=knob)
+            with stream_of(datasets, **options) as stream:
+                if count > 1:
+                    assert spec_differences(saved, stream.order_spec)
+                Inputs(stream, {}, {}, {}).resume(saved, 8)
+                assert stream.order_spec == saved and stream.position == 8
+                parts.append([dict(flatten(next(stream))) for _ in range(2)])
+        for number in range(2):
+            for key, value in want[number + 1].items():
+                np.testing.assert_array_equal(np.concatenate([part[number][key] for part in parts]), value)
+
+
+def test_blocks_of_more_processes_have_to_fit(datasets):
+    knob = knob_for(datasets, 8)
+    options = dict(num_lanes=4, host_memory_gb=knob)
+    with stream_of(datasets, process_count=4, **options) as first:
+        saved = first.order_spec
+    with stream_of(datasets, process_count=2, **options) as two:
+        assert blocks_of(two) != blocks_of(first)
+        with pytest.raises(DataError, match=r"4 lanes on 2 process\(es\).*host_memory_gb is.*use 4 processes"):
+            two.adopt(saved)
+
+
+@pytest.mark.parametrize(
+    "options,line",
+    [
+        (dict(seed=2), "order.seed: 1 -> 2"),
+        (dict(host_memory_gb=3.0), "memory.host_memory_gb: 2.0 -> 3.0"),
+        (dict(balance_weights=True), "order.datasets.toy.weight"),
+        (dict(num_lanes=2), "order.num_lanes: 1 -> 2"),
+        (dict(episodes_per_block=2), "memory: "),
+        (dict(drop_task_prob=0.5), "task.drop_task_prob: 0.0 -> 0.5"),
+        (dict(image_dropout_prob=0.5), "task.image_dropout_prob: 0.0 -> 0.5"),
+    ],
+)
+def test_a_resume_with_other_settings_is_refused_with_a_diff(datasets, options, line):
+    with stream_of(datasets) as first, stream_of(datasets, **options) as second:
+        with pytest.raises(ConfigError, match=f"(?s)use a new --workdir.*{line}"):
+            Inputs(second, {}, {}, {}).resume(first.order_spec, 8)
+
+
+def test_a_resume_with_other_data_is_refused_with_a_diff(datasets, toy, tmp_path):
+    with stream_of(datasets) as first:
+        saved = first.order_spec
+    heavier = dataclasses.replace(datasets["toy"], spec=dataclasses.replace(datasets["toy"].spec, weight=2.0))
+    fields = toy.fields(image_keys={"primary": "front_rgb"}, val_fraction=0, frame_slice=(0, None, 2))
+    filtered = prepare_datasets(specs_from_config({"toy": fields}), toy.data_dir, str(tmp_path), progress=False)
+    fewer = dataclasses.replace(datasets["toy"], train=datasets["toy"].train.take(np.arange(9)))
+    for change, line in (
+        ({"toy": heavier}, "datasets.toy.weight: 0.25 -> 0.4"),
+        (filtered, "datasets.toy.index_hash"),
+        ({"toy": fewer}, "datasets.toy.episodes: 23 -> 9"),
+        ({"more": heavier}, "datasets.more: added"),
+    ):
+        with stream_of(datasets | change) as stream:
+            with pytest.raises(ConfigError, match=f"(?s)use a new --workdir.*{line}"):
+                Inputs(stream, {}, {}, {}).resume(saved, 8)
+
+
+def test_balanced_weights_count_frames(datasets):
+    with stream_of(datasets, balance_weights=True) as stream:
+        frames = [int(d.train.frames.sum()) for d in datasets.values()]
+        want = np.array([1.0, 3.0]) * frames
+        np.testing.assert_allclose(stream.order.mixture.weights, want / want.sum(), rtol=1e-12)
+
+
+# ---------------------------------------------------------------- resident memory
+
+BOUNDED = """
+import json, sys
+import numpy as np
+from octo_like.common.schema import BatchSpec
+from octo_like.data import memory
+from octo_like.data.index import prepare_datasets
+from octo_like.data.spec import specs_from_config
+from octo_like.data.stream import make_train_stream
+
+data_dir, cache, fields, count, knob = json.loads(sys.argv[1])
+one = prepare_datasets(specs_from_config({"one": fields}), data_dir, cache, progress=False)["one"]
+datasets = {f"d{i}": one for i in range(count)}
+spec = BatchSpec(1, 2, 4, {"primary": (16, 16)})
+options = dict(seed=1, batch_size=16, host_threads=1, prefetch=1, decode="fast")
+with make_train_stream(datasets, spec, None, host_memory_gb=1e3, episodes_per_block=1, **options) as stream:
+    next(stream)  # TensorFlow has loaded what it loads
+base = memory.resident_bytes()
+with make_train_stream(datasets, spec, None, host_memory_gb=knob, **options) as stream:
+    whole = memory.expected_bytes(
+        datasets, dict.fromkeys(datasets, 1.0), dict.fromkeys(datasets, 10**6), num_lanes=1, lanes_here=1, slots=1
+    )
+    peak, stored = 0, 0
+    for number in range(30):
+        stream.seek(16 * 37 * number)  # into other blocks each time: the worst case
+        next(stream)
+        peak = max(peak, memory.resident_bytes())
+        stored = max(stored, stream._reader.store.nbytes)
+print(json.dumps({"base": base, "peak": peak, "stored": stored, "whole": whole}))
+"""
+
+
+@pytest.mark.slow
+def test_resident_memory_is_bounded_with_many_datasets(make_toy, tmp_path, repository):
+    """25 datasets of 5 MB each, and memory for a third of them."""
+    rng = np.random.default_rng(0)
+    steps = dict(is_first=False, is_last=False, is_terminal=False, task_text="go")
+    noise = rng.integers(0, 256, (8, 150, 150, 3), np.uint8)  # noise does not compress: 67 KB a frame
+
+    def episode(number):
+        observation = dict(hand_rgb=np.zeros((24, 24, 3), np.uint8), joints=np.zeros(3, np.float32), aperture=0.5)
+        control = np.full(4, number, np.float32)
+        return [
+            {"observation": observation | {"front_rgb": noise[(number + t) % 8]}, "control": control + t} | steps
+            for t in range(4)
+        ]
+
+    toy = make_toy(tmp_path, "toy_noise", [episode(number) for number in range(20)])
+    fields = toy.fields(image_keys={"primary": "front_rgb"}, proprio_keys=(), val_fraction=0)
+    knob = 50 / 1024
+    arguments = json.dumps([toy.data_dir, str(tmp_path / "cache"), fields, 25, knob])
+    done = subprocess.run([sys.executable, "-c", BOUNDED, arguments], cwd=repository, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr.decode()
+    got = json.loads(done.stdout)
+    assert got["whole"] > 100 << 20  # without a bound there would be this much
+    assert got["stored"] <= 60 << 20  # the limit, and the episodes of one batch
+    assert got["peak"] - got["base"] <= 100 << 20, got
