@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import flatten, unflatten
-from octo_like.data import indices, transforms
+from octo_like.data import indices, standardize, transforms
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
 
@@ -246,3 +246,28 @@ def test_subsample_keeps_whole_windows():
     got = transforms.subsample(transforms.chunk(trajectory, 2, 2), draws, 3)
     assert got["observation"]["x"].numpy().tolist() == [[0, 1], [2, 3], [6, 7]]
     assert transforms.subsample(trajectory, draws, 30)["observation"]["x"].numpy().tolist() == list(range(10))
+
+
+# ---------------------------------------------------------------- grippers, actions from states
+
+
+@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("name", ["binarize", "rel2abs"])
+def test_grippers_match_the_reference(shared, name, case):
+    golden = np.load(shared / "golden" / "pipeline.npz")
+    build = {"binarize": standardize.binarize_gripper, "rel2abs": standardize.rel_to_abs_gripper}[name]
+    given = {"g": tf.constant(golden[f"gripper/{name}/{case}/in"])}
+    got = standardize.evaluate(build(standardize.field("g")), given)
+    np.testing.assert_allclose(got, golden[f"gripper/{name}/{case}/upstream"], atol=1e-6)
+
+
+def test_actions_from_states_match_the_reference(shared):
+    golden = dict(np.load(shared / "golden" / "pipeline.npz"))
+    s = standardize
+    moved = s.delta(s.field("observation/state")[0:6])
+    relabel = s.Standardize(
+        outputs={"action": s.concat(moved, s.drop_last_step(s.field("action")[-1:]))},
+        passthrough_steps=(("drop_last_steps", 1),),
+    )
+    got = relabel(tree(golden, "relabel_actions/in"))
+    same(got, tree(golden, "relabel_actions/upstream"))
