@@ -33,7 +33,9 @@ def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
     if sum(given) != 1:
         raise DataError("name datasets, or give --config, or give --mix: exactly one of them")
     if args.config:
-        datasets: dict[str, Any] = {name: dict(fields) for name, fields in _config(args.config).data.datasets.items()}
+        datasets: dict[str, Any] = {
+            name: dict(fields) for name, fields in load_config_file(args.config).data.datasets.items()
+        }
     elif args.mix:
         datasets = mixes.mix(args.mix)
     else:
@@ -42,7 +44,8 @@ def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
     return specs_from_config({name: {**fields, **changes} for name, fields in datasets.items()})
 
 
-def _config(path: str) -> Any:
+def load_config_file(path: str) -> Any:
+    """The config of a config file, as its `get_config` makes it without an argument."""
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
         raise DataError(f"--config: {path!r} is not a Python file")

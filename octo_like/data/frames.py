@@ -1,4 +1,4 @@
-"""Encoded frames to uint8 images or depth maps of the wanted size, many per call.
+"""Encoded frames to uint8 images or depth maps of the wanted size.
 
 Two named modes for images:
 
@@ -12,8 +12,7 @@ A frame that already has the wanted size is never resampled. Depth takes the nea
 wall behind it is a surface that is not there.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,6 @@ from octo_like.data.tf import tf
 # Mode -> the kernel that resizes in it.
 KERNELS = {"parity": "lanczos3", "fast": "triangle"}
 MODES = tuple(KERNELS)
-
-# Frames decoded by one call of TensorFlow: enough to make the call cheap, few enough to stay near the processor.
-_GROUP = 8
 
 
 class FrameError(DataError):
@@ -59,32 +55,22 @@ def encoded_size(contents: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _plan(contents: bytes, size: tuple[int, int], mode: str) -> tuple[tuple[int, int] | None, int]:
-    """(size of the decoded frame, or None when the header does not tell; ratio of a reduced JPEG decode)."""
-    raw, ratio = encoded_size(contents), 1
+def reduction(contents: bytes, size: tuple[int, int]) -> int:
+    """1, 2, 4 or 8: the largest reduction at which a JPEG is still decoded no smaller than `size`; 1 for others."""
+    raw = encoded_size(contents) if contents[:2] == b"\xff\xd8" else None
     if raw is None:
-        return None, 1
-    if mode == "fast" and contents[:2] == b"\xff\xd8":
-        ratio = next(r for r in (8, 4, 2, 1) if r == 1 or (raw[0] >= r * size[0] and raw[1] >= r * size[1]))
-    return (-(-raw[0] // ratio), -(-raw[1] // ratio)), ratio
+        return 1
+    return next((r for r in (8, 4, 2) if raw[0] >= r * size[0] and raw[1] >= r * size[1]), 1)
 
 
-@functools.cache
-def _decoder(ratio: int) -> Callable[[np.ndarray], tf.Tensor]:
-    """A function (N,) strings -> (N, h, w, 3) uint8 for frames of one size: no branch is left for each frame."""
-
-    def one(contents: tf.Tensor) -> tf.Tensor:
-        if ratio == 1:
-            image = tf.raw_ops.DecodeImage(contents=contents, channels=3, dtype=tf.uint8, expand_animations=False)
-        else:
-            image = tf.io.decode_jpeg(contents, channels=3, ratio=ratio)
-        return tf.ensure_shape(image, [None, None, 3])
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
-    def decode(contents):
-        return tf.map_fn(one, contents, fn_output_signature=tf.uint8, parallel_iterations=1)
-
-    return decode
+def _decode(contents: bytes, ratio: int) -> np.ndarray:
+    """(h, w, 3) uint8. One operation of TensorFlow per frame: cheaper than a traced loop over many, and it lets other
+    Python threads run while it works."""
+    # As a tensor: an operation that is handed bytes takes a slow path of 0.1 ms.
+    tensor = tf.constant(contents)
+    if ratio > 1:
+        return np.asarray(tf.raw_ops.DecodeJpeg(contents=tensor, channels=3, ratio=ratio))
+    return np.asarray(tf.raw_ops.DecodeImage(contents=tensor, channels=3, dtype=tf.uint8, expand_animations=False))
 
 
 def decode_frames(
@@ -99,53 +85,29 @@ def decode_frames(
       `out`, or the new array.
 
     Raises:
-      FrameError: a frame that is not an image, by position. What `out` then holds is undefined.
+      FrameError: the first frame that is not an image, by position. Frames before it are written.
     """
     if mode not in MODES:
         raise DataError(f"decode mode {mode!r}; {suggest(mode, MODES)}")
     size = tuple(size)
     if out is None:
         out = np.empty((len(contents), *size, 3), np.uint8)
-    plans: dict[tuple, list[int]] = {}
-    for position, frame in enumerate(contents):
-        plans.setdefault(_plan(frame, size, mode), []).append(position)
-    for (decoded_size, ratio), positions in plans.items():
-        # Frames whose size is not known beforehand may each have another one.
-        group = 1 if decoded_size is None else _GROUP
-        for first in range(0, len(positions), group):
-            chosen = positions[first : first + group]
-            for position, image in zip(chosen, _decode(contents, chosen, decoded_size, ratio), strict=True):
-                if image.shape[:2] == size:
-                    out[position][...] = image
-                else:
-                    resample_uint8(image, size, KERNELS[mode], out[position])
+    for position, (frame, target) in enumerate(zip(contents, out, strict=True)):
+        ratio = reduction(frame, size) if mode == "fast" else 1
+        try:
+            image = _decode(frame, ratio)
+        except tf.errors.InvalidArgumentError as error:
+            raise FrameError(position, _reason("image", frame, error)) from error
+        if image.shape[:2] == size:
+            target[...] = image
+        else:
+            resample_uint8(image, size, KERNELS[mode], target)
     return out
 
 
-# Nothing larger than this is a camera's frame; a damaged header can claim any size.
-_MAX_PIXELS = 1 << 27
-
-
-def _decode(
-    contents: Sequence[bytes], positions: Sequence[int], size: tuple[int, int] | None, ratio: int
-) -> Sequence[np.ndarray]:
-    """(h, w, 3) uint8 images of frames of one plan."""
-    if size is not None and not 0 < size[0] * size[1] <= _MAX_PIXELS:
-        raise FrameError(positions[0], f"not a decodable image: its header says {size[0]} x {size[1]} pixels")
-    decode = _decoder(ratio)
-    array = np.array([contents[position] for position in positions], object)
-    try:
-        return np.asarray(decode(array))
-    except tf.errors.InvalidArgumentError:
-        images = []
-        for i, position in enumerate(positions):
-            try:
-                images.append(np.asarray(decode(array[i : i + 1]))[0])
-            except tf.errors.InvalidArgumentError as single:
-                reason = str(single.message).strip().splitlines()[0]
-                message = f"not a decodable image (starts with {bytes(array[i][:8])!r}): {reason}"
-                raise FrameError(position, message) from single
-        return images  # each is an image, but a header was wrong about its size
+def _reason(what: str, contents: bytes, error: tf.errors.OpError) -> str:
+    lines = str(error.message).strip().splitlines()
+    return f"not a decodable {what} (starts with {bytes(contents[:8])!r}): {lines[0] if lines else error}"
 
 
 def resize_frames(images: np.ndarray, size: tuple[int, int], mode: str = "parity") -> np.ndarray:
@@ -195,9 +157,7 @@ def decode_depth(contents: bytes, size: tuple[int, int], unit: float) -> np.ndar
     try:
         depth = _decode_depth(contents)
     except tf.errors.InvalidArgumentError as error:
-        reason = str(error.message).strip().splitlines()[0]
-        message = f"not a decodable depth map (starts with {bytes(contents[:8])!r}): {reason}"
-        raise FrameError(0, message) from error
+        raise FrameError(0, _reason("depth map", contents, error)) from error
     return resize_depth(depth, size, unit)
 
 

@@ -45,9 +45,9 @@ def axis_weights(n: int, m: int, kernel: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Bands:
-    """Block b gives outputs [b p, (b+1) p) from padded inputs [starts[b], starts[b] + K); `weights` is (blocks, p, K)."""
+    """Block b gives outputs [b p, (b+1) p) from padded inputs [starts[b], starts[b] + K)."""
 
-    weights: np.ndarray
+    weights: np.ndarray  # (blocks, p, K)
     starts: tuple[int, ...]
     pad: int  # zero samples before the axis
     step: int | None  # starts are this far apart; None: unequally, and the last block may be partly unused
