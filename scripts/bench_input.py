@@ -6,8 +6,8 @@
     python scripts/bench_input.py --data_dir DIR --config configs/octo_small.py
 
 The stream is what train.py builds (`inputs_from_config`). A round runs the stream for `--seconds`, then each floor
-for as long; ratios are medians over the rounds, so a busy machine slows both sides of each. The floors are bare tf.data loops over
-frames that the stream itself decoded, with the same number of threads, that throw the pixels away:
+for as long; ratios are medians over the rounds, so a busy machine slows both sides of each. The floors are bare tf.data
+loops over frames that the stream itself decoded, with the same number of threads; they throw the pixels away:
 
     plain     full decoding only, no resizing: the floor of parity mode (aim: 0.60)
     own       the decode operations of the mode only, reduced JPEG decoding in fast mode, no resizing (aim: 0.85)
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     prepared = prepare_datasets(specs, args.data_dir, args.cache_dir)
     config, spec = run_config(args, specs, prepared)
     tokenizer = TextTokenizer.load(config.text.model, config.text.max_length)
-    base = bench.rss_bytes()
+    base = bench.resident_bytes()
     watch = bench.Decodes(keep=2048)
     with bench.PeakMemory() as memory, watch.watching():
         start = time.perf_counter()

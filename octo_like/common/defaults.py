@@ -24,6 +24,7 @@ def default_config() -> ConfigDict:
     # What a batch looks like; see octo_like/common/schema.py.
     config.window_size = 2
     config.image_sizes = dict(primary=(256, 256))
+    config.depth_sizes = dict()  # cameras whose depth is used, e.g. dict(primary=(128, 128))
     config.goal_images = ()  # cameras that also give a goal image
     config.proprio_dim = None  # widest proprioception of the mixture; None: not used
 
@@ -97,6 +98,7 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
         action_horizon=max(head["action_horizon"] for head in heads.values()),
         action_dim=max(head["action_dim"] for head in heads.values()),
         image_sizes={slot: tuple(size) for slot, size in config.image_sizes.items()},
+        depth_sizes={slot: tuple(size) for slot, size in config.get("depth_sizes", {}).items()},
         goal_images=tuple(config.goal_images),
         proprio_dim=config.proprio_dim,
         language_length=length if tokenizer is None else tokenizer.max_length,

@@ -6,6 +6,7 @@ needs shapes (model initialisation, synthetic batches, ahead-of-time compilation
 Letters: B batch, W window (history), H action horizon, A action dim, P proprio dim, L language tokens, h w image size.
 
     observation/image_{slot}               B W h w 3  uint8
+    observation/depth_{slot}               B W h w 1  float32, metres; 0: no reading
     observation/proprio                    B W P      float32, normalised
     observation/proprio_pad_mask           B W P      bool, False: padded dimension
     observation/timestep                   B W        int32, index in the episode
@@ -58,6 +59,7 @@ class BatchSpec:
       proprio_dim: P, or None when the run uses no proprioception.
       language_length: L, or None when the run uses no language.
       heads: names of the action heads.
+      depth_sizes: camera slot to (height, width) of its depth map, for cameras whose depth the run uses.
     """
 
     window_size: int
@@ -68,6 +70,7 @@ class BatchSpec:
     proprio_dim: int | None = None
     language_length: int | None = None
     heads: tuple[str, ...] = ("action",)
+    depth_sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         unknown = set(self.goal_images) - set(self.image_sizes)
@@ -83,6 +86,8 @@ class BatchSpec:
             f"image_{slot}": Leaf((W, *size, IMAGE_CHANNELS), np.dtype(np.uint8))
             for slot, size in self.image_sizes.items()
         }
+        for slot, size in self.depth_sizes.items():
+            leaves[f"depth_{slot}"] = Leaf((W, *size, 1), np.dtype(np.float32))
         if self.proprio_dim is not None:
             leaves["proprio"] = Leaf((W, self.proprio_dim), np.dtype(np.float32))
             leaves["proprio_pad_mask"] = Leaf((W, self.proprio_dim), np.dtype(bool))
@@ -163,6 +168,8 @@ def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language
             return np.broadcast_to(
                 np.arange(shape[-1], dtype=np.int32) if len(shape) > 1 else np.int32(50), shape
             ).copy()
+        if name.startswith("depth_"):
+            return rng.uniform(0.3, 3.0, shape).astype(leaf.dtype)  # metres
         return rng.normal(size=shape).astype(leaf.dtype)
 
     return unflatten({path: fill(path, leaf) for path, leaf in flatten(spec.batch())})

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from octo_like.common.schema import BatchSpec, Tree
-from octo_like.data import frames, indices
+from octo_like.data import indices
 from octo_like.data.damage import DamageLog
 from octo_like.data.episodes import Episode, EpisodeStore
+from octo_like.data.gather import FrameGatherer
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.order import uniform
 from octo_like.data.rlds import DamagedRecord
@@ -114,11 +115,9 @@ class Assembler:
         decode: str,
         threads: int,
     ):
-        self._sources, self._spec, self._store, self._table, self._pool = sources, spec, store, table, pool
-        self._task, self._decode, self._threads = task, decode, max(1, threads)
-        self._damage = damage
-        # Frames that cannot be decoded, {(slot, dataset, episode, step): why}: known ones are not tried again.
-        self._bad_frames: dict[tuple[str, int, int, int], str] = {}
+        self._sources, self._spec, self._store, self._table = sources, spec, store, table
+        self._task, self._damage = task, damage
+        self._frames = FrameGatherer(sources, spec, pool, decode, threads)
         if task.image_dropout_keep is not None and task.image_dropout_keep not in spec.image_sizes:
             keep = task.image_dropout_keep
             raise DataError(f"image_dropout_keep: no camera {keep!r}; {suggest(keep, spec.image_sizes)}")
@@ -177,9 +176,11 @@ class Assembler:
         past = indices.task_completed(reached, goal, octo_compat=self._task.octo_compat)
 
         action, action_mask = self._actions(episodes, indices.within(chunk, length[:, None, None]), past)
-        images, image_masks, goals, goal_masks, bad = self._images(request, episodes, window, goal, use_goal)
-        observation: Tree = dict(images)
-        masks = dict(image_masks)
+        seen = self._frames(
+            request.dataset, request.episode, episodes, window, goal, use_goal, self._kept_cameras(request)
+        )
+        observation: Tree = dict(seen.observed)
+        masks = dict(seen.masks)
         if spec.proprio_dim is not None:
             observation |= self._proprio(episodes, window)
             masks["proprio"] = observation["proprio_pad_mask"].any(-1)
@@ -193,9 +194,9 @@ class Assembler:
             said = self._table.paraphrased(np.where(use_text, text, 0), request.key)
             task["language_instruction"] = self._table.encoded(said)
             task_masks["language_instruction"] = use_text
-        task |= goals
+        task |= seen.goals
         task["timestep"] = goal
-        task["pad_mask_dict"] = task_masks | goal_masks
+        task["pad_mask_dict"] = task_masks | seen.goal_masks
         batch = {
             "observation": observation,
             "task": task,
@@ -205,7 +206,7 @@ class Assembler:
             "dataset_id": request.dataset.astype(np.int32),
             "sample_id": request.sample_id.astype(np.int64),
         }
-        return batch, bad
+        return batch, seen.bad
 
     def _choose_task(self, request: Request, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) bool: the task is a goal image; the task is an instruction. Never both, and with drop_task_prob none."""
@@ -256,93 +257,3 @@ class Assembler:
         draws = np.stack([uniform(request.key, f"drop camera {slot}") for slot in slots], axis=-1)
         kept = indices.kept_images(present, draws, probability, keep)
         return {slot: kept[:, i] for i, slot in enumerate(slots)}
-
-    def _images(
-        self, request: Request, episodes: Sequence[Episode], window: np.ndarray, goal: np.ndarray, use_goal: np.ndarray
-    ) -> tuple[Tree, Tree, Tree, Tree, dict[int, str]]:
-        """(observation images, their masks, goal images, their masks, {row: reason} of rows with a bad frame).
-
-        Each distinct frame is decoded once.
-        """
-        spec, N = self._spec, len(episodes)
-        kept = self._kept_cameras(request)
-        bad: dict[int, str] = {}
-        images, masks, goals, goal_masks = {}, {}, {}, {}
-        for slot, size in spec.image_sizes.items():
-            images[f"image_{slot}"] = observed = np.zeros((*window.shape, *size, 3), np.uint8)
-            masks[f"image_{slot}"] = mask = np.zeros(window.shape, bool)
-            targets: dict[tuple[int, int, int], list[np.ndarray]] = {}
-            sources: dict[tuple[int, int, int], Episode] = {}
-            rows: dict[tuple[int, int, int], list[int]] = {}
-            wanted_goal = slot in spec.goal_images
-            if wanted_goal:
-                goals[f"image_{slot}"] = goal_image = np.zeros((N, *size, 3), np.uint8)
-                goal_masks[f"image_{slot}"] = goal_mask = np.zeros(N, bool)
-            for i, episode in enumerate(episodes):
-                if slot not in episode.images:
-                    continue
-                stored = episode.images[slot]
-                identity = (int(request.dataset[i]), int(request.episode[i]))
-                used = []
-                for w, step in enumerate(window[i].tolist() if kept[slot][i] else ()):
-                    if len(stored[step]):
-                        mask[i, w] = True
-                        used.append((step, observed[i, w]))
-                step = int(goal[i])
-                if wanted_goal and use_goal[i] and len(stored[step]):
-                    goal_mask[i] = True
-                    used.append((step, goal_image[i]))
-                for step, target in used:
-                    targets.setdefault((*identity, step), []).append(target)
-                    sources[(*identity, step)] = episode
-                    rows.setdefault((*identity, step), []).append(i)
-            known = [key for key in targets if (slot, *key) in self._bad_frames]
-            for key in known:
-                del targets[key]
-            for key in known + self._fill(slot, size, targets, sources):
-                bad |= dict.fromkeys(rows[key], self._bad_frames[(slot, *key)])
-        return images, masks, goals, goal_masks, bad
-
-    def _fill(
-        self, slot: str, size: tuple[int, int], targets: dict, sources: dict[tuple[int, int, int], Episode]
-    ) -> list[tuple[int, int, int]]:
-        """Decodes the frames named by the keys (dataset, episode, step) into all of their targets.
-
-        Returns the keys of those that cannot be decoded.
-        """
-        keys = list(targets)
-        parts = [keys[i :: self._threads] for i in range(self._threads)]
-
-        def work(part: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-            encoded = [key for key in part if not isinstance(sources[key].images[slot], np.ndarray)]
-            raw = [key for key in part if isinstance(sources[key].images[slot], np.ndarray)]
-            bad = []
-            while encoded:
-                contents = [sources[key].images[slot][key[2]] for key in encoded]
-                try:
-                    decoded = frames.decode_frames(contents, size, self._decode)
-                except frames.FrameError as error:
-                    key = encoded.pop(error.position)
-                    dataset, episode, step = key
-                    prepared, index = self._sources[dataset]
-                    name = prepared.spec.image_keys[slot]
-                    where = f"{index.where(episode)}, step {step}, {name!r} ({slot})"
-                    self._bad_frames[(slot, *key)] = f"{where}: {error}"
-                    bad.append(key)
-                    continue
-                for key, image in zip(encoded, decoded, strict=True):
-                    for target in targets[key]:
-                        target[...] = image
-                break
-            for key in raw:
-                image = frames.resize_frames(sources[key].images[slot][key[2] : key[2] + 1], size, self._decode)[0]
-                for target in targets[key]:
-                    target[...] = image
-            return bad
-
-        # The calling thread does a part of its own, so a stream with one thread needs no pool.
-        others = [self._pool.submit(work, part) for part in parts[1:] if part]
-        bad = work(parts[0])
-        for future in others:
-            bad += future.result()
-        return bad

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data import assemble, frames
+from octo_like.data import frames
+from octo_like.data.memory import resident_bytes
 from octo_like.data.order import Order
 from octo_like.data.tf import tf
 
@@ -134,19 +135,20 @@ class Decodes:
     @contextlib.contextmanager
     def watching(self) -> Iterator["Decodes"]:
         """Watches every stream of this process."""
-        original = frames.decode_frames
+        original = frames.decode_frame
 
-        def watched(contents, size, *args, **kwargs):
+        def watched(contents, size, *args):
             with self._lock:
-                self.count += len(contents)
-                self.kept += [(frame, tuple(size)) for frame in contents[: self._keep - len(self.kept)]]
-            return original(contents, size, *args, **kwargs)
+                self.count += 1
+                if len(self.kept) < self._keep:
+                    self.kept.append((contents, tuple(size)))
+            return original(contents, size, *args)
 
-        assemble.frames.decode_frames = watched
+        frames.decode_frame = watched
         try:
             yield self
         finally:
-            assemble.frames.decode_frames = original
+            frames.decode_frame = original
 
 
 def floor(kept: Sequence[tuple[bytes, tuple[int, int]]], kind: str, mode: str, threads: int) -> Callable[[], int]:
@@ -245,24 +247,17 @@ def distinct_in_buffer(order: Order, size: int, window: int = 1000, windows: int
 # ---------------------------------------------------------------- memory
 
 
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith("VmRSS"))
-    return int(line.split()[1]) << 10
-
-
 class PeakMemory:
     """Samples the resident memory ten times a second while it is open."""
 
     def __init__(self):
-        self.peak = rss_bytes()
+        self.peak = resident_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
-            self.peak = max(self.peak, rss_bytes())
+            self.peak = max(self.peak, resident_bytes())
 
     def __enter__(self) -> "PeakMemory":
         self._thread.start()
@@ -271,7 +266,7 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.peak = max(self.peak, rss_bytes())
+        self.peak = max(self.peak, resident_bytes())
 
 
 def timed(work: Callable[[], int], seconds: float) -> tuple[int, float]:

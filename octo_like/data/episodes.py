@@ -16,6 +16,7 @@ from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.rlds import DamagedRecord
 from octo_like.data.spec import DataError
 from octo_like.data.texts import Texts
+from octo_like.data.tf import tf
 
 RETRIES = 3  # of a read that the storage refused
 SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
@@ -32,17 +33,19 @@ class Episode:
       proprio: (T, P) float32, normalised, or None.
       text: (T,) int32 rows of the text table; 0 means no instruction.
       images: slot -> T encoded frames, or (T, h, w, 3) uint8; b"" is a missing frame.
+      depths: slot -> T encoded depth maps, or (T, h, w) or (T, h, w, 1) numbers, as stored.
     """
 
     action: np.ndarray
     proprio: np.ndarray | None
     text: np.ndarray
     images: Mapping[str, Sequence[bytes] | np.ndarray]
+    depths: Mapping[str, Sequence[bytes] | np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         total = self.action.nbytes + self.text.nbytes + (0 if self.proprio is None else self.proprio.nbytes)
-        for frames in self.images.values():
+        for frames in [*self.images.values(), *self.depths.values()]:
             # 33 bytes of overhead per bytes object, 8 for the reference.
             total += frames.nbytes if isinstance(frames, np.ndarray) else sum(map(len, frames)) + 41 * len(frames)
         return total
@@ -55,8 +58,9 @@ def load_episode(
     slots: Collection[str],
     table: Texts,
     lock: threading.Lock,
+    depth_slots: Collection[str] = (),
 ) -> Episode:
-    """Reads, checks and normalises one episode, keeping the frames of the cameras in `slots`.
+    """Reads, checks and normalises one episode, keeping images of the cameras in `slots`, depth of `depth_slots`.
 
     Raises:
       DamagedRecord: the record is damaged, or its file gone or cut; names file and episode.
@@ -87,13 +91,14 @@ def load_episode(
             text = table.rows(texts)
     else:
         text = np.zeros(len(action), np.int32)
-    images = {}
-    for slot, frames in raw["images"].items():
-        if slot not in slots:
-            continue
-        values = frames.numpy()
-        images[slot] = values.tolist() if values.dtype == object else values
-    return Episode(action, proprio, text, images)
+    images = _stored(raw["images"], slots)
+    return Episode(action, proprio, text, images, _stored(raw["depths"], depth_slots))
+
+
+def _stored(frames: Mapping[str, tf.Tensor], slots: Collection[str]) -> dict[str, Sequence[bytes] | np.ndarray]:
+    """The frames of some cameras, as bytes or arrays."""
+    values = {slot: tensor.numpy() for slot, tensor in frames.items() if slot in slots}
+    return {slot: value.tolist() if value.dtype == object else value for slot, value in values.items()}
 
 
 class EpisodeStore:
@@ -109,8 +114,10 @@ class EpisodeStore:
         table: Texts,
         pool: concurrent.futures.Executor,
         max_bytes: int,
+        depth_slots: Collection[str] = (),
     ):
         self._sources, self._slots, self._table = sources, frozenset(slots), table
+        self._depth_slots = frozenset(depth_slots)
         self._pool, self._max_bytes = pool, max_bytes
         self._text_lock, self._lock = threading.Lock(), threading.Lock()
         self._entries: collections.OrderedDict[tuple[int, int], concurrent.futures.Future] = collections.OrderedDict()
@@ -158,7 +165,7 @@ class EpisodeStore:
     def _load(self, key: tuple[int, int]) -> Episode:
         dataset, number = key
         prepared, index = self._sources[dataset]
-        episode = load_episode(prepared, index, number, self._slots, self._table, self._text_lock)
+        episode = load_episode(prepared, index, number, self._slots, self._table, self._text_lock, self._depth_slots)
         with self._lock:
             self.nbytes += episode.nbytes
         return episode

@@ -13,7 +13,6 @@ wall behind it is a surface that is not there.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -73,35 +72,34 @@ def _decode(contents: bytes, ratio: int) -> np.ndarray:
     return np.asarray(tf.raw_ops.DecodeImage(contents=tensor, channels=3, dtype=tf.uint8, expand_animations=False))
 
 
-def decode_frames(
-    contents: Sequence[bytes], size: tuple[int, int], mode: str = "parity", out: Sequence[np.ndarray] | None = None
-) -> Any:
-    """Decodes JPEG, PNG, BMP or GIF frames of any size to (N, *size, 3) uint8.
-
-    Args:
-      out: N arrays (*size, 3) uint8 to write into; None: a new array.
-
-    Returns:
-      `out`, or the new array.
+def decode_frame(contents: bytes, size: tuple[int, int], mode: str, out: np.ndarray) -> None:
+    """Decodes a JPEG, PNG, BMP or GIF of any size into `out`, (*size, 3) uint8.
 
     Raises:
-      FrameError: the first frame that is not an image, by position. Frames before it are written.
+      FrameError: not an image; `position` is 0.
+    """
+    try:
+        image = _decode(contents, reduction(contents, size) if mode == "fast" else 1)
+    except tf.errors.InvalidArgumentError as error:
+        raise FrameError(0, _reason("image", contents, error)) from error
+    resize_frame(image, size, mode, out)
+
+
+def decode_frames(contents: Sequence[bytes], size: tuple[int, int], mode: str = "parity") -> np.ndarray:
+    """Decodes JPEG, PNG, BMP or GIF frames of any size to (N, *size, 3) uint8.
+
+    Raises:
+      FrameError: the first frame that is not an image, by position.
+      DataError: no such mode.
     """
     if mode not in MODES:
         raise DataError(f"decode mode {mode!r}; {suggest(mode, MODES)}")
-    size = tuple(size)
-    if out is None:
-        out = np.empty((len(contents), *size, 3), np.uint8)
+    out = np.empty((len(contents), *size, 3), np.uint8)
     for position, (frame, target) in enumerate(zip(contents, out, strict=True)):
-        ratio = reduction(frame, size) if mode == "fast" else 1
         try:
-            image = _decode(frame, ratio)
-        except tf.errors.InvalidArgumentError as error:
-            raise FrameError(position, _reason("image", frame, error)) from error
-        if image.shape[:2] == size:
-            target[...] = image
-        else:
-            resample_uint8(image, size, KERNELS[mode], target)
+            decode_frame(frame, tuple(size), mode, target)
+        except FrameError as error:
+            raise FrameError(position, str(error)) from error
     return out
 
 
@@ -110,14 +108,19 @@ def _reason(what: str, contents: bytes, error: tf.errors.OpError) -> str:
     return f"not a decodable {what} (starts with {bytes(contents[:8])!r}): {lines[0] if lines else error}"
 
 
+def resize_frame(image: np.ndarray, size: tuple[int, int], mode: str, out: np.ndarray) -> None:
+    """A raw (h, w, 3) uint8 image into `out`, (*size, 3) uint8."""
+    if image.shape[:2] == tuple(size):
+        out[...] = image
+    else:
+        resample_uint8(image, tuple(size), KERNELS[mode], out)
+
+
 def resize_frames(images: np.ndarray, size: tuple[int, int], mode: str = "parity") -> np.ndarray:
     """Raw (N, h, w, 3) uint8 frames to (N, *size, 3) uint8."""
-    size = tuple(size)
-    if images.shape[1:3] == size:
-        return images
     out = np.empty((len(images), *size, images.shape[-1]), np.uint8)
     for image, target in zip(images, out, strict=True):
-        resample_uint8(image, size, KERNELS[mode], target)
+        resize_frame(image, size, mode, target)
     return out
 
 
@@ -130,26 +133,33 @@ def nearest(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[np.ndarray,
     return rows[:, None], columns[None]
 
 
-def depth_to_metres(values: np.ndarray, unit: float) -> np.ndarray:
-    """Stored depth to float32 metres: integers count `unit` metres, floats are metres. No reading (NaN, inf) is 0."""
-    if values.dtype.kind in "iu":
-        return (values * np.float64(unit)).astype(np.float32)
-    return np.where(np.isfinite(values), values, 0).astype(np.float32)
+MILLIMETRE = 0.001
 
 
-def resize_depth(depth: np.ndarray, size: tuple[int, int], unit: float) -> np.ndarray:
+def depth_to_metres(values: np.ndarray, scale: float | None) -> np.ndarray:
+    """Stored depth to float32 metres. No reading (0, NaN, infinite) is 0.
+
+    Args:
+      scale: metres per unit; None: integers are millimetres, floats metres.
+    """
+    if scale is None:
+        scale = MILLIMETRE if values.dtype.kind in "iu" else 1.0
+    return (np.where(np.isfinite(values), values, 0) * np.float64(scale)).astype(np.float32)
+
+
+def resize_depth(depth: np.ndarray, size: tuple[int, int], scale: float | None) -> np.ndarray:
     """A raw (h, w) or (h, w, 1) depth map to (*size, 1) float32 metres: the nearest pixel of each."""
     depth = depth.reshape(depth.shape[:2])
-    return depth_to_metres(depth[nearest(depth.shape, size)], unit)[..., None]
+    return depth_to_metres(depth[nearest(depth.shape, size)], scale)[..., None]
 
 
-def decode_depth(contents: bytes, size: tuple[int, int], unit: float) -> np.ndarray:
+def decode_depth(contents: bytes, size: tuple[int, int], scale: float | None) -> np.ndarray:
     """An encoded depth map to (*size, 1) float32 metres.
 
     Args:
       contents: a PNG of 8 or 16 bits with one channel (integers), a PNG of 8 bits with four channels (TFDS stores a
         float32 image so: the bytes of each number, little-endian; metres), or a JPEG (8 bits).
-      unit: metres per integer step.
+      scale: see `depth_to_metres`.
 
     Raises:
       FrameError: not such an image; `position` is 0.
@@ -158,7 +168,7 @@ def decode_depth(contents: bytes, size: tuple[int, int], unit: float) -> np.ndar
         depth = _decode_depth(contents)
     except tf.errors.InvalidArgumentError as error:
         raise FrameError(0, _reason("depth map", contents, error)) from error
-    return resize_depth(depth, size, unit)
+    return resize_depth(depth, size, scale)
 
 
 def _decode_depth(contents: bytes) -> np.ndarray:

@@ -83,7 +83,9 @@ class OrderPlan:
     def batch_bytes(self, spec: BatchSpec) -> int:
         """Bytes of the decoded frames of one global batch."""
         frames = {slot: spec.window_size + (slot in spec.goal_images) for slot in spec.image_sizes}
-        return self.batch_size * sum(3 * h * w * frames[slot] for slot, (h, w) in spec.image_sizes.items())
+        images = sum(3 * h * w * frames[slot] for slot, (h, w) in spec.image_sizes.items())
+        depths = sum(4 * h * w * spec.window_size for h, w in spec.depth_sizes.values())
+        return self.batch_size * (images + depths)
 
 
 def block_sizes(given: int | Mapping[str, int] | None, names: Mapping[str, Any]) -> dict[str, int] | None:

@@ -83,7 +83,7 @@ class Reader:
         self._readers = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-read")
         self._decoders = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-decode")
         limit = int(host.memory_gb * memory.STORED * 2**30)
-        self.store = EpisodeStore(sources, spec.image_sizes, texts, self._readers, limit)
+        self.store = EpisodeStore(sources, spec.image_sizes, texts, self._readers, limit, spec.depth_sizes)
         self.assemble = Assembler(
             sources,
             spec,

@@ -199,6 +199,12 @@ def _is_image(x: tf.Tensor) -> bool:
     return (x.dtype == tf.string and x.shape.rank == 1) or (x.dtype == tf.uint8 and x.shape.rank == 4)
 
 
+def _is_depth(x: tf.Tensor) -> bool:
+    if x.dtype == tf.string:
+        return x.shape.rank == 1
+    return (x.dtype.is_floating or x.dtype.is_integer) and (x.shape.rank == 3 or x.shape.rank == 4 and x.shape[-1] == 1)
+
+
 def _is_numeric(x: tf.Tensor, *ranks: int) -> bool:
     return (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool) and x.shape.rank in ranks
 
@@ -209,7 +215,7 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     Returns:
       {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
       proprio_keys); "language": (T,) string (absent without language_key); "images": {slot: (T,) encoded strings or
-      (T, h, w, 3) uint8}}.
+      (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1) numbers}}.
 
     Raises:
       DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
@@ -218,7 +224,7 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     if not isinstance(observation, Mapping):
         raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
     action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2, 3))
-    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}}
+    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}, "depths": {}}
     if spec.proprio_keys:
         parts = []
         for key in spec.proprio_keys:
@@ -242,6 +248,10 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
         if key is not None:
             key = key.removeprefix("observation/")
             chosen["images"][slot] = _require(observation, key, f"image of camera {slot!r}", spec, _is_image)
+    for slot, key in spec.depth_keys.items():
+        if key is not None:
+            key = key.removeprefix("observation/")
+            chosen["depths"][slot] = _require(observation, key, f"depth of camera {slot!r}", spec, _is_depth)
     return chosen
 
 

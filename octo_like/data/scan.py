@@ -123,6 +123,7 @@ def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]
         # Leaves that a user's function cut differently are found here, before training starts.
         "lengths": {
             **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
+            **{f"depth of {slot}": tf.shape(depth)[0] for slot, depth in episode["depths"].items()},
             **{key: tf.shape(episode[key])[0] for key in ("proprio", "language", "usable") if key in episode},
         },
     }

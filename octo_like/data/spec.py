@@ -37,6 +37,9 @@ class DatasetSpec:
         on a whole trajectory).
       image_keys: camera slot of the schema -> key below `observation`, or None where the dataset has no such camera.
       proprio_keys: keys below `observation`, concatenated.
+      depth_keys: camera slot -> key below `observation` of its depth map, or None.
+      depth_scale: metres per unit of the stored depth; None: as its number type says (see docs/data.md).
+      bgr_slots: cameras whose stored frames have their channels in the order blue, green, red; they are swapped.
       action_key: key of the actions (T, A).
       language_key: key of the instruction (top level, or "observation/..."), or None.
       normalization: "normal" or "bounds".
@@ -68,6 +71,9 @@ class DatasetSpec:
     standardize: str | None = None
     image_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     proprio_keys: tuple[str, ...] = ()
+    depth_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    depth_scale: float | None = None
+    bgr_slots: tuple[str, ...] = ()
     action_key: str = "action"
     language_key: str | None = "language_instruction"
     normalization: str = "normal"
@@ -93,6 +99,11 @@ class DatasetSpec:
             raise DataError(f"{self.name}: val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.num_demos is not None and self.num_demos < 1:
             raise DataError(f"{self.name}: num_demos must be at least 1 or None, got {self.num_demos}")
+        if self.depth_scale is not None and not self.depth_scale > 0:
+            raise DataError(f"{self.name}: depth_scale must be positive (metres per unit), got {self.depth_scale}")
+        unknown = sorted(set(self.bgr_slots) - {slot for slot, key in self.image_keys.items() if key is not None})
+        if unknown:
+            raise DataError(f"{self.name}: bgr_slots: no camera {unknown[0]!r}; {suggest(unknown[0], self.image_keys)}")
         if not 0 <= self.weight < float("inf"):
             raise DataError(f"{self.name}: weight must be a finite number, not negative, got {self.weight}")
         self._check_filters()
@@ -149,7 +160,9 @@ class DatasetSpec:
                 raise DataError("a dataset needs a name")
             data["name"] = name
         data["image_keys"] = dict(data.get("image_keys") or {})
+        data["depth_keys"] = dict(data.get("depth_keys") or {})
         data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
+        data["bgr_slots"] = tuple(data.get("bgr_slots") or ())
         mask = data.get("action_normalization_mask")
         data["action_normalization_mask"] = None if mask is None else tuple(bool(m) for m in mask)
         for field in ("frame_slice", "relative_to"):
@@ -158,7 +171,7 @@ class DatasetSpec:
 
     def transform_fields(self) -> dict[str, Any]:
         """The fields that determine the content of an episode (not its weight, split or normalisation)."""
-        return {
+        fields = {
             "standardize": self.standardize,
             "image_keys": dict(sorted(self.image_keys.items())),
             "proprio_keys": list(self.proprio_keys),
@@ -168,6 +181,13 @@ class DatasetSpec:
             "relative_to": None if self.relative_to is None else list(self.relative_to),
             "chunk_length": self.chunk_length,
         }
+        # Fields that most datasets leave empty appear only when they are not: an index stays valid when one is added.
+        seldom = {
+            "depth_keys": dict(sorted(self.depth_keys.items())),
+            "depth_scale": self.depth_scale,
+            "bgr_slots": sorted(self.bgr_slots),
+        }
+        return fields | {key: value for key, value in seldom.items() if value}
 
     def filter_fields(self) -> dict[str, Any]:
         """The fields that choose among the steps of the episodes, by their standardised values."""

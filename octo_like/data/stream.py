@@ -8,8 +8,9 @@
 What a batch holds depends on the order spec and its number only: not on threads, memory, time, or what was read before.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
-import queue
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -69,6 +70,7 @@ class Stream:
         self._plan, self._host, self._rest_of_spec = plan, host, order_spec
         self._indices = [prepared.train for prepared in datasets.values()]
         self._worker: _Worker | None = None
+        self._order_lock = threading.Lock()  # the order keeps caches, and two batches are made at a time
         self._use_order(plan.make())
         sources = [(prepared, prepared.train) for prepared in datasets.values()]
         self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases)
@@ -159,20 +161,23 @@ class Stream:
 
     def batch(self, number: int) -> Tree:
         """This process's rows of the global batch `number` (samples from number * B on). Moves nothing."""
-        samples = self.order.samples(self.order.batch_rows(number, *self._process))
+        with self._order_lock:
+            samples = self.order.samples(self.order.batch_rows(number, *self._process))
         step = np.empty_like(samples.frame)
         for d, index in enumerate(self._indices):
             rows = samples.dataset == d
             step[rows] = index.step_of(samples.episode[rows], samples.frame[rows])
 
         def substitute(row: int, attempt: int) -> tuple[int, int]:
-            episode, frame = self.order.substitute(int(samples.n[row]), attempt)
+            with self._order_lock:
+                episode, frame = self.order.substitute(int(samples.n[row]), attempt)
             index = self._indices[int(samples.dataset[row])]
             return episode, int(index.step_of(np.array([episode]), np.array([frame]))[0])
 
         request = Request(samples.n, samples.dataset, samples.episode, step, samples.key)
         batch = self._reader.assemble(request, substitute)
-        self._read_ahead(samples)
+        with self._order_lock:
+            self._read_ahead(samples)
         return batch
 
     def _read_ahead(self, samples: order_lib.Samples) -> None:
@@ -210,45 +215,39 @@ class Stream:
 
 
 class _Worker:
-    """Makes batches ahead of the consumer in one background thread."""
+    """Makes batches ahead of the consumer.
+
+    Two at a time: while the frames of one are being decoded, the other's episodes are found and its arrays filled, so
+    the decoding threads never wait for the next batch to begin. Batches are handed out in order all the same.
+    """
+
+    MAKERS = 2
 
     def __init__(self, make: Any, start: int, depth: int):
-        self._queue: queue.Queue = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make, start), name="octo_like-batches", daemon=True)
-        self._thread.start()
+        self._make, self._next = make, start
+        self._pool = concurrent.futures.ThreadPoolExecutor(self.MAKERS, "octo_like-batches")
+        self._waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        self._failed = False
+        for _ in range(depth + 1):
+            self._begin()
 
-    def _run(self, make: Any, number: int) -> None:
-        while not self._stopped.is_set():
-            try:
-                item = (make(number), None)
-            except Exception as error:  # noqa: BLE001 - carried to the consumer, whatever it is
-                item = (None, error)
-            while not self._stopped.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if item[1] is not None:
-                return
-            number += 1
+    def _begin(self) -> None:
+        self._waiting.append(self._pool.submit(self._make, self._next))
+        self._next += 1
 
     def get(self) -> Tree:
-        while True:
-            try:
-                batch, error = self._queue.get(timeout=1.0)
-                break
-            except queue.Empty:
-                if not self._thread.is_alive() and self._queue.empty():
-                    raise RuntimeError("the batch thread has ended; make a new stream or seek") from None
-        if error is not None:
-            raise error
+        if self._failed:
+            raise RuntimeError("making batches has failed; make a new stream or seek")
+        try:
+            batch = self._waiting.popleft().result()
+        except BaseException:
+            self._failed = True
+            raise
+        self._begin()
         return batch
 
     def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def make_train_stream(
@@ -356,6 +355,7 @@ def make_train_stream(
         "batch": {
             **dataclasses.asdict(batch_spec),
             "image_sizes": {slot: list(size) for slot, size in batch_spec.image_sizes.items()},
+            "depth_sizes": {slot: list(size) for slot, size in batch_spec.depth_sizes.items()},
             "goal_images": list(batch_spec.goal_images),
             "heads": list(batch_spec.heads),
         },

@@ -303,6 +303,7 @@ def spec_to_json(spec: BatchSpec) -> dict[str, Any]:
     return {
         **dataclasses.asdict(spec),
         "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
+        "depth_sizes": {slot: list(size) for slot, size in spec.depth_sizes.items()},
         "goal_images": list(spec.goal_images),
         "heads": list(spec.heads),
     }
@@ -312,4 +313,5 @@ def spec_from_json(data: Mapping[str, Any]) -> BatchSpec:
     """Inverse of `spec_to_json`."""
     fields = dict(data)
     fields["image_sizes"] = {slot: tuple(size) for slot, size in data["image_sizes"].items()}
+    fields["depth_sizes"] = {slot: tuple(size) for slot, size in data.get("depth_sizes", {}).items()}
     return BatchSpec(**{**fields, "goal_images": tuple(data["goal_images"]), "heads": tuple(data["heads"])})
