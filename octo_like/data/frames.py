@@ -3,10 +3,10 @@
 Two named modes for images:
 
     parity  decode as `tf.io.decode_image`, then Lanczos3 with antialiasing, rounded half to even: what Octo trains on.
-            Equal to `tf.image.resize` but for rounding: about one value in 20,000 differs, by one grey level.
+            Equal to `tf.image.resize` but for rounding: fewer than one value in 5,000 differs, by one grey level.
     fast    JPEG decoded at 1/2, 1/4 or 1/8 where that is still large enough, then antialiased bilinear (a triangle
-            kernel). Other formats are decoded fully. Against parity on natural textures: about one grey level on
-            average (tests/data/test_frames.py measures it).
+            kernel). Other formats are decoded fully. Differs from parity by less than two grey levels on average, on
+            pictures of soft shapes, edges and noise (tests/data/test_frames.py measures it).
 
 A frame that already has the wanted size is never resampled. Depth takes the nearest pixel: a mean of the table and the
 wall behind it is a surface that is not there.

@@ -1,7 +1,10 @@
 """Image augmentation on the device, inside the step.
 
 Every operation draws on its own; one draw per sample and camera serves all frames of the window and the goal image, so
-that they stay one scene. Missing images (pad mask False) are left alone: they mean nothing.
+that they stay one scene. Missing images (pad mask False) are left alone: they mean nothing. A camera's depth map is
+cropped and flipped as its images are, so that both keep showing the same place.
+
+Order: crop, brightness, contrast, saturation, hue, flips. Each colour operation clips to [0, 1].
 """
 
 import dataclasses
@@ -22,6 +25,8 @@ class Augmentation:
       brightness: largest shift, in units of the full range.
       contrast, saturation: ranges of the factors.
       hue: largest shift, in turns.
+      flip_left_right, flip_up_down: probabilities. A flipped scene has other right actions and other words for left and
+        right: leave them None unless the data is symmetric in that.
     """
 
     crop_scale: tuple[float, float] | None = None
@@ -30,6 +35,22 @@ class Augmentation:
     contrast: tuple[float, float] | None = None
     saturation: tuple[float, float] | None = None
     hue: float | None = None
+    flip_left_right: float | None = None
+    flip_up_down: float | None = None
+
+    def __post_init__(self):
+        for field in ("crop_scale", "crop_ratio", "contrast", "saturation"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value[0] <= value[1]:
+                raise ValueError(f"augmentation: {field} must be (low, high) with 0 <= low <= high, got {value}")
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"augmentation: crop_scale must lie in (0, 1], got {self.crop_scale}")
+        if self.crop_ratio[0] <= 0:
+            raise ValueError(f"augmentation: crop_ratio must be positive, got {self.crop_ratio}")
+        for field in ("flip_left_right", "flip_up_down", "brightness", "hue"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"augmentation: {field} must be in [0, 1], got {value}")
 
 
 def crop_resize(images: jax.Array, box: jax.Array) -> jax.Array:
@@ -71,28 +92,68 @@ def hsv_to_rgb(hsv: jax.Array) -> jax.Array:
     return value - value * saturation * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
 
 
+def crop_nearest(maps: jax.Array, box: jax.Array) -> jax.Array:
+    """(n, h, w, c) cropped as `crop_resize` does, but taking the nearest sample: no value is invented."""
+
+    def positions(size, low, high):
+        # Half rounds up, as on a grid of pixels; the last index keeps rounding errors inside.
+        return jnp.clip(jnp.floor(low * (size - 1) + jnp.arange(size) * (high - low) + 0.5).astype(int), 0, size - 1)
+
+    return maps[:, positions(maps.shape[1], box[0], box[2])][:, :, positions(maps.shape[2], box[1], box[3])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """Draws of one sample and camera; every operation has a key of its own."""
+
+    key: jax.Array
+    config: Augmentation
+
+    def uniform(self, operation: int, low: float, high: float) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(self.key, operation), (), minval=low, maxval=high)
+
+    def box(self) -> jax.Array:
+        """(y1, x1, y2, x2) of the crop. A side that would be longer than the image is cut to it."""
+        scale = self.uniform(0, *self.config.crop_scale)
+        ratio = jnp.exp(self.uniform(1, *(jnp.log(r) for r in self.config.crop_ratio)))
+        height, width = jnp.minimum(1.0, jnp.sqrt(scale / ratio)), jnp.minimum(1.0, jnp.sqrt(scale * ratio))
+        top, left = self.uniform(2, 0.0, 1.0) * (1 - height), self.uniform(3, 0.0, 1.0) * (1 - width)
+        return jnp.stack([top, left, top + height, left + width])
+
+    def flipped(self, x: jax.Array) -> jax.Array:
+        """(n, h, w, c), flipped as drawn."""
+        for operation, probability, axis in ((8, self.config.flip_left_right, 2), (9, self.config.flip_up_down, 1)):
+            if probability is not None:
+                x = jnp.where(self.uniform(operation, 0.0, 1.0) < probability, jnp.flip(x, axis), x)
+        return x
+
+
 def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
     """All images (n, h, w, 3) uint8 of one sample and camera, with one draw per operation."""
-    uniform = lambda i, low, high: jax.random.uniform(jax.random.fold_in(key, i), (), minval=low, maxval=high)  # noqa: E731
+    draws = _Draws(key, config)
     x = images.astype(jnp.float32) / 255.0
     if config.crop_scale is not None:
-        scale = uniform(0, *config.crop_scale)
-        ratio = jnp.exp(uniform(1, jnp.log(config.crop_ratio[0]), jnp.log(config.crop_ratio[1])))
-        height, width = jnp.minimum(1.0, jnp.sqrt(scale / ratio)), jnp.minimum(1.0, jnp.sqrt(scale * ratio))
-        top, left = uniform(2, 0.0, 1.0) * (1 - height), uniform(3, 0.0, 1.0) * (1 - width)
-        x = jnp.clip(crop_resize(x, jnp.stack([top, left, top + height, left + width])), 0, 1)
+        x = jnp.clip(crop_resize(x, draws.box()), 0, 1)
     if config.brightness is not None:
-        x = jnp.clip(x + uniform(4, -config.brightness, config.brightness), 0, 1)
+        x = jnp.clip(x + draws.uniform(4, -config.brightness, config.brightness), 0, 1)
     if config.contrast is not None:
-        x = jnp.clip(adjust_contrast(x, uniform(5, *config.contrast)), 0, 1)
+        x = jnp.clip(adjust_contrast(x, draws.uniform(5, *config.contrast)), 0, 1)
     if config.saturation is not None or config.hue is not None:
         hsv = rgb_to_hsv(x)
         if config.saturation is not None:
-            hsv = hsv.at[..., 1].set(jnp.clip(hsv[..., 1] * uniform(6, *config.saturation), 0, 1))
+            hsv = hsv.at[..., 1].set(jnp.clip(hsv[..., 1] * draws.uniform(6, *config.saturation), 0, 1))
         if config.hue is not None:
-            hsv = hsv.at[..., 0].set((hsv[..., 0] + uniform(7, -config.hue, config.hue)) % 1.0)
+            hsv = hsv.at[..., 0].set((hsv[..., 0] + draws.uniform(7, -config.hue, config.hue)) % 1.0)
         x = jnp.clip(hsv_to_rgb(hsv), 0, 1)
-    return jnp.floor(x * 255.5).clip(0, 255).astype(jnp.uint8)
+    return draws.flipped(jnp.floor(x * 255.5).clip(0, 255).astype(jnp.uint8))
+
+
+def augment_depth(depth: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
+    """Depth maps (n, h, w, 1) of the same sample and camera: the crop and the flips of its images."""
+    draws = _Draws(key, config)
+    if config.crop_scale is not None:
+        depth = crop_nearest(depth, draws.box())
+    return draws.flipped(depth)
 
 
 def augment_batch(
@@ -120,4 +181,7 @@ def augment_batch(
         observation[key] = frames[:, :window]
         if key in task:
             task[key] = frames[:, window]
+        if f"depth_{slot}" in observation:
+            depth = observation[f"depth_{slot}"]
+            observation[f"depth_{slot}"] = jax.vmap(lambda maps, k, c=config: augment_depth(maps, k, c))(depth, keys)
     return {**batch, "observation": observation, "task": task}

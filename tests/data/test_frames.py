@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octo_like.data import frames
+from octo_like.data import frames, resample
 from octo_like.data.spec import DataError
 
 EXCERPT = pathlib.Path(__file__).resolve().parent.parent / "golden" / "pipeline_excerpt.npz"
@@ -63,6 +63,122 @@ def test_fast_is_close_to_parity():
     for size in ((128, 128), (240, 320), (256, 256), (480, 640), (500, 700)):
         fast, parity = (frames.decode_frames(contents, size, mode)[0].astype(int) for mode in ("fast", "parity"))
         assert np.abs(fast - parity).mean() < 2, size
+
+
+SIZES = [
+    ((256, 256), (128, 128)),
+    ((48, 64), (32, 32)),
+    ((45, 80), (28, 28)),
+    ((48, 64), (25, 25)),  # no two sides with a short common ratio
+    ((47, 61), (41, 37)),
+    ((16, 12), (40, 50)),
+    ((30, 20), (30, 11)),
+    ((30, 20), (7, 20)),
+    ((7, 5), (3, 11)),
+]
+
+
+@pytest.mark.parametrize("kernel", ["lanczos3", "triangle"])
+def test_resampling_equals_tensorflow(kernel):
+    """The banded products against tf.image.resize: float32 rounding apart, and that seldom changes a grey level."""
+    tf = pytest.importorskip("tensorflow")
+    method = {"lanczos3": "lanczos3", "triangle": "bilinear"}[kernel]
+    differ = total = 0
+    for raw, size in SIZES:
+        image = np.random.default_rng(raw[0]).integers(0, 256, (*raw, 3), np.uint8)
+        want = tf.image.resize(image, size, method=method, antialias=True).numpy()
+        np.testing.assert_allclose(resample.resample(image, size, kernel), want, atol=2e-3, err_msg=f"{raw} {size}")
+        got = frames.resize_frames(image[None], size, {"lanczos3": "parity", "triangle": "fast"}[kernel])[0]
+        rounded = np.clip(np.rint(want), 0, 255).astype(int)
+        assert np.abs(got - rounded).max() <= 1
+        differ, total = differ + (got != rounded).sum(), total + got.size
+    # The triangle's weights are short fractions, so that exact halves are common and fall either way.
+    assert differ <= {"lanczos3": 2e-4, "triangle": 2e-3}[kernel] * total
+
+
+def test_weights_against_their_definition():
+    """The banded form against the whole matrix written out with loops, for every pair of small sizes."""
+    for kernel, (function, radius) in resample.KERNELS.items():
+        for n in (1, 2, 5, 8, 12):
+            for m in (1, 3, 8, 12, 40):
+                dense = np.zeros((m, n))
+                for i in range(m):
+                    for j in range(n):
+                        distance = (j + 0.5 - (i + 0.5) * n / m) / max(n / m, 1)
+                        dense[i, j] = float(function(np.array(distance))) if abs(distance) < radius else 0.0
+                dense /= dense.sum(1, keepdims=True)
+                column = np.random.default_rng(n * m).normal(size=(n, 1, 1))
+                got = resample.resample(column, (m, 1), kernel)[:, 0, 0]
+                np.testing.assert_allclose(got, dense @ column[:, 0, 0], atol=1e-5, err_msg=f"{kernel} {n} {m}")
+
+
+def test_threads_do_not_share_buffers():
+    import concurrent.futures
+
+    images = [smooth_image(48, 64, seed) for seed in range(16)]
+    alone = [frames.resize_frames(image[None], (25, 32))[0] for image in images]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            together = list(pool.map(lambda image: frames.resize_frames(image[None], (25, 32))[0], images))
+            assert all((a == b).all() for a, b in zip(alone, together, strict=True))
+
+
+def test_fast_png_is_antialiased():
+    """Stripes one pixel wide become grey when they are made smaller; without antialiasing they would alias."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    fast = frames.decode_frames([encode(stripes, "png")], (17, 17), "fast")[0]
+    assert fast[:, 1:-1].min() > 110 and fast[:, 1:-1].max() < 145
+
+
+def test_the_error_of_fast_mode_on_textures():
+    """The numbers in the module's docstring: mean difference to parity on pictures as sharp as a camera's."""
+    from octo_like.data.bench import picture
+
+    image = picture(480, 640, np.random.default_rng(0))
+    contents = [encode(image, "jpeg", quality=92)]
+    for size in ((128, 128), (224, 224), (256, 256)):
+        fast, parity = (frames.decode_frames(contents, size, mode)[0].astype(int) for mode in ("fast", "parity"))
+        assert np.abs(fast - parity).mean() < 2, size
+
+
+# ---------------------------------------------------------------- depth
+
+
+def test_nearest_against_brute_force():
+    for n, m in [(7, 3), (3, 7), (480, 256), (5, 5)]:
+        rows, _ = frames.nearest((n, n), (m, m))
+        assert rows[:, 0].tolist() == [int(np.floor((i + 0.5) * n / m)) for i in range(m)]
+
+
+def test_depth_keeps_values_and_becomes_metres():
+    rng = np.random.default_rng(0)
+    millimetres = rng.integers(0, 65536, (12, 20), np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(millimetres).save(buffer, "png")
+    got = frames.decode_depth(buffer.getvalue(), (12, 20), None)
+    assert got.shape == (12, 20, 1) and got.dtype == np.float32
+    np.testing.assert_allclose(got[..., 0], millimetres / 1000.0, rtol=1e-6)
+    small = frames.decode_depth(buffer.getvalue(), (5, 7), 1 / 1024)
+    assert set(small.ravel()) <= set((millimetres / 1024.0).astype(np.float32).ravel())
+    np.testing.assert_array_equal(small, frames.resize_depth(millimetres[..., None], (5, 7), 1 / 1024))
+    # TFDS keeps a float32 image as a PNG of four bytes per number.
+    metres = rng.uniform(0.1, 5, (12, 20)).astype(np.float32)
+    buffer = io.BytesIO()
+    Image.fromarray(metres.view(np.uint8).reshape(12, 20, 4), "RGBA").save(buffer, "png")
+    np.testing.assert_array_equal(frames.decode_depth(buffer.getvalue(), (12, 20), None)[..., 0], metres)
+    metres[3, 4], metres[5, 6] = np.nan, np.inf
+    raw = frames.resize_depth(metres, (12, 20), None)[..., 0]
+    assert raw[3, 4] == raw[5, 6] == 0 and raw[0, 0] == metres[0, 0]
+    eight = rng.integers(0, 256, (6, 6), np.uint8)
+    np.testing.assert_allclose(frames.decode_depth(encode(eight, "png"), (6, 6), 0.02)[..., 0], eight * 0.02, rtol=1e-6)
+
+
+def test_what_is_no_depth_map():
+    with pytest.raises(frames.FrameError, match="8 bits, colour type 2; valid: grey, or float32"):
+        frames.decode_depth(encode(smooth_image(8, 8), "png"), (8, 8), None)
+    with pytest.raises(frames.FrameError, match="not a decodable depth map"):
+        frames.decode_depth(b"garbage", (8, 8), None)
 
 
 def test_no_frames():
