@@ -3,8 +3,9 @@
     python scripts/show_data.py --data_dir runs/data --config configs/tabletop.py --output runs/look
     python scripts/show_data.py --data_dir runs/data my_robot --set image_keys='{"primary": "image"}' --episodes 8
 
-Writes one PNG per dataset. Look at it before you train: wrong cameras, swapped colours, shifted actions and missing
-instructions are seen at once.
+Writes per dataset one PNG of episodes and one of action histograms, before and after normalisation, and index.html with
+all of them, the mixture table and the ranges. Look at it before you train: wrong cameras, swapped colours, shifted
+actions and missing instructions are seen at once.
 """
 
 import argparse
@@ -20,22 +21,40 @@ def main() -> int:
     parser.add_argument("--output", default="runs/show_data", help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=4, help="episodes per dataset (default: %(default)s)")
     parser.add_argument("--val", action="store_true", help="validation episodes instead of training episodes")
+    parser.add_argument(
+        "--samples", type=int, help="of the run (steps x batch size), to show passes (default: config's)"
+    )
     args = parser.parse_args()
 
     from octo_like.data import report
+    from octo_like.data.arguments import load_config_file
     from octo_like.data.index import prepare_dataset
     from octo_like.data.spec import DataError
 
     os.makedirs(args.output, exist_ok=True)
     try:
+        samples = args.samples
+        if samples is None and args.config:
+            config = load_config_file(args.config)
+            samples = config.num_steps * config.batch_size
+        datasets, pictures = {}, {}
         for name, spec in specs_from_arguments(args).items():
-            prepared = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
+            prepared = datasets[name] = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
+            if spec.source is not None:
+                continue  # trajectories of a tf.data.Dataset are not there to be looked up; its numbers are shown
             index = prepared.val if args.val else prepared.train
             if not len(index):
                 raise DataError(f"{name}: no validation episodes (val_fraction is 0)")
-            path = os.path.join(args.output, f"{name}.png")
-            report.contact_sheet(prepared, index, path, episodes=args.episodes)
-            print(path)
+            sheet, histograms = (os.path.join(args.output, f"{name}{end}.png") for end in ("", "_actions"))
+            report.contact_sheet(prepared, index, sheet, episodes=args.episodes)
+            report.action_histograms(prepared, index, histograms)
+            pictures[name] = (sheet, histograms)
+            print(sheet, histograms, sep="\n")
+        page = os.path.join(args.output, "index.html")
+        with open(page, "w", encoding="utf-8") as file:
+            file.write(report.html_page(datasets, pictures, samples))
+        print(page)
+        print(report.mixture_table(datasets, samples))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

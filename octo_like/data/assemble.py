@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -61,6 +61,8 @@ class Request:
     episode: np.ndarray  # int64
     step: np.ndarray  # int64, the present step of the sample
     key: np.ndarray  # uint64
+    # row -> its episode, for samples of sources that have no index (`octo_like.data.approximate`)
+    held: Mapping[int, Episode] = dataclasses.field(default_factory=dict)
 
 
 # (row of the request, attempt) -> (episode, step) that takes the place of a damaged sample, of the same dataset.
@@ -136,12 +138,14 @@ class Assembler:
         """
         attempts = np.zeros(len(request.sample_id), np.int64)
         while True:
-            found = self._store.get(list(zip(request.dataset.tolist(), request.episode.tolist(), strict=True)))
+            found = self._find(request)
             bad = {row: str(error) for row, error in enumerate(found) if isinstance(error, DamagedRecord)}
             batch: Tree = {}
             if not bad:
                 batch, bad = self._batch(request, [episode for episode in found if isinstance(episode, Episode)])
             for row, reason in bad.items():
+                if row in request.held:
+                    raise DataError(f"{reason}; leave such trajectories out in the source itself")
                 self._damage.report(int(request.dataset[row]), int(request.episode[row]), reason)
             if not bad:
                 return batch
@@ -156,6 +160,14 @@ class Assembler:
                 episode[row], step[row] = substitute(row, int(attempts[row]))
                 attempts[row] += 1
             request = dataclasses.replace(request, episode=episode, step=step)
+
+    def _find(self, request: Request) -> list[Episode | DamagedRecord]:
+        """The episodes of all rows, or what is wrong with them."""
+        rows = [row for row in range(len(request.sample_id)) if row not in request.held]
+        wanted = [(int(request.dataset[row]), int(request.episode[row])) for row in rows]
+        found: dict[int, Episode | DamagedRecord] = dict(request.held)
+        found |= dict(zip(rows, self._store.get(wanted), strict=True))
+        return [found[row] for row in range(len(request.sample_id))]
 
     def _batch(self, request: Request, episodes: list[Episode]) -> tuple[Tree, dict[int, str]]:
         """(batch, {row: reason} of samples that use a frame that cannot be decoded)."""

@@ -16,7 +16,6 @@ from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.rlds import DamagedRecord
 from octo_like.data.spec import DataError
 from octo_like.data.texts import Texts
-from octo_like.data.tf import tf
 
 RETRIES = 3  # of a read that the storage refused
 SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
@@ -91,14 +90,15 @@ def load_episode(
             text = table.rows(texts)
     else:
         text = np.zeros(len(action), np.int32)
-    images = _stored(raw["images"], slots)
-    return Episode(action, proprio, text, images, _stored(raw["depths"], depth_slots))
+    images, depths = ({slot: x.numpy() for slot, x in raw[kind].items()} for kind in ("images", "depths"))
+    return Episode(action, proprio, text, stored_frames(images, slots), stored_frames(depths, depth_slots))
 
 
-def _stored(frames: Mapping[str, tf.Tensor], slots: Collection[str]) -> dict[str, Sequence[bytes] | np.ndarray]:
-    """The frames of some cameras, as bytes or arrays."""
-    values = {slot: tensor.numpy() for slot, tensor in frames.items() if slot in slots}
-    return {slot: value.tolist() if value.dtype == object else value for slot, value in values.items()}
+def stored_frames(frames: Mapping[str, np.ndarray], slots: Collection[str]) -> dict[str, Sequence[bytes] | np.ndarray]:
+    """The frames of some cameras: (T,) objects as a list of bytes, numbers as they are."""
+    return {
+        slot: values.tolist() if values.dtype == object else values for slot, values in frames.items() if slot in slots
+    }
 
 
 class EpisodeStore:
@@ -119,7 +119,7 @@ class EpisodeStore:
         self._sources, self._slots, self._table = sources, frozenset(slots), table
         self._depth_slots = frozenset(depth_slots)
         self._pool, self._max_bytes = pool, max_bytes
-        self._text_lock, self._lock = threading.Lock(), threading.Lock()
+        self.text_lock, self._lock = threading.Lock(), threading.Lock()
         self._entries: collections.OrderedDict[tuple[int, int], concurrent.futures.Future] = collections.OrderedDict()
         self.nbytes = 0
 
@@ -165,7 +165,7 @@ class EpisodeStore:
     def _load(self, key: tuple[int, int]) -> Episode:
         dataset, number = key
         prepared, index = self._sources[dataset]
-        episode = load_episode(prepared, index, number, self._slots, self._table, self._text_lock, self._depth_slots)
+        episode = load_episode(prepared, index, number, self._slots, self._table, self.text_lock, self._depth_slots)
         with self._lock:
             self.nbytes += episode.nbytes
         return episode

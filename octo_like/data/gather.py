@@ -136,7 +136,9 @@ class FrameGatherer:
             prepared, index = self._sources[job.dataset]
             name = (spec.depth_keys if job.depth else spec.image_keys)[job.slot]
             what = f"depth of {job.slot}" if job.depth else job.slot
-            where = f"{index.where(job.episode)}, step {job.step}, {name!r} ({what})"
+            source = f"{prepared.key}: trajectory {job.episode} of source={spec.source!r}"
+            where = index.where(job.episode) if spec.source is None else source
+            where = f"{where}, step {job.step}, {name!r} ({what})"
             self._bad[job.slot, job.depth, job.dataset, job.episode, job.step] = f"{where}: {error}"
             return False
         if not job.depth and job.slot in spec.bgr_slots:

@@ -76,6 +76,10 @@ def prepare_dataset(
     """
     if not 0 <= max_bad_fraction <= 1:
         raise DataError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
+    if spec.source is not None:
+        from octo_like.data.approximate import prepare_source
+
+        return prepare_source(key, spec)
     options = dict(workers=workers, max_bad_fraction=max_bad_fraction, process_index=process_index)
     split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=max_bad_fraction)
     function = EpisodeFunction(spec, split.features)

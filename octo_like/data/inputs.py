@@ -65,7 +65,7 @@ def inputs_from_config(
         return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
     if data.kind != "rlds":
         raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'synthetic'")
-    if not data.data_dir:
+    if not data.data_dir and not all(dict(fields).get("source") for fields in data.datasets.values()):
         raise ConfigError(
             "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
         )

@@ -47,9 +47,10 @@ def prepare_mixture(
 ) -> dict[str, PreparedDataset]:
     if specs and all(isinstance(value, PreparedDataset) for value in specs.values()):
         return dict(specs)
-    if data_dir is None:
+    specs = specs_from_config(specs)
+    if data_dir is None and any(spec.source is None for spec in specs.values()):
         raise DataError("data_dir is needed to read datasets")
-    return prepare_datasets(specs_from_config(specs), data_dir, cache_dir, progress, **options)
+    return prepare_datasets(specs, data_dir or "", cache_dir, progress, **options)
 
 
 class Reader:
@@ -77,6 +78,7 @@ class Reader:
                 )
         check_spec([prepared for prepared, _ in sources], spec)
         texts = Texts(tokenizer, paraphrases, task.paraphrase_prob)
+        self.texts = texts
         texts.check(text for prepared, _ in sources for text in prepared.instructions)
         self.damage = DamageLog(sources, host.max_bad_fraction)
         # Two pools: reading ahead must not queue in front of the frames of the present batch.

@@ -1,8 +1,10 @@
 """Datasets as text and pictures, for people: what is in them, and what a model gets to see."""
 
+import base64
 import concurrent.futures
+import html
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,31 +23,41 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def mixture_table(datasets: Mapping[str, PreparedDataset]) -> str:
-    """One line per dataset: weight, episodes, steps, cameras, instructions."""
+def mixture_rows(
+    datasets: Mapping[str, PreparedDataset], samples: int | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """(header, one row per dataset): weight, episodes, steps, bytes, cameras, instructions.
+
+    Args:
+      samples: of the whole run (steps x batch size), for the passes through each dataset; None: left out.
+    """
     total = sum(d.spec.weight for d in datasets.values()) or 1.0
-    rows = [
-        ["dataset", "version", "weight", "train", "val", "steps", "length", "action", "proprio", "cameras", "texts"]
-    ]
+    header = ["dataset", "version", "weight", "train", "val", "steps", "length", "GB", "action", "proprio"]
+    header += ["cameras", "depth", "texts", *(["passes"] if samples is not None else [])]
+    rows = []
     for name, d in datasets.items():
-        episodes, steps = len(d.train), int(d.train.frames.sum())
-        cameras = [slot for slot, key in d.spec.image_keys.items() if key is not None]
-        rows.append(
-            [
-                name,
-                d.version,
-                f"{d.spec.weight / total:.3f}",
-                f"{episodes:,}",
-                f"{len(d.val):,}",
-                f"{steps:,}",
-                f"{steps / episodes:.1f}",
-                str(d.function.action_dim),
-                str(d.function.proprio_dim or "-"),
-                ",".join(cameras) or "-",
-                f"{len([text for text in d.instructions if text]):,}",
-            ]
+        live = d.spec.source is not None  # no files, and the numbers of its pseudo-index mean nothing
+        episodes, steps = len(d.train), int(d.train.frames.sum(dtype=np.int64))
+        if live:
+            episodes, steps = d.statistics["num_trajectories"], d.statistics["num_transitions"]
+        cameras, depths = (
+            [slot for slot, key in keys.items() if key is not None] for keys in (d.spec.image_keys, d.spec.depth_keys)
         )
-    return _table(rows)
+        weight = d.spec.weight / total
+        row = [name, d.version, f"{weight:.3f}", f"{episodes:,}", f"{len(d.val):,}", f"{steps:,}"]
+        row += [f"{steps / max(episodes, 1):.1f}", "-" if live else f"{d.train.length.sum(dtype=np.int64) / 1e9:.3g}"]
+        row += [str(d.function.action_dim), str(d.function.proprio_dim or "-"), ",".join(cameras) or "-"]
+        row += [",".join(depths) or "-", f"{len([text for text in d.instructions if text]):,}"]
+        if samples is not None:
+            row.append("-" if live else f"{samples * weight / max(steps, 1):.3g}")
+        rows.append(row)
+    return header, rows
+
+
+def mixture_table(datasets: Mapping[str, PreparedDataset], samples: int | None = None) -> str:
+    """`mixture_rows` as text."""
+    header, rows = mixture_rows(datasets, samples)
+    return _table([header, *rows])
 
 
 def range_table(prepared: PreparedDataset) -> str:
@@ -135,10 +147,11 @@ def contact_sheet(
         pictures.set_ylabel(" / ".join(reversed(slots)), fontsize=8)
         pictures.set_xticks([(c + 0.5) * (size + 2) for c in range(len(steps))], [f"t={s}" for s in steps], fontsize=7)
         pictures.set_yticks([])
-        raw = normalization.unnormalize(episode.action, prepared.statistics["action"], prepared.spec.normalization)
+        normalised = episode.action if episode.action.ndim == 2 else episode.action[:, 0]
+        raw = normalization.unnormalize(normalised, prepared.statistics["action"], prepared.spec.normalization)
         for axis, values, title in (
             (physical, raw, "action, physical units"),
-            (seen, episode.action, "action, normalised"),
+            (seen, normalised, "action, normalised"),
         ):
             for d in range(values.shape[1]):
                 axis.plot(values[:, d], lw=1, label=str(d))
@@ -149,3 +162,73 @@ def contact_sheet(
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, episodes: int = 64) -> None:
+    """Writes a PNG: for each action dimension the histogram in physical units and, below it, as a model sees it.
+
+    Args:
+      index: `prepared.train` or `prepared.val`.
+      episodes: read for it, spread over the index; their frames are not decoded.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
+    lock = threading.Lock()
+    normalised = np.concatenate(
+        [load_episode(prepared, index, int(e), (), _Texts(), lock).action.reshape(-1, prepared.function.action_dim)
+         for e in chosen]
+    )  # fmt: skip
+    statistics = prepared.statistics["action"]
+    physical = normalization.unnormalize(normalised, statistics, prepared.spec.normalization)
+    width = normalised.shape[1]
+    figure, axes = plt.subplots(2, width, figsize=(1.2 + 1.9 * width, 3.6), squeeze=False)
+    for row, (values, label) in enumerate(((physical, "physical units"), (normalised, "normalised"))):
+        for d in range(width):
+            axis = axes[row, d]
+            axis.hist(values[:, d], bins=40, color=("#4472a8", "#c8743c")[row])
+            axis.tick_params(labelsize=6)
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(f"action[{d}]" + ("" if statistics["mask"][d] else " (not normalised)"), fontsize=7)
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    figure.suptitle(f"{prepared.key}: {len(normalised):,} actions of {len(chosen)} episodes", fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+_STYLE = (
+    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 8px;text-align:right;"
+    "border-bottom:1px solid #ccc}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
+
+
+def html_page(
+    datasets: Mapping[str, PreparedDataset], pictures: Mapping[str, Sequence[str]], samples: int | None = None
+) -> str:
+    """One self-contained HTML page: the mixture, and for each dataset its pictures, ranges and instructions.
+
+    Args:
+      pictures: dataset -> PNG files, which are put into the page.
+      samples: see `mixture_rows`.
+    """
+    header, rows = mixture_rows(datasets, samples)
+    parts = [f"<!doctype html><meta charset=utf-8><title>datasets</title><style>{_STYLE}</style><h1>Mixture</h1>"]
+    cells = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+             for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
+    parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
+    if samples is not None:
+        parts.append(f"<p>passes: in a run of {samples:,} samples</p>")
+    for name, prepared in datasets.items():
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        for path in pictures.get(name, ()):
+            with open(path, "rb") as file:
+                content = base64.b64encode(file.read()).decode()
+            parts.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{content}">')
+        parts.append(f"<pre>{html.escape(range_table(prepared))}</pre>")
+        parts.append(f"<pre>{html.escape(instruction_table(prepared))}</pre>")
+    return "\n".join(parts) + "\n"

@@ -60,6 +60,8 @@ class DatasetSpec:
         step t becomes action[t + h] - proprio[t]. Needs `chunk_length`.
       chunk_length: actions in each of these chunks, at least the run's action horizon.
       env: gymnasium id for rollouts, or None.
+      source: "python.module:function" that returns a tf.data.Dataset of trajectories, to be read instead of files; see
+        `octo_like.data.approximate`.
     """
 
     name: str
@@ -91,6 +93,7 @@ class DatasetSpec:
     relative_to: tuple[int | None, ...] | None = None
     chunk_length: int | None = None
     env: str | None = None
+    source: str | None = None
 
     def __post_init__(self):
         if self.normalization not in KINDS:
@@ -107,12 +110,25 @@ class DatasetSpec:
         if not 0 <= self.weight < float("inf"):
             raise DataError(f"{self.name}: weight must be a finite number, not negative, got {self.weight}")
         self._check_filters()
+        if self.source is not None:
+            self._check_source()
         if (self.relative_to is None) != (self.chunk_length is None):
             raise DataError(f"{self.name}: relative_to and chunk_length go together, give both or none")
         if self.relative_to is not None and not self.proprio_keys:
             raise DataError(f"{self.name}: relative_to needs proprio_keys, whose dimensions it names")
         if self.chunk_length is not None and self.chunk_length < 1:
             raise DataError(f"{self.name}: chunk_length must be at least 1, got {self.chunk_length}")
+
+    def _check_source(self) -> None:
+        if ":" not in self.source:
+            raise DataError(f"{self.name}: source must be 'module:function', got {self.source!r}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        of_files = ("version", "val_split", "num_demos", "filter", "subsample_length", *self.filter_fields())
+        given = [field for field in dict.fromkeys(of_files) if getattr(self, field) != defaults[field]]
+        if given:
+            raise DataError(
+                f"{self.name}: {given[0]} cannot be given for a source, which is a tf.data.Dataset; do it there"
+            )
 
     def _check_filters(self) -> None:
         for field in ("max_action", "max_proprio", "idle_threshold"):

@@ -21,6 +21,7 @@ from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.text import TextTokenizer
 from octo_like.data import memory
 from octo_like.data import order as order_lib
+from octo_like.data.approximate import LiveSource
 from octo_like.data.assemble import Request, TaskOptions
 from octo_like.data.index import PreparedDataset
 from octo_like.data.plan import OrderPlan, block_sizes, default_lanes
@@ -74,6 +75,19 @@ class Stream:
         self._use_order(plan.make())
         sources = [(prepared, prepared.train) for prepared in datasets.values()]
         self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases)
+        self._live = {
+            d: LiveSource(
+                prepared,
+                self._reader.texts,
+                self._reader.store.text_lock,
+                batch_spec.image_sizes,
+                batch_spec.depth_sizes,
+                process_index,
+                process_count,
+            )
+            for d, prepared in enumerate(datasets.values())
+            if prepared.spec.source is not None
+        }
         self._batch = 0
         self.seek(start)
 
@@ -174,7 +188,11 @@ class Stream:
             index = self._indices[int(samples.dataset[row])]
             return episode, int(index.step_of(np.array([episode]), np.array([frame]))[0])
 
-        request = Request(samples.n, samples.dataset, samples.episode, step, samples.key)
+        episode, held = samples.episode.copy(), {}
+        for row in np.flatnonzero(np.isin(samples.dataset, list(self._live))).tolist():
+            live = self._live[int(samples.dataset[row])]
+            episode[row], held[row], step[row] = live.draw(int(samples.key[row]))
+        request = Request(samples.n, samples.dataset, episode, step, samples.key, held)
         batch = self._reader.assemble(request, substitute)
         with self._order_lock:
             self._read_ahead(samples)
@@ -184,6 +202,8 @@ class Stream:
         """Loads the next block's episodes in step with the present one: no block begins with a rush of reads."""
         lanes = sorted(set(zip(samples.dataset.tolist(), samples.lane.tolist(), strict=True)))
         for dataset, lane in lanes:
+            if dataset in self._live:
+                continue
             last = np.flatnonzero((samples.dataset == dataset) & (samples.lane == lane))[-1]
             number, block = int(samples.pass_number[last]), int(samples.block[last])
             done = (int(samples.offset[last]) + 1) / self.order.block_frames(dataset, lane, number, block)
@@ -298,7 +318,8 @@ def make_train_stream(
         image_dropout_keep: see `TaskOptions`.
       paraphrases: a JSON file; see `octo_like.data.texts`.
       cache_dir: where indices are kept; default beside the data.
-      exact: refuse functions with stateful randomness; False: name them in `order_spec["approximate"]` instead.
+      exact: refuse functions with stateful randomness; False: name them in `order_spec["approximate"]` instead, beside
+        the sources that are tf.data.Datasets (`octo_like.data.approximate`).
       host_threads, prefetch, host_memory_gb, max_bad_fraction: see `HostOptions`.
       start: global sample number to begin at.
 
@@ -316,6 +337,10 @@ def make_train_stream(
             f"{d.key}: standardize={d.spec.standardize!r} uses {', '.join(d.function.random_ops)}, whose results no "
             "resume can repeat; use tf.random.stateless_*, or accept it with exact=False"
         )
+    sources = [name for name, d in datasets.items() if d.spec.source is not None]
+    if sources and balance_weights:
+        raise DataError(f"{sources[0]}: a source's size is not known, so balance_weights=True has no meaning for it")
+    approximate += sources
     said = load_paraphrases(paraphrases) if paraphrases is not None else None
     task = TaskOptions(
         keep_goal_prob,
