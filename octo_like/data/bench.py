@@ -106,7 +106,9 @@ def make_datasets(
     for number in range(count):
         Builder.name = f"bench_{size[0]}x{size[1]}_{number}"
         Builder.number = number
-        config = tfds.download.DownloadConfig(num_shards=4, compute_stats=tfds.download.ComputeStatsMode.SKIP)
+        config = tfds.download.DownloadConfig(
+            num_shards=min(4, episodes), compute_stats=tfds.download.ComputeStatsMode.SKIP
+        )
         Builder(data_dir=data_dir).download_and_prepare(download_config=config)
         names.append(Builder.name)
     return names

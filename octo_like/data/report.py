@@ -106,22 +106,15 @@ def contact_sheet(
 
     The actions are drawn in physical units (solid) and, right of them, as the model sees them.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    # A figure of its own: pyplot's state, and the back end that a notebook has chosen, stay as they are.
+    from matplotlib.figure import Figure
 
     slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
     texts, lock = _Texts(), threading.Lock()
     height = max(1, len(slots))
-    figure, axes = plt.subplots(
-        len(chosen),
-        3,
-        figsize=(17, 1.4 + len(chosen) * max(2.2, 1.7 * height)),
-        width_ratios=[3.2, 1.2, 1.2],
-        squeeze=False,
-    )
+    figure = Figure(figsize=(17, 1.4 + len(chosen) * max(2.2, 1.7 * height)))
+    axes = figure.subplots(len(chosen), 3, width_ratios=[3.2, 1.2, 1.2], squeeze=False)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         loaded = list(pool.map(lambda e: load_episode(prepared, index, int(e), slots, texts, lock), chosen))
     for row, (number, episode) in enumerate(zip(chosen, loaded, strict=True)):
@@ -135,6 +128,8 @@ def contact_sheet(
                 present = [bool(stored[s]) for s in steps]
                 images = np.zeros((len(steps), size, size, 3), np.uint8)
                 images[present] = frames.decode_frames([stored[s] for s in steps[present]], (size, size))
+            if slot in prepared.spec.bgr_slots:
+                images = images[..., ::-1]
             for c, image in enumerate(images):
                 y, x = r * (size + 2), c * (size + 2)
                 strip[y : y + size, x : x + size] = image
@@ -161,7 +156,6 @@ def contact_sheet(
     figure.suptitle(f"{prepared.key}  {prepared.version}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, episodes: int = 64) -> None:
@@ -171,10 +165,8 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
       index: `prepared.train` or `prepared.val`.
       episodes: read for it, spread over the index; their frames are not decoded.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    # A figure of its own: pyplot's state, and the back end that a notebook has chosen, stay as they are.
+    from matplotlib.figure import Figure
 
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
     lock = threading.Lock()
@@ -185,7 +177,8 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
     statistics = prepared.statistics["action"]
     physical = normalization.unnormalize(normalised, statistics, prepared.spec.normalization)
     width = normalised.shape[1]
-    figure, axes = plt.subplots(2, width, figsize=(1.2 + 1.9 * width, 3.6), squeeze=False)
+    figure = Figure(figsize=(1.2 + 1.9 * width, 3.6))
+    axes = figure.subplots(2, width, squeeze=False)
     for row, (values, label) in enumerate(((physical, "physical units"), (normalised, "normalised"))):
         for d in range(width):
             axis = axes[row, d]
@@ -198,7 +191,6 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
     figure.suptitle(f"{prepared.key}: {len(normalised):,} actions of {len(chosen)} episodes", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 _STYLE = (

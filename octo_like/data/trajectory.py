@@ -207,5 +207,23 @@ class TrajectoryDataset:
         """Number of elements, negative when unknown or infinite."""
         return int(self.dataset.cardinality())
 
+    def __getattr__(self, name: str) -> Any:
+        """Everything else that a tf.data.Dataset can do; a dataset that comes of it is a TrajectoryDataset again."""
+        if name.startswith("_") or not hasattr(tf.data.Dataset, name):
+            raise AttributeError(f"TrajectoryDataset has no attribute {name!r}, nor has tf.data.Dataset")
+        found = getattr(self.dataset, name)
+        if not callable(found):
+            return found
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = found(*args, **kwargs)
+            return self._with(result) if isinstance(result, tf.data.Dataset) else result
+
+        return method
+
     def _with(self, dataset: tf.data.Dataset) -> TrajectoryDataset:
         return TrajectoryDataset(dataset, is_flattened=self.is_flattened)
+
+
+# The class's name in dlimp: `from octo_like.data import trajectory as dl` in place of `import dlimp as dl`.
+DLataset = TrajectoryDataset

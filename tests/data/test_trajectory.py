@@ -74,6 +74,72 @@ def test_a_pipeline_in_dlimp_style(toy, trajectories):
     assert "control" in first  # the functions changed their own copies only
 
 
+PIPELINE = """
+import dlimp as dl
+import tensorflow as tf
+
+def standardize(traj):
+    traj["action"] = tf.concat([traj["control"][:, :3], tf.clip_by_value(traj["control"][:, -1:], 0, 1)], axis=-1)
+    return traj
+
+def add_goal(traj):
+    traj["goal"] = tf.nest.map_structure(lambda x: tf.repeat(x[-1:], tf.shape(x)[0], 0), traj["observation"])
+    return traj
+
+def restructure(traj):
+    return {"image": traj["observation"]["front_rgb"], "goal": traj["goal"]["front_rgb"], "action": traj["action"],
+            "text": traj["task_text"], "step": traj["_frame_index"], "traj": traj["_traj_index"]}
+
+def decode(frame):
+    for key in ("image", "goal"):
+        frame[key] = tf.io.decode_png(frame[key])
+    return frame
+
+def make(builder, weights):
+    def one(split):
+        return (
+            dl.DLataset.from_rlds(builder, split=split, shuffle=False, num_parallel_reads=1)
+            .traj_map(standardize, num_parallel_calls=1)
+            .filter(lambda traj: tf.math.reduce_max(traj["_len"]) > 3)
+            .traj_map(add_goal)
+            .traj_map(restructure)
+            .flatten(num_parallel_calls=1)
+        )
+    merged = dl.DLataset.sample_from_datasets([one("train").repeat(), one("train").repeat()], weights)
+    merged = merged.shuffle(50).frame_map(decode, num_parallel_calls=1).batch(16, drop_remainder=True).enumerate()
+    return merged.map(lambda number, batch: {**batch, "number": number}).take(3).prefetch(1).with_ram_budget(1)
+"""
+
+
+def test_a_dlimp_script_runs_with_only_its_import_changed(toy):
+    """Everything in the vocabulary at once; what comes out is compared with what was written, frame by frame."""
+    import tensorflow_datasets as tfds
+
+    changed = PIPELINE.replace("import dlimp as dl", "from octo_like.data import trajectory as dl")
+    script = {}
+    exec(compile(changed, "pipeline", "exec"), script)  # noqa: S102 - our own text, above
+    batches = list(script["make"](tfds.builder_from_directory(str(toy.path)), [0.7, 0.3]).iterator())
+    assert [int(batch["number"]) for batch in batches] == [0, 1, 2]
+    for batch in batches:
+        assert batch["image"].shape == batch["goal"].shape == (16, 40, 52, 3) and batch["action"].shape == (16, 4)
+        for row in range(16):
+            episode = toy.episodes[batch["traj"][row]]
+            step = episode[batch["step"][row]]
+            assert len(episode) > 3 and batch["text"][row].decode() == step["task_text"]
+            np.testing.assert_array_equal(batch["image"][row], step["observation"]["front_rgb"])
+            np.testing.assert_array_equal(batch["goal"][row], episode[-1]["observation"]["front_rgb"])
+            np.testing.assert_array_equal(batch["action"][row], np.append(step["control"][:3], step["control"][-1:]))
+
+
+def test_other_operations_of_tf_data(trajectories):
+    window = trajectories.flatten().frame_map(lambda frame: {"x": frame["control"]}).padded_batch(4)
+    assert window.is_flattened and next(window.iterator())["x"].shape == (4, 4)
+    assert trajectories.enumerate().element_spec[0].shape == ()
+    assert trajectories.take(3).reduce(0, lambda count, _: count + 1).numpy() == 3
+    with pytest.raises(AttributeError, match="no attribute 'shufle'"):
+        trajectories.shufle(3)
+
+
 def test_frame_map_before_flatten_is_the_same(trajectories):
     def double(frame):
         return {"x": frame["control"] * 2, "text": tf.strings.upper(frame["task_text"])}
