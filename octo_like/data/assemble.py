@@ -233,10 +233,12 @@ class Assembler:
                     name = prepared.spec.image_keys[slot]
                     raise DataError(f"{index.where(episode)}, step {step}, {name!r} ({slot}): {error}") from error
                 for key, image in zip(encoded, decoded, strict=True):
+                    image = self._as_rgb(key[0], slot, image)
                     for target in targets[key]:
                         target[...] = image
             for key in raw:
                 image = frames.resize_frames(sources[key].images[slot][key[2] : key[2] + 1], size, self._decode)[0]
+                image = self._as_rgb(key[0], slot, image)
                 for target in targets[key]:
                     target[...] = image
 
@@ -245,3 +247,7 @@ class Assembler:
         work(parts[0])
         for future in others:
             future.result()
+
+    def _as_rgb(self, dataset: int, slot: str, image: np.ndarray) -> np.ndarray:
+        """A decoded frame (..., 3) with its channels in the order red, green, blue."""
+        return image[..., ::-1] if slot in self._sources[dataset][0].spec.bgr_slots else image

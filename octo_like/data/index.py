@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import stat
 import sys
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from octo_like.common import normalization
 from octo_like.data import order, rlds
+from octo_like.data.oxe import registry
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
@@ -285,6 +287,7 @@ def prepare_dataset(
       DataError: whatever is wrong with the files or the spec, with what would be valid.
     """
     split = rlds.open_split(spec.name, data_dir, spec.version, spec.split)
+    _caution(key, spec, split)
     function = EpisodeFunction(spec, split.features)
     index, steps = load_index(split, function, cache_dir, progress)
     instructions = collections.Counter(json.loads(str(steps["instructions"])))
@@ -315,6 +318,15 @@ def prepare_dataset(
     return PreparedDataset(
         key, spec, function, index.take(chosen), val, statistics, dict(instructions), split.directory, split.version
     )
+
+
+def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
+    """Logs what the registry knows about a dataset's traps."""
+    if spec.from_registry:
+        for said in registry.cautions(
+            spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots
+        ):
+            logging.warning("%s: %s", key, said)
 
 
 def _statistics(key: str, spec: DatasetSpec, index: Index, steps: dict[str, Any], chosen: np.ndarray) -> dict[str, Any]:

@@ -66,9 +66,10 @@ def inputs_from_config(
         )
 
     from octo_like.data.index import prepare_datasets
+    from octo_like.data.oxe.mixes import datasets_from_config
     from octo_like.data.stream import make_train_stream, make_val_iterators
 
-    specs = specs_from_config({name: dict(fields) for name, fields in data.datasets.items()})
+    specs = specs_from_config(datasets_from_config(data))
     if data.num_demos is not None:
         specs = {name: _with_demos(one, data.num_demos) for name, one in specs.items()}
     datasets = prepare_datasets(specs, data.data_dir, data.cache_dir)

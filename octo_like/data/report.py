@@ -123,6 +123,8 @@ def contact_sheet(
                 present = [bool(stored[s]) for s in steps]
                 images = np.zeros((len(steps), size, size, 3), np.uint8)
                 images[present] = frames.decode_frames([stored[s] for s in steps[present]], (size, size))
+            if slot in prepared.spec.bgr_slots:
+                images = images[..., ::-1]
             for c, image in enumerate(images):
                 y, x = r * (size + 2), c * (size + 2)
                 strip[y : y + size, x : x + size] = image

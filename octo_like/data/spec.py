@@ -20,6 +20,22 @@ def suggest(word: str, valid: Any) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {listed or '(none)'}"
 
 
+COMPAT = (None, "octo", "openvla")
+
+
+def is_registry_name(standardize: str | None) -> bool:
+    """Whether a spec's `standardize` names a registry entry rather than a function."""
+    return standardize is not None and ":" not in standardize
+
+
+def _registry_entry(standardize: str | None) -> Any:
+    if standardize is None:
+        return None
+    from octo_like.data.oxe import registry  # imports TensorFlow, which a plain spec does not need
+
+    return registry.find(standardize)
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
     """One dataset of a mixture. Built from a config's dict by `from_dict`.
@@ -31,10 +47,13 @@ class DatasetSpec:
       split: training split; "a+b" joins several.
       val_split: validation split, or None: then a keyed `val_fraction` of the episodes of `split` is held out.
       val_fraction: share of the episodes held out (at least one); 0 for no validation.
-      standardize: None, a name of the OXE registry, or "python.module:function" (dict of tensors -> dict of tensors,
-        on a whole trajectory).
+      standardize: None, a name of the OXE registry, or "python.module:name" of a function (dict of tensors -> dict of
+        tensors, on a whole trajectory) or of an entry like the registry's (`octo_like.data.oxe.entry.Entry`).
       image_keys: camera slot of the schema -> key below `observation`, or None where the dataset has no such camera.
       proprio_keys: keys below `observation`, concatenated.
+      depth_keys: camera slot -> key below `observation` of its depth map, or None.
+      depth_scale: metres per unit of the stored depth; None: as its number type says (see docs/data.md).
+      bgr_slots: cameras whose stored frames have their channels in the order blue, green, red; they are swapped.
       action_key: key of the actions (T, A).
       language_key: key of the instruction (top level, or "observation/..."), or None.
       normalization: "normal" or "bounds".
@@ -42,6 +61,8 @@ class DatasetSpec:
       head: action head that learns from this dataset.
       num_demos: use only this many training episodes (keyed; 10 are among the 50).
       env: gymnasium id for rollouts, or None.
+      compat: reading of a registry dataset: None (with our corrections), "octo" or "openvla" (theirs, see docs/oxe.md).
+      blank_text: whether a registry dataset's instructions are dropped; None: as the registry says.
     """
 
     name: str
@@ -53,6 +74,9 @@ class DatasetSpec:
     standardize: str | None = None
     image_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     proprio_keys: tuple[str, ...] = ()
+    depth_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    depth_scale: float | None = None
+    bgr_slots: tuple[str, ...] = ()
     action_key: str = "action"
     language_key: str | None = "language_instruction"
     normalization: str = "normal"
@@ -60,6 +84,8 @@ class DatasetSpec:
     head: str = "action"
     num_demos: int | None = None
     env: str | None = None
+    compat: str | None = None
+    blank_text: bool | None = None
 
     def __post_init__(self):
         if self.normalization not in KINDS:
@@ -68,8 +94,26 @@ class DatasetSpec:
             raise DataError(f"{self.name}: val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.num_demos is not None and self.num_demos < 1:
             raise DataError(f"{self.name}: num_demos must be at least 1 or None, got {self.num_demos}")
+        if self.compat not in COMPAT:
+            raise DataError(f"{self.name}: compat {self.compat!r}; valid: None, 'octo', 'openvla'")
+        for field in ("compat", "blank_text"):
+            if getattr(self, field) is not None and not self.from_registry:
+                raise DataError(
+                    f"{self.name}: {field}={getattr(self, field)!r} chooses how the registry reads a dataset, but "
+                    f"standardize={self.standardize!r} is none of its entries"
+                )
+        if self.depth_scale is not None and not self.depth_scale > 0:
+            raise DataError(f"{self.name}: depth_scale must be positive (metres per unit), got {self.depth_scale}")
+        unknown = sorted(set(self.bgr_slots) - {slot for slot, key in self.image_keys.items() if key is not None})
+        if unknown:
+            raise DataError(f"{self.name}: bgr_slots: no camera {unknown[0]!r}; {suggest(unknown[0], self.image_keys)}")
         if not self.weight >= 0:
             raise DataError(f"{self.name}: weight must not be negative, got {self.weight}")
+
+    @property
+    def from_registry(self) -> bool:
+        """Whether `standardize` is a registry entry (or a user's own entry) rather than a function."""
+        return _registry_entry(self.standardize) is not None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str | None = None) -> "DatasetSpec":
@@ -85,34 +129,47 @@ class DatasetSpec:
         for key in data:
             if key not in fields:
                 raise DataError(f"dataset {data.get('name') or name!r}: unknown field {key!r}; {suggest(key, fields)}")
-        standardize = data.get("standardize")
-        if standardize is not None and ":" not in standardize:
+        if _registry_entry(data.get("standardize")) is not None:
             from octo_like.data.oxe import registry
 
-            data = {**registry.spec_fields(standardize), **data}
+            given = data
+            data = {**registry.spec_fields(given["standardize"], given.get("compat")), **given}
+            if "image_keys" in given and "bgr_slots" not in given:
+                swapped = registry.bgr_keys(given["standardize"], given.get("compat"))
+                data["bgr_slots"] = [slot for slot, key in (given["image_keys"] or {}).items() if key in swapped]
         if not data.get("name"):
             if not name:
                 raise DataError("a dataset needs a name")
             data["name"] = name
         data["image_keys"] = dict(data.get("image_keys") or {})
+        data["depth_keys"] = dict(data.get("depth_keys") or {})
         data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
+        data["bgr_slots"] = tuple(data.get("bgr_slots") or ())
         mask = data.get("action_normalization_mask")
         data["action_normalization_mask"] = None if mask is None else tuple(bool(m) for m in mask)
         return cls(**data)
 
     def transform_fields(self) -> dict[str, Any]:
         """The fields that determine the content of an episode (not its weight, split or normalisation)."""
-        return {
+        fields = {
             "standardize": self.standardize,
             "image_keys": dict(sorted(self.image_keys.items())),
             "proprio_keys": list(self.proprio_keys),
             "action_key": self.action_key,
             "language_key": self.language_key,
         }
+        # Fields that most datasets leave empty appear only when they are not: an index stays valid when one is added.
+        # `compat` and `blank_text` act through the standardize function, whose definition is hashed beside these.
+        seldom = {
+            "depth_keys": dict(sorted(self.depth_keys.items())),
+            "depth_scale": self.depth_scale,
+            "bgr_slots": sorted(self.bgr_slots),
+        }
+        return fields | {key: value for key, value in seldom.items() if value}
 
 
 def specs_from_config(datasets: Mapping[str, Any]) -> dict[str, DatasetSpec]:
     """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another."""
     if not datasets:
-        raise DataError("the mixture is empty: `datasets` needs at least one entry")
+        raise DataError("the mixture is empty: `datasets` needs at least one entry, or name a `mix`")
     return {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}

@@ -114,7 +114,7 @@ def test_scripts(built, repository, tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (["my_robt"], "did you mean 'my_robot'"),
         ([], "exactly one of them"),
-        (["my_robot", "--mix", "bridge"], "exactly one of them"),
+        (["my_robot", "--mix", "bridge"], "no dataset 'my_robot' in the mixture 'bridge'"),
         (["--mix", "bridg"], "did you mean 'bridge'"),
         (["my_robot", "--set", "x"], "'x' is not FIELD=VALUE"),
         (["my_robot", "--set", "action_kee=x"], "did you mean 'action_key'"),
