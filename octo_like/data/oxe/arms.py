@@ -10,6 +10,7 @@ from octo_like.data.oxe.entry import (
     Entry,
     OpenVLA,
     from_signed,
+    oxe,
 )
 
 ABSOLUTE = "its documentation calls the actions absolute poses, not changes; look at their magnitudes"
@@ -33,7 +34,7 @@ def _yaw(x: s.Expression, gripper: s.Expression | None = None) -> s.Expression:
 
 ENTRIES: dict[str, Entry] = {
     # Positions only.
-    "stanford_kuka_multimodal_dataset_converted_externally_to_rlds": Entry(
+    "stanford_kuka_multimodal_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         depth={"primary": "depth_image"},
         action=s.concat(ACTION[0:3], s.zeros(3), ACTION[-1:]),
@@ -42,14 +43,14 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("ee_position", "ee_orientation", None)),
     ),
     # The raw gripper is 0 open, 1 closed, in the state too.
-    "nyu_rot_dataset_converted_externally_to_rlds": Entry(
+    "nyu_rot_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:6], s.invert_gripper(ACTION[6:7])),
         upstream=dict(action=ACTION[:7]),
         openvla=EEF_AND_GRIPPER,
     ),
     # The state is seven joints, without the gripper.
-    "ucsd_kitchen_dataset_converted_externally_to_rlds": Entry(
+    "ucsd_kitchen_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=ACTION[:-1],
         proprio=STATE[0:7],
@@ -57,27 +58,27 @@ ENTRIES: dict[str, Entry] = {
         caution=ABSOLUTE,
     ),
     # Velocities.
-    "ucsd_pick_and_place_dataset_converted_externally_to_rlds": Entry(
+    "ucsd_pick_and_place_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:3], s.zeros(3), ACTION[-1:]),
         openvla=EEF_AND_GRIPPER,
         caution="the last action is the gripper's torque, not its opening",
     ),
-    "utokyo_pr2_opening_fridge_converted_externally_to_rlds": Entry(
+    "utokyo_pr2_opening_fridge_converted_externally_to_rlds": oxe(
         images={"primary": "image"}, action=ACTION[:-1], openvla=EEF_AND_GRIPPER, caution=ABSOLUTE
     ),
-    "utokyo_pr2_tabletop_manipulation_converted_externally_to_rlds": Entry(
+    "utokyo_pr2_tabletop_manipulation_converted_externally_to_rlds": oxe(
         images={"primary": "image"}, action=ACTION[:-1], openvla=EEF_AND_GRIPPER, caution=ABSOLUTE
     ),
     # Angles are yaw, pitch, roll. The state has no gripper.
-    "utokyo_xarm_pick_and_place_converted_externally_to_rlds": Entry(
+    "utokyo_xarm_pick_and_place_converted_externally_to_rlds": oxe(
         images={"primary": "image", "secondary": "image2", "wrist": "hand_image"},
         proprio=s.field("observation/end_effector_pose"),
         openvla=OpenVLA(("end_effector_pose", None, None)),
         caution=ABSOLUTE,
     ),
     # The right arm of two.
-    "utokyo_xarm_bimanual_converted_externally_to_rlds": Entry(
+    "utokyo_xarm_bimanual_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=ACTION[-7:],
         proprio=s.field("observation/pose_r"),
@@ -85,7 +86,7 @@ ENTRIES: dict[str, Entry] = {
         caution=ABSOLUTE,
     ),
     # Actions: position change (3), yaw, gripper of +-1.
-    "robo_net": Entry(
+    "robo_net": oxe(
         images={"primary": "image", "secondary": "image1"},
         action=_yaw(ACTION),
         proprio=_yaw(STATE),
@@ -98,7 +99,7 @@ ENTRIES: dict[str, Entry] = {
         caution="the gripper is -1 / +1, and which of them opens depends on the robot; all texts are the same",
     ),
     # Joint changes. The state's gripper is 1 when closed.
-    "berkeley_mvp_converted_externally_to_rlds": Entry(
+    "berkeley_mvp_converted_externally_to_rlds": oxe(
         images={"wrist": "hand_image"},
         action=s.concat(ACTION[:-1], s.invert_gripper(ACTION[-1:])),
         proprio=s.concat(s.field("observation/pose"), s.cast(s.expand(s.field("observation/gripper")), "float32")),
@@ -106,7 +107,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(changes=dict(action=ACTION)),
     ),
     # Actions: position change (3), yaw, gripper of -1 open, +1 closed.
-    "stanford_mask_vit_converted_externally_to_rlds": Entry(
+    "stanford_mask_vit_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=_yaw(ACTION, from_signed(ACTION[-1:], opens=-1)),
         proprio=_yaw(MASK_VIT_POSE),
@@ -116,34 +117,34 @@ ENTRIES: dict[str, Entry] = {
             {"eef_state": s.concat(MASK_VIT_POSE[0:4], s.zeros(2)), "gripper_state": MASK_VIT_POSE[-1:]},
         ),
     ),
-    "tokyo_u_lsmo_converted_externally_to_rlds": Entry(
+    "tokyo_u_lsmo_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         proprio=s.concat(STATE[0:6], STATE[-1:]),
         openvla=EEF_AND_GRIPPER,
         caution=ABSOLUTE,
     ),
-    "dlr_sara_pour_converted_externally_to_rlds": Entry(
+    "dlr_sara_pour_converted_externally_to_rlds": oxe(
         images={"primary": "image"}, openvla=OpenVLA(("state", None, None)), caution=DLR
     ),
-    "dlr_sara_grid_clamp_converted_externally_to_rlds": Entry(
+    "dlr_sara_grid_clamp_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         proprio=STATE[0:6],
         openvla=OpenVLA(("state", None, None), {"state": STATE[0:6]}),
         caution=DLR,
     ),
-    "dlr_edan_shared_control_converted_externally_to_rlds": Entry(
+    "dlr_edan_shared_control_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:6], s.invert_gripper(ACTION[-1:])),
         openvla=OpenVLA(("state", None)),
         caution=DLR,
     ),
-    "asu_table_top_converted_externally_to_rlds": Entry(
+    "asu_table_top_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         proprio=s.concat(ASU_POSE, STATE[-1:]),
         openvla=OpenVLA(("eef_state", None, "gripper_state"), {"eef_state": ASU_POSE, "gripper_state": STATE[-1:]}),
         caution="its documentation calls the actions joint velocities (there is an `action_delta` too)",
     ),
-    "imperialcollege_sawyer_wrist_cam": Entry(
+    "imperialcollege_sawyer_wrist_cam": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         action=ACTION[:-1],
         proprio=None,
@@ -152,7 +153,7 @@ ENTRIES: dict[str, Entry] = {
         caution="`image` is a copy of the wrist camera",
     ),
     # Positions only; no gripper: 0.
-    "uiuc_d3field": Entry(
+    "uiuc_d3field": oxe(
         images={"primary": "image_1", "secondary": "image_2"},
         depth={"primary": "depth_1", "secondary": "depth_2"},
         action=s.concat(ACTION, s.zeros(3), s.zeros(1)),
@@ -162,7 +163,7 @@ ENTRIES: dict[str, Entry] = {
         caution="its raw data is reported broken; both projects leave it out of their mixtures",
     ),
     # The gripper is taken from the state of the same step.
-    "berkeley_fanuc_manipulation": Entry(
+    "berkeley_fanuc_manipulation": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         bgr=("primary", "wrist"),
         action=s.concat(ACTION, s.invert_gripper(STATE[6:7])),
@@ -172,7 +173,7 @@ ENTRIES: dict[str, Entry] = {
         ),
         caution="state[6] is read as 1 closed; its documentation calls it the open status",
     ),
-    "cmu_stretch": Entry(
+    "cmu_stretch": oxe(
         images={"primary": "image"},
         action=ACTION[:-1],
         proprio=s.concat(STATE[0:3], s.zeros(3), STATE[-1:]),
@@ -182,12 +183,12 @@ ENTRIES: dict[str, Entry] = {
         ),
     ),
     # A hand-held gripper with a camera.
-    "dobbe": Entry(
+    "dobbe": oxe(
         images={"wrist": "wrist_image"},
         openvla=OpenVLA(("proprio",), {"proprio": STATE}, changes=dict(images={"primary": "wrist_image"})),
     ),
     # The state's gripper is its width in millimetres.
-    "rh20t": Entry(
+    "rh20t": oxe(
         images={"primary": "image_front", "secondary": "image_side_right", "wrist": "image_wrist"},
         action=s.concat(s.field("action/tcp_base"), s.cast(s.expand(s.field("action/gripper")), "float32")),
         proprio=RH20T_STATE,
@@ -196,7 +197,7 @@ ENTRIES: dict[str, Entry] = {
         caution="the public converter calls the cameras image_0 ... image_2; name them in image_keys",
     ),
     # Simulated, not public. The raw gripper is 0 open, 255 closed.
-    "mujoco_manip": Entry(
+    "mujoco_manip": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:6], s.invert_gripper(s.divide(ACTION[-1:], 255.0))),
         proprio=s.field("observation/proprio"),

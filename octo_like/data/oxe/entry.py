@@ -109,7 +109,7 @@ class Entry:
     upstream: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     openvla: OpenVLA | None = None
     only_openvla: bool = False
-    version: str | None = "0.1.0"
+    version: str | None = None
     folder: str | None = None
     unfiltered: int | None = None
     beware: str = ""
@@ -158,7 +158,10 @@ class Entry:
             passthrough_steps=(("drop_last_steps", 1),) if self.shorter else (),
             removes=self.removes,
             swap=self.swap,
-            hint="The registry describes "
-            + (f"version {self.version}" if self.version else "another copy")
-            + self.beware,
+            hint=f"The registry describes version {self.version}{self.beware}" if self.version else "",
         )
+
+
+def oxe(**fields: Any) -> Entry:
+    """An entry of version 0.1.0, which most of Open X-Embodiment has, unless it says otherwise."""
+    return Entry(**{"version": "0.1.0"} | fields)

@@ -11,6 +11,7 @@ from octo_like.data.oxe.entry import (
     OpenVLA,
     from_closedness,
     from_signed,
+    oxe,
 )
 
 # Six pose changes and a gripper whose positive commands close (robosuite's controllers).
@@ -72,7 +73,7 @@ def _libero() -> Entry:
 
 
 ENTRIES: dict[str, Entry] = {
-    "stanford_hydra_dataset_converted_externally_to_rlds": Entry(
+    "stanford_hydra_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         bgr=("primary", "wrist"),
         action=s.concat(ACTION[0:6], s.invert_gripper(ACTION[-1:])),
@@ -80,7 +81,7 @@ ENTRIES: dict[str, Entry] = {
         blank=True,
         openvla=OpenVLA(("eef_state", None, "gripper_state"), {"eef_state": HYDRA_EEF, "gripper_state": HYDRA_GRIPPER}),
     ),
-    "austin_buds_dataset_converted_externally_to_rlds": Entry(
+    "austin_buds_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         action=ROBOSUITE,
         proprio=STATE[0:8],
@@ -88,7 +89,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=JOINTS_AND_GRIPPER,
     ),
     # Absolute gripper, +1 open. The state has no gripper.
-    "nyu_franka_play_dataset_converted_externally_to_rlds": Entry(
+    "nyu_franka_play_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "secondary": "image_additional_view"},
         depth={"primary": "depth", "secondary": "depth_additional_view"},
         action=s.concat(ACTION[-8:-2], s.clip(ACTION[-2:-1], 0.0, 1.0)),
@@ -102,7 +103,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     # Simulated. Rotations are axis-angle, the state's quaternion has w first. The gripper is +1 open, -1 closed; depth
     # is in 1/1024 m.
-    "maniskill_dataset_converted_externally_to_rlds": Entry(
+    "maniskill_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         depth={"primary": "depth", "wrist": "wrist_depth"},
         depth_scale=1 / 1024,
@@ -111,13 +112,13 @@ ENTRIES: dict[str, Entry] = {
         upstream=dict(action=ACTION, depth_scale=1 / 65535),
         openvla=OpenVLA(("tcp_pose", "gripper_state"), {"gripper_state": STATE[7:8]}),
     ),
-    "furniture_bench_dataset_converted_externally_to_rlds": Entry(
+    "furniture_bench_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7]), from_closedness(ACTION[-1:])),
         proprio=FURNITURE_STATE,
         openvla=OpenVLA(("state",), {"state": FURNITURE_STATE}),
     ),
-    "cmu_franka_exploration_dataset_converted_externally_to_rlds": Entry(
+    "cmu_franka_exploration_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "highres_image"},
         action=ACTION[:-1],
         proprio=None,
@@ -125,15 +126,15 @@ ENTRIES: dict[str, Entry] = {
         openvla=NO_STATE,
         caution="its documentation calls the actions absolute poses, not changes; look at their magnitudes",
     ),
-    "austin_sailor_dataset_converted_externally_to_rlds": Entry(
+    "austin_sailor_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"}, action=ROBOSUITE, blank=True, openvla=OpenVLA(("state",))
     ),
     # The state is seven joints and the gripper.
-    "austin_sirius_dataset_converted_externally_to_rlds": Entry(
+    "austin_sirius_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"}, action=ROBOSUITE, blank=True, openvla=OpenVLA(("state",))
     ),
     # Joint changes over three steps: 30 Hz to 10 Hz.
-    "berkeley_rpt_converted_externally_to_rlds": Entry(
+    "berkeley_rpt_converted_externally_to_rlds": oxe(
         images={"wrist": "hand_image"},
         action=s.concat(
             s.delta(s.field("observation/joint_pos")[0:7]), s.invert_gripper(s.drop_last_step(ACTION[-1:]))
@@ -145,21 +146,21 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(changes=dict(action=ACTION, before=(), shorter=False)),
     ),
     # Pose changes with axis-angle rotations; no gripper: 0.
-    "kaist_nonprehensile_converted_externally_to_rlds": Entry(
+    "kaist_nonprehensile_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:6], s.zeros(1)),
         proprio=STATE[-7:],
         openvla=OpenVLA(("state", None), {"state": STATE[-7:]}),
     ),
     # Velocities, the gripper's too.
-    "stanford_robocook_converted_externally_to_rlds": Entry(
+    "stanford_robocook_converted_externally_to_rlds": oxe(
         images={"primary": "image_1", "secondary": "image_2"},
         depth={"primary": "depth_1", "secondary": "depth_2"},
         openvla=EEF_AND_GRIPPER,
         caution="the last action is the gripper's velocity, not its opening",
     ),
     # The quaternion has w first.
-    "iamlab_cmu_pickup_insert_converted_externally_to_rlds": Entry(
+    "iamlab_cmu_pickup_insert_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "wxyz"), ACTION[7:8]),
         proprio=STATE[0:8],
@@ -167,7 +168,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("joint_state", "gripper_state"), {"joint_state": STATE[0:7], "gripper_state": STATE[7:8]}),
         caution="actions are the absolute pose of the next step, not a change",
     ),
-    "utaustin_mutex": Entry(
+    "utaustin_mutex": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         bgr=("primary", "wrist"),
         action=ROBOSUITE,
@@ -176,7 +177,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=JOINTS_AND_GRIPPER,
     ),
     # The quaternion has w first. The state is forces and torques.
-    "cmu_playing_with_food": Entry(
+    "cmu_playing_with_food": oxe(
         images={"primary": "image", "wrist": "finger_vision_1"},
         bgr=("primary", "wrist"),
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "wxyz"), ACTION[-1:]),
@@ -186,14 +187,14 @@ ENTRIES: dict[str, Entry] = {
         caution="actions are absolute poses, every orientation the identity, and the state is forces and torques",
     ),
     # Actions: position change (3), quaternion change (4), gripper, end of episode.
-    "cmu_play_fusion": Entry(
+    "cmu_play_fusion": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "xyzw"), ACTION[7:8]),
         upstream=dict(action=s.concat(ACTION[0:3], ACTION[-4:])),
         openvla=OpenVLA(("state",)),
         caution="the order of its quaternions is not documented; x, y, z, w is assumed",
     ),
-    "fmb_dataset": Entry(
+    "fmb_dataset": oxe(
         images={"primary": "image_side_1", "secondary": "image_side_2", "wrist": "image_wrist_1"},
         depth={
             "primary": "image_side_1_depth",
@@ -204,7 +205,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("proprio",), {"proprio": FMB_STATE}),
         caution="the copy called `fmb` in the Open X-Embodiment bucket was a partial upload (name='fmb' reads it)",
     ),
-    "roboset": Entry(
+    "roboset": oxe(
         images={"primary": "image_left", "secondary": "image_right", "wrist": "image_wrist"},
         action=s.concat(ACTION[0:7], from_closedness(ACTION[-1:])),
         action_mask=JOINTS,
@@ -221,7 +222,7 @@ ENTRIES: dict[str, Entry] = {
     "tdroid_knock_object_over": _tdroid(),
     "tdroid_cover_object_with_towel": _tdroid(),
     # Velocities; the state's gripper is 1 when closed.
-    "droid": Entry(
+    "droid": oxe(
         images={
             "primary": "exterior_image_1_left",
             "secondary": "exterior_image_2_left",
@@ -235,7 +236,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("proprio",), {"proprio": DROID_PROPRIO}),
         caution="failed episodes and idle frames are in it; filter them (docs/data.md)",
     ),
-    "droid_wipe": Entry(
+    "droid_wipe": oxe(
         images={"primary": "exterior_image_2_left", "wrist": "wrist_image_left"},
         action=DROID_ACTION,
         proprio=DROID_PROPRIO,

@@ -1,7 +1,7 @@
 """Robots that drive (actions are way-points in the plane) and bimanual ones."""
 
 from octo_like.data import standardize as s
-from octo_like.data.oxe.entry import ACTION, ARM, BIMANUAL, BIMANUAL_BASE, PLANAR, Entry, OpenVLA
+from octo_like.data.oxe.entry import ACTION, ARM, BIMANUAL, BIMANUAL_BASE, PLANAR, Entry, OpenVLA, oxe
 
 POSITION, YAW = s.field("observation/position"), s.field("observation/yaw")
 # How far the first way-point is in units of the way that was driven: of the uncut trajectory.
@@ -15,7 +15,7 @@ DRIVEN = s.rotate_by_heading(s.delta(POSITION), s.drop_last_step(YAW))
 def _gnm() -> Entry:
     """Way-points in the robot's frame, as OpenVLA's copies have them; it fills them up to an arm's seven columns."""
     padded = [s.zeros(width, "float64") for width in (2, 2, 1)]
-    return Entry(
+    return oxe(
         images={"wrist": "image"},
         proprio=s.concat(POSITION, YAW),
         action_mask=PLANAR,
@@ -38,7 +38,7 @@ def _aloha(**changes) -> Entry:
 
 ENTRIES: dict[str, Entry] = {
     # Way-points from the positions that were reached, three steps ahead, in the robot's frame.
-    "gnm_dataset": Entry(
+    "gnm_dataset": oxe(
         images={"primary": "image"},
         action=s.multiply(DRIVEN, s.first_step_norm_ratio(*FIRST_STEP, moving=True)),
         action_mask=PLANAR,

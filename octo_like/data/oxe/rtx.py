@@ -1,7 +1,7 @@
 """Datasets of the first RT-X release: mostly an action dictionary, and the instruction inside the observation."""
 
 from octo_like.data import standardize as s
-from octo_like.data.oxe.entry import ACTION, NO_STATE, STATE, Entry, OpenVLA, from_closedness
+from octo_like.data.oxe.entry import ACTION, NO_STATE, STATE, Entry, OpenVLA, from_closedness, oxe
 
 WORLD, ROTATION = s.field("action/world_vector"), s.field("action/rotation_delta")
 CLOSEDNESS = s.field("action/gripper_closedness_action")
@@ -17,7 +17,7 @@ UR5_STATE = s.field("observation/robot_state")[6:14]
 
 ENTRIES: dict[str, Entry] = {
     # Google's mobile manipulators. The state's gripper is 1 when closed, the action's 1 when open.
-    "fractal20220817_data": Entry(
+    "fractal20220817_data": oxe(
         images={"primary": "image"},
         action=s.concat(WORLD, ROTATION, RELATIVE_GRIPPER),
         proprio=s.concat(s.field("observation/base_pose_tool_reached"), s.field("observation/gripper_closed")),
@@ -25,7 +25,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("base_pose_tool_reached", "gripper_closed")),
     ),
     # Bin picking. Poses are stored compressed.
-    "kuka": Entry(
+    "kuka": oxe(
         images={"primary": "image"},
         action=s.concat(WORLD, ROTATION, RELATIVE_GRIPPER),
         proprio=s.concat(KUKA_POSE, KUKA_GRIPPER),
@@ -39,7 +39,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     # WidowX in toy kitchens. Actions are the achieved pose change; the gripper is absolute, 1 open. The gripper is
     # binarised over the whole trajectory before its last step is dropped, so that step still decides an open question.
-    "bridge_dataset": Entry(
+    "bridge_dataset": oxe(
         images={"primary": "image_0", "secondary": "image_1"},
         action=s.concat(s.delta(STATE[0:6]), s.drop_last_step(s.expand(s.binarize_gripper(ACTION[-1])))),
         shorter=True,
@@ -52,7 +52,7 @@ ENTRIES: dict[str, Entry] = {
         ),
     ),
     # The same files as OpenVLA reads them: without the first step, whose action is all zero.
-    "bridge_orig": Entry(
+    "bridge_orig": oxe(
         images={"primary": "image_0", "secondary": "image_1"},
         action=s.concat(s.delta(STATE[0:6]), s.drop_last_step(s.expand(s.binarize_gripper(ACTION[-1])))),
         before=(("drop_first_steps", 1),),
@@ -64,7 +64,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("EEF_state", None, "gripper_state"), {"EEF_state": STATE[0:6], "gripper_state": STATE[-1:]}),
     ),
     # The copy in the Open X-Embodiment bucket. It has one camera.
-    "bridge_oxe": Entry(
+    "bridge_oxe": oxe(
         images={"primary": "image"},
         action=s.concat(
             s.delta(STATE[0:6]), s.drop_last_step(s.cast(s.expand(s.field("action/open_gripper")), "float32"))
@@ -79,7 +79,7 @@ ENTRIES: dict[str, Entry] = {
         caution="`bridge` 0.1.0 is out of date; its successor is bridge_dataset 1.0.0",
     ),
     # robot_obs: position (3), Euler angles (3), gripper width, 7 joints, gripper action.
-    "taco_play": Entry(
+    "taco_play": oxe(
         images={"primary": "rgb_static", "wrist": "rgb_gripper"},
         depth={"primary": "depth_static", "wrist": "depth_gripper"},
         action=s.concat(
@@ -94,7 +94,7 @@ ENTRIES: dict[str, Entry] = {
         caution="sources disagree on the sign of the gripper action; plot it against the gripper width",
     ),
     # The proprioception is a position and a quaternion, without the gripper. Rotations are not commanded.
-    "jaco_play": Entry(
+    "jaco_play": oxe(
         images={"primary": "image", "wrist": "image_wrist"},
         action=s.concat(WORLD, s.zeros(3), RELATIVE_GRIPPER),
         proprio=JACO_POSE,
@@ -104,7 +104,7 @@ ENTRIES: dict[str, Entry] = {
         ),
     ),
     # Velocities; no gripper: 0.
-    "berkeley_cable_routing": Entry(
+    "berkeley_cable_routing": oxe(
         images={"primary": "image", "secondary": "top_image", "wrist": "wrist45_image"},
         action=s.concat(WORLD, ROTATION, s.zeros(1)),
         proprio=s.field("observation/robot_state"),
@@ -112,7 +112,7 @@ ENTRIES: dict[str, Entry] = {
         blank=True,
         openvla=OpenVLA(("robot_state", None)),
     ),
-    "roboturk": Entry(
+    "roboturk": oxe(
         images={"primary": "front_rgb"},
         action=s.concat(WORLD, ROTATION, from_closedness(CLOSEDNESS)),
         proprio=None,
@@ -122,7 +122,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=NO_STATE,
     ),
     # Velocities, seen from the gripper only.
-    "nyu_door_opening_surprising_effectiveness": Entry(
+    "nyu_door_opening_surprising_effectiveness": oxe(
         images={"wrist": "image"},
         action=s.concat(WORLD, ROTATION, RELATIVE_GRIPPER),
         proprio=None,
@@ -131,7 +131,7 @@ ENTRIES: dict[str, Entry] = {
         upstream=dict(proprio=s.zeros(1)),
         openvla=NO_STATE,
     ),
-    "viola": Entry(
+    "viola": oxe(
         images={"primary": "agentview_rgb", "wrist": "eye_in_hand_rgb"},
         action=s.concat(WORLD, ROTATION, from_closedness(s.expand(CLOSEDNESS))),
         proprio=s.concat(s.field("observation/joint_states"), s.field("observation/gripper_states")),
@@ -140,7 +140,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("joint_states", "gripper_states")),
     ),
     # The depth map is a PNG of four channels: the bytes of one float32.
-    "berkeley_autolab_ur5": Entry(
+    "berkeley_autolab_ur5": oxe(
         images={"primary": "image", "wrist": "hand_image"},
         depth={"primary": "depth"},
         bgr=("wrist",),
@@ -152,7 +152,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("state",), {"state": UR5_STATE}),
     ),
     # Seven joints; the gripper is not in the state.
-    "toto": Entry(
+    "toto": oxe(
         images={"primary": "image"},
         action=s.concat(WORLD, ROTATION, s.cast(s.expand(s.field("action/open_gripper")), "float32")),
         text=TEXT,
@@ -160,7 +160,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("state", None)),
     ),
     # A pusher in the plane: no rotation, no gripper (1). Instructions are rows of code points.
-    "language_table": Entry(
+    "language_table": oxe(
         images={"primary": "rgb"},
         action=s.concat(ACTION, s.zeros(2), s.zeros(2), s.ones(1)),
         proprio=s.field("observation/effector_translation"),
@@ -169,7 +169,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("effector_translation", *(None,) * 6)),
     ),
     # A pusher. Its last action is a relative gripper command (+1 closes) that moves nothing.
-    "columbia_cairlab_pusht_real": Entry(
+    "columbia_cairlab_pusht_real": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         action=s.concat(WORLD, ROTATION, s.expand(CLOSEDNESS)),
         proprio=s.field("observation/robot_state"),
@@ -177,7 +177,7 @@ ENTRIES: dict[str, Entry] = {
         openvla=OpenVLA(("robot_state", *(None,) * 6)),
     ),
     # The first of ten future way-points; rotations are axis-angle. The state's gripper is 1 when closed.
-    "bc_z": Entry(
+    "bc_z": oxe(
         images={"primary": "image"},
         action=s.concat(
             s.field("action/future/xyz_residual")[0:3],
