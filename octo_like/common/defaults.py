@@ -37,7 +37,9 @@ def default_config() -> ConfigDict:
         kind="rlds",  # or "synthetic": random batches of the run's own spec
         data_dir=None,
         cache_dir=None,  # where indices and statistics are kept; None: beside the data
-        datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec
+        mix=None,  # a mixture of octo_like/data/oxe/mixes.py, e.g. "oxe_magic_soup"
+        mix_only=(),  # these datasets of it; (): all
+        datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec, over those of the mixture
         num_demos=None,  # training episodes used of each dataset; None: all
         num_lanes=None,  # None: the process count rounded up to a power of two
         episodes_per_block=None,  # frames are shuffled within this many episodes; None: what host_memory_gb holds
@@ -50,7 +52,7 @@ def default_config() -> ConfigDict:
         paraphrase_prob=0.5,  # of the instructions that have paraphrases
         image_dropout_prob=0.0,  # of each camera of a sample
         image_dropout_keep=None,  # the camera that is never dropped; None: one of them, drawn
-        octo_compat=False,
+        octo_compat=False,  # Octo's action mask and its reading of registry datasets, mistakes included
         max_bad_fraction=0.01,  # share of a dataset's records that may be damaged
         host_threads=2,
         host_memory_gb=2.0,  # encoded episodes per process; decides episodes_per_block at the first start

@@ -17,7 +17,9 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
         "datasets", nargs="*", metavar="DATASET", help="names below DATA_DIR; known ones use the registry"
     )
     parser.add_argument("--config", help="use the datasets of this config file instead")
-    parser.add_argument("--mix", help=f"use a named mixture instead: {', '.join(mixes.MIXES)}")
+    parser.add_argument(
+        "--mix", help=f"use a named mixture, or the DATASETs of it that are named: {', '.join(mixes.MIXES)}"
+    )
     parser.add_argument(
         "--set",
         nargs="*",
@@ -29,15 +31,13 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
     """{name: DatasetSpec} of parsed arguments. Raises DataError naming the argument that is wrong."""
-    given = [bool(args.datasets), bool(args.config), bool(args.mix)]
+    given = [bool(args.datasets or args.mix), bool(args.config)]
     if sum(given) != 1:
-        raise DataError("name datasets, or give --config, or give --mix: exactly one of them")
+        raise DataError("name datasets or a --mix, or give --config: exactly one of them")
     if args.config:
-        datasets: dict[str, Any] = {
-            name: dict(fields) for name, fields in load_config_file(args.config).data.datasets.items()
-        }
+        datasets: dict[str, Any] = mixes.datasets_from_config(load_config_file(args.config).data)
     elif args.mix:
-        datasets = mixes.mix(args.mix)
+        datasets = mixes.mix(args.mix, args.datasets)
     else:
         datasets = {name: {"standardize": name} if name in registry.REGISTRY else {} for name in args.datasets}
     changes = dict(_field(item) for item in args.set)

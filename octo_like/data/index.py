@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from octo_like.data import filters, order, rlds
-from octo_like.data.rlds import EpisodeFunction
+from octo_like.data.oxe import registry
+from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.split_index import MAX_BAD_FRACTION, Index, SplitIndex, cached, digest_of, load_index, with_usable
 from octo_like.data.statistics import read_rows, streamed_statistics
@@ -82,6 +84,7 @@ def prepare_dataset(
         return prepare_source(key, spec)
     options = dict(workers=workers, max_bad_fraction=max_bad_fraction, process_index=process_index)
     split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=max_bad_fraction)
+    _caution(key, spec, split)
     function = EpisodeFunction(spec, split.features)
     whole = load_index(split, function, cache_dir, progress, **options)
     index, val_whole = whole.index, whole
@@ -134,6 +137,15 @@ def prepare_dataset(
         split.version,
         damaged,
     )
+
+
+def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
+    """Logs what the registry knows about a dataset's traps."""
+    if spec.from_registry:
+        for said in registry.cautions(
+            spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots
+        ):
+            logging.warning("%s: %s", key, said)
 
 
 def _values(rows: np.ndarray, function: EpisodeFunction) -> tuple[np.ndarray, np.ndarray]:

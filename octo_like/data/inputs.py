@@ -65,16 +65,18 @@ def inputs_from_config(
         return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
     if data.kind != "rlds":
         raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'synthetic'")
-    if not data.data_dir and not all(dict(fields).get("source") for fields in data.datasets.values()):
+    of_files = data.mix or not all(dict(fields).get("source") for fields in data.datasets.values())
+    if not data.data_dir and of_files:
         raise ConfigError(
             "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
         )
 
     from octo_like.data import memory
     from octo_like.data.index import prepare_datasets
+    from octo_like.data.oxe.mixes import datasets_from_config
     from octo_like.data.stream import make_train_stream, make_val_iterators
 
-    specs = specs_from_config({name: dict(fields) for name, fields in data.datasets.items()})
+    specs = specs_from_config(datasets_from_config(data))
     if data.num_demos is not None:
         specs = {name: _with_demos(one, data.num_demos) for name, one in specs.items()}
     datasets = prepare_datasets(

@@ -297,7 +297,7 @@ class EpisodeFunction:
 
     def __init__(self, spec: DatasetSpec, features: Any):
         self.spec = spec
-        transform, source = standardize.resolve(spec.standardize)
+        transform, source = standardize.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
         if transform is not None and not isinstance(transform, standardize.Standardize):
             transform = _user_function(transform)
         self.definition = {**spec.transform_fields(), "standardize_source": source}

@@ -22,6 +22,22 @@ def suggest(word: str, valid: Any) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {listed or '(none)'}"
 
 
+COMPAT = (None, "octo", "openvla")
+
+
+def is_registry_name(standardize: str | None) -> bool:
+    """Whether a spec's `standardize` names a registry entry rather than a function."""
+    return standardize is not None and ":" not in standardize
+
+
+def _registry_entry(standardize: str | None) -> Any:
+    if standardize is None:
+        return None
+    from octo_like.data.oxe import registry  # imports TensorFlow, which a plain spec does not need
+
+    return registry.find(standardize)
+
+
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
     """One dataset of a mixture. Built from a config's dict by `from_dict`.
@@ -33,8 +49,8 @@ class DatasetSpec:
       split: training split; "a+b" joins several.
       val_split: validation split, or None: then a keyed `val_fraction` of the episodes of `split` is held out.
       val_fraction: share of the episodes held out (at least one); 0 for no validation.
-      standardize: None, a name of the OXE registry, or "python.module:function" (dict of tensors -> dict of tensors,
-        on a whole trajectory).
+      standardize: None, a name of the OXE registry, or "python.module:name" of a function (dict of tensors -> dict of
+        tensors, on a whole trajectory) or of an entry like the registry's (`octo_like.data.oxe.entry.Entry`).
       image_keys: camera slot of the schema -> key below `observation`, or None where the dataset has no such camera.
       proprio_keys: keys below `observation`, concatenated.
       depth_keys: camera slot -> key below `observation` of its depth map, or None.
@@ -62,6 +78,8 @@ class DatasetSpec:
       env: gymnasium id for rollouts, or None.
       source: "python.module:function" that returns a tf.data.Dataset of trajectories, to be read instead of files; see
         `octo_like.data.approximate`.
+      compat: reading of a registry dataset: None (with our corrections), "octo" or "openvla" (theirs, see docs/oxe.md).
+      blank_text: whether a registry dataset's instructions are dropped; None: as the registry says.
     """
 
     name: str
@@ -94,6 +112,8 @@ class DatasetSpec:
     chunk_length: int | None = None
     env: str | None = None
     source: str | None = None
+    compat: str | None = None
+    blank_text: bool | None = None
 
     def __post_init__(self):
         if self.normalization not in KINDS:
@@ -102,6 +122,14 @@ class DatasetSpec:
             raise DataError(f"{self.name}: val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.num_demos is not None and self.num_demos < 1:
             raise DataError(f"{self.name}: num_demos must be at least 1 or None, got {self.num_demos}")
+        if self.compat not in COMPAT:
+            raise DataError(f"{self.name}: compat {self.compat!r}; valid: None, 'octo', 'openvla'")
+        for field in ("compat", "blank_text"):
+            if getattr(self, field) is not None and not self.from_registry:
+                raise DataError(
+                    f"{self.name}: {field}={getattr(self, field)!r} chooses how the registry reads a dataset, but "
+                    f"standardize={self.standardize!r} is none of its entries"
+                )
         if self.depth_scale is not None and not self.depth_scale > 0:
             raise DataError(f"{self.name}: depth_scale must be positive (metres per unit), got {self.depth_scale}")
         unknown = sorted(set(self.bgr_slots) - {slot for slot, key in self.image_keys.items() if key is not None})
@@ -152,6 +180,11 @@ class DatasetSpec:
                     f"got {parts}"
                 )
 
+    @property
+    def from_registry(self) -> bool:
+        """Whether `standardize` is a registry entry (or a user's own entry) rather than a function."""
+        return _registry_entry(self.standardize) is not None
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str | None = None) -> "DatasetSpec":
         """Spec of a plain dict. Fields not given come from the registry entry that `standardize` names, if any.
@@ -166,11 +199,14 @@ class DatasetSpec:
         for key in data:
             if key not in fields:
                 raise DataError(f"dataset {data.get('name') or name!r}: unknown field {key!r}; {suggest(key, fields)}")
-        standardize = data.get("standardize")
-        if standardize is not None and ":" not in standardize:
+        if _registry_entry(data.get("standardize")) is not None:
             from octo_like.data.oxe import registry
 
-            data = {**registry.spec_fields(standardize), **data}
+            given = data
+            data = {**registry.spec_fields(given["standardize"], given.get("compat")), **given}
+            if "image_keys" in given and "bgr_slots" not in given:
+                swapped = registry.bgr_keys(given["standardize"], given.get("compat"))
+                data["bgr_slots"] = [slot for slot, key in (given["image_keys"] or {}).items() if key in swapped]
         if not data.get("name"):
             if not name:
                 raise DataError("a dataset needs a name")
@@ -198,6 +234,7 @@ class DatasetSpec:
             "chunk_length": self.chunk_length,
         }
         # Fields that most datasets leave empty appear only when they are not: an index stays valid when one is added.
+        # `compat` and `blank_text` act through the standardize function, whose definition is hashed beside these.
         seldom = {
             "depth_keys": dict(sorted(self.depth_keys.items())),
             "depth_scale": self.depth_scale,
@@ -220,5 +257,5 @@ class DatasetSpec:
 def specs_from_config(datasets: Mapping[str, Any]) -> dict[str, DatasetSpec]:
     """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another."""
     if not datasets:
-        raise DataError("the mixture is empty: `datasets` needs at least one entry")
+        raise DataError("the mixture is empty: `datasets` needs at least one entry, or name a `mix`")
     return {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}

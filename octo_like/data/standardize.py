@@ -127,9 +127,13 @@ def rotate_by_heading(vec: Expression, yaw: Expression) -> Expression:
     return _build("rotate_by_heading", vec, yaw)
 
 
-def first_step_norm_ratio(num: Expression, den: Expression) -> Expression:
-    """Norm of the first row of `num` over that of `den`: a scalar."""
-    return _build("first_step_norm_ratio", num, den)
+def first_step_norm_ratio(num: Expression, den: Expression, *, moving: bool = False) -> Expression:
+    """Norm of the first row of `num` over that of `den`: a scalar. NaN or infinite when the latter is 0.
+
+    `moving`: of the first row where neither is 0 instead; 1 when there is none.
+    """
+    # The setting appears only when it is set: a definition's hash does not depend on settings nobody uses.
+    return _build("first_step_norm_ratio", num, den, **({"moving": True} if moving else {}))
 
 
 def zlib_floats(arg: Expression, width: int) -> Expression:
@@ -186,6 +190,15 @@ def _rotate_by_heading(vec: tf.Tensor, yaw: tf.Tensor) -> tf.Tensor:
     return tf.concat([cos * vec[:, :1] + sin * vec[:, 1:], -sin * vec[:, :1] + cos * vec[:, 1:]], axis=-1)
 
 
+def _first_step_norm_ratio(num: tf.Tensor, den: tf.Tensor, moving: bool = False) -> tf.Tensor:
+    if not moving:
+        return tf.norm(num[:1]) / tf.norm(den[:1])
+    steps = tf.minimum(tf.shape(num)[0], tf.shape(den)[0])
+    above, below = tf.norm(num[:steps], axis=-1), tf.norm(den[:steps], axis=-1)
+    ratios = tf.boolean_mask(above, (above > 0) & (below > 0)) / tf.boolean_mask(below, (above > 0) & (below > 0))
+    return tf.concat([ratios, tf.ones([1], num.dtype)], 0)[0]
+
+
 def _zlib_floats(x: tf.Tensor, width: int) -> tf.Tensor:
     return tf.reshape(tf.io.decode_raw(tf.io.decode_compressed(x, "ZLIB"), tf.float32), [-1, width])
 
@@ -213,7 +226,7 @@ OPERATIONS: dict[str, Callable[..., tf.Tensor]] = {
     "rel_to_abs_gripper": _rel_to_abs_gripper,
     "euler_from_quat": _euler_from_quat,
     "rotate_by_heading": _rotate_by_heading,
-    "first_step_norm_ratio": lambda num, den: tf.norm(num[:1]) / tf.norm(den[:1]),
+    "first_step_norm_ratio": _first_step_norm_ratio,
     "zlib_floats": _zlib_floats,
     "codepoints_to_text": _codepoints_to_text,
 }
@@ -336,6 +349,7 @@ class Standardize:
       passthrough_steps: step operations on the leaves that are not outputs (outputs are already final).
       removes: leaves deleted at the end.
       swap: (path, path, probability): two leaves exchanged for a share of the episodes.
+      hint: what to tell the user when a leaf is not there. It changes nothing, so it is no part of the definition.
     """
 
     outputs: Mapping[str, Expression] = dataclasses.field(default_factory=dict)
@@ -343,8 +357,15 @@ class Standardize:
     passthrough_steps: tuple[tuple[str, int], ...] = ()
     removes: tuple[str, ...] = ()
     swap: tuple[str, str, float] | None = None
+    hint: str = dataclasses.field(default="", repr=False, compare=False)
 
     def __call__(self, raw: Trajectory) -> Trajectory:
+        try:
+            return self._apply(raw)
+        except DataError as error:
+            raise DataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
+
+    def _apply(self, raw: Trajectory) -> Trajectory:
         trajectory = _apply_steps(raw, self.pre_steps)
         values = {path: evaluate(expression, trajectory, raw) for path, expression in self.outputs.items()}
         result = _apply_steps(trajectory, self.passthrough_steps)
@@ -360,30 +381,46 @@ class Standardize:
 # ---------------------------------------------------------------- names
 
 
-def resolve(name: str | None) -> tuple[Callable[[Trajectory], Trajectory] | None, str]:
+def resolve(
+    name: str | None, *, compat: str | None = None, blank_text: bool | None = None
+) -> tuple[Callable[[Trajectory], Trajectory] | None, str]:
     """(function, hash of its definition) of a spec's `standardize`.
 
     Args:
-      name: None, a name of the registry, or "python.module:function".
+      name: None, a name of the registry, or "python.module:name" of a function or of an `oxe.entry.Entry`.
+      compat, blank_text: which reading of a registry entry; see `octo_like.data.oxe.registry.standardizer`.
 
     Raises:
       DataError: no such module, function or registry entry.
     """
     if name is None:
         return None, ""
-    if ":" not in name:
-        from octo_like.data.oxe import registry
+    from octo_like.data.oxe import registry
 
-        entry = registry.get(name)
-        return entry.standardize, hashlib.sha256(repr(entry.standardize).encode()).hexdigest()[:16]
-    module_name, _, function_name = name.partition(":")
+    if registry.find(name) is not None:
+        function = registry.standardizer(name, compat, blank_text)
+        return function, hashlib.sha256(repr(function).encode()).hexdigest()[:16]
+    function = load(name)
+    # The whole module counts: helper functions change the result as much as the function does.
+    module = importlib.import_module(name.partition(":")[0])
+    return function, hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
+
+
+def load(name: str) -> Any:
+    """The function or registry entry "python.module:name".
+
+    Raises:
+      DataError: no such module, or nothing of that name in it.
+    """
+    module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise DataError(f"standardize={name!r}: cannot import {module_name!r}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        valid = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise DataError(f"standardize={name!r}: no function {function_name!r}; {suggest(function_name, valid)}")
-    # The whole module counts: helper functions change the result as much as the function does.
-    return function, hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
+    found = getattr(module, attribute, None)
+    from octo_like.data.oxe.entry import Entry
+
+    if not callable(found) and not isinstance(found, Entry):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value) or isinstance(value, Entry)]
+        raise DataError(f"standardize={name!r}: no function {attribute!r}; {suggest(attribute, own)}")
+    return found

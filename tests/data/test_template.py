@@ -78,6 +78,31 @@ def test_trains_from_configuration_alone(built, folder, tmp_path, monkeypatch):
     assert statistics["num_transitions"] == sum(len(e["action"]) - 1 for e in episodes)
 
 
+def test_a_description_means_what_the_function_does(built, folder, tmp_path, monkeypatch):
+    """One entry in the user's own file gives every field: the same batches as function and fields."""
+    data_dir, _ = built
+    monkeypatch.syspath_prepend(str(folder))
+    spec = BatchSpec(2, 4, 8, {"primary": (32, 32), "wrist": (16, 16)}, (), 8, 16)
+    options = dict(data_dir=str(data_dir), cache_dir=str(tmp_path), seed=0, batch_size=8, progress=False)
+    by_function = dict(
+        standardize="transform:standardize",
+        image_keys=dict(primary="image", wrist="wrist_image"),
+        proprio_keys=("state",),
+        action_normalization_mask=(True,) * 7 + (False,),
+    )
+    seen = []
+    for fields in (by_function, dict(standardize="description:MY_ROBOT")):
+        with make_train_stream({"my_robot": fields}, spec, TextTokenizer.load(), **options) as stream:
+            check_batch(next(stream), spec)
+            seen.append((stream.statistics["my_robot"], stream.datasets["my_robot"].spec))
+    (by_function, first), (described, second) = seen
+    for key in ("action", "proprio"):
+        for name, value in by_function[key].items():
+            np.testing.assert_array_equal(described[key][name], value)
+    assert first.image_keys == second.image_keys
+    assert first.action_normalization_mask == second.action_normalization_mask
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
@@ -114,7 +139,7 @@ def test_scripts(built, repository, tmp_path, monkeypatch, capsys):
     for arguments, message in (
         (["my_robt"], "did you mean 'my_robot'"),
         ([], "exactly one of them"),
-        (["my_robot", "--mix", "bridge"], "exactly one of them"),
+        (["my_robot", "--mix", "bridge"], "no dataset 'my_robot' in the mixture 'bridge'"),
         (["--mix", "bridg"], "did you mean 'bridge'"),
         (["my_robot", "--set", "x"], "'x' is not FIELD=VALUE"),
         (["my_robot", "--set", "action_kee=x"], "did you mean 'action_key'"),

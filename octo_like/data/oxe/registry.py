@@ -1,73 +1,95 @@
-"""Datasets of the Open X-Embodiment collection, as data: one readable entry each.
+"""Datasets of the Open X-Embodiment collection and its neighbours, as data: one readable entry each.
 
 An entry says where the cameras are, and what the action and proprioception mean, in the vocabulary of
 `octo_like.data.standardize`. Naming it in a config (`standardize="bridge_dataset"`) fills in every field of the
-dataset's spec that the config does not give itself.
+dataset's spec that the config does not give itself. `compat` chooses the reading, see `octo_like.data.oxe.entry`.
+docs/oxe.md lists what our reading corrects.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from octo_like.data import standardize as s
+from octo_like.data.oxe import arms, franka, mobile, rtx
+from octo_like.data.oxe.entry import Entry
 from octo_like.data.spec import DataError, suggest
 
+REGISTRY: dict[str, Entry] = {**rtx.ENTRIES, **franka.ENTRIES, **arms.ENTRIES, **mobile.ENTRIES}
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """How one dataset is read.
 
-    Attributes:
-      images: camera slot -> key below `observation`.
-      standardize: trajectory function, or None when the dataset is already in the schema's terms.
-      proprio: keys below `observation` after standardising.
-      action_mask: False for action dimensions that are not normalised (grippers).
-      language: key of the instruction, or None.
+def find(standardize: str | None) -> Entry | None:
+    """The entry that a spec's `standardize` names: a name of the registry, or "python.module:NAME" of an `Entry`.
+
+    None when it names a function or nothing. Raises DataError for a name that does not exist.
     """
-
-    images: Mapping[str, str]
-    standardize: s.Standardize | None = None
-    proprio: tuple[str, ...] = ("proprio",)
-    action_mask: tuple[bool, ...] | None = None
-    language: str | None = "language_instruction"
-
-
-ARM_WITH_GRIPPER = (True,) * 6 + (False,)
-
-REGISTRY: dict[str, Entry] = {
-    # WidowX in toy kitchens. Actions are the achieved pose change; the gripper is absolute, 1 open. The gripper is
-    # binarised over the whole trajectory before its last step is dropped, so that step still decides an open question.
-    "bridge_dataset": Entry(
-        images={"primary": "image_0", "secondary": "image_1"},
-        action_mask=ARM_WITH_GRIPPER,
-        standardize=s.Standardize(
-            outputs={
-                "action": s.concat(
-                    s.delta(s.field("observation/state")[0:6]),
-                    s.drop_last_step(s.expand(s.binarize_gripper(s.field("action")[-1]))),
-                ),
-                "observation/proprio": s.drop_last_step(s.field("observation/state")),
-                "language_instruction": s.drop_last_step(s.field("language_instruction")),
-            },
-            passthrough_steps=(("drop_last_steps", 1),),
-        ),
-    ),
-}
+    if standardize is None:
+        return None
+    if ":" in standardize:
+        found = s.load(standardize)
+        return found if isinstance(found, Entry) else None
+    if standardize not in REGISTRY:
+        raise DataError(
+            f"no registry entry {standardize!r}; {suggest(standardize, REGISTRY)}. Your own: 'python.module:function'"
+        )
+    return REGISTRY[standardize]
 
 
-def get(name: str) -> Entry:
-    """Entry of a dataset. Raises DataError with the valid names."""
-    if name not in REGISTRY:
-        raise DataError(f"no registry entry {name!r}; {suggest(name, REGISTRY)}. Your own: 'python.module:function'")
-    return REGISTRY[name]
+def get(name: str, compat: str | None = None) -> Entry:
+    """Entry of a dataset, in one reading. `name`: see `find`.
+
+    Raises:
+      DataError: no such entry, or none in this reading, with what is valid.
+    """
+    entry = find(name)
+    if entry is None:
+        raise DataError(f"standardize={name!r} is a function, not a registry entry")
+    try:
+        return entry.read_as(compat)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
-def spec_fields(name: str) -> dict[str, Any]:
+def spec_fields(name: str, compat: str | None = None) -> dict[str, Any]:
     """The fields of a `DatasetSpec` that an entry determines."""
-    entry = get(name)
+    entry = get(name, compat)
     return {
         "image_keys": dict(entry.images),
-        "proprio_keys": entry.proprio,
-        "language_key": entry.language,
+        "depth_keys": dict(entry.depth),
+        "depth_scale": entry.depth_scale,
+        "bgr_slots": entry.bgr,
+        "proprio_keys": () if entry.proprio is None else ("proprio",),
+        "language_key": "language_instruction",
         "action_normalization_mask": entry.action_mask,
     }
+
+
+def bgr_keys(name: str, compat: str | None = None) -> set[str]:
+    """Keys below `observation` whose raw frames are BGR, whatever camera slot they are put into."""
+    entry = get(name, compat)
+    return {entry.images[slot] for slot in entry.bgr}
+
+
+def standardizer(name: str, compat: str | None = None, blank_text: bool | None = None) -> s.Standardize:
+    """The trajectory function of an entry. `blank_text`: whether instructions are dropped; None: as the entry says."""
+    return get(name, compat).standardize(blank_text)
+
+
+def cautions(name: str, compat: str | None, version: str, num_episodes: int, bgr_slots: tuple[str, ...]) -> list[str]:
+    """What to tell the user of a dataset about the copy that was found, one sentence each.
+
+    Args:
+      version: TFDS version of the copy.
+      num_episodes: episodes of its split.
+      bgr_slots: cameras whose channels will be swapped.
+    """
+    entry = get(name, compat)
+    said = [entry.caution] if entry.caution else []
+    if entry.version is not None and version != entry.version:
+        said.append(f"the registry describes version {entry.version}, this is {version}: check keys and values")
+    if entry.unfiltered is not None and num_episodes == entry.unfiltered:
+        said.append(f"this copy of {num_episodes:,} episodes still holds the failed ones; filter by their `success`")
+    if bgr_slots:
+        said.append(
+            f"channels of {', '.join(bgr_slots)} are swapped: the raw frames are BGR. If your copy was repaired when "
+            "it was downloaded, set bgr_slots=()"
+        )
+    return said
