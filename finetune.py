@@ -68,6 +68,7 @@ def main(argv=None) -> int:
         logging.info("weights of %s\n%s", config.pretrained, report)
     params = jax.tree.map(np.asarray, params)
 
+    # --------------------------------------------------------------------------------------------------------- loop
     policy_config = {"model": model_config, "batch_spec": spec_to_json(spec), "pretrained": config.pretrained}
     run = Run(
         config=config,
@@ -82,7 +83,6 @@ def main(argv=None) -> int:
     )
     logging.info(describe(run))
 
-    # --------------------------------------------------------------------------------------------------------- loop
     if distributed.is_main():
         flags.workdir.mkdir(parents=True, exist_ok=True)
         save(config, flags.workdir / "config.json")

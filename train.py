@@ -1,4 +1,4 @@
-"""Pretraining: config -> mesh -> data -> model -> loop.
+"""Pretraining: config -> mesh -> model -> data -> loop.
 
     python train.py --config configs/tabletop.py --workdir runs/tabletop --config.data.data_dir=runs/data
     python train.py --config configs/octo_small.py --workdir runs/smoke --config.data.kind=synthetic
@@ -35,21 +35,21 @@ def main(argv=None) -> int:
     distributed.start(flags, config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
 
-    # --------------------------------------------------------------------------------------------------------- data
+    # -------------------------------------------------------------------------------------------------------- model
     tokenizer = TextTokenizer.load(config.text.model, config.text.max_length) if config.text.model else None
     spec = batch_spec(config)
-    inputs = inputs_from_config(
-        config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
-    )
-
-    # -------------------------------------------------------------------------------------------------------- model
-    vocab = tokenizer.vocab_size if tokenizer else 0
-    model = build_model(config.model, vocab_size=vocab)
+    model = build_model(config.model, vocab_size=tokenizer.vocab_size if tokenizer else 0)
     t5 = load_t5(config.text.t5_weights) if config.text.t5_weights else None
 
     def initial(key):
         return with_t5(init_params(model, spec, key), t5)
 
+    # --------------------------------------------------------------------------------------------------------- data
+    inputs = inputs_from_config(
+        config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+
+    # --------------------------------------------------------------------------------------------------------- loop
     policy_config = {"model": to_dict(config)["model"], "batch_spec": spec_to_json(spec)}
     run = Run(
         config=config,
@@ -64,7 +64,6 @@ def main(argv=None) -> int:
     )
     logging.info(describe(run))
 
-    # --------------------------------------------------------------------------------------------------------- loop
     if distributed.is_main():
         flags.workdir.mkdir(parents=True, exist_ok=True)
         save(config, flags.workdir / "config.json")

@@ -16,7 +16,7 @@ import numpy as np
 from octo_like.model.stems import normalize_images
 from octo_like.model.t5 import T5Config, T5Encoder
 from octo_like.model.tokens import TokenGroup, masked_mean
-from octo_like.model.transformer import MapPooling, Transformer
+from octo_like.model.transformer import MapPooling, Mlp, Transformer
 
 
 def match_keys(tree: Mapping[str, Any], patterns: tuple[str, ...], *, prefix: bool) -> list[str]:
@@ -130,7 +130,7 @@ class LanguageTokenizer(nn.Module):
         (the batch holds precomputed (B, d) or (B, n, d) features).
       finetune_encoder: whether gradients reach a T5 encoder.
       vocab_size, dim, num_layers, num_heads: sizes of the "small" encoder.
-      pool: one token, the normalised mean over the words, instead of one per word.
+      pool: one token instead of one per word, an MLP of the normalised mean over the words.
     """
 
     encoder: str = "small"
@@ -158,14 +158,19 @@ class LanguageTokenizer(nn.Module):
             ids, word_mask = text["input_ids"], text["attention_mask"] > 0
             tokens = self._encode(ids, word_mask)
         if self.pool:
-            tokens, word_mask = masked_mean(TokenGroup(tokens, word_mask))[:, None], word_mask.any(-1, keepdims=True)
-            # The one word that differs is a tenth of the mean; brought back to the size of a token.
-            tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="pool_norm")(tokens)
+            tokens, word_mask = self._pooled(tokens, word_mask), word_mask.any(-1, keepdims=True)
         mask = jnp.ones(tokens.shape[:1], bool)
         if self.use_pad_mask:
             mask = valid_mask(task, "language_instruction", tokens.shape[:1])
         mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
         return TokenGroup(tokens, mask if self.compat else mask & word_mask)
+
+    def _pooled(self, tokens, word_mask):
+        """(B, n, d) to (B, 1, d): the mean, normalised because the one word that matters is a tenth of it, and an MLP
+        that may conclude from several words (deep averaging network, Iyyer et al. 2015)."""
+        norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)  # noqa: E731
+        x = norm("pool_norm")(masked_mean(TokenGroup(tokens, word_mask))[:, None])
+        return norm("pool_out_norm")(x + Mlp(4 * x.shape[-1], dtype=self.dtype, name="pool_mlp")(x))
 
     def _encode(self, ids, word_mask):
         if self.encoder == "t5":
