@@ -111,7 +111,7 @@ def test_a_mixture_from_a_config_in_both_readings(data_dir):
     assert abs(abs(seen[True][0][0]) - np.pi) < 0.5  # identity read as (x, y, z, w) = (1, 0, 0, 0)
     assert seen[False][1] == list(TRUE) and seen[True][1] == list(STORED)
     # Two indices beside each other, and two orders: a run of one cannot be resumed as the other.
-    assert len(list(pathlib.Path(data_dir).glob(f"{FOOD}/1.0.0/.octo_like/train-*.npz"))) == 2
+    assert len(list(pathlib.Path(data_dir).glob(f"{FOOD}/1.0.0/.octo_like/train-*"))) == 2
     assert seen[False][2] != seen[True][2]
 
 
