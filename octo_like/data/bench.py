@@ -143,7 +143,7 @@ class Decodes:
             with self._lock:
                 self.count += 1
                 if len(self.kept) < self._keep:
-                    self.kept.append((contents, tuple(size)))
+                    self.kept.append((bytes(contents), tuple(size)))
             return original(contents, size, *args)
 
         frames.decode_frame = watched
@@ -166,8 +166,9 @@ def floor(kept: Sequence[tuple[bytes, tuple[int, int]]], kind: str, mode: str, t
     """
     groups: dict[tuple, list[bytes]] = {}
     for frame, size in kept:
-        ratio = frames.reduction(frame, size) if mode == "fast" and kind != "plain" else 1
         raw = frames.encoded_size(frame)
+        reduced = mode == "fast" and kind != "plain" and frame[:2] == b"\xff\xd8"
+        ratio = frames.reduction(raw, size) if reduced else 1
         scaled = raw is None or tuple(-(-side // ratio) for side in raw) != size
         groups.setdefault((ratio, size if kind == "resized" and scaled else None), []).append(frame)
 

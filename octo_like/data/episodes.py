@@ -12,10 +12,12 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.data import rlds
+from octo_like.data.frames import EncodedFrame, encoded_frames
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.rlds import DamagedRecord
 from octo_like.data.spec import DataError
 from octo_like.data.texts import Texts
+from octo_like.data.tf import tf
 
 RETRIES = 3  # of a read that the storage refused
 SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
@@ -31,22 +33,24 @@ class Episode:
       action: (T, A) float32, normalised; (T, N, A) when actions come in chunks.
       proprio: (T, P) float32, normalised, or None.
       text: (T,) int32 rows of the text table; 0 means no instruction.
-      images: slot -> T encoded frames, or (T, h, w, 3) uint8; b"" is a missing frame.
+      images: slot -> T encoded frames, or (T, h, w, 3) uint8; an empty one is missing.
       depths: slot -> T encoded depth maps, or (T, h, w) or (T, h, w, 1) numbers, as stored.
     """
 
     action: np.ndarray
     proprio: np.ndarray | None
     text: np.ndarray
-    images: Mapping[str, Sequence[bytes] | np.ndarray]
-    depths: Mapping[str, Sequence[bytes] | np.ndarray] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
+    depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         total = self.action.nbytes + self.text.nbytes + (0 if self.proprio is None else self.proprio.nbytes)
         for frames in [*self.images.values(), *self.depths.values()]:
-            # 33 bytes of overhead per bytes object, 8 for the reference.
-            total += frames.nbytes if isinstance(frames, np.ndarray) else sum(map(len, frames)) + 41 * len(frames)
+            if isinstance(frames, np.ndarray):
+                total += frames.nbytes
+            else:
+                total += sum(map(len, frames)) + EncodedFrame.OVERHEAD * len(frames)
         return total
 
 
@@ -90,15 +94,16 @@ def load_episode(
             text = table.rows(texts)
     else:
         text = np.zeros(len(action), np.int32)
-    images, depths = ({slot: x.numpy() for slot, x in raw[kind].items()} for kind in ("images", "depths"))
-    return Episode(action, proprio, text, stored_frames(images, slots), stored_frames(depths, depth_slots))
+    images, depths = stored_frames(raw["images"], slots), stored_frames(raw["depths"], depth_slots)
+    return Episode(action, proprio, text, images, depths)
 
 
-def stored_frames(frames: Mapping[str, np.ndarray], slots: Collection[str]) -> dict[str, Sequence[bytes] | np.ndarray]:
-    """The frames of some cameras: (T,) objects as a list of bytes, numbers as they are."""
-    return {
-        slot: values.tolist() if values.dtype == object else values for slot, values in frames.items() if slot in slots
-    }
+def stored_frames(
+    frames: Mapping[str, tf.Tensor | np.ndarray], slots: Collection[str]
+) -> dict[str, Sequence[EncodedFrame] | np.ndarray]:
+    """The frames of some cameras: (T,) strings as encoded frames, numbers as arrays."""
+    chosen = {slot: tf.convert_to_tensor(values) for slot, values in frames.items() if slot in slots}
+    return {slot: encoded_frames(x) if x.dtype == tf.string else x.numpy() for slot, x in chosen.items()}
 
 
 class EpisodeStore:

@@ -54,38 +54,78 @@ def encoded_size(contents: bytes) -> tuple[int, int] | None:
     return None
 
 
-def reduction(contents: bytes, size: tuple[int, int]) -> int:
-    """1, 2, 4 or 8: the largest reduction at which a JPEG is still decoded no smaller than `size`; 1 for others."""
-    raw = encoded_size(contents) if contents[:2] == b"\xff\xd8" else None
+class EncodedFrame:
+    """An encoded frame as it is kept in memory: a tensor, because handing bytes to an operation costs 0.1 ms each time,
+    and what its header says.
+
+    Attributes:
+      tensor: scalar string. nbytes: its length; 0 is a missing frame.
+      jpeg_size: (height, width) of a JPEG; None for other formats.
+    """
+
+    __slots__ = ("tensor", "nbytes", "jpeg_size")
+
+    # Of a frame in memory beside its bytes (measured: the tensor, its handle and buffer).
+    OVERHEAD = 900
+
+    def __init__(self, contents: bytes, tensor: tf.Tensor | None = None):
+        self.tensor = tf.constant(contents) if tensor is None else tensor
+        self.nbytes = len(contents)
+        self.jpeg_size = encoded_size(contents) if contents[:2] == b"\xff\xd8" else None
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def __bytes__(self) -> bytes:
+        return self.tensor.numpy()
+
+
+def encoded_frames(contents: tf.Tensor) -> list[EncodedFrame]:
+    """(T,) strings as frames."""
+    return [EncodedFrame(c, t) for c, t in zip(contents.numpy().tolist(), tf.unstack(contents), strict=True)]
+
+
+def reduction(raw: tuple[int, int] | None, size: tuple[int, int]) -> int:
+    """1, 2, 4 or 8: the largest reduction at which a JPEG of `raw` size is still decoded no smaller than `size`."""
     if raw is None:
         return 1
     return next((r for r in (8, 4, 2) if raw[0] >= r * size[0] and raw[1] >= r * size[1]), 1)
 
 
-def _decode(contents: bytes, ratio: int) -> np.ndarray:
+def _decode(tensor: tf.Tensor, ratio: int) -> np.ndarray:
     """(h, w, 3) uint8. One operation of TensorFlow per frame: cheaper than a traced loop over many, and it lets other
     Python threads run while it works."""
-    # As a tensor: an operation that is handed bytes takes a slow path of 0.1 ms.
-    tensor = tf.constant(contents)
-    if ratio > 1:
-        return np.asarray(tf.raw_ops.DecodeJpeg(contents=tensor, channels=3, ratio=ratio))
-    return np.asarray(tf.raw_ops.DecodeImage(contents=tensor, channels=3, dtype=tf.uint8, expand_animations=False))
+    if ratio == 1:
+        return np.asarray(tf.raw_ops.DecodeImage(contents=tensor, channels=3, dtype=tf.uint8, expand_animations=False))
+    # The defaults, spelled out: with any of them left to TensorFlow the operation takes a slower path.
+    return np.asarray(
+        tf.raw_ops.DecodeJpeg(
+            contents=tensor,
+            channels=3,
+            ratio=ratio,
+            fancy_upscaling=True,
+            try_recover_truncated=False,
+            acceptable_fraction=1.0,
+            dct_method="",
+        )
+    )
 
 
-def decode_frame(contents: bytes, size: tuple[int, int], mode: str, out: np.ndarray) -> None:
+def decode_frame(contents: bytes | EncodedFrame, size: tuple[int, int], mode: str, out: np.ndarray) -> None:
     """Decodes a JPEG, PNG, BMP or GIF of any size into `out`, (*size, 3) uint8.
 
     Raises:
       FrameError: not an image; `position` is 0.
     """
+    frame = contents if isinstance(contents, EncodedFrame) else EncodedFrame(contents)
     try:
-        image = _decode(contents, reduction(contents, size) if mode == "fast" else 1)
+        image = _decode(frame.tensor, reduction(frame.jpeg_size, size) if mode == "fast" else 1)
     except tf.errors.InvalidArgumentError as error:
-        raise FrameError(0, _reason("image", contents, error)) from error
+        raise FrameError(0, _reason("image", bytes(frame), error)) from error
     resize_frame(image, size, mode, out)
 
 
-def decode_frames(contents: Sequence[bytes], size: tuple[int, int], mode: str = "parity") -> np.ndarray:
+def decode_frames(contents: Sequence[bytes | EncodedFrame], size: tuple[int, int], mode: str = "parity") -> np.ndarray:
     """Decodes JPEG, PNG, BMP or GIF frames of any size to (N, *size, 3) uint8.
 
     Raises:
@@ -153,7 +193,7 @@ def resize_depth(depth: np.ndarray, size: tuple[int, int], scale: float | None) 
     return depth_to_metres(depth[nearest(depth.shape, size)], scale)[..., None]
 
 
-def decode_depth(contents: bytes, size: tuple[int, int], scale: float | None) -> np.ndarray:
+def decode_depth(contents: bytes | EncodedFrame, size: tuple[int, int], scale: float | None) -> np.ndarray:
     """An encoded depth map to (*size, 1) float32 metres.
 
     Args:
@@ -164,6 +204,7 @@ def decode_depth(contents: bytes, size: tuple[int, int], scale: float | None) ->
     Raises:
       FrameError: not such an image; `position` is 0.
     """
+    contents = bytes(contents)
     try:
         depth = _decode_depth(contents)
     except tf.errors.InvalidArgumentError as error:

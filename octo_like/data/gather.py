@@ -22,7 +22,7 @@ class _Job:
     dataset: int
     episode: int
     step: int
-    stored: bytes | np.ndarray
+    stored: frames.EncodedFrame | np.ndarray
     targets: list[np.ndarray]  # (h, w, 3) uint8, or (h, w, 1) float32 metres
     rows: list[int]  # of the batch
 
@@ -91,7 +91,7 @@ class FrameGatherer:
                 used = []
                 if slot not in kept or kept[slot][row]:
                     for w, step in enumerate(window[row].tolist()):
-                        if len(stored[step]):  # b"" is a missing frame
+                        if len(stored[step]):  # an empty frame is missing
                             mask[row, w] = True
                             used.append((step, observed[row, w]))
                 if with_goal and use_goal[row] and len(stored[step := int(goal[row])]):

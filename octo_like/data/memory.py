@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from octo_like.data.frames import EncodedFrame
 from octo_like.data.index import PreparedDataset
 from octo_like.data.spec import DataError
 
@@ -20,12 +21,12 @@ PLANNED, STORED, VALIDATION = 0.8, 0.9, 0.1
 
 
 def episode_bytes(prepared: PreparedDataset, slots: int) -> float:
-    """Mean bytes of a training episode in memory, from its record's length: encoded frames and numbers, plus 41 bytes
-    for each frame's object. An upper bound when the run does not use all cameras of the record."""
+    """Mean bytes of a training episode in memory, from its record's length: encoded frames and numbers, plus what
+    each frame's object takes. An upper bound when the run does not use all cameras of the record."""
     usable = prepared.train.frames > 0
     used = min(slots, sum(key is not None for key in prepared.spec.image_keys.values()))
     lengths, steps = prepared.train.length[usable], prepared.train.steps[usable]
-    return float(np.mean(lengths + 41.0 * used * steps)) if usable.any() else 0.0
+    return float(np.mean(lengths + EncodedFrame.OVERHEAD * used * steps)) if usable.any() else 0.0
 
 
 def _whole(prepared: PreparedDataset, size: float, num_lanes: int, lanes_here: int) -> float:

@@ -125,7 +125,7 @@ def contact_sheet(
             if isinstance(stored, np.ndarray):
                 images = frames.resize_frames(stored[steps], (size, size))
             else:
-                present = [bool(stored[s]) for s in steps]
+                present = [len(stored[s]) > 0 for s in steps]
                 images = np.zeros((len(steps), size, size, 3), np.uint8)
                 images[present] = frames.decode_frames([stored[s] for s in steps[present]], (size, size))
             if slot in prepared.spec.bgr_slots:
