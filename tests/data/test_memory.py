@@ -30,8 +30,8 @@ def datasets(toy, wide_toy, tmp_path_factory):
 
 
 def sizes(datasets):
-    """Bytes of an episode, by hand: the record, and 41 for each of its frames."""
-    return {k: np.mean(d.train.length + 41.0 * d.train.steps) for k, d in datasets.items()}
+    """Bytes of an episode, by hand: the record, and 900 for each of its frames."""
+    return {k: np.mean(d.train.length + 900.0 * d.train.steps) for k, d in datasets.items()}
 
 
 def stream_of(datasets, **options):
