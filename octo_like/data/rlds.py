@@ -320,7 +320,8 @@ class EpisodeFunction:
         self.episode = episode
         self._from_record = tf.function(episode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
         self._from_file = tf.function(
-            lambda path, offset: episode(read_record(path, offset)),
+            # Calls the traced function: what it does is traced once.
+            lambda path, offset: self._from_record.get_concrete_function()(read_record(path, offset)),
             input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int64)],
             autograph=False,
         )

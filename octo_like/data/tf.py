@@ -3,6 +3,7 @@
 The data room imports TensorFlow from here, and only the data room imports it at all.
 """
 
+import logging
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -21,5 +22,8 @@ try:
 except RuntimeError:
     # The program has already used TensorFlow: its settings stand.
     pass
+
+# Every dataset has a function of its own; TensorFlow takes them for one that is traced again and again.
+logging.getLogger("tensorflow").addFilter(lambda record: "triggered tf.function retracing" not in record.getMessage())
 
 __all__ = ["tf"]
