@@ -59,7 +59,9 @@ class SourceFunction:
             make, source = standardize.resolve(spec.source)
         except DataError as error:
             raise DataError(f"{spec.name}: {str(error).replace('standardize=', 'source=')}") from error
-        transform, transform_source = standardize.resolve(spec.standardize)
+        transform, transform_source = standardize.resolve(
+            spec.standardize, compat=spec.compat, blank_text=spec.blank_text
+        )
         self.definition = {
             **spec.transform_fields(),
             "source": spec.source,
