@@ -44,6 +44,9 @@ def groups(rows=4, window=2, tokens=1, dim=16, seed=0):
     return {"readout_action": group(tokens), "obs": group(tokens + 2)}
 
 
+FLOW = dict(kind="flow", readout="readout_action", action_horizon=3, action_dim=4, hidden_dim=16, sample_steps=4)
+
+
 class HeadAlone:
     """A head without a transformer, with random parameters.
 

@@ -20,10 +20,10 @@ from octo_like.model.octo import build_model
 from octo_like.model.tokenizers import bin_index, bin_thresholds
 from octo_like.model.tokens import TokenGroup
 from tests.model import light, tiny
-from tests.model.light import HeadAlone
+from tests.model.light import FLOW, HeadAlone
 
 REGRESSION = dict(kind="regression", readout="readout_action", action_horizon=3, action_dim=4)
-FLOW = dict(kind="flow", readout="readout_action", action_horizon=3, action_dim=4, hidden_dim=16, sample_steps=4)
+
 DISCRETE = dict(kind="discrete", readout="obs", use_map=True, action_horizon=3, action_dim=4, num_bins=16)
 HEADS = {
     "diffusion": tiny.diffusion(),
