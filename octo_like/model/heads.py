@@ -40,6 +40,31 @@ def head_batch(batch: Mapping, name: str, head: "ActionHead") -> tuple[jax.Array
     return action if head.compat else jnp.where(mask, action, 0.0), mask
 
 
+def check_datasets(heads: Mapping[str, "ActionHead"], statistics: Mapping[str, Mapping]) -> list[str]:
+    """Checks that every dataset's actions fit the head that learns from them.
+
+    Args:
+      statistics: dataset to its statistics, with the name of its head in "head" (or not, as in synthetic data).
+
+    Returns:
+      Heads that no dataset trains; none where the statistics do not say.
+
+    Raises:
+      ValueError: a dataset names no head of the model, or has more action dimensions than its head.
+    """
+    named = {name: entry["head"] for name, entry in statistics.items() if "head" in entry}
+    for dataset, name in named.items():
+        if name not in heads:
+            raise ValueError(f"{dataset}: no action head {name!r}; valid: {sorted(heads)}")
+        width = len(statistics[dataset]["action"]["mean"])
+        if width > heads[name].action_dim:
+            raise ValueError(
+                f"{dataset}: its actions have {width} dimensions, but its head {name!r} has {heads[name].action_dim}; "
+                f"set the head's action_dim to at least {width}, or give the dataset a head of its own"
+            )
+    return sorted(set(heads) - set(named.values())) if named else []
+
+
 class ActionHead(nn.Module):
     """What the heads share.
 
