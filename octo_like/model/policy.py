@@ -254,6 +254,10 @@ class Policy:
             return actions
         return normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
 
+    def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
+        """H of the chunks that `sample_actions` gives for the same arguments."""
+        return self.model.heads[self._head(head, unnormalize)].action_horizon
+
     def _head(self, head: str | None, dataset: str | None) -> str:
         heads = list(self.model.heads)
         if head is None and dataset is not None and self._entry(dataset).get("head") in heads:

@@ -189,10 +189,18 @@ def test_a_policy_takes_the_head_that_learned_from_the_dataset(model):
         for name, head, width in (("car", "navigation", 2), ("aloha", "bimanual", 14))
     }
     policy = Policy(config, params, statistics)
-    assert policy._head(None, "car") == "navigation" and policy._head(None, "aloha") == "bimanual"
-    assert policy._head("tokens", "car") == "tokens"
+    assert policy.chunk_horizon("car") == 4 and policy.chunk_horizon("aloha") == policy.chunk_horizon(head="bimanual")
+    assert policy.chunk_horizon("aloha") == 100
     with pytest.raises(ValueError, match="'action'; valid"):
-        policy._head(None, None)
+        policy.chunk_horizon()
+    observation = {"timestep_pad_mask": np.ones((2, 2), bool)}
+    tasks = {"timestep": np.zeros(2, np.int32), "pad_mask_dict": {}}
+    for head in (None, "navigation", "tokens"):
+        chunk = jax.eval_shape(
+            lambda key, head=head: policy.sample_actions(observation, tasks, rng=key, unnormalize="car", head=head),
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )
+        assert chunk.shape == (2, 4, 2)
 
 
 def test_a_head_of_another_modality_reads_only_what_its_samples_have(model, gradient):
