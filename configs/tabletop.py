@@ -37,7 +37,7 @@ def model(action_dim: int = 7) -> dict:
         dtype="float32",
         octo_compat=False,
         transformer=dict(
-            num_layers=2, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat=False
+            num_layers=2, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat="none"
         ),
         task_tokenizers=dict(
             language=dict(kind="language", encoder="small", dim=256, num_layers=0, max_length=14, pool=True)

@@ -22,7 +22,8 @@ class Inputs:
     Attributes:
       stream: endless training batches with `position`, `seek`, `order_spec`.
       validation: dataset to finite batches.
-      statistics: dataset to statistics, with the kind of normalisation in "normalization".
+      statistics: dataset to statistics, with the kind of normalisation in "normalization" and the action head that
+        learns from it in "head".
       environments: dataset to the gymnasium id it is rolled out in.
     """
 
@@ -121,7 +122,8 @@ def inputs_from_config(
         **shared,
     )
     statistics = {
-        name: {**stats, "normalization": specs[name].normalization} for name, stats in stream.statistics.items()
+        name: {**stats, "normalization": specs[name].normalization, "head": specs[name].head}
+        for name, stats in stream.statistics.items()
     }
     environments = {name: one.env for name, one in specs.items() if one.env is not None}
     return Inputs(stream, validation, statistics, environments)

@@ -23,7 +23,7 @@ class BlockTransformer(nn.Module):
     mlp_dim: int
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
-    remat: bool = False
+    remat: bool | str = False
     compat: bool = False
     legacy_attention: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -105,13 +105,17 @@ class OctoTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, observation, task, dropout_keys=None) -> dict[str, TokenGroup]:
+    def __call__(
+        self, observation, task, dropout_keys=None, *, only_readout: str | None = None
+    ) -> dict[str, TokenGroup]:
         """Returns every group by name ("task_*", "obs_*", "readout_*") and the concatenations "task" and "obs".
 
         Args:
           observation: schema `observation`, arrays (B, W, ...).
           task: schema `task`, arrays (B, ...).
           dropout_keys: (B,) keys, or None for deterministic outputs.
+          only_readout: the group a head will read ("readout_action", "obs", ...): other readouts are left out, which
+            changes nothing else. (With `legacy_attention` all stay: there a readout's rule depends on its neighbours.)
         """
         step_mask = jnp.asarray(observation["timestep_pad_mask"], bool)
         b, window = step_mask.shape
@@ -143,6 +147,8 @@ class OctoTransformer(nn.Module):
                 mask = jnp.broadcast_to(group.mask[:, None], tokens.shape[:-1])
                 steps[f"obs_{name}"] = TokenGroup(tokens, mask if self.compat else mask & step_mask[..., None])
         for name, size in self.readouts.items():
+            if only_readout not in (None, f"readout_{name}") and not self.legacy_attention:
+                continue
             pos = self._position(f"readout_{name}_pos_embedding", (1, self.max_window, size, self.token_dim))
             tokens = jnp.broadcast_to(pos[:, :window], (b, window, size, self.token_dim))
             mask = jnp.ones(tokens.shape[:-1], bool)

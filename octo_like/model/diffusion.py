@@ -1,10 +1,11 @@
-"""Denoising diffusion: schedule, forward process, network and the DDPM sampler."""
+"""Denoising diffusion: schedule, forward process, network, and the DDPM and DDIM samplers."""
 
 import dataclasses
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from octo_like.model.transformer import dropout, fold_in_all
 
@@ -56,6 +57,12 @@ def noise_from_action(schedule: NoiseSchedule, x_t: jax.Array, x0: jax.Array, ti
     return (x_t - jnp.sqrt(level) * x0) / jnp.sqrt(1 - level)
 
 
+def action_from_noise(schedule: NoiseSchedule, x_t: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+    """What `add_noise` put the noise into to get x_t: the estimate of x_0."""
+    level = schedule.alpha_hats[time]
+    return (x_t - jnp.sqrt(1 - level) * noise) / jnp.sqrt(level)
+
+
 def ddpm_step(schedule: NoiseSchedule, x: jax.Array, eps: jax.Array, z: jax.Array, t: jax.Array) -> jax.Array:
     """One ancestral step x_t to x_{t-1} (Ho et al. 2020, algorithm 2, sigma_t^2 = beta_t); no noise at t = 0."""
     alpha, alpha_hat = schedule.alphas[t], schedule.alpha_hats[t]
@@ -70,6 +77,7 @@ def ddpm_sample(
     step_noise: jax.Array,
     *,
     max_action: float,
+    clip: str = "sample",
     valid: jax.Array | None = None,
 ) -> jax.Array:
     """Runs the whole reverse chain.
@@ -78,21 +86,96 @@ def ddpm_sample(
       denoise: (x, t) to predicted noise; t is a scalar int32.
       initial_noise: x_T, any shape.
       step_noise: (T, *x.shape) standard normal, in the order t = T-1 ... 0.
-      max_action: x is clipped to [-max_action, max_action] after every step.
+      max_action: the bound of clipping.
+      clip: "sample" clips x after every step, as the Octo releases do. That cuts off the tails of the noise itself
+        where it is large. "x0" clips the estimate of the action that each step is made from, and the result with it.
       valid: broadcastable bool; entries that are False are padding: they carry noise of the current level, as they did
         in training.
     """
+    _check_clip(clip)
 
     def step(x, inputs):
         t, z = inputs
-        x = ddpm_step(schedule, x, denoise(x, t), z, t)
-        x = jnp.clip(x, -max_action, max_action)
+        eps = denoise(x, t)
+        if clip == "x0":
+            x0 = jnp.clip(action_from_noise(schedule, x, eps, t), -max_action, max_action)
+            eps = noise_from_action(schedule, x, x0, t)
+        x = ddpm_step(schedule, x, eps, z, t)
+        if clip == "sample":
+            x = jnp.clip(x, -max_action, max_action)
         if valid is not None:
             x = jnp.where(valid, x, jnp.sqrt(1 - schedule.alpha_hats[t]) * z)
         return x, None
 
     times = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)
-    return jax.lax.scan(step, initial_noise, (times, step_noise))[0]
+    x = jax.lax.scan(step, initial_noise, (times, step_noise))[0]
+    return (
+        jnp.clip(x, -max_action, max_action) if clip == "x0" else x
+    )  # an estimate recovered from its noise is rounded
+
+
+def ddim_times(num_train_steps: int, num_steps: int) -> np.ndarray:
+    """(num_steps + 1,) int32 times from T-1 down to -1 (clean), as evenly spaced as integers can be."""
+    if not 1 <= num_steps <= num_train_steps:
+        raise ValueError(f"sampling in {num_steps} steps, but the schedule has {num_train_steps}: valid are 1 to that")
+    return np.floor(np.linspace(num_train_steps - 1, -1, num_steps + 1) + 0.5).astype(np.int32)
+
+
+def ddim_sample(
+    denoise,
+    schedule: NoiseSchedule,
+    initial_noise: jax.Array,
+    step_noise: jax.Array | None = None,
+    *,
+    num_steps: int,
+    eta: float = 0.0,
+    max_action: float,
+    clip: str = "x0",
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """Denoising diffusion implicit model (Song et al. 2021, equations 12 and 16) in `num_steps` of the schedule's T.
+
+    x_s = sqrt(alpha_hat_s) x0 + sqrt(1 - alpha_hat_s - sigma^2) eps + sigma z for the next earlier time s, with
+    sigma = eta sqrt((1 - alpha_hat_s) / (1 - alpha_hat_t)) sqrt(1 - alpha_hat_t / alpha_hat_s).
+
+    Args:
+      step_noise: (num_steps, *x.shape) standard normal; not needed at eta = 0.
+      eta: 0 is deterministic given the initial noise; 1 has the posterior's variance (Ho et al. 2020, equation 7).
+      clip: "x0": clip the estimate of the action to [-max_action, max_action]; "sample": clip x after every step.
+      Others: as in `ddpm_sample`. Padding carries the level's share of the initial noise.
+    """
+    _check_clip(clip)
+    if eta and step_noise is None:
+        raise ValueError(f"DDIM with eta={eta} draws noise at every step; give step_noise")
+    times = ddim_times(schedule.num_steps, num_steps)
+    levels = jnp.append(schedule.alpha_hats, 1.0)  # index -1 is the clean end
+
+    def step(x, inputs):
+        t, s, z = inputs
+        level, target = levels[t], levels[s]
+        eps = denoise(x, t)
+        x0 = action_from_noise(schedule, x, eps, t)
+        if clip == "x0":
+            x0 = jnp.clip(x0, -max_action, max_action)
+            eps = noise_from_action(schedule, x, x0, t)
+        # The variance is at most that of the target's noise; rounding may not make the rest negative.
+        variance = eta**2 * (1 - target) / (1 - level) * (1 - level / target)
+        x = jnp.sqrt(target) * x0 + jnp.sqrt(jnp.maximum(1 - target - variance, 0.0)) * eps
+        if z is not None:
+            x = x + jnp.sqrt(variance) * z
+        if clip == "sample":
+            x = jnp.clip(x, -max_action, max_action)
+        if valid is not None:
+            x = jnp.where(valid, x, jnp.sqrt(1 - target) * initial_noise)
+        return x, None
+
+    x = jax.lax.scan(step, initial_noise, (times[:-1], times[1:], step_noise if eta else None))[0]
+    return jnp.clip(x, -max_action, max_action)
+
+
+def _check_clip(clip: str) -> None:
+    if clip not in ("sample", "x0"):
+        raise ValueError(f"unknown clip {clip!r}; valid: 'sample', 'x0'")
 
 
 class FourierFeatures(nn.Module):

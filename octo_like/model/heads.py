@@ -1,6 +1,7 @@
 """Action heads behind one interface: `loss_terms` (sums, so that any split of a batch adds up) and `sample`.
 
 Shapes: embedding (B, W, D); actions (B, W, H, A); sampled actions (*sample_shape, B, H, A), of the last timestep only.
+Here is what all heads share, and regression; `generative.py` has diffusion and flow matching, `discrete.py` tokens.
 """
 
 from collections.abc import Mapping
@@ -9,18 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from octo_like.model.diffusion import (
-    ScoreNetwork,
-    add_noise,
-    cosine_schedule,
-    ddpm_sample,
-    noise_from_action,
-    noise_from_velocity,
-    velocity,
-)
-from octo_like.model.tokenizers import bin_index, bin_thresholds
 from octo_like.model.tokens import TokenGroup
-from octo_like.model.transformer import MapPooling, fold_in_all
+from octo_like.model.transformer import MapPooling
 
 
 def action_mask(batch: Mapping, head: str, horizon: int, dim: int) -> jax.Array:
@@ -31,9 +22,47 @@ def action_mask(batch: Mapping, head: str, horizon: int, dim: int) -> jax.Array:
     return mask if learns is None else mask & jnp.asarray(learns, bool)[:, None, None, None]
 
 
-def _row_normal(keys_b: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal (B, *shape), one key per row."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_b)
+def head_batch(batch: Mapping, name: str, head: "ActionHead") -> tuple[jax.Array, jax.Array]:
+    """(action, mask) (B, W, H, A) that a head learns from, cut from a batch that is padded to the largest head.
+
+    Raises:
+      ValueError: chunks of the batch are smaller than the head's.
+    """
+    want, got = (head.action_horizon, head.action_dim), batch["action"].shape[-2:]
+    if got[0] < want[0] or got[1] < want[1]:
+        raise ValueError(
+            f"head {name!r} predicts {want[0]} steps of {want[1]} dimensions, but the batch's actions have {got[0]} "
+            f"steps of {got[1]}; batches are padded to the largest head, see BatchSpec.action_horizon and action_dim"
+        )
+    mask = action_mask(batch, name, *want)
+    action = batch["action"][:, :, : want[0], : want[1]]
+    # Generative heads read (noisy) actions: what is masked must not stand in them. The releases were trained with it.
+    return action if head.compat else jnp.where(mask, action, 0.0), mask
+
+
+def check_datasets(heads: Mapping[str, "ActionHead"], statistics: Mapping[str, Mapping]) -> list[str]:
+    """Checks that every dataset's actions fit the head that learns from them.
+
+    Args:
+      statistics: dataset to its statistics, with the name of its head in "head" (or not, as in synthetic data).
+
+    Returns:
+      Heads that no dataset trains; none where the statistics do not say.
+
+    Raises:
+      ValueError: a dataset names no head of the model, or has more action dimensions than its head.
+    """
+    named = {name: entry["head"] for name, entry in statistics.items() if "head" in entry}
+    for dataset, name in named.items():
+        if name not in heads:
+            raise ValueError(f"{dataset}: no action head {name!r}; valid: {sorted(heads)}")
+        width = len(statistics[dataset]["action"]["mean"])
+        if width > heads[name].action_dim:
+            raise ValueError(
+                f"{dataset}: its actions have {width} dimensions, but its head {name!r} has {heads[name].action_dim}; "
+                f"set the head's action_dim to at least {width}, or give the dataset a head of its own"
+            )
+    return sorted(set(heads) - set(named.values())) if named else []
 
 
 class ActionHead(nn.Module):
@@ -86,6 +115,8 @@ class RegressionHead(ActionHead):
 
     def setup(self):
         super().setup()
+        if self.loss not in ("mse", "l1"):
+            raise ValueError(f"unknown loss {self.loss!r}; valid: 'mse', 'l1'")
         self.mean_proj = nn.Dense(self.action_horizon * self.action_dim, dtype=self.dtype)
 
     def predict(self, groups, *, last_only: bool = False) -> jax.Array:
@@ -103,167 +134,3 @@ class RegressionHead(ActionHead):
     def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
         action = self.predict(groups, last_only=True)[:, -1]
         return jnp.broadcast_to(action, (*sample_shape, *action.shape))
-
-
-class DiffusionHead(ActionHead):
-    """Denoising diffusion over whole chunks (Ho et al. 2020; Chi et al. 2023), DDPM sampling.
-
-    Attributes:
-      num_samples: noise draws per example; one transformer pass serves all of them.
-      prediction: "noise" (as the Octo releases) or "velocity", sqrt(alpha_hat) noise - sqrt(1 - alpha_hat) action
-        (Salimans & Ho 2022), or "action", the clean chunk itself ("x-prediction" there). Where there is almost only
-        noise, predicting it asks nothing of the observation, and the sampler magnifies its errors; there the velocity
-        is the action itself. Where there is little noise, the velocity is mostly noise that nothing explains, and its
-        gradient drowns the rest; the action asks for what the observation tells at every level, and learns fastest.
-      loss: "mse" or "l1" on what is predicted.
-    """
-
-    num_steps: int = 20
-    num_samples: int = 1
-    time_dim: int = 32
-    num_blocks: int = 3
-    hidden_dim: int = 256
-    use_layer_norm: bool = True
-    dropout_rate: float = 0.0
-    prediction: str = "noise"
-    loss: str = "mse"
-
-    def setup(self):
-        super().setup()
-        if self.prediction not in ("noise", "velocity", "action"):
-            raise ValueError(f"unknown prediction {self.prediction!r}; valid: 'noise', 'velocity', 'action'")
-        self.diffusion_model = ScoreNetwork(
-            self.action_horizon * self.action_dim,
-            self.time_dim,
-            self.num_blocks,
-            self.hidden_dim,
-            self.use_layer_norm,
-            self.dropout_rate,
-            self.dtype,
-        )
-        self.schedule = cosine_schedule(self.num_steps)
-
-    def predict_noise(self, embedding, x, time) -> jax.Array:
-        """The noise in x (..., H*A) at integer times (..., 1)."""
-        out = self.diffusion_model(embedding, x, time)
-        if self.prediction == "velocity":
-            return noise_from_velocity(self.schedule, x, out, time)
-        return out if self.prediction == "noise" else noise_from_action(self.schedule, x, out, time)
-
-    def loss_terms(self, groups, action, mask, keys_b, *, draws=None) -> dict[str, jax.Array]:
-        """Masked sums of "loss" and "mse" over what is predicted, averaged over draws, times A as upstream.
-
-        Args:
-          keys_b: (B,) keys; time and noise of a sample depend on its key only.
-          draws: (time (n, B, W, 1) int, noise (n, B, W, H*A)) instead of random ones.
-        """
-        b, w = action.shape[:2]
-        x0 = jnp.clip(action, -self.max_action, self.max_action).reshape(b, w, -1)
-        if draws is None:
-            n, flat = self.num_samples, x0.shape[-1]
-            time = jax.vmap(lambda key: jax.random.randint(key, (n, w, 1), 0, self.num_steps))(fold_in_all(keys_b, 0))
-            noise = _row_normal(fold_in_all(keys_b, 1), (n, w, flat))
-            draws = jnp.moveaxis(time, 1, 0), jnp.moveaxis(noise, 1, 0)
-        time, noise = draws
-        noisy = add_noise(self.schedule, x0[None], noise, time)
-        pred = self.diffusion_model(self.embed(groups)[None], noisy, time, fold_in_all(keys_b, 2))
-        target = {"noise": lambda *_: noise, "velocity": velocity, "action": lambda *_: x0[None]}[self.prediction](
-            self.schedule, x0[None], noise, time
-        )
-        squared = (pred - target) ** 2
-        loss = jnp.abs(pred - target) if self.loss == "l1" else squared
-        weight = mask.reshape(b, w, -1) * self.action_dim / noise.shape[0]
-        return {"loss": jnp.sum(loss * weight), "mse": jnp.sum(squared * weight)}
-
-    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
-        """
-        Args:
-          keys_b: (B,) keys; a row's actions depend on its own key only.
-          valid: (A,) or (B, A) bool, False for padded action dimensions.
-          noise: (initial (*sample_shape, B, H*A), steps (T, *sample_shape, B, H*A)) instead of random ones.
-        """
-        embedding = self.embed(groups, last_only=True)[:, -1]
-        b, flat = embedding.shape[0], self.action_horizon * self.action_dim
-        if noise is None:
-            drawn = jnp.moveaxis(_row_normal(keys_b, (self.num_steps + 1, *sample_shape, flat)), 0, -2)
-            noise = drawn[0], drawn[1:]
-        if valid is not None:
-            valid = jnp.broadcast_to(jnp.asarray(valid, bool)[..., None, :], (b, self.action_horizon, self.action_dim))
-            valid = valid.reshape(b, flat)
-
-        def denoise(x, t):
-            return self.predict_noise(embedding, x, jnp.broadcast_to(t, (1,) * x.ndim))
-
-        out = ddpm_sample(denoise, self.schedule, *noise, max_action=self.max_action, valid=valid)
-        return self._chunk(out)
-
-
-class DiscreteHead(ActionHead):
-    """Actions as classes, one per dimension and step (RT-1, Brohan et al. 2022).
-
-    Attributes:
-      token_per: "" (one embedding for the chunk), "action_horizon" or "action_dim_and_action_horizon".
-      bin_type, low, high: see `tokenizers.bin_thresholds`; uniform bins span [-max_action, max_action] unless given.
-    """
-
-    num_bins: int = 256
-    bin_type: str = "uniform"
-    low: float | None = None
-    high: float | None = None
-    token_per: str = "action_dim_and_action_horizon"
-    temperature: float = 1.0
-
-    @property
-    def num_probes(self):
-        sizes = {
-            "": 1,
-            "action_horizon": self.action_horizon,
-            "action_dim_and_action_horizon": self.action_horizon * self.action_dim,
-        }
-        if self.token_per not in sizes:
-            raise ValueError(f"unknown token_per {self.token_per!r}; valid: {sorted(sizes)}")
-        return sizes[self.token_per]
-
-    @property
-    def bin_range(self) -> tuple[float, float]:
-        return (-self.max_action if self.low is None else self.low, self.max_action if self.high is None else self.high)
-
-    def setup(self):
-        super().setup()
-        total = self.action_horizon * self.action_dim * self.num_bins
-        self.vocab_proj = nn.Dense(total // self.num_probes, dtype=self.dtype)
-
-    def logits(self, groups, *, last_only: bool = False) -> jax.Array:
-        """(B, W, H, A, bins) float32."""
-        out = self.vocab_proj(self.embed(groups, last_only=last_only)).astype(jnp.float32)
-        return out.reshape(*out.shape[:2], self.action_horizon, self.action_dim, self.num_bins)
-
-    def to_bins(self, action) -> jax.Array:
-        return bin_index(action, self.num_bins, self.bin_type, *self.bin_range, compat=self.compat)
-
-    def from_bins(self, index) -> jax.Array:
-        """Bin centres."""
-        edges = jnp.asarray(bin_thresholds(self.num_bins, self.bin_type, *self.bin_range))
-        return ((edges[1:] + edges[:-1]) / 2)[index]
-
-    def loss_terms(self, groups, action, mask, keys_b=None) -> dict[str, jax.Array]:
-        """Masked sums of the cross-entropy "loss", "accuracy" and "mse" (times A, as upstream)."""
-        logits, target = self.logits(groups), self.to_bins(action)
-        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
-        guess = jnp.argmax(logits, axis=-1)
-        squared = (self.from_bins(guess) - action) ** 2 * self.action_dim
-        return {
-            "loss": jnp.sum(entropy * mask),
-            "accuracy": jnp.sum((guess == target) * mask),
-            "mse": jnp.sum(squared * mask),
-        }
-
-    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
-        """Samples classes at `temperature`; 0 takes the most likely one."""
-        logits = self.logits(groups, last_only=True)[:, -1]
-        if self.temperature == 0:
-            action = self.from_bins(jnp.argmax(logits, axis=-1))
-            return jnp.broadcast_to(action, (*sample_shape, *action.shape))
-        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (*sample_shape, *logits.shape[1:])))(keys_b)
-        gumbel = jnp.moveaxis(gumbel, 0, len(sample_shape))
-        return self.from_bins(jnp.argmax(logits / self.temperature + gumbel, axis=-1))

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from octo_like.common.schema import BatchSpec, synthetic_batch
 from octo_like.model.backbone import OctoTransformer
-from octo_like.model.heads import ActionHead, DiffusionHead, DiscreteHead, RegressionHead, action_mask
+from octo_like.model.discrete import DiscreteHead
+from octo_like.model.generative import DiffusionHead, FlowHead
+from octo_like.model.heads import ActionHead, RegressionHead, action_mask, head_batch
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
@@ -20,7 +22,7 @@ from octo_like.model.transformer import fold_in_all
 
 STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem}
 TOKENIZERS = {"image": ImageTokenizer, "language": LanguageTokenizer, "lowdim": LowdimTokenizer}
-HEADS = {"diffusion": DiffusionHead, "regression": RegressionHead, "discrete": DiscreteHead}
+HEADS = {"diffusion": DiffusionHead, "flow": FlowHead, "regression": RegressionHead, "discrete": DiscreteHead}
 TRANSFORMER_OPTIONS = ("num_layers", "num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate", "remat")
 
 
@@ -50,8 +52,7 @@ class OctoModel(nn.Module):
         groups = self.octo_transformer(batch["observation"], batch["task"], fold_in_all(keys_b, 0) if train else None)
         terms = {}
         for i, (name, head) in enumerate(self.heads.items()):
-            action = batch["action"][:, :, : head.action_horizon, : head.action_dim]
-            mask = action_mask(batch, name, head.action_horizon, head.action_dim)
+            action, mask = head_batch(batch, name, head)
             terms[name] = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
             terms[name]["count"] = jnp.sum(mask, dtype=jnp.float32)
         return terms
@@ -64,8 +65,11 @@ class OctoModel(nn.Module):
         }
 
     def sample(self, observation, task, keys_b, *, head: str, sample_shape=(), valid=None) -> jax.Array:
-        """Normalised actions (*sample_shape, B, H, A) for the last timestep of the window."""
-        groups = self.octo_transformer(observation, task)
+        """Normalised actions (*sample_shape, B, H, A) for the last timestep of the window.
+
+        Readouts that the head does not read are left out of the sequence: nothing else reads them.
+        """
+        groups = self.octo_transformer(observation, task, only_readout=self.heads[head].readout)
         return self.heads[head].sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
 
 

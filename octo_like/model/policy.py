@@ -221,13 +221,14 @@ class Policy:
           rng: one key, or B keys (row i then depends on key i alone, whatever else is in the batch).
           unnormalize: dataset whose statistics turn actions (and proprio) into physical units and say how many action
             dimensions the robot has; None gives the model's own normalised numbers.
-          head: name of the head; may be omitted when there is only one, or one called "action".
+          head: name of the head; None: the one that learned from the dataset `unnormalize`, else the only one, or the
+            one called "action".
           sample_shape: leading dimensions of independent samples.
 
         Returns:
           (*sample_shape, B, H, A) float32.
         """
-        head = self._head(head)
+        head = self._head(head, unnormalize)
         observations = self.prepare_observations(observations, unnormalize)
         b = observations["timestep_pad_mask"].shape[0]
         rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
@@ -253,8 +254,14 @@ class Policy:
             return actions
         return normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
 
-    def _head(self, head: str | None) -> str:
+    def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
+        """H of the chunks that `sample_actions` gives for the same arguments."""
+        return self.model.heads[self._head(head, unnormalize)].action_horizon
+
+    def _head(self, head: str | None, dataset: str | None) -> str:
         heads = list(self.model.heads)
+        if head is None and dataset is not None and self._entry(dataset).get("head") in heads:
+            return self._entry(dataset)["head"]
         if head is None:
             head = heads[0] if len(heads) == 1 else "action"
         if head not in heads:

@@ -67,6 +67,13 @@ class Episode:
         return {field: getattr(self, field) for field in fields}
 
 
+def _chunk_horizon(policy: PolicyLike, unnormalize: str | None) -> int:
+    """Length of the chunks for this dataset: with a head per embodiment it may be less than the longest head's."""
+    if hasattr(policy, "chunk_horizon"):
+        return policy.chunk_horizon(unnormalize)
+    return policy.batch_spec.action_horizon
+
+
 def evaluate(
     policy: PolicyLike,
     make_env: Callable[[], gym.Env],
@@ -107,7 +114,7 @@ def evaluate(
         raise ValueError(f"unknown blind baseline {blind!r}; valid: {', '.join(BLIND)} or None")
     if batch_size < 1 or not len(seeds):
         raise ValueError(f"need at least one slot and one seed, got batch_size={batch_size}, {len(seeds)} seeds")
-    horizon = policy.batch_spec.action_horizon
+    horizon = _chunk_horizon(policy, unnormalize)
     exec_horizon = horizon if exec_horizon is None else exec_horizon
     if not 1 <= exec_horizon <= horizon:
         raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon}")

@@ -17,6 +17,7 @@ import numpy as np
 
 from octo_like.common.config import check_resume, to_dict
 from octo_like.common.schema import check_batch, flatten
+from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel, run_once_options
 from octo_like.model.policy import Policy
 from octo_like.training import sharding
@@ -87,6 +88,8 @@ def place_state(run: Run, tx) -> tuple[TrainState, Any]:
 def run_loop(run: Run) -> int:
     """Trains to config.num_steps, from the newest checkpoint if there is one. Returns the process's exit status."""
     config, stream = run.config, run.inputs.stream
+    for head in check_datasets(run.model.heads, run.inputs.statistics):
+        log.warning("no dataset trains the action head %r: it keeps the weights it starts from", head)
     tx, train_step = step_from_config(run.model, config)
     sharding.check_batch_size(config.batch_size, run.mesh, config.accumulate)
     state, shardings = place_state(run, tx)

@@ -64,8 +64,12 @@ def config(**changes):
 
 def random_params(model, spec=SPEC, seed=0):
     """Random values for every parameter, zero-initialised ones too: a zero would hide a leak. Compiles nothing."""
+    return random_values(jax.eval_shape(lambda: init_params(model, spec, jax.random.key(0))), seed)
+
+
+def random_values(shapes, seed=0):
+    """Parameters of given shapes."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_params(model, spec, jax.random.key(0)))
 
     def fill(path, leaf):
         if path.endswith(("scale", "weight")):

@@ -114,6 +114,20 @@ def test_an_endless_environment_is_stopped_and_closed():
     assert len(made) == 1 and made[0].closed
 
 
+def test_a_head_with_shorter_chunks_than_the_longest_is_executed_to_its_end():
+    class TwoHeads(LinePolicy):
+        def chunk_horizon(self, unnormalize):
+            return {"line": 2}[unnormalize]
+
+        def sample_actions(self, observations, tasks, **kwargs):
+            return super().sample_actions(observations, tasks, **kwargs)[:, :2]
+
+    (episode,) = evaluate(TwoHeads(), LineEnv, SEEDS[:1], unnormalize="line")
+    assert episode.success
+    with pytest.raises(ValueError, match=r"in 1\.\.2"):
+        evaluate(TwoHeads(), LineEnv, SEEDS[:1], unnormalize="line", exec_horizon=3)
+
+
 def test_keys_depend_on_all_their_parts_and_on_nothing_else():
     def data(*args):
         return np.asarray(jax.random.key_data(sampling_keys(*args)))

@@ -1,0 +1,228 @@
+"""Heads that turn noise into actions: diffusion and flow matching, with one network and one way of drawing."""
+
+import jax
+import jax.numpy as jnp
+
+from octo_like.model import flow
+from octo_like.model.diffusion import (
+    ScoreNetwork,
+    add_noise,
+    cosine_schedule,
+    ddim_sample,
+    ddpm_sample,
+    noise_from_action,
+    noise_from_velocity,
+    velocity,
+)
+from octo_like.model.heads import ActionHead
+from octo_like.model.transformer import fold_in_all
+
+
+class GenerativeHead(ActionHead):
+    """What diffusion and flow matching share.
+
+    Attributes:
+      num_samples: noise draws per example; one transformer pass serves all of them.
+      time_dim, num_blocks, hidden_dim, use_layer_norm, dropout_rate: of the network, see `ScoreNetwork`.
+      loss: "mse" or "l1" on what is predicted.
+    """
+
+    num_samples: int = 1
+    time_dim: int = 32
+    num_blocks: int = 3
+    hidden_dim: int = 256
+    use_layer_norm: bool = True
+    dropout_rate: float = 0.0
+    loss: str = "mse"
+
+    def setup(self):
+        super().setup()
+        if self.loss not in ("mse", "l1"):
+            raise ValueError(f"unknown loss {self.loss!r}; valid: 'mse', 'l1'")
+
+    def _network(self) -> ScoreNetwork:
+        return ScoreNetwork(
+            self.action_horizon * self.action_dim,
+            self.time_dim,
+            self.num_blocks,
+            self.hidden_dim,
+            self.use_layer_norm,
+            self.dropout_rate,
+            self.dtype,
+        )
+
+    def _clipped(self, action) -> jax.Array:
+        """(B, W, H, A) to (B, W, H*A) within the bounds."""
+        return jnp.clip(action, -self.max_action, self.max_action).reshape(*action.shape[:2], -1)
+
+    def _draw(self, keys_b, draw_time, shape) -> tuple[jax.Array, jax.Array]:
+        """(time (n, B, W, 1), standard normal (n, B, W, H*A)) of a loss; a sample's depend on its own key only."""
+        _, w, flat = shape
+        n = self.num_samples
+        time = jax.vmap(lambda key: draw_time(key, (n, w, 1)))(fold_in_all(keys_b, 0))
+        noise = _row_normal(fold_in_all(keys_b, 1), (n, w, flat))
+        return jnp.moveaxis(time, 1, 0), jnp.moveaxis(noise, 1, 0)
+
+    def _terms(self, pred, target, mask) -> dict[str, jax.Array]:
+        """Masked sums over (n, B, W, H*A), averaged over n, times A as upstream."""
+        squared = (pred - target) ** 2
+        loss = jnp.abs(pred - target) if self.loss == "l1" else squared
+        weight = mask.reshape(*mask.shape[:2], -1) * self.action_dim / pred.shape[0]
+        return {"loss": jnp.sum(loss * weight), "mse": jnp.sum(squared * weight)}
+
+    def _start(self, groups, keys_b, sample_shape, valid, num_draws):
+        """(embedding (B, D), valid (B, H*A) or None, noise (num_draws, *sample_shape, B, H*A) or None)."""
+        embedding = self.embed(groups, last_only=True)[:, -1]
+        b, flat = embedding.shape[0], self.action_horizon * self.action_dim
+        drawn = None
+        if num_draws:
+            drawn = jnp.moveaxis(_row_normal(keys_b, (num_draws, *sample_shape, flat)), 0, -2)
+        if valid is not None:
+            valid = jnp.broadcast_to(jnp.asarray(valid, bool)[..., None, :], (b, self.action_horizon, self.action_dim))
+            valid = valid.reshape(b, flat)
+        return embedding, valid, drawn
+
+
+class DiffusionHead(GenerativeHead):
+    """Denoising diffusion over whole chunks (Ho et al. 2020; Chi et al. 2023).
+
+    Attributes:
+      num_steps: T of the cosine schedule.
+      prediction: "noise" (as the Octo releases) or "velocity", sqrt(alpha_hat) noise - sqrt(1 - alpha_hat) action
+        (Salimans & Ho 2022), or "action", the clean chunk itself ("x-prediction" there). Where there is almost only
+        noise, predicting it asks nothing of the observation, and the sampler magnifies its errors; there the velocity
+        is the action itself. Where there is little noise, the velocity is mostly noise that nothing explains, and its
+        gradient drowns the rest; the action asks for what the observation tells at every level, and learns fastest.
+      sampler: "ddpm" (all T steps, fresh noise at each) or "ddim" (`sample_steps` of them).
+      sample_steps: of "ddim"; None: all T.
+      eta: noise of "ddim"; 0 is deterministic given the initial noise.
+      clip: "sample" (x after every step, as the Octo releases) or "x0" (the estimate of the action); see `ddpm_sample`.
+    """
+
+    num_steps: int = 20
+    prediction: str = "noise"
+    sampler: str = "ddpm"
+    sample_steps: int | None = None
+    eta: float = 0.0
+    clip: str = "sample"
+
+    def setup(self):
+        super().setup()
+        if self.prediction not in ("noise", "velocity", "action"):
+            raise ValueError(f"unknown prediction {self.prediction!r}; valid: 'noise', 'velocity', 'action'")
+        if self.sampler not in ("ddpm", "ddim"):
+            raise ValueError(f"unknown sampler {self.sampler!r}; valid: 'ddpm', 'ddim'")
+        if self.sampler == "ddpm" and (self.sample_steps not in (None, self.num_steps) or self.eta):
+            raise ValueError("sample_steps and eta belong to sampler='ddim'; 'ddpm' takes every step of the schedule")
+        self.diffusion_model = self._network()
+        self.schedule = cosine_schedule(self.num_steps)
+
+    def predict_noise(self, embedding, x, time) -> jax.Array:
+        """The noise in x (..., H*A) at integer times (..., 1)."""
+        out = self.diffusion_model(embedding, x, time)
+        if self.prediction == "velocity":
+            return noise_from_velocity(self.schedule, x, out, time)
+        return out if self.prediction == "noise" else noise_from_action(self.schedule, x, out, time)
+
+    def loss_terms(self, groups, action, mask, keys_b, *, draws=None) -> dict[str, jax.Array]:
+        """Masked sums of "loss" and "mse" over what is predicted, averaged over draws, times A as upstream.
+
+        Args:
+          keys_b: (B,) keys; time and noise of a sample depend on its key only.
+          draws: (time (n, B, W, 1) int, noise (n, B, W, H*A)) instead of random ones.
+        """
+        x0 = self._clipped(action)
+        if draws is None:
+            draws = self._draw(keys_b, lambda key, shape: jax.random.randint(key, shape, 0, self.num_steps), x0.shape)
+        time, noise = draws
+        noisy = add_noise(self.schedule, x0[None], noise, time)
+        pred = self.diffusion_model(self.embed(groups)[None], noisy, time, fold_in_all(keys_b, 2))
+        target = {"noise": lambda *_: noise, "velocity": velocity, "action": lambda *_: x0[None]}[self.prediction](
+            self.schedule, x0[None], noise, time
+        )
+        return self._terms(pred, target, mask)
+
+    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
+        """
+        Args:
+          keys_b: (B,) keys; a row's actions depend on its own key only.
+          valid: (A,) or (B, A) bool, False for padded action dimensions.
+          noise: (initial (*sample_shape, B, H*A), steps (number of steps, *sample_shape, B, H*A)) instead of random
+            ones; steps may be None where the sampler draws none.
+        """
+        steps = self.sample_steps or self.num_steps
+        draws = steps if self.sampler == "ddpm" or self.eta else 0
+        embedding, valid, drawn = self._start(
+            groups, keys_b, sample_shape, valid, 0 if noise is not None else draws + 1
+        )
+        initial, per_step = (drawn[0], drawn[1:]) if noise is None else noise
+
+        def denoise(x, t):
+            return self.predict_noise(embedding, x, jnp.broadcast_to(t, (1,) * x.ndim))
+
+        bounds = dict(max_action=self.max_action, clip=self.clip, valid=valid)
+        if self.sampler == "ddpm":
+            out = ddpm_sample(denoise, self.schedule, initial, per_step, **bounds)
+        else:
+            out = ddim_sample(
+                denoise, self.schedule, initial, per_step if self.eta else None, num_steps=steps, eta=self.eta, **bounds
+            )
+        return self._chunk(out)
+
+
+class FlowHead(GenerativeHead):
+    """Flow matching over whole chunks (Lipman et al. 2023; times as in pi0, Black et al. 2024).
+
+    Attributes:
+      sample_steps: Euler steps of sampling.
+      time_alpha: how much training prefers noisy times, see `flow.time_from_uniform`; 1 is uniform.
+    """
+
+    sample_steps: int = 10
+    time_alpha: float = 1.5
+
+    # The network's time features are made for diffusion's steps 0 ... 20.
+    time_scale = 20.0
+
+    def setup(self):
+        super().setup()
+        if self.sample_steps < 1 or self.time_alpha <= 0:
+            raise ValueError(
+                f"sample_steps must be at least 1 and time_alpha positive, got {self.sample_steps}, {self.time_alpha}"
+            )
+        self.flow_model = self._network()
+
+    def predict_velocity(self, embedding, x, tau, dropout_keys=None) -> jax.Array:
+        """d x / d tau at x (..., H*A) and times tau (..., 1) in [0, 1]."""
+        return self.flow_model(embedding, x, tau * self.time_scale, dropout_keys)
+
+    def loss_terms(self, groups, action, mask, keys_b, *, draws=None) -> dict[str, jax.Array]:
+        """Masked sums of "loss" and "mse" of the velocity action - noise, averaged over draws, times A as diffusion's.
+
+        Args:
+          keys_b: (B,) keys; time and noise of a sample depend on its key only.
+          draws: (tau (n, B, W, 1), noise (n, B, W, H*A)) instead of random ones.
+        """
+        x1 = self._clipped(action)
+        if draws is None:
+            draw_time = lambda key, shape: flow.time_from_uniform(jax.random.uniform(key, shape), self.time_alpha)  # noqa: E731
+            draws = self._draw(keys_b, draw_time, x1.shape)
+        tau, noise = draws
+        x = flow.interpolate(x1[None], noise, tau)
+        pred = self.predict_velocity(self.embed(groups)[None], x, tau, fold_in_all(keys_b, 2))
+        return self._terms(pred, x1[None] - noise, mask)
+
+    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
+        """As `DiffusionHead.sample`; `noise` is the initial noise (*sample_shape, B, H*A) alone."""
+        embedding, valid, drawn = self._start(groups, keys_b, sample_shape, valid, 0 if noise is not None else 1)
+
+        def speed(x, tau):
+            return self.predict_velocity(embedding, x, jnp.broadcast_to(tau, (1,) * x.ndim))
+
+        out = flow.euler_sample(speed, drawn[0] if noise is None else noise, self.sample_steps, valid=valid)
+        return self._chunk(jnp.clip(out, -self.max_action, self.max_action))
+
+
+def _row_normal(keys_b: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal (B, *shape), one key per row."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_b)
