@@ -14,6 +14,7 @@ Letters: B batch, W window (history), H action horizon, A action dim, P proprio 
     observation/pad_mask_dict/{key}        B W        bool, False: this modality is missing
     task/language_instruction/input_ids    B L        int32
     task/language_instruction/attention_mask B L      int32, 0: padding token
+    task/language_instruction              B [n] d    float32, in place of the two above: precomputed embeddings
     task/image_{slot}                      B h w 3    uint8, goal image
     task/timestep                          B          int32, index of the goal step
     task/pad_mask_dict/{key}               B          bool
@@ -60,6 +61,7 @@ class BatchSpec:
       language_length: L, or None when the run uses no language.
       heads: names of the action heads.
       depth_sizes: camera slot to (height, width) of its depth map, for cameras whose depth the run uses.
+      language_embedding: (d,) or (n, d) of instructions that come as precomputed embeddings in place of tokens.
     """
 
     window_size: int
@@ -71,11 +73,14 @@ class BatchSpec:
     language_length: int | None = None
     heads: tuple[str, ...] = ("action",)
     depth_sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    language_embedding: tuple[int, ...] | None = None
 
     def __post_init__(self):
         unknown = set(self.goal_images) - set(self.image_sizes)
         if unknown:
             raise ValueError(f"goal_images {sorted(unknown)} are not cameras; valid: {sorted(self.image_sizes)}")
+        if self.language_length is not None and self.language_embedding is not None:
+            raise ValueError("language comes as tokens (language_length) or as embeddings (language_embedding), not both")
         for name in ("window_size", "action_horizon", "action_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -102,6 +107,8 @@ class BatchSpec:
         if self.language_length is not None:
             ids = Leaf((self.language_length,), np.dtype(np.int32))
             leaves["language_instruction"] = {"input_ids": ids, "attention_mask": ids}
+        if self.language_embedding is not None:
+            leaves["language_instruction"] = Leaf(tuple(self.language_embedding), np.dtype(np.float32))
         for slot in self.goal_images:
             leaves[f"image_{slot}"] = Leaf((*self.image_sizes[slot], IMAGE_CHANNELS), np.dtype(np.uint8))
         modalities = list(leaves)

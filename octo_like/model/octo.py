@@ -15,12 +15,12 @@ from octo_like.model.backbone import OctoTransformer
 from octo_like.model.discrete import DiscreteHead
 from octo_like.model.generative import DiffusionHead, FlowHead
 from octo_like.model.heads import ActionHead, RegressionHead, action_mask, head_batch
-from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, SmallStem
+from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
 from octo_like.model.transformer import fold_in_all
 
-STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem}
+STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem, "resnet": ResNetStem}
 TOKENIZERS = {"image": ImageTokenizer, "language": LanguageTokenizer, "lowdim": LowdimTokenizer}
 HEADS = {"diffusion": DiffusionHead, "flow": FlowHead, "regression": RegressionHead, "discrete": DiscreteHead}
 TRANSFORMER_OPTIONS = ("num_layers", "num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate", "remat")
@@ -39,6 +39,11 @@ class OctoModel(nn.Module):
 
     def groups(self, observation, task, dropout_keys=None):
         return self.octo_transformer(observation, task, dropout_keys)
+
+    def encode_language(self, task) -> dict[str, jax.Array]:
+        """Features of the frozen language encoders by tokenizer, to be put under task/language_instruction/encoded."""
+        tokenizers = {t.name: t for t in self.octo_transformer.task_tokenizers.values() if getattr(t, "is_frozen", False)}
+        return {name: tokenizer(None, task, encode_only=True) for name, tokenizer in tokenizers.items()}
 
     def loss_terms(self, batch: Mapping[str, Any], keys_b: jax.Array, train: bool) -> dict[str, dict[str, jax.Array]]:
         """Per head: masked sums ("loss", "mse", ...) and "count", the number of entries they run over.
@@ -183,7 +188,7 @@ def _stem(entry, where):
     entry = dict(entry)
     kind = entry.pop("kind", None)
     cls = _lookup(STEMS, kind, where)
-    names = {"small": f"SmallStem{entry.get('patch_size', 16)}_0", "patch": "PatchEncoder_0"}
+    names = {"small": f"SmallStem{entry.get('patch_size', 16)}_0", "patch": "PatchEncoder_0", "resnet": "ResNet26FILM_0"}
     name = entry.pop("module_name", names.get(kind, f"{cls.__name__}_0"))
     _check_options(entry, _fields(cls) - {"dtype"}, where)
     return functools.partial(cls, **entry, name=name)

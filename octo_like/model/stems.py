@@ -1,5 +1,6 @@
 """Image encoders: (N, h, w, C) uint8 pixels to (N, h', w', F) features."""
 
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -21,40 +22,44 @@ def normalize_images(images: jax.Array, kind: Literal["default", "imagenet"] = "
     raise ValueError(f"unknown image normalisation {kind!r}; valid: 'default', 'imagenet'")
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Cross-correlation, NHWC with an HWIO kernel, the same padding on every side.
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int | str) -> jax.Array:
+    """Cross-correlation, NHWC with an HWIO kernel; `padding` on every side, or "same": ceil(size / stride) outputs.
 
     A patch convolution (kernel = stride, no padding) is a reshape and one matrix product: every backend runs that well.
     """
     kh, kw, cin, cout = kernel.shape
     n, h, w, _ = x.shape
-    if kh == kw == stride and padding == 0 and h % stride == 0 and w % stride == 0:
+    if kh == kw == stride and padding in (0, "same") and h % stride == 0 and w % stride == 0:
         patches = x.reshape(n, h // stride, stride, w // stride, stride, cin).transpose(0, 1, 3, 2, 4, 5)
         return patches.reshape(n, h // stride, w // stride, kh * kw * cin) @ kernel.reshape(-1, cout)
-    pad = ((padding, padding),) * 2
+    if padding == "same":
+        pad = (_same_padding(h, kh, stride), _same_padding(w, kw, stride))
+    else:
+        pad = ((padding, padding),) * 2
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nn.Module):
-    """Convolution with bias, optionally with a standardised kernel (Qiao et al. 2019, weight standardization)."""
+    """Convolution, optionally with a standardised kernel (Qiao et al. 2019, weight standardization)."""
 
     features: int
     kernel_size: int
     stride: int
-    padding: int = 0
+    padding: int | str = 0
     standardize: bool = False
+    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
         if self.standardize:
             kernel = kernel - kernel.mean((0, 1, 2))
             kernel = kernel / (kernel.std((0, 1, 2)) + 1e-5)
         out = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
-        return out + bias.astype(self.dtype)
+        return out if bias is None else out + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -66,6 +71,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int = 32
     epsilon: float = 1e-6
+    zero_scale: bool = False  # begin at zero: a residual branch that is silent at first
 
     @nn.compact
     def __call__(self, x):
@@ -74,7 +80,8 @@ class GroupNorm(nn.Module):
             raise ValueError(
                 f"{channels} channels are not divisible by {self.num_groups} groups; use multiples of them"
             )
-        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        begin = nn.initializers.zeros_init() if self.zero_scale else nn.initializers.ones_init()
+        scale = self.param("scale", begin, (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         per_group = channels // self.num_groups
         x32 = x.astype(jnp.float32)
@@ -107,22 +114,112 @@ class Film(nn.Module):
 
 
 class SmallStem(nn.Module):
-    """Four stride-2 standardised convolutions and a patch embedding (early convolutions help: Xiao et al. 2021)."""
+    """Stride-2 standardised convolutions and a patch embedding (early convolutions help: Xiao et al. 2021).
+
+    Attributes:
+      patch_size: pixels per token; a multiple of the product of the strides.
+      features, kernel_sizes, strides, padding: one entry per convolution.
+    """
 
     patch_size: int = 16
     features: tuple[int, ...] = (32, 96, 192, 384)
+    kernel_sizes: tuple[int, ...] | None = None  # None: 3 everywhere
+    strides: tuple[int, ...] | None = None  # None: 2 everywhere
+    padding: tuple[int, ...] | None = None  # None: 1 everywhere
     num_features: int = 512
     use_film: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, condition=None):
-        for i, width in enumerate(self.features):
-            x = Conv(width, 3, 2, 1, standardize=True, dtype=self.dtype, name=f"StdConv_{i}")(x)
+        n = len(self.features)
+        kernels, strides, paddings = self.kernel_sizes or (3,) * n, self.strides or (2,) * n, self.padding or (1,) * n
+        if not len(kernels) == len(strides) == len(paddings) == n or self.patch_size % math.prod(strides):
+            raise ValueError(
+                f"small stem: {n} features need as many kernel_sizes, strides and padding, and patch_size "
+                f"{self.patch_size} must be a multiple of the product of the strides {strides}"
+            )
+        for i, (width, kernel, stride, pad) in enumerate(zip(self.features, kernels, strides, paddings, strict=True)):
+            x = Conv(width, kernel, stride, pad, standardize=True, dtype=self.dtype, name=f"StdConv_{i}")(x)
             x = jax.nn.relu(GroupNorm(name=f"GroupNorm_{i}")(x))
-        patch = self.patch_size // 2 ** len(self.features)
+        patch = self.patch_size // math.prod(strides)
         x = Conv(self.num_features, patch, patch, dtype=self.dtype, name="embedding")(x)
         return Film(name="FilmConditioning_0")(x, condition) if self.use_film else x
+
+
+def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """What is added before and after an axis so that ceil(size / stride) windows cover it; the odd one comes after."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+class _ResidualUnit(nn.Module):
+    """1x1, 3x3, 1x1 standardised convolutions with group norms around a shortcut (He et al. 2016, bottleneck)."""
+
+    features: int
+    stride: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(h, i, width, kernel=1, stride=1):
+            h = Conv(width, kernel, stride, "same", True, False, self.dtype, name=f"conv{i}")(h)
+            # The last scale begins at zero: a fresh unit is its shortcut.
+            zero = i == "3"
+            return GroupNorm(zero_scale=zero, name=f"gn{i}")(h)
+
+        shortcut = x
+        if x.shape[-1] != 4 * self.features or self.stride != 1:
+            shortcut = layer(x, "_proj", 4 * self.features, stride=self.stride)
+        h = jax.nn.relu(layer(x, "1", self.features))
+        h = jax.nn.relu(layer(h, "2", self.features, 3, self.stride))
+        return jax.nn.relu(shortcut + layer(h, "3", 4 * self.features))
+
+
+class _ResNetBlock(nn.Module):
+    """A run of residual units, of which the first changes the resolution."""
+
+    num_units: int
+    features: int
+    stride: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.num_units):
+            x = _ResidualUnit(self.features, self.stride if i == 0 else 1, self.dtype, name=f"unit{i + 1}")(x)
+        return x
+
+
+class ResNetStem(nn.Module):
+    """A ResNet with group norm and standardised convolutions ("BiT", Kolesnikov et al. 2020), as before a hybrid ViT.
+
+    2 + 3 sum(num_layers) convolution layers deep: (2, 2, 2, 2) is ResNet-26, (3, 4, 6, 3) ResNet-50. A 256 x 256 image
+    becomes 8 x 8 features. FiLM follows every block but the first (and the root when there are no blocks), as in Octo.
+
+    Attributes:
+      num_layers: residual units per block; block i has 64 * width * 2^i (times 4) channels.
+    """
+
+    num_layers: tuple[int, ...] = (2, 2, 2, 2)
+    width: float = 1
+    use_film: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, condition=None):
+        width = int(64 * self.width)
+        x = Conv(width, 7, 2, "same", True, False, self.dtype, name="conv_root")(x)
+        x = nn.max_pool(jax.nn.relu(GroupNorm(name="gn_root")(x)), (3, 3), (2, 2), "SAME")
+        films = 0
+        for i, units in enumerate(self.num_layers):
+            x = _ResNetBlock(units, width * 2**i, 1 if i == 0 else 2, self.dtype, name=f"block{i + 1}")(x)
+            if self.use_film and i > 0:
+                x = Film(name=f"FilmConditioning_{films}")(x, condition)
+                films += 1
+        if self.use_film and not self.num_layers:
+            x = Film(name="FilmConditioning_0")(x, condition)
+        return x
 
 
 class PatchStem(nn.Module):

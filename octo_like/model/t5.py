@@ -135,15 +135,16 @@ def init_params(config: T5Config, rng: jax.Array) -> dict:
 
 
 class T5Encoder(nn.Module):
-    """Linen holder of the parameter tree: params/{shared, encoder}."""
+    """Linen holder of the parameter tree: params/{shared, encoder}; computed in `dtype`, kept in `param_dtype`."""
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, input_ids, attention_mask):
-        parts = {
-            name: self.param(name, lambda rng, part=name: init_params(self.config, rng)[part])
-            for name in ("shared", "encoder")
-        }
+        def init(rng, part):
+            return jax.tree.map(lambda x: x.astype(self.param_dtype), init_params(self.config, rng)[part])
+
+        parts = {name: self.param(name, init, name) for name in ("shared", "encoder")}
         return encode(parts, self.config, input_ids, attention_mask, self.dtype)

@@ -129,6 +129,8 @@ class LanguageTokenizer(nn.Module):
       encoder: "t5" (a T5 encoder), "small" (own embeddings and transformer, trained with the policy), or "embedding"
         (the batch holds precomputed (B, d) or (B, n, d) features).
       finetune_encoder: whether gradients reach a T5 encoder.
+      encoder_dtype: dtype in which a frozen T5 encoder is kept and computed ("bfloat16" halves its memory and, on
+        accelerators, its time); None: float32 parameters, computed in the model's dtype.
       vocab_size, dim, num_layers, num_heads: sizes of the "small" encoder.
       pool: one token instead of one per word, an MLP of the normalised mean over the words.
     """
@@ -136,6 +138,7 @@ class LanguageTokenizer(nn.Module):
     encoder: str = "small"
     t5: T5Config | None = None
     finetune_encoder: bool = False
+    encoder_dtype: str | None = None
     vocab_size: int = 0
     dim: int = 128
     num_layers: int = 1
@@ -146,17 +149,31 @@ class LanguageTokenizer(nn.Module):
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether what the encoder says about a text never changes in training."""
+        return self.encoder == "t5" and not self.finetune_encoder
+
     @nn.compact
-    def __call__(self, observation, task, task_summary=None):
+    def __call__(self, observation, task, task_summary=None, *, encode_only=False):
+        """`encode_only` returns the encoder's (B, L, d) features; in a task they stand under
+        language_instruction/encoded/{name of this module} and are not computed again."""
         if "language_instruction" not in task:
             return None
         text = task["language_instruction"]
         if self.encoder == "embedding":
+            if isinstance(text, Mapping):
+                raise ValueError("this model takes precomputed language embeddings (B, [n,] d), the task holds token ids")
             tokens = text if text.ndim == 3 else text[:, None]
             word_mask = jnp.ones(tokens.shape[:2], bool)
         else:
-            ids, word_mask = text["input_ids"], text["attention_mask"] > 0
-            tokens = self._encode(ids, word_mask)
+            word_mask = text["attention_mask"] > 0
+            tokens = text.get("encoded", {}).get(self.name)
+            if tokens is None:
+                tokens = self._encode(text["input_ids"], word_mask)
+        if encode_only:
+            return tokens
+        tokens = tokens.astype(self.dtype)
         if self.pool:
             tokens, word_mask = self._pooled(tokens, word_mask), word_mask.any(-1, keepdims=True)
         mask = jnp.ones(tokens.shape[:1], bool)
@@ -174,7 +191,11 @@ class LanguageTokenizer(nn.Module):
 
     def _encode(self, ids, word_mask):
         if self.encoder == "t5":
-            tokens = T5Encoder(self.t5, self.dtype, name="hf_model")(ids, word_mask)
+            if self.encoder_dtype is not None and self.finetune_encoder:
+                raise ValueError("encoder_dtype is for frozen encoders; one that is trained keeps float32 parameters")
+            kept = jnp.dtype(self.encoder_dtype or "float32")
+            computed = self.dtype if self.encoder_dtype is None else kept
+            tokens = T5Encoder(self.t5, computed, kept, name="hf_model")(ids, word_mask)
             return tokens if self.finetune_encoder else jax.lax.stop_gradient(tokens)
         if self.encoder != "small":
             raise ValueError(f"unknown language encoder {self.encoder!r}; valid: 't5', 'small', 'embedding'")
