@@ -80,7 +80,7 @@ class BatchSpec:
         if unknown:
             raise ValueError(f"goal_images {sorted(unknown)} are not cameras; valid: {sorted(self.image_sizes)}")
         if self.language_length is not None and self.language_embedding is not None:
-            raise ValueError("language comes as tokens (language_length) or as embeddings (language_embedding), not both")
+            raise ValueError("language is tokens (language_length) or embeddings (language_embedding), not both")
         for name in ("window_size", "action_horizon", "action_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

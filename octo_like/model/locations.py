@@ -1,7 +1,7 @@
 """Where policies live: a folder, a Google Cloud Storage bucket, or the Hugging Face Hub.
 
     runs/pretrain/export                      a local folder (file:///... too)
-    gs://bucket/path                          through tensorstore, which comes with Orbax: no TensorFlow, no extra package
+    gs://bucket/path                          through tensorstore, which comes with Orbax; no TensorFlow
     hf://owner/name[@revision][/subfolder]    through huggingface_hub (the extra "hub")
 
 `fetch` makes a local copy, `push` uploads one. Remote files are kept in a cache and downloaded again when they changed.

@@ -42,7 +42,9 @@ class OctoModel(nn.Module):
 
     def encode_language(self, task) -> dict[str, jax.Array]:
         """Features of the frozen language encoders by tokenizer, to be put under task/language_instruction/encoded."""
-        tokenizers = {t.name: t for t in self.octo_transformer.task_tokenizers.values() if getattr(t, "is_frozen", False)}
+        tokenizers = {
+            t.name: t for t in self.octo_transformer.task_tokenizers.values() if getattr(t, "is_frozen", False)
+        }
         return {name: tokenizer(None, task, encode_only=True) for name, tokenizer in tokenizers.items()}
 
     def loss_terms(self, batch: Mapping[str, Any], keys_b: jax.Array, train: bool) -> dict[str, dict[str, jax.Array]]:
@@ -188,7 +190,11 @@ def _stem(entry, where):
     entry = dict(entry)
     kind = entry.pop("kind", None)
     cls = _lookup(STEMS, kind, where)
-    names = {"small": f"SmallStem{entry.get('patch_size', 16)}_0", "patch": "PatchEncoder_0", "resnet": "ResNet26FILM_0"}
+    names = {
+        "small": f"SmallStem{entry.get('patch_size', 16)}_0",
+        "patch": "PatchEncoder_0",
+        "resnet": "ResNet26FILM_0",
+    }
     name = entry.pop("module_name", names.get(kind, f"{cls.__name__}_0"))
     _check_options(entry, _fields(cls) - {"dtype"}, where)
     return functools.partial(cls, **entry, name=name)

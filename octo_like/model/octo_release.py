@@ -1,7 +1,7 @@
 """Reading the released Octo checkpoints: their msgpack files, and their configs in our vocabulary.
 
-Format: `<step>/default/` holds the parameters, as one msgpack file `checkpoint` with the whole tree (the releases) or as
-arrays in tensorstore's formats (what newer Orbax writes); `config.json` names the modules by class, with keyword
+Format: `<step>/default/` holds the parameters, as one msgpack file `checkpoint` with the whole tree (the releases) or
+as arrays in tensorstore's formats (what newer Orbax writes); `config.json` names the modules by class, with keyword
 overrides of defaults; `example_batch.msgpack` tells token counts. Parameter names are the same as ours, so only the
 configuration is translated. The models behave as they were trained: `octo_compat=True`.
 """
@@ -309,7 +309,9 @@ def _stem(encoder: Mapping[str, Any]) -> dict[str, Any]:
     }[kind]
     for option, value in kwargs.items():
         if option not in valid:
-            raise PretrainedError(f"unknown option {option!r} of {name} in the release's config; known: {sorted(valid)}")
+            raise PretrainedError(
+                f"unknown option {option!r} of {name} in the release's config; known: {sorted(valid)}"
+            )
         stem[option] = tuple(value) if isinstance(value, list) else value
     if kind == "small":
         # There, the patch embedding is patch_size / 16 wide whatever came before; here, patch_size counts pixels.

@@ -10,6 +10,7 @@ import difflib
 import functools
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,11 @@ import numpy as np
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, Leaf, check_tree, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
+from octo_like.model import locations
+from octo_like.model.describe import model_card, pretty_spec
 from octo_like.model.octo import OctoModel, build_model, init_params
-from octo_like.model.pretrained import PretrainedError, load_directory, module_of, save_directory
+from octo_like.model.octo_release import is_release, load_release, name_statistics, release_files, release_spec
+from octo_like.model.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +54,56 @@ class Policy:
         self.batch_spec = spec_from_json(config["batch_spec"])
         self.model = build_model(config["model"], vocab_size=text_tokenizer.vocab_size if text_tokenizer else 0)
         self._sample = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
+        self._encode_language = jax.jit(
+            lambda params, task: self.model.apply({"params": params}, task, method="encode_language")
+        )
         self._warned: set[str] = set()
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load_pretrained(cls, path: str | os.PathLike) -> "Policy":
-        """Loads an exported policy (the directory `save_pretrained` writes).
+    def load_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        step: int | None = None,
+        text_model: str | os.PathLike | None = None,
+        t5: Mapping[str, Any] | None = None,
+    ) -> "Policy":
+        """Loads an exported policy (what `save_pretrained` and `push` write) or a released Octo checkpoint.
+
+        Args:
+          path: a folder, gs://bucket/path or hf://owner/name[@revision][/subfolder].
+          step: of a release that holds several; the newest when None.
+          text_model: sentencepiece model of a release (T5's spiece.model), which does not bring its own. A release
+            without it acts on goals and on token ids, and refuses texts.
+          t5: sizes of a release's T5 encoder (fields of `T5Config`); None: by its name, or read off its parameters.
 
         Raises:
-          PretrainedError: when the path is not one, or is damaged.
+          PretrainedError: when the path is no policy, or is damaged.
+          LocationError: when a remote location cannot be read.
         """
-        config, params, statistics, text_dir = load_directory(path)
-        tokenizer = TextTokenizer.load(str(text_dir)) if text_dir else None
-        policy = cls(config, params, normalization.from_json(statistics) if statistics else {}, tokenizer)
+        folder = locations.fetch(path, select=functools.partial(release_files, step=step))
+        if is_release(folder):
+            policy = cls._from_release(folder, step, text_model, t5)
+        else:
+            if step is not None or text_model is not None or t5 is not None:
+                raise PretrainedError(
+                    f"{path} is not a released Octo checkpoint: step, text_model and t5 are for those"
+                )
+            config, params, statistics, text_dir = load_directory(folder)
+            tokenizer = TextTokenizer.load(str(text_dir)) if text_dir else None
+            policy = cls(config, params, normalization.from_json(statistics) if statistics else {}, tokenizer)
         policy._check_params(path)
         return policy
+
+    @classmethod
+    def _from_release(cls, folder, step, text_model, t5) -> "Policy":
+        model, params, statistics, example = load_release(folder, step=step, t5=t5)
+        spec = release_spec(model, example, model["heads"])
+        tokenizer = TextTokenizer.load(os.fspath(text_model), spec.language_length) if text_model is not None else None
+        named = normalization.from_json(name_statistics(statistics)) if statistics else {}
+        return cls({"model": model, "batch_spec": spec_to_json(spec)}, params, named, tokenizer)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes the policy as one self-contained directory; it appears whole or not at all."""
@@ -76,7 +114,21 @@ class Policy:
             params=jax.device_get(self.params),
             statistics=normalization.to_json(self.statistics),
             save_text=(lambda folder: self.text_tokenizer.save(str(folder))) if self.text_tokenizer else None,
+            card=model_card(self),
         )
+
+    def push(self, location: str, *, message: str = "Upload policy") -> None:
+        """Uploads the policy to gs://bucket/path or hf://owner/name; a local path is the same as `save_pretrained`.
+
+        Raises:
+          LocationError: the location cannot be written.
+        """
+        if not locations.is_remote(location):
+            self.save_pretrained(locations.fetch(location))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(os.path.join(folder, "policy"))
+            locations.push(os.path.join(folder, "policy"), location, last=CONFIG_FILE, message=message)
 
     def _check_params(self, path) -> None:
         expected = jax.eval_shape(lambda: init_params(self.model, self.batch_spec, jax.random.key(0)))
@@ -98,19 +150,26 @@ class Policy:
         return synthetic_batch(self.batch_spec, 1)
 
     def create_tasks(
-        self, texts: Sequence[str] | None = None, goals: Mapping[str, np.ndarray] | None = None
+        self,
+        texts: Sequence[str] | None = None,
+        goals: Mapping[str, np.ndarray] | None = None,
+        *,
+        embeddings: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """Tasks from instructions, goal images, or both.
+
+        A frozen language encoder runs here, once per task, and not again in `sample_actions`.
 
         Args:
           texts: B instructions; "" means no instruction.
           goals: "image_{slot}" to (B, h, w, 3) or (h, w, 3) uint8, of the sizes in `batch_spec`.
+          embeddings: (B, *batch_spec.language_embedding) float, for a policy that takes precomputed embeddings.
 
         Returns:
           Schema `task`; whatever was not given is marked missing in its pad_mask_dict.
         """
         spec = self.batch_spec
-        if texts is None and goals is None:
+        if texts is None and goals is None and embeddings is None:
             raise ValueError("a task needs texts, goals or both")
         if isinstance(texts, str):
             raise ValueError("texts must be a list of instructions, one per row of the batch, not a single string")
@@ -119,23 +178,49 @@ class Policy:
         for key in goals:
             if key not in valid_goals:
                 raise ValueError(f"this policy takes no goal {key!r}; valid goals: {valid_goals or 'none'}")
+        if texts is not None and spec.language_embedding is not None:
+            raise ValueError(f"this policy takes embeddings {spec.language_embedding} of instructions, not texts")
         if texts is not None and spec.language_length is None:
             raise ValueError(f"this policy takes no language; valid goals: {valid_goals}")
-        sizes = {len(g) for g in goals.values()} | ({len(texts)} if texts is not None else set())
+        if embeddings is not None and spec.language_embedding is None:
+            raise ValueError("this policy takes no language embeddings")
+        if texts is not None and self.text_tokenizer is None:
+            raise ValueError(
+                "this policy has no text tokenizer; load it with text_model=, the sentencepiece model of its language "
+                "encoder (T5's spiece.model)"
+            )
+        given = [len(x) for x in (texts, embeddings) if x is not None]
+        sizes = {len(g) for g in goals.values()} | set(given)
         if len(sizes) != 1:
             raise ValueError(f"texts and goals must have the same batch size, got sizes {sorted(sizes)}")
         b = sizes.pop()
         task: dict[str, Any] = {"pad_mask_dict": {}, "timestep": np.zeros(b, np.int32)}
         if spec.language_length is not None:
             texts = [""] * b if texts is None else list(texts)
-            task["language_instruction"] = self.text_tokenizer.encode(texts)
+            task["language_instruction"] = self._token_ids(texts)
             task["pad_mask_dict"]["language_instruction"] = np.array([bool(text.strip()) for text in texts])
+        if spec.language_embedding is not None:
+            task["pad_mask_dict"]["language_instruction"] = np.full(b, embeddings is not None)
+            if embeddings is None:
+                embeddings = np.zeros((b, *spec.language_embedding), np.float32)
+            task["language_instruction"] = np.asarray(embeddings, np.float32)
         for slot in spec.goal_images:
             key = f"image_{slot}"
             task["pad_mask_dict"][key] = np.full(b, key in goals)
             task[key] = goals.get(key, np.zeros((b, *spec.image_sizes[slot], 3), np.uint8))
         check_tree(task, spec.task(), where="task")
+        encoded = self._encode_language(self.params, task) if spec.language_length is not None else {}
+        if encoded:
+            task["language_instruction"]["encoded"] = encoded
         return task
+
+    def _token_ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        if self.text_tokenizer is not None:
+            return self.text_tokenizer.encode(texts)
+        # No instruction is </s> and padding, whatever the words are.
+        ids = np.zeros((len(texts), self.batch_spec.language_length), np.int32)
+        ids[:, 0] = 1
+        return {"input_ids": ids, "attention_mask": ids.copy()}
 
     def prepare_observations(self, observations: Mapping[str, Any], unnormalize: str | None = None) -> dict[str, Any]:
         """Checks observations, normalises proprio, and fills in what is missing (marked so, and logged once).
@@ -271,19 +356,8 @@ class Policy:
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     def get_pretty_spec(self) -> str:
-        """What the policy takes, gives and holds, as a readable table."""
-        lines = ["observation"]
-        lines += [f"  {name:<34}{leaf.describe()}" for name, leaf in flatten(self.batch_spec.observation())]
-        lines += ["task"] + [f"  {name:<34}{leaf.describe()}" for name, leaf in flatten(self.batch_spec.task())]
-        lines += ["actions (normalised, or in physical units with unnormalize=...)"]
-        for name, head in self.model.heads.items():
-            lines.append(f"  {name:<34}(B, {head.action_horizon}, {head.action_dim}) float32, {type(head).__name__}")
-        lines += [f"statistics: {', '.join(sorted(self.statistics)) or 'none'}"]
-        sizes: dict[str, int] = {}
-        for path, leaf in flatten(self.params):
-            sizes[module_of(path)] = sizes.get(module_of(path), 0) + int(np.prod(leaf.shape))
-        lines += ["parameters"] + [f"  {name:<34}{size:>12,}" for name, size in sorted(sizes.items())]
-        return "\n".join([*lines, f"  {'total':<34}{sum(sizes.values()):>12,}"])
+        """What the policy takes, gives and holds: inputs, actions, the token sequence, parameters by part."""
+        return pretty_spec(self)
 
 
 def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, head, sample_shape):
@@ -313,6 +387,7 @@ def spec_to_json(spec: BatchSpec) -> dict[str, Any]:
         "depth_sizes": {slot: list(size) for slot, size in spec.depth_sizes.items()},
         "goal_images": list(spec.goal_images),
         "heads": list(spec.heads),
+        "language_embedding": None if spec.language_embedding is None else list(spec.language_embedding),
     }
 
 
@@ -321,4 +396,6 @@ def spec_from_json(data: Mapping[str, Any]) -> BatchSpec:
     fields = dict(data)
     fields["image_sizes"] = {slot: tuple(size) for slot, size in data["image_sizes"].items()}
     fields["depth_sizes"] = {slot: tuple(size) for slot, size in data.get("depth_sizes", {}).items()}
+    if fields.get("language_embedding") is not None:
+        fields["language_embedding"] = tuple(fields["language_embedding"])
     return BatchSpec(**{**fields, "goal_images": tuple(data["goal_images"]), "heads": tuple(data["heads"])})

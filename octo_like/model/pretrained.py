@@ -5,6 +5,7 @@ An exported policy is a directory:
     config.json               format version, model config, batch spec, text tokenizer, digest of the parameters
     params.safetensors        every parameter under its path, e.g. "heads_action/mean_proj/kernel"
     dataset_statistics.json   normalisation statistics per dataset
+    README.md                 the model card
     text/                     the sentencepiece model, when the policy takes language
 """
 
@@ -24,13 +25,24 @@ import safetensors.numpy
 
 from octo_like.common.schema import flatten, unflatten
 
-FORMAT_VERSION = 1
+# 1: the first. 2: a model card; the batch spec may hold language_embedding.
+FORMAT_VERSION = 2
 CONFIG_FILE, PARAMS_FILE, STATISTICS_FILE, TEXT_DIR = (
     "config.json",
     "params.safetensors",
     "dataset_statistics.json",
     "text",
 )
+CARD_FILE = "README.md"
+
+
+def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of an older format version as the present one would have written it."""
+    config = dict(config)
+    if config["format_version"] == 1:
+        spec = {"language_embedding": None, **config.get("batch_spec", {})}
+        config |= {"format_version": 2} | ({"batch_spec": spec} if "batch_spec" in config else {})
+    return config
 
 
 class PretrainedError(ValueError):
@@ -38,12 +50,13 @@ class PretrainedError(ValueError):
 
 
 def save_directory(
-    path: str | os.PathLike, *, config: Mapping, params: Mapping, statistics: Mapping, save_text=None
+    path: str | os.PathLike, *, config: Mapping, params: Mapping, statistics: Mapping, save_text=None, card: str = ""
 ) -> None:
     """Writes an exported policy; the directory appears whole or not at all, and replaces an earlier export.
 
     Args:
       save_text: called with the path of the text/ directory to fill it.
+      card: contents of the model card, Markdown.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +70,8 @@ def save_directory(
         document = {"format_version": FORMAT_VERSION, "params_sha256": digest, **config}
         (staging / CONFIG_FILE).write_text(json.dumps(document, indent=2))
         (staging / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
+        if card:
+            (staging / CARD_FILE).write_text(card)
         if save_text is not None:
             (staging / TEXT_DIR).mkdir()
             save_text(staging / TEXT_DIR)
@@ -95,14 +110,14 @@ def load_directory(path: str | os.PathLike) -> tuple[dict, dict, dict, Path | No
     except json.JSONDecodeError as error:
         raise PretrainedError(f"{path}: a JSON file is damaged: {error}") from error
     version = config.get("format_version")
-    if version is None or version > FORMAT_VERSION:
-        raise PretrainedError(f"{path}: format version {version}, this release reads up to {FORMAT_VERSION}")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise PretrainedError(f"{path}: format version {version}, this release reads 1 to {FORMAT_VERSION}")
     data = (path / PARAMS_FILE).read_bytes()
     if hashlib.sha256(data).hexdigest() != config["params_sha256"]:
         raise PretrainedError(f"{path / PARAMS_FILE} is damaged: its SHA-256 differs from the one in {CONFIG_FILE}")
     params = unflatten(safetensors.numpy.load(data))
     text = path / TEXT_DIR
-    return config, params, statistics, text if text.is_dir() else None
+    return upgrade(config), params, statistics, text if text.is_dir() else None
 
 
 @dataclasses.dataclass(frozen=True)

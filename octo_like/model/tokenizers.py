@@ -163,7 +163,9 @@ class LanguageTokenizer(nn.Module):
         text = task["language_instruction"]
         if self.encoder == "embedding":
             if isinstance(text, Mapping):
-                raise ValueError("this model takes precomputed language embeddings (B, [n,] d), the task holds token ids")
+                raise ValueError(
+                    "this model takes precomputed language embeddings (B, [n,] d), the task holds token ids"
+                )
             tokens = text if text.ndim == 3 else text[:, None]
             word_mask = jnp.ones(tokens.shape[:2], bool)
         else:

@@ -85,6 +85,16 @@ def place_state(run: Run, tx) -> tuple[TrainState, Any]:
     return place(run.init_from), shardings
 
 
+def jit_train_step(train_step, shardings, mesh):
+    """The step as it runs: state donated and placed as `shardings` say, batch split over the mesh."""
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+
+
 def run_loop(run: Run) -> int:
     """Trains to config.num_steps, from the newest checkpoint if there is one. Returns the process's exit status."""
     config, stream = run.config, run.inputs.stream
@@ -93,12 +103,7 @@ def run_loop(run: Run) -> int:
     tx, train_step = step_from_config(run.model, config)
     sharding.check_batch_size(config.batch_size, run.mesh, config.accumulate)
     state, shardings = place_state(run, tx)
-    step_fn = jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(shardings, sharding.batch_sharding(run.mesh)),
-        out_shardings=(shardings, sharding.replicated(run.mesh)),
-    )
+    step_fn = jit_train_step(train_step, shardings, run.mesh)
     metadata = {"config": to_dict(config)}
     wandb = dict(config.wandb) if config.wandb.project else None
     with (

@@ -1,0 +1,180 @@
+"""How long a model takes to trace, to compile, to train one step and to act; and how close that is to the machine.
+
+    python scripts/bench_model.py                       # octo-small without T5, float32, batch 4
+    python scripts/bench_model.py --size base --batch-size 8 --dtype bfloat16
+    python scripts/bench_model.py --config configs/tabletop.py
+
+The step is the one train.py runs (same functions, same jit options), `sample_actions` is Policy's. Rounds of the matrix
+product of largest rate and of what is measured alternate, so that both meet the same machine; every ratio is taken
+within a round, and their median is reported. FLOPs are those of matrix products and convolutions, read off the traced
+program. "Without T5" means that the batch holds the 16 x 768 features that T5 would have given. The last line is JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.octo_small import get_config as octo_config
+from octo_like.common.config import load_config
+from octo_like.common.defaults import batch_spec
+from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.model.describe import matmul_flops, parameter_counts, token_report
+from octo_like.model.octo import build_model, init_params
+from octo_like.model.policy import Policy, spec_to_json
+from octo_like.training import sharding
+from octo_like.training.loop import jit_train_step, step_from_config
+from octo_like.training.state import create_state
+
+T5_FEATURES = (16, 768)
+
+
+def without_t5(config, spec: BatchSpec):
+    """(model config, batch spec) with the language encoder's features in the batch."""
+    model = dict(config.model.to_dict())
+    tasks = dict(model["task_tokenizers"])
+    for name, entry in tasks.items():
+        if entry.get("encoder") == "t5":
+            tasks[name] = dict(kind="language", encoder="embedding")
+            spec = dataclasses.replace(spec, language_length=None, language_embedding=T5_FEATURES)
+    return {**model, "task_tokenizers": tasks}, spec
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+class Ceiling:
+    """The best rate a float32 product of three sizes reaches here, measured anew in every round."""
+
+    def __init__(self, dtype, sizes=(512, 1024, 2048)):
+        self._products = []
+        for n in sizes if jax.default_backend() == "cpu" else (4096, 8192):
+            a = jax.random.normal(jax.random.key(n), (n, n), dtype)
+            product = jax.jit(jnp.matmul)
+            jax.block_until_ready(product(a, a))
+            self._products.append((2 * n**3, lambda f=product, a=a: f(a, a)))
+
+    def flops_per_second(self, seconds: float) -> float:
+        """The best of the repetitions that fit into `seconds` for each size."""
+        best = 0.0
+        for flops, product in self._products:
+            end = time.perf_counter() + seconds / len(self._products)
+            while True:
+                best = max(best, flops / timed(product))
+                if time.perf_counter() > end:
+                    break
+        return best
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("small", "base"), default="small", help="of Octo, when no --config is given")
+    parser.add_argument("--config", help="a config file whose model is measured")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    parser.add_argument("--attention", help="xla, cudnn or splash; default: the config's")
+    parser.add_argument("--with-t5", action="store_true", help="keep the T5 encoder (randomly initialised)")
+    parser.add_argument("--rounds", type=int, default=5, help="of alternating measurements")
+    parser.add_argument("--samples-per-round", type=int, default=10, help="sample_actions calls in a round")
+    flags = parser.parse_args(argv)
+
+    config = load_config(flags.config) if flags.config else octo_config(flags.size)
+    with config.unlocked():
+        config.batch_size, config.model.dtype = flags.batch_size, flags.dtype
+        if flags.attention:
+            config.model.transformer.attention = flags.attention
+    spec = batch_spec(config)
+    model_config, spec = (config.model.to_dict(), spec) if flags.with_t5 else without_t5(config, spec)
+    model = build_model(model_config, vocab_size=100)
+
+    # -- one step: trace, compile, run
+    tx, train_step = step_from_config(model, config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    params = init_params(model, spec, jax.random.key(0))
+    state = create_state(params, tx, frozenset())
+    shardings = sharding.infer_sharding(jax.eval_shape(lambda: state), mesh)
+    state = jax.device_put(state, shardings)
+    batch = sharding.put_batch(synthetic_batch(spec, flags.batch_size), mesh)
+    step = jit_train_step(train_step, shardings, mesh)
+    start = time.perf_counter()
+    traced = step.trace(state, batch)
+    trace_s = time.perf_counter() - start
+    start = time.perf_counter()
+    compiled = traced.lower().compile()
+    compile_s = time.perf_counter() - start
+    step_flops = matmul_flops(train_step, state, batch)
+    params_host = jax.device_get(params)
+
+    # -- acting
+    policy = Policy({"model": model_config, "batch_spec": spec_to_json(spec)}, params_host, {})
+    one = synthetic_batch(spec, 1)
+    keys = jax.random.split(jax.random.key(0), 1)
+    head = next(iter(model.heads))
+
+    def act():
+        return policy.sample_actions(one["observation"], one["task"], rng=keys, head=head)
+
+    start = time.perf_counter()
+    jax.block_until_ready(act())
+    sample_compile_s = time.perf_counter() - start
+    act_flops = matmul_flops(
+        lambda p: model.apply({"params": p}, one["observation"], one["task"], keys, head=head, method="sample"), params
+    )
+
+    # -- rounds
+    ceiling = Ceiling(jnp.dtype(flags.dtype))
+    state, _ = compiled(state, batch)
+    jax.block_until_ready(state)
+    steps, samples, ceilings, step_shares, sample_shares = [], [], [], [], []
+    for _ in range(flags.rounds):
+        before = ceiling.flops_per_second(1.0)
+        start = time.perf_counter()
+        state, _ = compiled(state, batch)
+        jax.block_until_ready(state)
+        steps.append(time.perf_counter() - start)
+        between = ceiling.flops_per_second(0.5)
+        calls = [timed(act) for _ in range(flags.samples_per_round)]
+        samples += calls
+        after = ceiling.flops_per_second(0.5)
+        ceilings += [before, between, after]
+        step_shares.append(step_flops / steps[-1] / max(before, between))
+        sample_shares.append(act_flops / statistics.median(calls) / max(between, after))
+
+    counts = parameter_counts(params_host)
+    without_encoder = sum(size for part, size in counts.items() if not part.endswith("/hf_model"))
+    result = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "dtype": flags.dtype,
+        "batch_size": flags.batch_size,
+        "tokens": token_report(model, spec).total,
+        "parameters": sum(counts.values()),
+        "parameters_without_t5": without_encoder,
+        "step_gflop": round(step_flops / 1e9, 2),
+        "sample_gflop": round(act_flops / 1e9, 2),
+        "ceiling_gflop_per_s": round(statistics.median(ceilings) / 1e9, 1),
+        "trace_s": round(trace_s, 2),
+        "compile_s": round(compile_s, 2),
+        "sample_trace_and_compile_s": round(sample_compile_s, 2),
+        "step_s": round(statistics.median(steps), 4),
+        "step_share_of_ceiling": round(statistics.median(step_shares), 3),
+        "sample_p50_s": round(float(np.quantile(samples, 0.5)), 4),
+        "sample_p99_s": round(float(np.quantile(samples, 0.99)), 4),
+        "sample_share_of_ceiling": round(statistics.median(sample_shares), 3),
+    }
+    for name, value in result.items():
+        print(f"{name:<28}{value}")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
