@@ -1,12 +1,17 @@
 """Who attends to whom: the block-causal rule as one static mask, and masked dot-product attention."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# What a masked logit is replaced by: finite, so that a query without any key gives the uniform distribution, not NaN.
+MASKED = float(np.finfo(np.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +63,206 @@ def block_mask(layouts: Sequence[GroupLayout], *, legacy: bool = False) -> np.nd
     return allowed & (section[None, :] <= section[:, None])
 
 
+class StaticRule:
+    """A (N, N) bool rule that is known when the program is traced; hashable, so that it can be part of a structure."""
+
+    def __init__(self, allowed: np.ndarray):
+        self.allowed = np.asarray(allowed, bool)
+        self._key = (self.allowed.shape, self.allowed.tobytes())
+
+    def __eq__(self, other):
+        return isinstance(other, StaticRule) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
+
+
+@flax.struct.dataclass
+class BlockMask:
+    """What may be attended: the static rule, and which tokens are valid.
+
+    Attributes:
+      rule: (N, N), row = query.
+      valid_bn: (B, N) bool; tokens that are False are attended by none.
+    """
+
+    rule: StaticRule = flax.struct.field(pytree_node=False)
+    valid_bn: jax.Array
+
+    def dense(self) -> jax.Array:
+        """(B, N, N) bool."""
+        return self.rule.allowed[None] & self.valid_bn[:, None, :]
+
+
 def attend(
     q_bqhd: jax.Array,
     k_bkhd: jax.Array,
     v_bkhd: jax.Array,
-    mask_bqk: jax.Array | None,
+    mask: "jax.Array | BlockMask | None",
     *,
     uniform_when_masked: bool = False,
     weights_fn=None,
+    implementation: str = "xla",
 ) -> jax.Array:
     """Softmax attention in float32, scaled by 1/sqrt(d).
 
     Args:
-      mask_bqk: True where a key may be attended; None allows all. The batch dimension may be 1.
+      mask: (B or 1, q, k) True where a key may be attended, or the same as a BlockMask; None allows all.
       uniform_when_masked: a query without any valid key gives the mean of all values (as upstream), not zero.
-      weights_fn: applied to the (B, h, q, k) weights, for dropout.
+      weights_fn: applied to the (B, h, q, k) weights, for dropout; only "xla" can.
+      implementation: "xla" (any device), "cudnn" (NVIDIA, 16 bit) or "splash" (TPU). The fused ones never write the
+        weights to memory; what they give for a token that is not valid itself is not specified, and nobody reads it.
+
+    Raises:
+      ValueError: the implementation is unknown, or cannot do what is asked.
     """
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q_bqhd, k_bkhd).astype(jnp.float32) * q_bqhd.shape[-1] ** -0.5
-    if mask_bqk is not None:
-        mask = mask_bqk[:, None]
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if mask_bqk is not None and not uniform_when_masked:
-        weights = jnp.where(mask, weights, 0.0)
+    if implementation not in ("xla", "cudnn", "splash"):
+        raise ValueError(f"unknown attention {implementation!r}; valid: 'xla', 'cudnn', 'splash'")
+    if implementation != "xla" and (weights_fn is not None or uniform_when_masked):
+        what = "octo_compat" if uniform_when_masked else "attention dropout"
+        raise ValueError(f"attention {implementation!r} cannot do {what}; use 'xla'")
+    if implementation == "splash":
+        return _splash(q_bqhd, k_bkhd, v_bkhd, mask)
+    dense = mask.dense() if isinstance(mask, BlockMask) else mask
+    if _recording is not None:
+        _recording.append(_weights(q_bqhd, k_bkhd, dense, uniform_when_masked))
+    if dense is None:
+        dense = jnp.ones((1, q_bqhd.shape[1], k_bkhd.shape[1]), bool)
+    if implementation == "cudnn":
+        return _cudnn(q_bqhd, k_bkhd, v_bkhd, dense)
+    if weights_fn is not None:
+        return _plain(q_bqhd, k_bkhd, v_bkhd, dense, uniform_when_masked, weights_fn)
+    # Decided when the program is compiled, so that a CPU machine compiles the right one for an accelerator.
+    return jax.lax.platform_dependent(
+        q_bqhd,
+        k_bkhd,
+        v_bkhd,
+        dense,
+        cpu=lambda *args: _cpu(uniform_when_masked, *args),
+        default=lambda *args: _plain(*args, uniform_when_masked),
+    )
+
+
+def recorded_weights(run: Callable[[], object], *, tokens: int) -> list[jax.Array]:
+    """The (B, h, N, N) attention weights of every call with N = `tokens` queries and keys while `run()` runs.
+
+    `run` must not be jitted: the weights are taken out on the way. In order of the calls, so layer by layer.
+    """
+    global _recording
+    _recording = []
+    try:
+        run()
+        return [weights for weights in _recording if weights.shape[-2:] == (tokens, tokens)]
+    finally:
+        _recording = None
+
+
+_recording: list[jax.Array] | None = None
+
+
+def _weights(q, k, mask, uniform):
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    if mask is None:
+        return jax.nn.softmax(logits, axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], logits, MASKED), axis=-1)
+    # Where there is a valid key, the masked ones already have weight 0.
+    return weights if uniform else jnp.where(mask.any(-1)[:, None, :, None], weights, 0.0)
+
+
+def _plain(q, k, v, mask, uniform, weights_fn=None):
+    weights = _weights(q, k, mask, uniform)
     if weights_fn is not None:
         weights = weights_fn(weights)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v_bkhd.dtype), v_bkhd)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
+# -- CPU ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cpu(uniform, q, k, v, mask):
+    """One head of one sample at a time: its logits stay in a core's cache (twice as fast as all heads at once). With a
+    gradient, which needs the weights of all heads, all at once but heads first, and normalised at the end."""
+
+    def head(mask_qk, inputs):
+        q, k, v = inputs
+        logits = jnp.where(mask_qk, (q @ k.T).astype(jnp.float32) * q.shape[-1] ** -0.5, MASKED)
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        return ((weights.astype(v.dtype) @ v).astype(jnp.float32) / weights.sum(-1)[:, None]).astype(v.dtype)
+
+    def sample(mask_qk, inputs):
+        return jax.lax.map(lambda one: head(mask_qk, one), inputs)
+
+    heads = tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    if mask.shape[0] == 1:
+        out = jax.lax.map(lambda one: sample(mask[0], one), heads)
+    else:
+        out = jax.lax.map(lambda one: sample(one[0], one[1]), (mask, heads))
+    return _drop_empty(out.transpose(0, 2, 1, 3), mask, uniform)
+
+
+def _cpu_forward(uniform, q, k, v, mask):
+    def attention(q, k, v):
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+        logits = jax.lax.dot_general(q, k, (((3,), (3,)), ((0, 1), (0, 1)))).astype(jnp.float32)
+        logits = jnp.where(mask[:, None], logits * q.shape[-1] ** -0.5, MASKED)
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        out = jax.lax.dot_general(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1))))
+        out = (out.astype(jnp.float32) / weights.sum(-1)[..., None]).astype(v.dtype)
+        return _drop_empty(out.transpose(0, 2, 1, 3), mask, uniform)
+
+    return jax.vjp(attention, q, k, v)
+
+
+def _cpu_backward(uniform, pullback, gradient):
+    return *pullback(gradient), None
+
+
+_cpu.defvjp(_cpu_forward, _cpu_backward)
+
+
+def _drop_empty(out_bqhd, mask, uniform):
+    """Zero for queries without any valid key."""
+    return out_bqhd if uniform else jnp.where(mask.any(-1)[..., None, None], out_bqhd, 0)
+
+
+# -- accelerators ------------------------------------------------------------------------------------------------------
+
+
+def _cudnn(q, k, v, mask):
+    """NVIDIA's fused kernel (Ampere and later): float16 or bfloat16, head_dim a multiple of 8 up to 128."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, the model in {q.dtype}")
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        raise ValueError(f"attention 'cudnn' needs a head_dim that is a multiple of 8 up to 128, got {q.shape[-1]}")
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    return _drop_empty(out, mask, False)
+
+
+SPLASH_BLOCK = 128
+
+
+def _splash(q, k, v, mask, *, interpret=False):
+    """The TPU kernel for sparse masks: blocks that the static rule forbids are not computed at all; which tokens are
+    valid at run time goes in as segment ids, valid tokens being one segment and all others another.
+
+    The sequence is padded to whole blocks, head_dim to whole registers of 128.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    if not isinstance(mask, BlockMask):
+        raise ValueError("attention 'splash' needs a static rule (a BlockMask), got a mask known at run time only")
+    b, n, heads, head_dim = q.shape
+    extra, wide = -n % SPLASH_BLOCK, -head_dim % SPLASH_BLOCK
+    pad = lambda x: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, wide)))  # noqa: E731
+    # Padding sees itself: a row without any key would divide by zero.
+    allowed = np.pad(mask.rule.allowed, ((0, extra), (0, extra)))
+    allowed[np.arange(n, n + extra), np.arange(n, n + extra)] = True
+    splash = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.NumpyMask(allowed)] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    segments = jnp.pad(mask.valid_bn.astype(jnp.int32), ((0, 0), (0, extra)))
+    ids = kernel.SegmentIds(segments, segments)
+    out = jax.vmap(splash)(pad(q * head_dim**-0.5), pad(k), pad(v), segment_ids=ids)
+    return out[:, :, :n, :head_dim].transpose(0, 2, 1, 3).astype(v.dtype)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from octo_like.model.attention import GroupLayout, block_mask
+from octo_like.model.attention import BlockMask, GroupLayout, StaticRule, block_mask
 from octo_like.model.tokens import TokenGroup, masked_mean
 from octo_like.model.transformer import Transformer
 
@@ -27,6 +27,7 @@ class BlockTransformer(nn.Module):
     compat: bool = False
     legacy_attention: bool = False
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -55,8 +56,9 @@ class BlockTransformer(nn.Module):
             uniform_when_masked=self.compat,
             remat=self.remat,
             dtype=self.dtype,
+            attention=self.attention,
             name="Transformer_0",
-        )(tokens, rule[None] & key_mask[:, None, :], dropout_keys)
+        )(tokens, BlockMask(StaticRule(rule), key_mask), dropout_keys)
 
         groups, start = {}, 0
         for name, group in task.items():

@@ -110,6 +110,7 @@ def _flops(jaxpr) -> int:
             if inner:
                 raise ValueError("a while loop of unknown length holds matrix products: its FLOPs cannot be counted")
         elif name == "cond":
+            # Variants of the same thing for different devices, or branches of which one runs: the dearest counts.
             total += max(_flops(branch.jaxpr) for branch in params["branches"])
         else:
             for value in params.values():

@@ -23,7 +23,15 @@ from octo_like.model.transformer import fold_in_all
 STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem, "resnet": ResNetStem}
 TOKENIZERS = {"image": ImageTokenizer, "language": LanguageTokenizer, "lowdim": LowdimTokenizer}
 HEADS = {"diffusion": DiffusionHead, "flow": FlowHead, "regression": RegressionHead, "discrete": DiscreteHead}
-TRANSFORMER_OPTIONS = ("num_layers", "num_heads", "mlp_dim", "dropout_rate", "attention_dropout_rate", "remat")
+TRANSFORMER_OPTIONS = (
+    "num_layers",
+    "num_heads",
+    "mlp_dim",
+    "dropout_rate",
+    "attention_dropout_rate",
+    "remat",
+    "attention",
+)
 
 
 class OctoModel(nn.Module):

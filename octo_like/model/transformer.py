@@ -33,6 +33,7 @@ class MultiHeadAttention(nn.Module):
     dropout_rate: float = 0.0
     uniform_when_masked: bool = False
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_bnd, mask_bnm, *, context_bmd=None, dropout_keys=None):
@@ -59,13 +60,15 @@ class MultiHeadAttention(nn.Module):
             context_bmd = context_bmd.astype(self.dtype)
             q, k, v = x_bnd @ query[0] + query[1], context_bmd @ key[0] + key[1], context_bmd @ value[0] + value[1]
         q, k, v = (t.reshape(*t.shape[:-1], heads, head_dim) for t in (q, k, v))
+        drops = dropout_keys is not None and self.dropout_rate > 0
         out_bnhd = attend(
             q,
             k,
             v,
             mask_bnm,
             uniform_when_masked=self.uniform_when_masked,
-            weights_fn=lambda w: dropout(w, self.dropout_rate, dropout_keys),
+            weights_fn=(lambda w: dropout(w, self.dropout_rate, dropout_keys)) if drops else None,
+            implementation=self.attention,
         )
         kernel, bias = _Projection((heads, head_dim, dim), (dim,), xavier(in_axis=(0, 1), out_axis=2), name="out")()
         return out_bnhd.reshape(*x_bnd.shape[:-1], dim) @ kernel.reshape(dim, dim).astype(self.dtype) + bias.astype(
@@ -117,6 +120,7 @@ class Block(nn.Module):
     attention_dropout_rate: float = 0.0
     uniform_when_masked: bool = False
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_bnd, mask_bnn, dropout_keys=None):
@@ -126,6 +130,7 @@ class Block(nn.Module):
             self.attention_dropout_rate,
             self.uniform_when_masked,
             self.dtype,
+            self.attention,
             name="MultiHeadDotProductAttention_0",
         )(norm(0)(x_bnd), mask_bnn, dropout_keys=fold_in_all(dropout_keys, 0))
         x_bnd = x_bnd + dropout(h, self.dropout_rate, fold_in_all(dropout_keys, 1))
@@ -160,6 +165,7 @@ class Transformer(nn.Module):
     uniform_when_masked: bool = False
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_bnd, mask_bnn, dropout_keys=None):
@@ -172,6 +178,7 @@ class Transformer(nn.Module):
                 self.attention_dropout_rate,
                 self.uniform_when_masked,
                 self.dtype,
+                self.attention,
                 name=f"encoderblock_{i}",
             )(x_bnd, mask_bnn, fold_in_all(dropout_keys, i))
         return nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name="encoder_norm")(x_bnd)

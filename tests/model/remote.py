@@ -76,7 +76,9 @@ class _Hub(_Handler):
     def answer(self, path, query, body):
         files, commit = self.server.objects, self.server.commit
         if path == "/api/repos/create":
-            return self._reply(200, {"url": "http://hub/me/policy", "id": "me/policy"})
+            return self._reply(200, {"url": "https://huggingface.co/me/policy", "id": "me/policy"})
+        if path == "/api/validate-yaml":
+            return self._reply(200, {"errors": [], "warnings": []})
         if path.endswith("/preupload/main"):
             asked = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
