@@ -8,7 +8,9 @@
 Prints token groups, sizes, parameters by part and FLOPs per sample, and writes rule.png, the attention rule as a table.
 With instructions it also writes attention.png: how much the readout attends to every patch of a camera, one row per
 instruction and their difference; the weights are those of the model's own forward pass, averaged over heads, as mean
-over all layers and in the last. Without --image the camera sees random noise, which tells little.
+over all layers and in the layer that differs most between the first two instructions. A camera with a keypoint stem is
+one token: there it shows where the keypoints' softmax lies, in place of layers. Without --image the camera sees random
+noise, which tells little.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from PIL import Image
 
 from octo_like.common.config import load_config
 from octo_like.common.defaults import batch_spec
+from octo_like.common.schema import flatten
 from octo_like.model import describe
 from octo_like.model.attention import recorded_weights
 from octo_like.model.locations import LocationError
@@ -57,7 +60,8 @@ def draw_rule(report: describe.TokenReport, path: Path) -> None:
 
 
 def attention_over_image(policy: Policy, observation, instruction: str, camera: str, readout: str) -> np.ndarray:
-    """(layers, rows, columns): how much the last timestep's readout attends to every patch of a camera's group.
+    """(layers, rows, columns): how much the last timestep's readout attends to every patch of a camera's group; for a
+    keypoint stem (keypoints, rows, columns), where they are.
 
     Raises:
       ValueError: no such group, or its tokens are no grid (a token learner, a keypoint stem).
@@ -66,6 +70,9 @@ def attention_over_image(policy: Policy, observation, instruction: str, camera: 
     observation = policy.prepare_observations(observation)
     report = describe.token_report(policy.model, policy.batch_spec)
     last = policy.batch_spec.window_size - 1
+    keypoints = _keypoints(policy, observation, tasks, camera)
+    if keypoints is not None:
+        return keypoints
     starts = np.cumsum([0] + [group.size for group in report.layouts])
     spans = {(g.name, g.timestep): slice(a, a + g.size) for g, a in zip(report.layouts, starts[:-1], strict=True)}
     for name in (f"obs_{camera}", readout):
@@ -86,23 +93,41 @@ def attention_over_image(policy: Policy, observation, instruction: str, camera: 
     return weights.reshape(len(layers), rows, count // rows)
 
 
+def _keypoints(policy: Policy, observation, tasks, camera: str) -> np.ndarray | None:
+    """(keypoints, rows, columns) softmax weights of the last frame; None when the camera has no keypoint stem."""
+    _, seen = policy.model.apply(
+        {"params": policy.params}, observation, tasks, method="groups", mutable=["intermediates"]
+    )
+    for path, leaf in flatten(seen.get("intermediates", {})):
+        if path.split("/")[1] == f"observation_tokenizers_{camera}" and path.endswith("keypoint_weights"):
+            return np.moveaxis(np.asarray(leaf[0][-1]), -1, 0)
+    return None
+
+
 def draw_attention(image: np.ndarray, maps: dict[str, np.ndarray], path: Path) -> None:
-    """One row per instruction: the image, the mean over layers, the last layer; with two, also their difference."""
+    """One row per instruction: the image, the mean over layers (or keypoints), and the one that differs most between
+    the first two instructions (the last one, when there is one instruction); with two, also their difference."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [(name, m.mean(0), m[-1]) for name, m in maps.items()]
+    several = list(maps.values())
+    chosen = -1 if len(several) == 1 else int(np.argmax(np.abs(several[0] - several[1]).sum((1, 2))))
+    rows = [(name, m.mean(0), m[chosen]) for name, m in maps.items()]
     if len(rows) == 2:
         (first, a, b), (second, c, d) = rows
         rows.append((f"{first}\nminus {second}", a - c, b - d))
     figure, axes = plt.subplots(len(rows), 3, figsize=(8, 2.7 * len(rows)), squeeze=False, layout="constrained")
     extent = (0, image.shape[1], image.shape[0], 0)
+    number = "last" if chosen < 0 else f"number {chosen}"
     for row, (name, mean, last) in zip(axes, rows, strict=True):
         row[0].imshow(image)
         row[0].set_title(name, fontsize=8)
-        for axis, values, title in ((row[1], mean, "mean over layers"), (row[2], last, "last layer")):
+        for axis, values, title in (
+            (row[1], mean, "mean"),
+            (row[2], last, number),
+        ):
             signed = values.min() < 0
             limit = float(np.abs(values).max()) or 1.0
             axis.imshow(image, alpha=0.45)

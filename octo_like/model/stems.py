@@ -298,6 +298,7 @@ class KeypointStem(nn.Module):
         n, h, w, k = maps.shape
         maps = maps.reshape(n, h * w, k)
         weights = jax.nn.softmax(maps, axis=1)
+        self.sow("intermediates", "keypoint_weights", weights.reshape(n, h, w, k))  # for looking at; else nothing
         rows, cols = jnp.meshgrid(jnp.linspace(-1, 1, h), jnp.linspace(-1, 1, w), indexing="ij")
         values = jnp.stack([rows.reshape(-1), cols.reshape(-1)], axis=-1)
         points = jnp.einsum("npk,pc->nkc", weights, values)

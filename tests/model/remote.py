@@ -73,10 +73,14 @@ def _entry(name, data, generation):
 
 
 class _Hub(_Handler):
+    @property
+    def own_url(self):
+        return f"http://127.0.0.1:{self.server.server_port}"
+
     def answer(self, path, query, body):
         files, commit = self.server.objects, self.server.commit
         if path == "/api/repos/create":
-            return self._reply(200, {"url": "https://huggingface.co/me/policy", "id": "me/policy"})
+            return self._reply(200, {"url": f"{self.own_url}/me/policy", "id": "me/policy"})
         if path == "/api/validate-yaml":
             return self._reply(200, {"errors": [], "warnings": []})
         if path.endswith("/preupload/main"):
@@ -88,7 +92,9 @@ class _Hub(_Handler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self._reply(200, {"commitUrl": "http://hub/commit", "commitOid": commit, "success": True})
+            return self._reply(
+                200, {"commitUrl": f"{self.own_url}/me/policy/commit/{commit}", "commitOid": commit, "success": True}
+            )
         if "/tree/" in path:
             listing = [
                 {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
