@@ -161,7 +161,7 @@ _recording: list[jax.Array] | None = None
 
 
 def _weights(q, k, mask, uniform):
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is None:
         return jax.nn.softmax(logits, axis=-1)
     weights = jax.nn.softmax(jnp.where(mask[:, None], logits, MASKED), axis=-1)

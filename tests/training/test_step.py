@@ -61,6 +61,8 @@ def test_accumulation_changes_nothing(model):
     np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-5)
     np.testing.assert_allclose(first["grad_norm"], second["grad_norm"], rtol=1e-4)
     for path in one.trained:
+        if path.endswith("key/bias"):
+            continue  # softmax does not see it: its gradient is rounding, which Adam's first step makes as large as any
         np.testing.assert_allclose(one.trained[path], two.trained[path], rtol=1e-3, atol=2e-5, err_msg=path)
 
 
