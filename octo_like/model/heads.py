@@ -104,6 +104,13 @@ class ActionHead(nn.Module):
             return tokens
         return tokens.mean(axis=-2)
 
+    def _report(self, loss: jax.Array, mask: jax.Array, batch_axis: int = 0) -> None:
+        """Offers every sample's own mean loss (B,) as the variable "by_sample/loss": for metrics, not for gradients."""
+        axes = tuple(axis for axis in range(loss.ndim) if axis != batch_axis)
+        count = jnp.sum(mask, axis=tuple(range(1, mask.ndim)))
+        self.sow("by_sample", "loss", jax.lax.stop_gradient(jnp.sum(loss, axis=axes) / jnp.maximum(count, 1.0)))
+        self.sow("by_sample", "count", count)
+
     def _chunk(self, flat: jax.Array) -> jax.Array:
         return flat.reshape(*flat.shape[:-1], self.action_horizon, self.action_dim)
 
@@ -129,6 +136,7 @@ class RegressionHead(ActionHead):
         error = self.predict(groups) - action
         squared, weight = error**2, mask * self.action_dim
         loss = jnp.abs(error) if self.loss == "l1" else squared
+        self._report(loss * weight, mask)
         return {"loss": jnp.sum(loss * weight), "mse": jnp.sum(squared * weight)}
 
     def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:

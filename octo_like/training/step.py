@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from octo_like.model.octo import OctoModel, total_loss
+from octo_like.model.pretrained import module_of
 from octo_like.training.augment import Augmentation, augment_batch
 from octo_like.training.optimizer import Schedule, join_params
 from octo_like.training.state import TrainState
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,17 @@ def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array) -> jax.A
 def make_train_step(
     model: OctoModel, tx: optax.GradientTransformation, schedule: Schedule, config: StepConfig
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
-    """The step to be jitted with the state donated."""
+    """The step to be jitted with the state donated.
+
+    Its metrics are scalars, and under "samples" what each row of the global batch says, in the batch's order: "loss" (B,)
+    float32 (weighted sum over heads of the sample's mean loss; 0 where no head learns from it), "count" (B,) the number
+    of action entries learned from, "dataset_id" and "sample_id" (B,) int32.
+    """
 
     def micro_loss(trained, frozen, batch, keys_b, counts):
         params = join_params(trained, frozen)
-        terms = model.apply({"params": params}, batch, keys_b, True, method="loss_terms")
-        return total_loss(model, terms, counts), terms
+        terms, sown = model.apply({"params": params}, batch, keys_b, True, method="loss_terms", mutable=["by_sample"])
+        return total_loss(model, terms, counts), (terms, loss_by_sample(model, sown["by_sample"]))
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         keys_b = sample_keys(config.seed, state.step, batch["sample_id"])
@@ -62,25 +68,30 @@ def make_train_step(
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
         if config.accumulate == 1:
-            (loss, terms), grads = gradient(state.trained, state.frozen, batch, keys_b, counts)
+            (loss, (terms, by_sample)), grads = gradient(state.trained, state.frozen, batch, keys_b, counts)
         else:
             # Interleaved rows, so that every micro-batch is spread over the devices as the whole batch is.
             split = lambda x: jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0)  # noqa: E731
             micro = jax.tree.map(split, (batch, keys_b))
-            first = jax.eval_shape(
-                lambda b, k: gradient(state.trained, state.frozen, b, k, counts),
-                *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro),
-            )
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-            def add(total, part):
-                return jax.tree.map(jnp.add, total, gradient(state.trained, state.frozen, *part, counts)), None
+            def part(batch, keys_b):
+                (loss, (terms, by_sample)), grads = gradient(state.trained, state.frozen, batch, keys_b, counts)
+                return (loss, terms, grads), by_sample
 
-            ((loss, terms), grads), _ = jax.lax.scan(add, zeros, micro)
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, *one)[0])
+
+            def add(total, rows):
+                sums, by_sample = part(*rows)
+                return jax.tree.map(jnp.add, total, sums), by_sample
+
+            (loss, terms, grads), by_sample = jax.lax.scan(add, zeros, micro)
+            by_sample = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), by_sample)  # the batch's order again
 
         grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+        update_norm = optax.global_norm(updates)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss) & jnp.isfinite(update_norm)
         trained = optax.apply_updates(state.trained, updates)
         t = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1 + t) / (10 + t))
@@ -98,12 +109,15 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
+            "update_norm": update_norm,
             "param_norm": optax.global_norm(state.trained),
             "learning_rate": schedule(t),
+            "finite": finite,
             "skipped": state.skipped,
+            "samples": {**by_sample, "dataset_id": batch["dataset_id"], "sample_id": batch["sample_id"]},
         }
-        return state, metrics | mean_terms(terms, counts)
+        norms = norms_by_part("grad_norm", grads) | norms_by_part("update_norm", updates)
+        return state, metrics | norms | norms_by_part("param_norm", state.trained) | mean_terms(terms, counts)
 
     return train_step
 
@@ -127,3 +141,21 @@ def mean_terms(terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str
         for name, value in part.items()
         if name != "count"
     }
+
+
+def loss_by_sample(model: OctoModel, sown: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """{"loss", "count"} (B,) of what the heads offered under "by_sample"; no gradient flows through it."""
+    loss = count = 0.0
+    for name in model.heads:
+        (mean,), (entries,) = sown[f"heads_{name}"]["loss"], sown[f"heads_{name}"]["count"]
+        loss, count = loss + model.head_weights.get(name, 1.0) * mean, count + entries
+    return {"loss": loss, "count": count}
+
+
+def norms_by_part(name: str, flat: Mapping[str, jax.Array]) -> Metrics:
+    """{"<name>/<part of the model>": L2 norm} of a flat tree by path; the squares add up to that of the whole."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in flat.items():
+        part = module_of(path)
+        squares[part] = squares.get(part, 0.0) + jnp.sum(jnp.square(jnp.abs(leaf.astype(jnp.float32))))
+    return {f"{name}/{part}": jnp.sqrt(value) for part, value in squares.items()}
