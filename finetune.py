@@ -12,19 +12,18 @@ import argparse
 import json
 import logging
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from octo_like.common.config import ConfigError, parse_command_line, save, to_dict
+from octo_like.common.config import ConfigError, parse_command_line, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.text import TextTokenizer
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model, init_params
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.pretrained import merge_params, replace_parts
-from octo_like.training import distributed
+from octo_like.training import distributed, exits
 from octo_like.training.checkpoint import CheckpointError
 from octo_like.training.loop import Run, describe, frozen_from_config, run_loop
 from octo_like.training.sharding import make_mesh
@@ -33,13 +32,15 @@ from octo_like.training.sharding import make_mesh
 def main(argv=None) -> int:
     # --------------------------------------------------------------------------------------- command line, machine
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, metrics and the export go here")
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv, default="configs/finetune.py")
     distributed.start(flags, config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
 
     # ------------------------------------------------------------------------------------------ pretrained, surgery
+    if config.init_from:
+        raise ConfigError("init_from is for train.py; here the weights come from config.pretrained")
     pretrained = Policy.load_pretrained(config.pretrained) if config.pretrained else None
     base = pretrained.config["model"] if pretrained else to_dict(config)["model"]
     if base is None:
@@ -67,6 +68,9 @@ def main(argv=None) -> int:
         )
         logging.info("weights of %s\n%s", config.pretrained, report)
     params = jax.tree.map(np.asarray, params)
+    documents = {}
+    if report is not None:
+        documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
 
     # --------------------------------------------------------------------------------------------------------- loop
     policy_config = {"model": model_config, "batch_spec": spec_to_json(spec), "pretrained": config.pretrained}
@@ -80,15 +84,9 @@ def main(argv=None) -> int:
         inputs=inputs,
         make_policy=lambda params: Policy(policy_config, params, inputs.statistics, tokenizer),
         frozen=frozen,
+        documents=documents,
     )
     logging.info(describe(run))
-
-    if distributed.is_main():
-        flags.workdir.mkdir(parents=True, exist_ok=True)
-        save(config, flags.workdir / "config.json")
-        if report is not None:
-            (flags.workdir / "weights.json").write_text(json.dumps(report.to_dict(), indent=1))
-            (flags.workdir / "weights.txt").write_text(f"{report}\n")
     return run_loop(run)
 
 
@@ -97,4 +95,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         # Mistakes in config or data say what is wrong; a traceback would hide it.
-        sys.exit(f"finetune.py: error: {error}")
+        print(f"finetune.py: error: {error}", file=sys.stderr)
+        sys.exit(exits.ERROR if isinstance(error, CheckpointError) else exits.USAGE)

@@ -3,33 +3,35 @@
     python train.py --config configs/tabletop.py --workdir runs/tabletop --config.data.data_dir=runs/data
     python train.py --config configs/octo_small.py --workdir runs/smoke --config.data.kind=synthetic
 
-Running the same command again continues from the newest checkpoint. Exit status 75: stopped by SIGTERM, state saved.
+Running the same command again continues from the newest checkpoint. Exit statuses: 0 done, 2 a mistake in command line,
+config or data, 75 stopped by SIGTERM with the state saved, 76 stopped by the NaN guard, 77 stalled; docs/training.md.
 """
 
 import argparse
+import json
 import logging
 import sys
-from pathlib import Path
 
 import jax
 
-from octo_like.common.config import parse_command_line, save, to_dict
+from octo_like.common.config import parse_command_line, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.text import TextTokenizer
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model, init_params
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.pretrained import load_t5, with_t5
-from octo_like.training import distributed
-from octo_like.training.checkpoint import CheckpointError
+from octo_like.training import distributed, exits, sharding
+from octo_like.training.checkpoint import CheckpointError, has_checkpoint
 from octo_like.training.loop import Run, describe, frozen_from_config, run_loop
 from octo_like.training.sharding import make_mesh
+from octo_like.training.warm_start import warm_start
 
 
 def main(argv=None) -> int:
     # --------------------------------------------------------------------------------------- command line, machine
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="checkpoints, metrics and the export go here")
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv)
     distributed.start(flags, config)
@@ -49,6 +51,14 @@ def main(argv=None) -> int:
         config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
     )
 
+    # ------------------------------------------------------------------------------------------------------ weights
+    init, source, documents = initial, jax.random.key(config.seed), {}
+    frozen = frozen_from_config(jax.eval_shape(initial, source), config)
+    if config.init_from and not has_checkpoint(flags.workdir):
+        params, report = warm_start(sharding.gather(jax.jit(initial)(source), mesh), config.init_from, frozen=frozen)
+        init, source = (lambda loaded: loaded), params
+        documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
+
     # --------------------------------------------------------------------------------------------------------- loop
     policy_config = {"model": to_dict(config)["model"], "batch_spec": spec_to_json(spec)}
     run = Run(
@@ -56,17 +66,14 @@ def main(argv=None) -> int:
         workdir=flags.workdir,
         mesh=mesh,
         model=model,
-        init_params=initial,
-        init_from=jax.random.key(config.seed),
+        init_params=init,
+        init_from=source,
         inputs=inputs,
         make_policy=lambda params: Policy(policy_config, params, inputs.statistics, tokenizer),
-        frozen=frozen_from_config(jax.eval_shape(initial, jax.random.key(0)), config),
+        frozen=frozen,
+        documents=documents,
     )
     logging.info(describe(run))
-
-    if distributed.is_main():
-        flags.workdir.mkdir(parents=True, exist_ok=True)
-        save(config, flags.workdir / "config.json")
     return run_loop(run)
 
 
@@ -75,4 +82,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         # Mistakes in config or data say what is wrong; a traceback would hide it.
-        sys.exit(f"train.py: error: {error}")
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(exits.ERROR if isinstance(error, CheckpointError) else exits.USAGE)

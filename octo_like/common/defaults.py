@@ -73,7 +73,16 @@ def default_config() -> ConfigDict:
     )
     config.ema_decay = 0.999
     config.mesh = dict(data=-1, fsdp=1)
-    config.checkpoint = dict(every=5000, keep_last=2, keep_every=None)
+    config.init_from = None  # an export, or another run's workdir: its parameters are what this run begins with
+    config.checkpoint = dict(
+        every=5000,
+        keep_last=2,
+        keep_every=None,  # steps divisible by it are kept for ever
+        keep_best=0,  # this many of those that were evaluated, by best_metric
+        best_metric="val/*/*/loss",  # pattern; the mean of the metrics it matches
+        best_mode="min",  # or "max"
+        export="ema",  # or "raw": which parameters the export holds
+    )
     config.eval = dict(
         every=5000,  # steps; 0: only at the end; None: never
         batch_size=None,  # None: the training batch size
@@ -82,6 +91,9 @@ def default_config() -> ConfigDict:
         exec_horizon=None,  # actions executed per prediction; None: the whole chunk
     )
     config.log_every = 50
+    config.max_bad_steps = 10  # non-finite steps in a row after which the run stops; None: never
+    config.watchdog = dict(minutes=30.0, exit=True)  # without a finished step: dump all stacks, and exit; 0: off
+    config.profile_steps = None  # "100:110": trace these steps with XProf
     config.wandb = dict(project=None, name=None)
     return config
 

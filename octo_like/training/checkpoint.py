@@ -13,7 +13,9 @@ read back for hashing; the checksums of the arrays hold for them as well. When t
 
 import collections
 import logging
+import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -68,6 +70,8 @@ class Checkpointer:
       workdir: the run's directory; checkpoints live in its `checkpoints/`.
       keep_last: how many of the newest steps are kept.
       keep_every: steps divisible by this number are kept for ever (None: no others).
+      keep_best: how many of the steps that were saved with the best `metric` are kept besides.
+      best_mode: "min" or "max": which metric is the best.
       metadata: JSON-able dict stored with every step (config, code version).
       read_only: open an existing run without creating or cleaning anything; `workdir` may then also be the
         `checkpoints` directory or one step's directory.
@@ -83,11 +87,17 @@ class Checkpointer:
         *,
         keep_last: int = 3,
         keep_every: int | None = None,
+        keep_best: int = 0,
+        best_mode: str = "min",
         metadata: dict[str, Any] | None = None,
         read_only: bool = False,
     ):
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        if best_mode not in ("min", "max"):
+            raise ValueError(f"unknown best_mode {best_mode!r}; valid: 'min', 'max'")
+        self._best_sign = 1.0 if best_mode == "min" else -1.0
+        self._metrics: dict[int, float | None] = {}
         self._metadata = metadata or {}
         self._only_step: int | None = None
         self._manager: ocp.CheckpointManager | None = None
@@ -102,6 +112,8 @@ class Checkpointer:
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        if keep_best:
+            policies.append(_KeepBest(self, keep_best))
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -127,15 +139,31 @@ class Checkpointer:
         """The newest completely written step, or None."""
         return max(self.all_steps(), default=None)
 
+    def best_step(self) -> int | None:
+        """The step with the best metric (of equal ones the newest), or None when none was saved with one."""
+        return next(iter(self._ranked(self.all_steps())), None)
+
+    def _ranked(self, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` that have a metric, the best first. Manifests are read once: they never change."""
+        for step in steps:
+            if step not in self._metrics:
+                try:
+                    self._metrics[step] = read_manifest(self.directory / str(step)).metric
+                except CheckpointDamaged:
+                    self._metrics[step] = None
+        measured = [step for step in steps if self._metrics[step] is not None]
+        return sorted(measured, key=lambda step: (self._best_sign * self._metrics[step], -step))
+
     # ------------------------------------------------------------------------------------------------------------- save
 
-    def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> bool:
+    def save(self, step: int, state: Any, extra: dict[str, Any] | None = None, *, metric: float | None = None) -> bool:
         """Starts saving; returns when the arrays are copied off the devices, so that they may be donated.
 
         Args:
           step: training step; becomes the directory's name.
           state: pytree of jax.Arrays (typed PRNG keys included).
           extra: JSON-able dict: data position, order spec, statistics, clock.
+          metric: how good the state is, for `keep_best`; None or NaN: not measured.
 
         Returns:
           False when this step is on disk already (nothing is done), else True.
@@ -158,7 +186,9 @@ class Checkpointer:
             if bad:
                 raise NonFiniteState(f"step {step} was not saved: not finite in {some(bad)}")
             described = {name: _leaf_entry(leaf, tree[name], sums[name]) for name, leaf in leaves.items()}
-            self._saving = {"step": step, "leaves": described, "extra": extra, "metadata": metadata}
+            metric = None if metric is None or not math.isfinite(metric) else float(metric)
+            self._saving = {"step": step, "leaves": described, "extra": extra, "metadata": metadata, "metric": metric}
+            self._metrics[step] = metric
             self._manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(tree)}), force=True)
         return True
 
@@ -207,13 +237,15 @@ class Checkpointer:
 
     # ---------------------------------------------------------------------------------------------------------- restore
 
-    def restore(self, step: int | None, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int | None, abstract_state: Any, *, cast: bool = False) -> tuple[Any, dict[str, Any]]:
         """Loads and verifies a step.
 
         Args:
           step: a step, or None for the newest good one.
           abstract_state: pytree of jax.ShapeDtypeStruct (or arrays) with the shardings to restore to; these need not be
             the shardings the state was saved with. Without shardings, arrays come to the first device.
+          cast: floating-point arrays may be wanted in another dtype than they were saved in; they are verified as they
+            were saved, then converted. Training does not use it: what is resumed is what was saved.
 
         Returns:
           (state, extra). With step=None, damaged newer steps are reported as warnings and moved to `damaged/`, so that
@@ -231,7 +263,7 @@ class Checkpointer:
             raise CheckpointNotFound(f"{wanted} was expected in {self.directory}; found {contents(self.directory)}")
         reasons = {}
         for candidate in [step] if step is not None else sorted(steps, reverse=True):
-            result, reason = self._try_restore(candidate, abstract_state)
+            result, reason = self._try_restore(candidate, abstract_state, cast)
             if reason is None:
                 self._set_aside(reasons)
                 return result
@@ -240,7 +272,7 @@ class Checkpointer:
         details = "\n".join(f"  step {s}: {reason}" for s, reason in reasons.items())
         raise CheckpointDamaged(f"no good checkpoint in {self.directory}:\n{details}")
 
-    def _try_restore(self, step: int, abstract_state: Any):
+    def _try_restore(self, step: int, abstract_state: Any, cast: bool):
         """((state, extra), None) or (None, why the step is damaged), the same on every process."""
         result, problem = None, None
         try:
@@ -253,17 +285,40 @@ class Checkpointer:
         if problem is not None:
             return None, problem
         names, treedef = _names(abstract_state)
-        _check_structure(names, manifest, self.directory / str(step))
+        _check_structure(names, manifest, self.directory / str(step), cast)
         try:
             with jax.transfer_guard("allow"):
                 arrays = _load(self.directory / str(step), names, manifest)
                 _verify_arrays(arrays, manifest)
+                if cast:
+                    arrays = {name: _cast(array, names[name]) for name, array in arrays.items()}
             leaves = [_from_data(arrays[name], manifest.leaves[name]) for name in names]
             result = (jax.tree_util.tree_unflatten(treedef, leaves), manifest.extra)
         except CheckpointDamaged as error:
             problem = str(error)
         problem = _agree(problem)
         return (None, problem) if problem is not None else (result, None)
+
+    def load_arrays(self, step: int, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays whose names begin with `prefix`, verified, on the host; reads no others.
+
+        With "ema/", for instance, the averaged parameters of a training state by path. Every process reads all of it.
+
+        Raises:
+          CheckpointNotFound: no such step, or no such array in it.
+          CheckpointDamaged: what was read is not what was saved.
+        """
+        folder = self.directory / str(step)
+        manifest = self.read(step)
+        names = {name: _data_struct(entry) for name, entry in manifest.leaves.items() if name.startswith(prefix)}
+        if not names:
+            tops = sorted({name.split("/")[0] for name in manifest.leaves})
+            raise CheckpointNotFound(f"{folder} has no array under {prefix!r}; it holds {', '.join(tops)}")
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        names = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in names.items()}
+        arrays = _load(folder, names, manifest)
+        _verify_arrays(arrays, manifest)
+        return {name.removeprefix(prefix): np.asarray(array) for name, array in arrays.items()}
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         if not damaged or self._manager is None:
@@ -324,12 +379,30 @@ class Checkpointer:
         return problems
 
 
+class _KeepBest:
+    """Orbax's preservation policy for the `count` steps with the best metric."""
+
+    def __init__(self, checkpointer: Checkpointer, count: int):
+        self._checkpointer, self._count = checkpointer, count
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = set(self._checkpointer._ranked(steps)[: self._count])
+        return [step in kept for step in steps]
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
     text = os.fspath(path)
     return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Whether a run in this directory would resume."""
+    folder = _absolute(workdir) / FOLDER
+    return folder.is_dir() and bool(_listed_steps(folder))
 
 
 def _listed_steps(folder: epath.Path) -> list[int]:
@@ -416,7 +489,12 @@ def _abstract_data(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
 
 
-def _check_structure(names: dict[str, Any], manifest: Manifest, where: epath.Path) -> None:
+def _cast(array: jax.Array, wanted: Any) -> jax.Array:
+    same = _is_key(wanted) or array.dtype == wanted.dtype
+    return array if same else jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=array.sharding)(array)
+
+
+def _check_structure(names: dict[str, Any], manifest: Manifest, where: epath.Path, cast: bool) -> None:
     problems = []
     missing = [name for name in names if name not in manifest.leaves]
     extra = [name for name in manifest.leaves if name not in names]
@@ -427,7 +505,8 @@ def _check_structure(names: dict[str, Any], manifest: Manifest, where: epath.Pat
     differing = []
     for name in sorted(names.keys() & manifest.leaves.keys()):
         want, have = _abstract_data(names[name]), _data_struct(manifest.leaves[name])
-        if (want.shape, want.dtype) != (have.shape, have.dtype):
+        floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (want, have))
+        if want.shape != have.shape or (want.dtype != have.dtype and not (cast and floats)):
             differing.append(
                 f"{name} is {have.dtype.name}{list(have.shape)}, expected {want.dtype.name}{list(want.shape)}"
             )
@@ -440,10 +519,19 @@ def _check_structure(names: dict[str, Any], manifest: Manifest, where: epath.Pat
 
 
 def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest) -> dict[str, jax.Array]:
-    abstract = {name: _abstract_data(leaf) for name, leaf in names.items()}
+    abstract = {}
+    for name, leaf in names.items():
+        # As it was saved: what is verified are the saved bits, whatever dtype is wanted in the end.
+        data, saved = _abstract_data(leaf), _data_struct(manifest.leaves[name])
+        abstract[name] = jax.ShapeDtypeStruct(data.shape, saved.dtype, sharding=data.sharding)
     try:
-        with ocp.StandardCheckpointer() as reader:
-            return reader.restore(folder / _STATE, abstract)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            arguments = ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,  # `load_arrays` reads some of them
+            )
+            return reader.restore(folder / _STATE, args=arguments)
     except Exception as error:  # damaged storage surfaces as many types: ValueError, OSError, XlaRuntimeError, …
         first = str(error).strip().splitlines() or [""]
         raise CheckpointDamaged(

@@ -15,9 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from octo_like.common.config import to_dict
-
-# sysexits.h EX_TEMPFAIL: "try again later". A launcher that sees it starts the same command again.
-EXIT_PREEMPTED = 75
+from octo_like.training.provenance import code_version
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +102,7 @@ def start(flags: argparse.Namespace, config: Any) -> None:
     initialize_from_flags(flags)
     setup_compilation_cache()
     fingerprint_across_hosts(to_dict(config))
+    fingerprint_across_hosts(code_version(), "the code or its libraries")
 
 
 def _free_port() -> int:
@@ -126,7 +125,7 @@ class Preemption:
                 if preemption.should_stop(step):
                     checkpointer.save(step, ...)
                     checkpointer.close()
-                    sys.exit(EXIT_PREEMPTED)
+                    sys.exit(exits.PREEMPTED)  # octo_like.training.exits
 
     With jax.distributed, its preemption service spreads the notice and agrees on a step that no process has passed yet;
     alone, a signal handler sets a flag. A second SIGTERM to a lone process has the default effect.

@@ -46,6 +46,7 @@ class Manifest:
       files: path relative to the step's directory to {"bytes", "sha256"}; None where files were not hashed.
       extra: the caller's dict, as JSON gives it back (tuples are lists, keys are strings).
       metadata: the `metadata` of the Checkpointer that wrote it.
+      metric: what the step is ranked by when the best ones are kept; None: it was not measured.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] | None
     extra: dict[str, Any]
     metadata: dict[str, Any]
+    metric: float | None = None
 
 
 def checked_json(value: dict[str, Any], what: str) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def read_manifest(folder: epath.Path) -> Manifest:
         raise CheckpointDamaged(f"{path} was altered: its SHA-256 does not match")
     if body["format"] != FORMAT:
         raise CheckpointDamaged(f"{path} has format {body['format']}, this version reads {FORMAT}")
-    return Manifest(**{field.name: body[field.name] for field in dataclasses.fields(Manifest)})
+    # `metric` came later than format 1.
+    return Manifest(**{field.name: body[field.name] for field in dataclasses.fields(Manifest) if field.name in body})
 
 
 def verify_files(folder: epath.Path, manifest: Manifest) -> None:

@@ -4,31 +4,48 @@
 `step.py`; everything here is about when things happen and where they are written.
 """
 
+import contextlib
 import dataclasses
+import fnmatch
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from octo_like.common.config import check_resume, to_dict
+from octo_like.common.config import ConfigError, check_resume, to_dict
+from octo_like.common.config import save as save_config
+from octo_like.common.defaults import default_config
 from octo_like.common.schema import check_batch, flatten
 from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel, run_once_options
 from octo_like.model.policy import Policy
-from octo_like.training import sharding
+from octo_like.training import exits, provenance, sharding
 from octo_like.training.augment import Augmentation
-from octo_like.training.checkpoint import Checkpointer
-from octo_like.training.distributed import EXIT_PREEMPTED, Preemption, fingerprint_across_hosts, is_main
+from octo_like.training.checkpoint import Checkpointer, NonFiniteState
+from octo_like.training.distributed import Preemption, fingerprint_across_hosts, is_main
 from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
-from octo_like.training.metrics import METRICS_FILE, Clock, MetricsWriter, Progress, read_metrics
+from octo_like.training.flops import step_flops
+from octo_like.training.metrics import (
+    METRICS_FILE,
+    WANDB_ID_FILE,
+    Clock,
+    MetricsWriter,
+    Progress,
+    memory_stats,
+    mfu,
+    read_metrics,
+)
 from octo_like.training.optimizer import frozen_paths, make_optimizer, make_schedule
+from octo_like.training.provenance import code_version
 from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_eval_step, make_train_step, sample_keys
+from octo_like.training.watch import LAG, FinishedSteps, ProfileSteps, TooManyBadSteps, Watchdog, report_progress
+from octo_like.training.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +64,11 @@ class Run:
       inputs: `octo_like.data.inputs.Inputs`.
       make_policy: parameters to Policy, for evaluation and export.
       frozen: paths of parameters that are not trained.
+      documents: texts to keep in the workdir, by file name.
     """
 
     config: Any
-    workdir: Path
+    workdir: str
     mesh: jax.sharding.Mesh
     model: OctoModel
     init_params: Callable[[Any], Any]
@@ -58,6 +76,7 @@ class Run:
     inputs: Any
     make_policy: Callable[[Any], Policy]
     frozen: frozenset[str] = frozenset()
+    documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def step_from_config(model: OctoModel, config: Any):
@@ -100,106 +119,263 @@ def run_loop(run: Run) -> int:
     config, stream = run.config, run.inputs.stream
     for head in check_datasets(run.model.heads, run.inputs.statistics):
         log.warning("no dataset trains the action head %r: it keeps the weights it starts from", head)
+    ranking = Ranking.from_config(config)
     tx, train_step = step_from_config(run.model, config)
     sharding.check_batch_size(config.batch_size, run.mesh, config.accumulate)
     state, shardings = place_state(run, tx)
     step_fn = jit_train_step(train_step, shardings, run.mesh)
-    metadata = {"config": to_dict(config)}
-    wandb = dict(config.wandb) if config.wandb.project else None
     with (
+        Workdir(run.workdir, continued=(METRICS_FILE, WANDB_ID_FILE)) as workdir,
         Checkpointer(
-            run.workdir,
+            workdir.path,
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
-            metadata=metadata,
+            keep_best=config.checkpoint.keep_best,
+            best_mode=config.checkpoint.best_mode,
+            metadata={"config": to_dict(config), "code": code_version()},
         ) as checkpointer,
-        MetricsWriter(run.workdir, config=to_dict(config), wandb=wandb) as writer,
         Preemption() as preemption,
     ):
-        state, clock = _resume(run, checkpointer, state, shardings)
+        state, clock = _resume(run, checkpointer, workdir, state, shardings)
         # Hosts that index other files, or derive other blocks, would make batches that do not belong together.
         fingerprint_across_hosts(json.loads(json.dumps(stream.order_spec)), "the data or its order")
-        start = step = int(jax.device_get(state.step))
-        if start >= config.num_steps:
-            log.warning("already at step %d of %d; evaluating and exporting again", start, config.num_steps)
+        if is_main():
+            workdir.local.mkdir(parents=True, exist_ok=True)
+            save_config(config, workdir.local / "config.json")
+            for name, text in run.documents.items():
+                (workdir.local / name).write_text(text)
+        try:
+            return _train(run, workdir, checkpointer, preemption, ranking, step_fn, state, clock)
+        except (TooManyBadSteps, NonFiniteState) as error:
+            log.error("%s", error)
+            return exits.NOT_FINITE
+        finally:
+            stream.close()
+
+
+def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: TrainState, clock: Clock) -> int:
+    config, stream, num_steps = run.config, run.inputs.stream, run.config.num_steps
+    wandb = dict(config.wandb) if config.wandb.project else None
+    start = step = int(jax.device_get(state.step))
+    report_progress(start, start if start else None)
+    with (
+        MetricsWriter(workdir.local, config=to_dict(config), wandb=wandb) as writer,
+        Progress(num_steps, initial=start, samples_per_step=config.batch_size) as progress,
+        Watchdog(workdir.local, 60 * (config.watchdog.minutes or 0), exit=config.watchdog.exit) as watchdog,
+        ProfileSteps(workdir.local, config.profile_steps) as profile,
+    ):
+        if start >= num_steps:
+            log.warning("already at step %d of %d; evaluating and exporting again", start, num_steps)
         else:
             check_batch(stream.batch(start) if hasattr(stream, "batch") else next(stream), stream.batch_spec)
             stream.seek(start * config.batch_size)
         evaluator = Evaluator(run, writer)
+        meter = Meter(run, clock)
 
-        def save(step):
+        def on_step(done, metrics):
+            watchdog.beat(done)
+            shown = None
+            if done % config.log_every == 0 or done == start + 1 or done == num_steps:
+                values = read_scalars(metrics) | finished.losses("loss/") | meter.read(done)
+                writer.scalars(done, values | clock.summary())
+                shown = {"loss": values["train/loss"], "grad": values["train/grad_norm"]}
+            progress.update(done, shown)
+
+        finished = FinishedSteps(
+            workdir.local, stream.dataset_names, max_bad=config.max_bad_steps, lag=LAG, on_step=on_step
+        )
+
+        def evaluate() -> dict[str, float]:
+            finished.drain()
+            with clock.section("eval"), watchdog.longer():
+                return evaluator(step, state)
+
+        def save(scores: dict[str, float] | None = None) -> None:
             with clock.section("checkpoint"):
                 extra = {
                     "position": stream.position,
                     "order_spec": json.loads(json.dumps(stream.order_spec)),
                     "clock": clock.state(),
                 }
-                checkpointer.save(step, state, extra)
+                checkpointer.save(step, state, extra, metric=ranking.metric(scores))
+            # This one is being written; the one before is complete.
+            report_progress(start, max((s for s in checkpointer.all_steps() if s != step), default=None))
 
-        pending = None
-        clock.switch("train")
-        with Progress(config.num_steps, initial=start, samples_per_step=config.batch_size) as progress:
-            while step < config.num_steps:
+        while step < num_steps:
+            with meter.waiting():
                 batch = sharding.put_batch(next(stream), run.mesh)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, batch)
-                step += 1
-                # The metrics of an earlier step are ready: looking at them does not wait for this one.
-                if pending is not None:
-                    shown = _log(writer, *pending, progress, clock)
-                    progress.update(step, shown)
-                    pending = None
-                else:
-                    progress.update(step)
-                if step % config.log_every == 0 or step == start + 1 or step == config.num_steps:
-                    pending = (step, metrics)
-                last = step == config.num_steps
-                if config.eval.every and step % config.eval.every == 0 and not last:
-                    with clock.section("eval"):
-                        evaluator(step, state)
-                if config.checkpoint.every and step % config.checkpoint.every == 0 and not last:
-                    save(step)
-                if preemption.should_stop(step):
-                    save(step)
-                    checkpointer.wait()
-                    log.warning("stopped at step %d as asked; run the same command to continue", step)
-                    return EXIT_PREEMPTED
-            if pending is not None:
-                _log(writer, *pending, progress, clock)
-        save(step)
-        if config.eval.every is not None:
-            with clock.section("eval"):
-                evaluator(step, state)
-        if is_main():
-            run.make_policy(jax.device_get(state.ema_params)).save_pretrained(run.workdir / "export")
-            log.info("exported to %s", run.workdir / "export")
-        stream.close()
-    return 0
+            profile.before(step + 1)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, batch)
+            if step == start:
+                clock.switch("train")  # until here: start-up, and the compilation of the step
+                meter.begin(step)
+            step += 1
+            profile.after(step, metrics["loss"])
+            finished.add(step, metrics)
+            last, scores = step == num_steps, None
+            if config.eval.every and step % config.eval.every == 0 and not last:
+                scores = evaluate()
+            if config.checkpoint.every and step % config.checkpoint.every == 0 and not last:
+                save(scores)
+            if preemption.should_stop(step):
+                save(scores)
+                checkpointer.wait()
+                report_progress(start, step)
+                finished.drain()
+                log.warning("stopped at step %d as asked; run the same command to continue", step)
+                return exits.PREEMPTED
+        finished.drain()
+        evaluate_last = config.eval.every is not None
+        # Saved before anything else can go wrong, unless the evaluation decides whether it is kept.
+        if not (ranking.enabled and evaluate_last):
+            save()
+        scores = evaluate() if evaluate_last else None
+        save(scores)  # nothing, if it is saved already
+        with clock.section("export"), watchdog.longer():
+            checkpointer.wait()
+            report_progress(start, step)
+            _export(run, workdir, state)
+    return exits.DONE
 
 
-def _resume(run: Run, checkpointer: Checkpointer, state: TrainState, shardings) -> tuple[TrainState, Clock]:
+def _export(run: Run, workdir: Workdir, state: TrainState) -> None:
+    """Writes the policy, whole or not at all: the averaged parameters, or (checkpoint.export = "raw") the last ones."""
+    params = sharding.gather(state.params if run.config.checkpoint.export == "raw" else state.ema_params, run.mesh)
+    if is_main():
+        target = workdir.path / "export"
+        run.make_policy(params).push(str(target))
+        log.info("exported to %s", target)
+
+
+def _resume(
+    run: Run, checkpointer: Checkpointer, workdir: Workdir, state: TrainState, shardings
+) -> tuple[TrainState, Clock]:
     """State, data position and clock of the newest good checkpoint, or those of a new run."""
     if checkpointer.latest_step() is None:
         return state, Clock.resume(None)
     saved = checkpointer.read()
-    for change in check_resume(saved.metadata["config"], to_dict(run.config)):
+    for change in check_resume(comparable(saved.metadata["config"]), comparable(to_dict(run.config))):
         log.warning("resumed with %s", change)
+    for change in provenance.differences(saved.metadata.get("code"), code_version()):
+        log.warning("resumed by other code: %s", change)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     state, extra = checkpointer.restore(None, abstract)
     run.inputs.resume(extra["order_spec"], extra["position"])
     log.info("resumed from step %d", int(jax.device_get(state.step)))
-    rows = read_metrics(run.workdir) if (Path(run.workdir) / METRICS_FILE).exists() else []
+    rows = read_metrics(workdir.local) if (workdir.local / METRICS_FILE).exists() else []
     return state, Clock.resume(extra.get("clock"), last_seen=rows[-1]["time"] if rows else None)
 
 
-def _log(
-    writer: MetricsWriter, step: int, metrics: Mapping[str, Any], progress: Progress, clock: Clock
-) -> dict[str, float]:
-    values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
-    if (rate := progress.samples_per_second()) is not None:
-        values["train/samples_per_second"] = rate
-    writer.scalars(step, values | clock.summary())
-    return {"loss": values["train/loss"], "grad": values["train/grad_norm"]}
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config as resumes compare it.
+
+    - Keys that came into being after it was saved have their default.
+    - A cosine schedule ends at a step that is said (decay_steps) or is num_steps: the step itself is compared, so that
+      more steps, which a resume may ask for, do not silently stretch the schedule of a run that is under way.
+    """
+    config = {**default_config().to_dict(), **config}
+    for group in ("checkpoint", "eval", "optimizer", "watchdog", "data"):
+        config[group] = {**default_config()[group].to_dict(), **config[group]}
+    opt = config["optimizer"]
+    decay = (opt["decay_steps"] or config["num_steps"]) if opt["schedule"] == "cosine" else None
+    return {**config, "optimizer": {**opt, "decay_steps": decay}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Which checkpoints are the best: by the mean of the evaluation's metrics whose names match a pattern.
+
+    Attributes:
+      pattern: fnmatch, e.g. "val/*/*/loss".
+      enabled: whether best checkpoints are kept at all.
+    """
+
+    pattern: str
+    enabled: bool
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Ranking":
+        """Raises ConfigError for settings under which no step would ever have a metric."""
+        options, every = config.checkpoint, config.eval.every
+        if options.export not in ("ema", "raw"):
+            raise ConfigError(f"checkpoint.export is {options.export!r}; valid: 'ema', 'raw'")
+        if options.keep_best and every is None:
+            raise ConfigError("checkpoint.keep_best needs evaluations, but eval.every is None")
+        if options.keep_best and every and options.every and every % options.every and options.every % every:
+            raise ConfigError(
+                f"checkpoint.keep_best: evaluation every {every} steps and checkpoints every {options.every} seldom "
+                "meet; make one a multiple of the other"
+            )
+        return cls(options.best_metric, bool(options.keep_best))
+
+    def metric(self, scores: Mapping[str, float] | None) -> float | None:
+        """The number a step is ranked by, or None without an evaluation.
+
+        Raises:
+          ConfigError: nothing that was measured matches the pattern.
+        """
+        if not self.enabled or scores is None:
+            return None
+        chosen = [value for name, value in scores.items() if fnmatch.fnmatchcase(name, self.pattern)]
+        if not chosen:
+            raise ConfigError(
+                f"checkpoint.best_metric {self.pattern!r} matches nothing of what was measured: "
+                f"{', '.join(sorted(scores))}"
+            )
+        return float(np.mean(chosen))
+
+
+def read_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars of a finished step, as {"train/<name>": number}."""
+    scalars = {name: value for name, value in metrics.items() if name not in ("samples", "finite")}
+    return {f"train/{name}": float(value) for name, value in jax.device_get(scalars).items()}
+
+
+class Meter:
+    """What an interval between two log lines cost: seconds per step, waiting for data, FLOP/s, memory."""
+
+    def __init__(self, run: Run, clock: Clock):
+        self._run, self._clock = run, clock
+        shapes = jax.eval_shape(run.init_params, run.init_from)
+        self._flops = step_flops(run.model, run.inputs.stream.batch_spec, shapes, run.frozen, run.config.batch_size)
+        self._wait, self._waits = 0.0, 0
+        self._last: tuple[int, float] | None = None
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Time inside is spent waiting for the next batch."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._wait, self._waits = self._wait + time.monotonic() - begin, self._waits + 1
+
+    def begin(self, step: int) -> None:
+        """The first step is compiled: what came before does not count."""
+        self._last = (step, self._clock.seconds("train"))
+        self._wait, self._waits = 0.0, 0
+
+    def read(self, step: int) -> dict[str, float]:
+        """Numbers of the steps since the last call; evaluation and checkpoints in between are left out."""
+        before, now = self._last, self._clock.seconds("train")
+        wait = self._wait / max(self._waits, 1)
+        self._last, self._wait, self._waits = (step, now), 0.0, 0
+        values = memory_stats()
+        if before is None or step <= before[0]:
+            return values
+        seconds = (now - before[1]) / (step - before[0])
+        values |= {"time/step": seconds, "time/data_wait": wait}
+        if seconds > 0:
+            values |= {
+                "train/samples_per_second": self._run.config.batch_size / seconds,
+                "train/model_tflops_per_second": self._flops / seconds / 1e12,
+            }
+            if (share := mfu(self._flops, seconds)) is not None:
+                values["train/mfu"] = share
+        for name, count in getattr(self._run.inputs.stream, "bad_counts", {}).items():
+            values[f"data/bad_records/{name}"] = count
+        return values
 
 
 class Evaluator:

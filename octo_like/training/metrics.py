@@ -18,6 +18,7 @@ from PIL import Image
 
 METRICS_FILE = "metrics.jsonl"
 MEDIA_FOLDER = "media"
+WANDB_ID_FILE = "wandb_id.txt"
 
 # Dense bfloat16 FLOP/s of one device, by a part of its `device_kind`; from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -33,6 +34,8 @@ PEAK_FLOPS = {
 }
 
 log = logging.getLogger(__name__)
+
+_IMPORTED = time.monotonic()  # close to when the process began: start-up is time, too
 
 
 class MetricsWriter:
@@ -224,7 +227,7 @@ def _start_wandb(workdir: pathlib.Path, config: Mapping[str, Any] | None, argume
         raise ValueError("logging to W&B needs a project name")
     workdir.mkdir(parents=True, exist_ok=True)
     # The same id after a restart continues the same W&B run.
-    id_file = workdir / "wandb_id.txt"
+    id_file = workdir / WANDB_ID_FILE
     run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
     id_file.write_text(run_id)
     return wandb.init(
@@ -337,20 +340,33 @@ def format_seconds(seconds: float) -> str:
 class Clock:
     """Where the wall time of a run went, over all its restarts.
 
-        clock = Clock.resume(extra.get("clock"))       # counts as "startup" until told otherwise
+        clock = Clock.resume(extra.get("clock"))       # counts as "startup" or "restart" until told otherwise
         clock.switch("train")
         with clock.section("eval"): ...                # exclusive: does not count as "train"
         checkpointer.save(step, state, {"clock": clock.state(), ...})
 
     Goodput is the share of "train" in everything. What a killed process did after its last checkpoint is done again, so
-    it counts as "lost" when `resume` is told how far the killed process came.
+    it counts as "lost" when `resume` is told how far the killed process came. Between two processes nothing runs: that
+    is "down", which is told but is no part of the total.
+
+    Args:
+      seconds: by name, of earlier processes.
+      name: what the time until the first `switch` counts as.
+      started: reading of `clock` when this process began; default: when this module was imported.
     """
 
-    def __init__(self, seconds: Mapping[str, float] | None = None, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        seconds: Mapping[str, float] | None = None,
+        *,
+        name: str = "startup",
+        started: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._seconds = dict(seconds or {})
-        self._stack = ["startup"]
+        self._stack = [name]
         self._now = clock
-        self._mark = clock()
+        self._mark = clock() if started is None else started
 
     @classmethod
     def resume(
@@ -358,6 +374,7 @@ class Clock:
         state: Mapping[str, Any] | None,
         *,
         last_seen: float | None = None,
+        started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> "Clock":
         """Continues the clock of a checkpoint (None: a new run).
@@ -365,13 +382,18 @@ class Clock:
         Args:
           state: what `state()` gave when the checkpoint was saved.
           last_seen: time.time() of the last sign of life of the process that saved it, e.g. of its last metrics.
+          started: reading of `clock` when this process began; default: when this module was imported.
         """
+        started = _IMPORTED if started is None and clock is time.monotonic else started
         if state is None:
-            return cls(clock=clock)
+            return cls(started=started, clock=clock)
         seconds = dict(state["seconds"])
         if last_seen is not None:
             seconds["lost"] = seconds.get("lost", 0.0) + max(last_seen - state["saved_at"], 0.0)
-        return cls(seconds, clock=clock)
+        began = time.time() - (clock() - (clock() if started is None else started))
+        gap = began - max(last_seen or 0.0, state["saved_at"])
+        seconds["down"] = seconds.get("down", 0.0) + max(gap, 0.0)
+        return cls(seconds, name="restart", started=started, clock=clock)
 
     def _charge(self) -> None:
         now = self._now()
@@ -400,10 +422,15 @@ class Clock:
         self._charge()
         return {"seconds": dict(self._seconds), "saved_at": time.time()}
 
+    def seconds(self, name: str) -> float:
+        """Seconds charged to `name` so far."""
+        self._charge()
+        return self._seconds.get(name, 0.0)
+
     def summary(self) -> dict[str, float]:
         """{"clock/<name>": seconds, "clock/total": seconds, "clock/goodput": share in [0, 1]}."""
         self._charge()
-        total = sum(self._seconds.values())
+        total = sum(value for name, value in self._seconds.items() if name != "down")
         goodput = self._seconds.get("train", 0.0) / total if total > 0 else 0.0
         return {f"clock/{k}": v for k, v in self._seconds.items()} | {"clock/total": total, "clock/goodput": goodput}
 
@@ -429,3 +456,17 @@ def mfu(flops_per_step: float, seconds_per_step: float, devices: Sequence[jax.De
     if None in peaks or seconds_per_step <= 0:
         return None
     return flops_per_step / (seconds_per_step * sum(peaks))
+
+
+def memory_stats() -> dict[str, float]:
+    """Memory in GiB: of the fullest local device (where the backend tells), and of this process on the host."""
+    values = {}
+    stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s]
+    for name, key in (("in_use", "bytes_in_use"), ("peak", "peak_bytes_in_use"), ("limit", "bytes_limit")):
+        if found := [s[key] for s in stats if key in s]:
+            values[f"memory/device_{name}_gib"] = max(found) / 2**30
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return values  # not Linux
+    return values | {"memory/host_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}

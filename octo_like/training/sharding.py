@@ -107,3 +107,11 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, leaf)
 
     return jax.tree.map(put, batch)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """The tree as NumPy arrays on every process, wherever its shards are. Every process has to call it."""
+    if jax.process_count() > 1:
+        whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+        tree = jax.tree.map(lambda x: x.addressable_data(0), whole)
+    return jax.device_get(tree)

@@ -50,9 +50,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
     """The step to be jitted with the state donated.
 
-    Its metrics are scalars, and under "samples" what each row of the global batch says, in the batch's order: "loss" (B,)
-    float32 (weighted sum over heads of the sample's mean loss; 0 where no head learns from it), "count" (B,) the number
-    of action entries learned from, "dataset_id" and "sample_id" (B,) int32.
+    Its metrics are scalars, and under "samples" what each row of the global batch says, in the batch's order: "loss"
+    (B,) float32 (weighted sum over heads of the sample's mean loss; 0 where no head learns from it), "count" (B,) the
+    number of action entries learned from, "dataset_id" and "sample_id" (B,) int32.
     """
 
     def micro_loss(trained, frozen, batch, keys_b, counts):

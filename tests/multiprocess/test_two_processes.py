@@ -13,7 +13,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from octo_like.training import checkpoint, distributed, metrics
+from octo_like.training import checkpoint, distributed, exits, metrics
 
 port, process, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 assert distributed.initialize(
@@ -71,7 +71,7 @@ with distributed.Preemption() as preemption:
             os.kill(os.getpid(), signal.SIGTERM)
         if preemption.should_stop(step):
             print("stopped at", step)
-            sys.exit(distributed.EXIT_PREEMPTED)
+            sys.exit(exits.PREEMPTED)
         time.sleep(0.01)
 """
 

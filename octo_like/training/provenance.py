@@ -1,0 +1,67 @@
+"""Which code a run is made by: version, commit, a hash of the sources, and the libraries underneath."""
+
+import functools
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import octo_like
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow", "libtpu")
+
+
+@functools.cache
+def code_version() -> dict[str, Any]:
+    """JSON-able; stored with every checkpoint, and compared across hosts at the start.
+
+    "fingerprint" is the SHA-256 of the package's sources (paths and contents), so that it tells apart what a version
+    number or a commit with local changes does not. "commit" ends in "+changes" when the working tree differs from it.
+    """
+    package = pathlib.Path(octo_like.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    libraries = {}
+    for name in LIBRARIES:
+        try:
+            libraries[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "version": octo_like.__version__,
+        "commit": _commit(package.parent),
+        "fingerprint": digest.hexdigest(),
+        "python": platform.python_version(),
+        "libraries": libraries,
+    }
+
+
+def _commit(root: pathlib.Path) -> str | None:
+    if not (root / ".git").exists():
+        return None  # an installed package
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or not ours to read
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def differences(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
+    """What changed between two `code_version()`s, in words; empty when the code and its libraries are the same."""
+    if old is None:
+        return ["the checkpoint does not say which code wrote it"]
+    lines = []
+    if old.get("fingerprint") != new["fingerprint"]:
+        before, after = (f"{v.get('version')} ({v.get('commit') or 'no commit'})" for v in (old, new))
+        lines.append(f"octo_like: {before} -> {after}, sources differ")
+    before, after = old.get("libraries", {}), new["libraries"]
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            lines.append(f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}")
+    return lines

@@ -1,0 +1,83 @@
+"""A run's directory, local or in a bucket.
+
+Checkpoints and the export are written straight to their place. Logs are not: files that grow, TensorBoard's, traces and
+stacks need a file system, so a run whose workdir is gs://bucket/run keeps them in a local folder and copies what changed
+every minute, at the end, and when it is preempted. A restart fetches the files it continues.
+"""
+
+import logging
+import os
+import pathlib
+import tempfile
+import threading
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+log = logging.getLogger(__name__)
+
+
+class Workdir:
+    """Where a run writes: `path` for checkpoints and export, `local` for everything that needs a file system.
+
+        with Workdir("gs://bucket/run", continued=("metrics.jsonl",)) as workdir: ...
+
+    Args:
+      path: a folder, or a location that etils.epath knows (gs:// with gcsfs or TensorFlow, s3:// with s3fs).
+      continued: files that a restart goes on writing; fetched when they are there.
+      interval: seconds between copies.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, continued: Sequence[str] = (), interval: float = 60.0):
+        text = os.fspath(path)
+        self.is_remote = "://" in text
+        self.path = epath.Path(text if self.is_remote else os.path.abspath(text))
+        self._interval = interval
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self.local = pathlib.Path(tempfile.mkdtemp(prefix="octo_like-")) if self.is_remote else pathlib.Path(self.path)
+        for name in continued if self.is_remote and jax.process_index() == 0 else ():
+            if (self.path / name).exists():
+                (self.local / name).write_bytes((self.path / name).read_bytes())
+                self._copied[self.local / name] = _state(self.local / name)
+
+    def sync(self) -> None:
+        """Copies every local file that changed since the last time. What cannot be copied is said and tried again."""
+        if not self.is_remote:
+            return
+        with self._lock:
+            for file in sorted(p for p in self.local.rglob("*") if p.is_file() and not p.name.endswith(".tmp")):
+                state = _state(file)
+                if self._copied.get(file) == state:
+                    continue
+                target = self.path / file.relative_to(self.local).as_posix()
+                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
+                except Exception as error:  # of whichever file system: logs must not end a run
+                    log.warning("%s could not be copied to %s: %s", file, target, error)
+                    continue
+                self._copied[file] = state
+
+    def __enter__(self) -> "Workdir":
+        if self.is_remote:
+            self._thread = threading.Thread(target=self._run, name="octo_like-workdir", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.sync()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._interval):
+            self.sync()
+
+
+def _state(path: pathlib.Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
