@@ -156,15 +156,7 @@ class Watchdog:
       exit: whether to end the process, with `exits.STALLED`, so that a supervisor starts it again.
     """
 
-    def __init__(
-        self,
-        workdir: str | os.PathLike,
-        seconds: float | None,
-        *,
-        patience: float = 4.0,
-        exit: bool = True,
-        what="step",
-    ):
+    def __init__(self, workdir: str | os.PathLike, seconds: float | None, *, patience: float = 4.0, exit: bool = True):
         self._folder = pathlib.Path(workdir) / STACKS_FOLDER
         self._seconds, self._patience, self._exit = seconds, patience, exit
         self._limit = (seconds or 0) * patience  # until the first step has finished
