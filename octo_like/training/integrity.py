@@ -142,7 +142,7 @@ def checksums(leaves: dict[str, jax.Array]) -> tuple[dict[str, tuple[int, int]],
 
     Takes plain arrays of any sharding; of typed PRNG keys, their data.
     """
-    on_device = {name: _checksum(leaf) for name, leaf in leaves.items()}
+    on_device = _checksums(dict(leaves))
     # The scalars are replicated, so that each process can read its own copy.
     local = jax.tree.map(lambda x: x.addressable_data(0), on_device)
     host = jax.device_get(local)
@@ -151,6 +151,11 @@ def checksums(leaves: dict[str, jax.Array]) -> tuple[dict[str, tuple[int, int]],
 
 
 @jax.jit
+def _checksums(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+    """One program for all arrays: one by one, every shape would be compiled and launched on its own."""
+    return {name: _checksum(leaf) for name, leaf in leaves.items()}
+
+
 def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Two checksums of the bits of x (uint32) and whether all of it is finite."""
     finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)

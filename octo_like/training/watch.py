@@ -83,10 +83,14 @@ class FinishedSteps:
         while self._waiting:
             self._finish(*self._waiting.popleft())
 
-    def losses(self) -> dict[str, float]:
-        """{dataset: mean loss of its samples} since the last call, over finite samples that some head learned from."""
+    def losses(self, prefix: str = "") -> dict[str, float]:
+        """{prefix + dataset: mean loss of its samples} since the last call, over finite samples that some head learned from."""
         seen = self._counts > 0
-        means = {name: s / n for name, s, n, ok in zip(self._names, self._sums, self._counts, seen, strict=True) if ok}
+        means = {
+            prefix + name: s / n
+            for name, s, n, ok in zip(self._names, self._sums, self._counts, seen, strict=True)
+            if ok
+        }
         self._sums[:], self._counts[:] = 0, 0
         return means
 

@@ -1,8 +1,8 @@
 """A run's directory, local or in a bucket.
 
-Checkpoints and the export are written straight to their place. Logs are not: files that grow, TensorBoard's, traces and
-stacks need a file system, so a run whose workdir is gs://bucket/run keeps them in a local folder and copies what changed
-every minute, at the end, and when it is preempted. A restart fetches the files it continues.
+Checkpoints and the export are written straight to their place. Logs are not: files that grow, TensorBoard's, traces
+and stacks need a file system, so a run whose workdir is gs://bucket/run keeps them in a local folder and copies what
+changed every minute, at the end, and when it is preempted. A restart fetches the files it continues.
 """
 
 import logging
