@@ -228,10 +228,12 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
         finished.drain()
         evaluate_last = config.eval.every is not None
         # Saved before anything else can go wrong, unless the evaluation decides whether it is kept.
-        if not (ranking.enabled and evaluate_last):
+        rank = ranking.enabled and evaluate_last
+        if not rank:
             save()
         scores = evaluate() if evaluate_last else None
-        save(scores)  # nothing, if it is saved already
+        if rank:
+            save(scores)
         with clock.section("export"), watchdog.longer():
             checkpointer.wait()
             report_progress(start, step)

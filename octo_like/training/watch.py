@@ -84,12 +84,14 @@ class FinishedSteps:
             self._finish(*self._waiting.popleft())
 
     def losses(self, prefix: str = "") -> dict[str, float]:
-        """{prefix + dataset: mean loss of its samples} since the last call, over finite samples that some head learned from."""
-        seen = self._counts > 0
+        """{prefix + dataset: mean loss of its samples} since the last call.
+
+        Over the samples that some head learned from and whose loss was finite; datasets without any are left out.
+        """
         means = {
-            prefix + name: s / n
-            for name, s, n, ok in zip(self._names, self._sums, self._counts, seen, strict=True)
-            if ok
+            prefix + name: float(self._sums[d] / self._counts[d])
+            for d, name in enumerate(self._names)
+            if self._counts[d]
         }
         self._sums[:], self._counts[:] = 0, 0
         return means
