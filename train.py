@@ -77,10 +77,14 @@ def main(argv=None) -> int:
     return run_loop(run)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """`main` as a command: mistakes in config or data say what is wrong; a traceback would hide it."""
     try:
         sys.exit(main())
     except (ValueError, FileNotFoundError, CheckpointError) as error:
-        # Mistakes in config or data say what is wrong; a traceback would hide it.
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(exits.ERROR if isinstance(error, CheckpointError) else exits.USAGE)
+
+
+if __name__ == "__main__":
+    run()
