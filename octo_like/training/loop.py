@@ -18,17 +18,17 @@ import numpy as np
 from octo_like.common.config import check_resume, to_dict
 from octo_like.common.schema import check_batch, flatten
 from octo_like.model.heads import check_datasets
-from octo_like.model.octo import OctoModel, run_once_options
+from octo_like.model.octo import OctoModel
 from octo_like.model.policy import Policy
 from octo_like.training import sharding
-from octo_like.training.augment import Augmentation
 from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.distributed import EXIT_PREEMPTED, Preemption, fingerprint_across_hosts, is_main
 from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
 from octo_like.training.metrics import METRICS_FILE, Clock, MetricsWriter, Progress, read_metrics
-from octo_like.training.optimizer import frozen_paths, make_optimizer, make_schedule
-from octo_like.training.state import TrainState, create_state
-from octo_like.training.step import StepConfig, make_eval_step, make_train_step, sample_keys
+from octo_like.training.optimizer import frozen_paths
+from octo_like.training.program import build_program
+from octo_like.training.state import TrainState
+from octo_like.training.step import make_eval_step, sample_keys
 
 log = logging.getLogger(__name__)
 
@@ -60,50 +60,15 @@ class Run:
     frozen: frozenset[str] = frozenset()
 
 
-def step_from_config(model: OctoModel, config: Any):
-    """(optimizer, step function) of a config: what train.py, finetune.py and the ahead-of-time proof all compile."""
-    opt = config.optimizer
-    schedule = make_schedule(
-        opt.schedule,
-        peak=opt.peak,
-        warmup_steps=opt.warmup_steps,
-        timescale=opt.timescale,
-        decay_steps=opt.decay_steps or config.num_steps,
-        end=opt.end,
-    )
-    tx = make_optimizer(schedule, weight_decay=opt.weight_decay, clip_norm=opt.clip_norm, b2=opt.b2)
-    augmentation = {slot: Augmentation(**dict(fields)) for slot, fields in config.augmentation.items()}
-    step = StepConfig(config.seed, config.accumulate, config.ema_decay, augmentation)
-    return tx, make_train_step(model, tx, schedule, step)
-
-
-def place_state(run: Run, tx) -> tuple[TrainState, Any]:
-    """The initial state, made on the devices where it will live, and its shardings."""
-    create = lambda source: create_state(run.init_params(source), tx, run.frozen)  # noqa: E731
-    shardings = sharding.infer_sharding(jax.eval_shape(create, run.init_from), run.mesh)
-    place = jax.jit(create, out_shardings=shardings, compiler_options=run_once_options())
-    return place(run.init_from), shardings
-
-
-def jit_train_step(train_step, shardings, mesh):
-    """The step as it runs: state donated and placed as `shardings` say, batch split over the mesh."""
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
-
-
 def run_loop(run: Run) -> int:
     """Trains to config.num_steps, from the newest checkpoint if there is one. Returns the process's exit status."""
     config, stream = run.config, run.inputs.stream
     for head in check_datasets(run.model.heads, run.inputs.statistics):
         log.warning("no dataset trains the action head %r: it keeps the weights it starts from", head)
-    tx, train_step = step_from_config(run.model, config)
-    sharding.check_batch_size(config.batch_size, run.mesh, config.accumulate)
-    state, shardings = place_state(run, tx)
-    step_fn = jit_train_step(train_step, shardings, run.mesh)
+    program = build_program(
+        config, run.model, run.mesh, init_params=run.init_params, init_from=run.init_from, frozen=run.frozen
+    )
+    state, shardings, step_fn = program.place(run.init_from), program.shardings, program.step
     metadata = {"config": to_dict(config)}
     wandb = dict(config.wandb) if config.wandb.project else None
     with (

@@ -45,12 +45,20 @@ def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array) -> jax.A
 
 
 def make_train_step(
-    model: OctoModel, tx: optax.GradientTransformation, schedule: Schedule, config: StepConfig
+    model: OctoModel,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    config: StepConfig,
+    gather: Callable[[Any, Any], tuple[Any, Any]] = lambda trained, frozen: (trained, frozen),
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
-    """The step to be jitted with the state donated."""
+    """The step to be jitted with the state donated.
+
+    Args:
+      gather: (trained, frozen) parameters as they are kept to the same as the model needs them, see `sharding.gather`.
+    """
 
     def micro_loss(trained, frozen, batch, keys_b, counts):
-        params = join_params(trained, frozen)
+        params = join_params(*gather(trained, frozen))
         terms = model.apply({"params": params}, batch, keys_b, True, method="loss_terms")
         return total_loss(model, terms, counts), terms
 
