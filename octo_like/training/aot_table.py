@@ -1,4 +1,4 @@
-"""The table of docs/aot.md: which topologies the Octo configs were compiled for, with which settings, and what came out.
+"""The table of docs/aot.md: for which topologies the Octo configs were compiled, with which settings, and the result.
 
 Every row is kept in docs/aot.json, from which the table and the scaling estimates (`scaling.py`) are made.
 """
@@ -73,8 +73,8 @@ def report_of(kept: Mapping[str, dict], row: Row) -> Report | None:
 def markdown(rows: Sequence[Row], kept: Mapping[str, dict]) -> str:
     """The table; a row that has not been compiled says so."""
     lines = [
-        "| config | topology | chips, hosts | per chip | HBM per chip (arguments + temporaries) | headroom | model PFLOP "
-        "| step at 40% MFU | memory, wire | settings |",
+        "| config | topology | chips, hosts | per chip | HBM per chip (arguments + temporaries) | headroom "
+        "| model PFLOP | step at 40% MFU | memory, wire | settings |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -90,7 +90,8 @@ def markdown(rows: Sequence[Row], kept: Mapping[str, dict]) -> str:
         verdict = f"{r.headroom:.0%}" if r.fits else "**does not fit**"
         lines.append(
             f"{where}| {micro} | {r.total / GIB:.1f} of {r.capacity / GIB:.1f} GiB ({r.arguments / GIB:.1f} + "
-            f"{r.temporaries / GIB:.1f}) | {verdict} | {r.model_flops / 1e15:.2f} | {1e3 * r.compute_seconds(0.4):.0f} ms "
+            f"{r.temporaries / GIB:.1f}) | {verdict} | {r.model_flops / 1e15:.2f} "
+            f"| {1e3 * r.compute_seconds(0.4):.0f} ms "
             f"| {1e3 * r.memory_seconds():.0f} ms, {1e3 * r.interconnect_seconds():.1f} ms | {settings} |"
         )
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import octo_like
 from octo_like.common.config import to_dict
 
 # sysexits.h EX_TEMPFAIL: "try again later". A launcher that sees it starts the same command again.
@@ -93,10 +95,12 @@ def initialize_from_flags(flags: argparse.Namespace) -> bool:
 
 
 def start(flags: argparse.Namespace, config: Any) -> None:
-    """What every training script does first: log lines, the other processes, the compilation cache, one config for all.
+    """What every training script does first: log lines, the other processes, the compilation cache, agreement on config
+    and code.
 
     Raises:
-      ValueError: wrong flags of `add_arguments`, or processes that were given different configs.
+      ValueError: wrong flags of `add_arguments`.
+      RuntimeError: processes that were given different configs, or run different code or versions of libraries.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for chatty in ("absl", "jax"):
@@ -104,6 +108,8 @@ def start(flags: argparse.Namespace, config: Any) -> None:
     initialize_from_flags(flags)
     setup_compilation_cache()
     fingerprint_across_hosts(to_dict(config))
+    fingerprint_across_hosts(library_versions(), "the versions of the libraries")
+    fingerprint_across_hosts(source_digests(), "the code of octo_like")
 
 
 def _free_port() -> int:
@@ -181,6 +187,24 @@ def setup_compilation_cache(directory: str | os.PathLike | None = None, *, min_s
 def fingerprint(value: Any) -> str:
     """SHA-256 (hex) of a JSON-able value; the order of dict keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# Libraries whose versions decide what a run computes or how it is saved.
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of LIBRARIES."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def source_digests() -> dict[str, str]:
+    """SHA-256 (hex) of every source file of the package by its path within it."""
+    package = pathlib.Path(octo_like.__file__).parent
+    return {
+        path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(package.rglob("*.py"))
+    }
 
 
 def fingerprint_across_hosts(value: Any, what: str = "config") -> str:
