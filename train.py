@@ -15,15 +15,12 @@ import sys
 import jax
 
 from octo_like.common.config import parse_command_line, to_dict
-from octo_like.common.defaults import batch_spec
-from octo_like.common.text import TextTokenizer
 from octo_like.data.inputs import inputs_from_config
-from octo_like.model.octo import build_model, init_params
 from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.pretrained import load_t5, with_t5
 from octo_like.training import distributed, exits, sharding
 from octo_like.training.checkpoint import CheckpointError, has_checkpoint
-from octo_like.training.loop import Run, describe, frozen_from_config, run_loop
+from octo_like.training.loop import Run, describe, run_loop
+from octo_like.training.program import network_from_config
 from octo_like.training.sharding import make_mesh
 from octo_like.training.warm_start import warm_start
 
@@ -38,39 +35,33 @@ def main(argv=None) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
 
     # -------------------------------------------------------------------------------------------------------- model
-    tokenizer = TextTokenizer.load(config.text.model, config.text.max_length) if config.text.model else None
-    spec = batch_spec(config)
-    model = build_model(config.model, vocab_size=tokenizer.vocab_size if tokenizer else 0)
-    t5 = load_t5(config.text.t5_weights) if config.text.t5_weights else None
-
-    def initial(key):
-        return with_t5(init_params(model, spec, key), t5)
+    network = network_from_config(config)
 
     # --------------------------------------------------------------------------------------------------------- data
     inputs = inputs_from_config(
-        config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+        config, network.spec, network.tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
     )
 
     # ------------------------------------------------------------------------------------------------------ weights
-    init, source, documents = initial, jax.random.key(config.seed), {}
-    frozen = frozen_from_config(jax.eval_shape(initial, source), config)
+    init, source, documents = network.init_params, jax.random.key(config.seed), {}
     if config.init_from and not has_checkpoint(flags.workdir):
-        params, report = warm_start(sharding.gather(jax.jit(initial)(source), mesh), config.init_from, frozen=frozen)
+        initial = sharding.to_host(jax.jit(init, out_shardings=sharding.replicated(mesh))(source), mesh)
+        params, report = warm_start(initial, config.init_from, frozen=network.frozen)
         init, source = (lambda loaded: loaded), params
         documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
 
     # --------------------------------------------------------------------------------------------------------- loop
-    policy_config = {"model": to_dict(config)["model"], "batch_spec": spec_to_json(spec)}
+    policy_config = {"model": to_dict(config)["model"], "batch_spec": spec_to_json(network.spec)}
     run = Run(
         config=config,
         workdir=flags.workdir,
         mesh=mesh,
-        model=model,
+        model=network.model,
         init_params=init,
         init_from=source,
         inputs=inputs,
-        make_policy=lambda params: Policy(policy_config, params, inputs.statistics, tokenizer),
-        frozen=frozen,
+        make_policy=lambda params: Policy(policy_config, params, inputs.statistics, network.tokenizer),
+        frozen=network.frozen,
         documents=documents,
     )
     logging.info(describe(run))

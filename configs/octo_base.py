@@ -5,10 +5,13 @@
 
 Topology: TPU v4-128 (64 chips, 4x4x4), batch 2048. The published Octo-base took about 14 hours for 300k steps there.
 Everything else is as in octo_small.py.
+
+`configs/octo_base.py:300m` and `:1b` are larger: 24 blocks of width 1024, 20 blocks of width 2048. docs/scaling.md says
+what they need, docs/aot.md which settings fit which topology.
 """
 
 from configs import octo_small
 
 
-def get_config():
-    return octo_small.get_config("base")
+def get_config(size: str = "base"):
+    return octo_small.get_config(size)

@@ -14,6 +14,9 @@ SIZES = {
     # name: (layers, width, heads, MLP width)
     "small": (12, 384, 6, 1536),
     "base": (12, 768, 12, 3072),
+    # Larger ones with heads of 128, the width of a TPU's registers.
+    "300m": (24, 1024, 8, 4096),
+    "1b": (20, 2048, 16, 8192),
 }
 
 

@@ -29,8 +29,7 @@ from octo_like.model.describe import matmul_flops, parameter_counts, token_repor
 from octo_like.model.octo import build_model, init_params
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.training import sharding
-from octo_like.training.loop import jit_train_step, step_from_config
-from octo_like.training.state import create_state
+from octo_like.training.program import build_program
 
 T5_FEATURES = (16, 768)
 
@@ -97,22 +96,25 @@ def main(argv=None) -> int:
     model = build_model(model_config, vocab_size=100)
 
     # -- one step: trace, compile, run
-    tx, train_step = step_from_config(model, config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    params = init_params(model, spec, jax.random.key(0))
-    state = create_state(params, tx, frozenset())
-    shardings = sharding.infer_sharding(jax.eval_shape(lambda: state), mesh)
-    state = jax.device_put(state, shardings)
+    program = build_program(
+        config,
+        model,
+        mesh,
+        init_params=lambda key: init_params(model, spec, key),
+        init_from=jax.random.key(0),
+        frozen=frozenset(),
+    )
+    state, step = program.place(jax.random.key(0)), program.step
     batch = sharding.put_batch(synthetic_batch(spec, flags.batch_size), mesh)
-    step = jit_train_step(train_step, shardings, mesh)
     start = time.perf_counter()
     traced = step.trace(state, batch)
     trace_s = time.perf_counter() - start
     start = time.perf_counter()
     compiled = traced.lower().compile()
     compile_s = time.perf_counter() - start
-    step_flops = matmul_flops(train_step, state, batch)
-    params_host = jax.device_get(params)
+    step_flops = matmul_flops(program.train_step, state, batch)
+    params_host = jax.device_get(state.params)
 
     # -- acting
     policy = Policy({"model": model_config, "batch_spec": spec_to_json(spec)}, params_host, {})
@@ -127,7 +129,8 @@ def main(argv=None) -> int:
     jax.block_until_ready(act())
     sample_compile_s = time.perf_counter() - start
     act_flops = matmul_flops(
-        lambda p: model.apply({"params": p}, one["observation"], one["task"], keys, head=head, method="sample"), params
+        lambda p: model.apply({"params": p}, one["observation"], one["task"], keys, head=head, method="sample"),
+        params_host,
     )
 
     # -- rounds

@@ -72,7 +72,12 @@ def default_config() -> ConfigDict:
         freeze=(),  # regexes of parameter paths
     )
     config.ema_decay = 0.999
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(
+        data=-1,  # devices over which the batch alone is spread; -1: what is left
+        fsdp=1,  # devices over which parameters and optimizer state are spread as well
+        min_size=2**18,  # parameters with fewer entries are on every device
+        overrides=(),  # ((regex of a path, mesh axis or None of each dimension), ...), before the inference
+    )
     config.init_from = None  # an export, or another run's workdir: its parameters are what this run begins with
     config.checkpoint = dict(
         every=5000,

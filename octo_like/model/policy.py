@@ -40,6 +40,7 @@ class Policy:
         "normalization" of a dataset says which kind ("normal", "bounds") its numbers were trained with.
       text_tokenizer: None for a policy without language.
       batch_spec: sizes of everything that goes in and comes out.
+      sample_program, language_program: the jitted functions behind `sample_actions` and `create_tasks`.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Policy:
         self.text_tokenizer = text_tokenizer
         self.batch_spec = spec_from_json(config["batch_spec"])
         self.model = build_model(config["model"], vocab_size=text_tokenizer.vocab_size if text_tokenizer else 0)
-        self._sample = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
-        self._encode_language = jax.jit(
+        self.sample_program = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
+        self.language_program = jax.jit(
             lambda params, task: self.model.apply({"params": params}, task, method="encode_language")
         )
         self._warned: set[str] = set()
@@ -209,7 +210,7 @@ class Policy:
             task["pad_mask_dict"][key] = np.full(b, key in goals)
             task[key] = goals.get(key, np.zeros((b, *spec.image_sizes[slot], 3), np.uint8))
         check_tree(task, spec.task(), where="task")
-        encoded = self._encode_language(self.params, task) if spec.language_length is not None else {}
+        encoded = self.language_program(self.params, task) if spec.language_length is not None else {}
         if encoded:
             task["language_instruction"]["encoded"] = encoded
         return task
@@ -332,7 +333,7 @@ class Policy:
                     f"{self.model.heads[head].action_dim}"
                 )
         valid = np.arange(self.model.heads[head].action_dim) < dim
-        actions = self._sample(
+        actions = self.sample_program(
             self.params, observations, tasks, keys_b, valid, head=head, sample_shape=tuple(sample_shape)
         )
         if unnormalize is None:

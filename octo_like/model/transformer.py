@@ -141,7 +141,7 @@ class Block(nn.Module):
 
 
 def _rematerialized(block, remat: bool | str):
-    remat = {False: "none", True: "full"}.get(remat, remat)
+    remat = {None: "none", False: "none", True: "full"}.get(remat, remat)
     if remat not in ("none", "full", "dots"):
         raise ValueError(f"unknown remat {remat!r}; valid: 'none', 'full', 'dots', or False and True")
     if remat == "none":

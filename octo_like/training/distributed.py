@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from octo_like.common.config import to_dict
-from octo_like.training.provenance import code_version
+from octo_like.training.provenance import library_versions, source_digests
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +91,12 @@ def initialize_from_flags(flags: argparse.Namespace) -> bool:
 
 
 def start(flags: argparse.Namespace, config: Any) -> None:
-    """What every training script does first: log lines, the other processes, the compilation cache, one config for all.
+    """What every training script does first: log lines, the other processes, the compilation cache, agreement on config
+    and code.
 
     Raises:
-      ValueError: wrong flags of `add_arguments`, or processes that were given different configs.
+      ValueError: wrong flags of `add_arguments`.
+      RuntimeError: processes that were given different configs, or run different code or versions of libraries.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for chatty in ("absl", "jax"):
@@ -102,7 +104,8 @@ def start(flags: argparse.Namespace, config: Any) -> None:
     initialize_from_flags(flags)
     setup_compilation_cache()
     fingerprint_across_hosts(to_dict(config))
-    fingerprint_across_hosts(code_version(), "the code or its libraries")
+    fingerprint_across_hosts(library_versions(), "the versions of the libraries")
+    fingerprint_across_hosts(source_digests(), "the code of octo_like")
 
 
 def _free_port() -> int:

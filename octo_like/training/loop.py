@@ -22,10 +22,9 @@ from octo_like.common.config import save as save_config
 from octo_like.common.defaults import default_config
 from octo_like.common.schema import check_batch, flatten
 from octo_like.model.heads import check_datasets
-from octo_like.model.octo import OctoModel, run_once_options
+from octo_like.model.octo import OctoModel
 from octo_like.model.policy import Policy
 from octo_like.training import exits, provenance, sharding
-from octo_like.training.augment import Augmentation
 from octo_like.training.checkpoint import Checkpointer, NonFiniteState
 from octo_like.training.distributed import Preemption, fingerprint_across_hosts, is_main
 from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
@@ -40,10 +39,11 @@ from octo_like.training.metrics import (
     mfu,
     read_metrics,
 )
-from octo_like.training.optimizer import frozen_paths, make_optimizer, make_schedule
+from octo_like.training.optimizer import frozen_paths
+from octo_like.training.program import build_program
 from octo_like.training.provenance import code_version
-from octo_like.training.state import TrainState, create_state
-from octo_like.training.step import StepConfig, make_eval_step, make_train_step, sample_keys
+from octo_like.training.state import TrainState
+from octo_like.training.step import make_eval_step, sample_keys
 from octo_like.training.watch import LAG, FinishedSteps, ProfileSteps, TooManyBadSteps, Watchdog, report_progress
 from octo_like.training.workdir import Workdir
 
@@ -79,51 +79,16 @@ class Run:
     documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def step_from_config(model: OctoModel, config: Any):
-    """(optimizer, step function) of a config: what train.py, finetune.py and the ahead-of-time proof all compile."""
-    opt = config.optimizer
-    schedule = make_schedule(
-        opt.schedule,
-        peak=opt.peak,
-        warmup_steps=opt.warmup_steps,
-        timescale=opt.timescale,
-        decay_steps=opt.decay_steps or config.num_steps,
-        end=opt.end,
-    )
-    tx = make_optimizer(schedule, weight_decay=opt.weight_decay, clip_norm=opt.clip_norm, b2=opt.b2)
-    augmentation = {slot: Augmentation(**dict(fields)) for slot, fields in config.augmentation.items()}
-    step = StepConfig(config.seed, config.accumulate, config.ema_decay, augmentation)
-    return tx, make_train_step(model, tx, schedule, step)
-
-
-def place_state(run: Run, tx) -> tuple[TrainState, Any]:
-    """The initial state, made on the devices where it will live, and its shardings."""
-    create = lambda source: create_state(run.init_params(source), tx, run.frozen)  # noqa: E731
-    shardings = sharding.infer_sharding(jax.eval_shape(create, run.init_from), run.mesh)
-    place = jax.jit(create, out_shardings=shardings, compiler_options=run_once_options())
-    return place(run.init_from), shardings
-
-
-def jit_train_step(train_step, shardings, mesh):
-    """The step as it runs: state donated and placed as `shardings` say, batch split over the mesh."""
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
-
-
 def run_loop(run: Run) -> int:
     """Trains to config.num_steps, from the newest checkpoint if there is one. Returns the process's exit status."""
     config, stream = run.config, run.inputs.stream
     for head in check_datasets(run.model.heads, run.inputs.statistics):
         log.warning("no dataset trains the action head %r: it keeps the weights it starts from", head)
     ranking = Ranking.from_config(config)
-    tx, train_step = step_from_config(run.model, config)
-    sharding.check_batch_size(config.batch_size, run.mesh, config.accumulate)
-    state, shardings = place_state(run, tx)
-    step_fn = jit_train_step(train_step, shardings, run.mesh)
+    program = build_program(
+        config, run.model, run.mesh, init_params=run.init_params, init_from=run.init_from, frozen=run.frozen
+    )
+    state, shardings, step_fn = program.place(run.init_from), program.shardings, program.step
     with (
         Workdir(run.workdir, continued=(METRICS_FILE, WANDB_ID_FILE)) as workdir,
         Checkpointer(
@@ -243,7 +208,7 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
 
 def _export(run: Run, workdir: Workdir, state: TrainState) -> None:
     """Writes the policy, whole or not at all: the averaged parameters, or (checkpoint.export = "raw") the last ones."""
-    params = sharding.gather(state.params if run.config.checkpoint.export == "raw" else state.ema_params, run.mesh)
+    params = sharding.to_host(state.params if run.config.checkpoint.export == "raw" else state.ema_params, run.mesh)
     if is_main():
         target = workdir.path / "export"
         run.make_policy(params).push(str(target))
@@ -277,7 +242,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
       more steps, which a resume may ask for, do not silently stretch the schedule of a run that is under way.
     """
     config = {**default_config().to_dict(), **config}
-    for group in ("checkpoint", "eval", "optimizer", "watchdog", "data"):
+    for group in ("checkpoint", "eval", "optimizer", "watchdog", "data", "mesh"):
         config[group] = {**default_config()[group].to_dict(), **config[group]}
     opt = config["optimizer"]
     decay = (opt["decay_steps"] or config["num_steps"]) if opt["schedule"] == "cosine" else None

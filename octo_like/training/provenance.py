@@ -1,8 +1,10 @@
 """Which code a run is made by: version, commit, a hash of the sources, and the libraries underneath."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import pathlib
 import platform
 import subprocess
@@ -11,32 +13,42 @@ from typing import Any
 
 import octo_like
 
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow", "libtpu")
+# Libraries whose versions decide what a run computes or how it is saved.
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libtpu")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of LIBRARIES."""
+    versions = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def source_digests() -> dict[str, str]:
+    """SHA-256 (hex) of every source file of the package by its path within it."""
+    package = pathlib.Path(octo_like.__file__).parent
+    return {
+        path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(package.rglob("*.py"))
+    }
 
 
 @functools.cache
 def code_version() -> dict[str, Any]:
-    """JSON-able; stored with every checkpoint, and compared across hosts at the start.
+    """JSON-able; stored with every checkpoint.
 
-    "fingerprint" is the SHA-256 of the package's sources (paths and contents), so that it tells apart what a version
-    number or a commit with local changes does not. "commit" ends in "+changes" when the working tree differs from it.
+    "fingerprint" is a hash of the package's sources, so that it tells apart what a version number or a commit with
+    local changes does not. "commit" ends in "+changes" when the working tree differs from it.
     """
-    package = pathlib.Path(octo_like.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    libraries = {}
-    for name in LIBRARIES:
-        try:
-            libraries[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    sources = json.dumps(source_digests(), sort_keys=True)
     return {
         "version": octo_like.__version__,
-        "commit": _commit(package.parent),
-        "fingerprint": digest.hexdigest(),
+        "commit": _commit(pathlib.Path(octo_like.__file__).parent.parent),
+        "fingerprint": hashlib.sha256(sources.encode()).hexdigest(),
         "python": platform.python_version(),
-        "libraries": libraries,
+        "libraries": library_versions(),
     }
 
 

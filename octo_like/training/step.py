@@ -46,17 +46,24 @@ def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array) -> jax.A
 
 
 def make_train_step(
-    model: OctoModel, tx: optax.GradientTransformation, schedule: Schedule, config: StepConfig
+    model: OctoModel,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    config: StepConfig,
+    gather: Callable[[Any, Any], tuple[Any, Any]] = lambda trained, frozen: (trained, frozen),
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
     """The step to be jitted with the state donated.
 
     Its metrics are scalars, and under "samples" what each row of the global batch says, in the batch's order: "loss"
     (B,) float32 (weighted sum over heads of the sample's mean loss; 0 where no head learns from it), "count" (B,) the
     number of action entries learned from, "dataset_id" and "sample_id" (B,) int32.
+
+    Args:
+      gather: (trained, frozen) parameters as they are kept to the same as the model needs them, see `sharding.gather`.
     """
 
     def micro_loss(trained, frozen, batch, keys_b, counts):
-        params = join_params(trained, frozen)
+        params = join_params(*gather(trained, frozen))
         terms, sown = model.apply({"params": params}, batch, keys_b, True, method="loss_terms", mutable=["by_sample"])
         return total_loss(model, terms, counts), (terms, loss_by_sample(model, sown["by_sample"]))
 

@@ -211,7 +211,7 @@ def test_decay_mask_is_by_kernel(model):
 def test_sharding_is_inferred_from_shapes():
     mesh = sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     tree = {"big": jax.ShapeDtypeStruct((64, 128), jnp.float32), "small": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    placed = sharding.infer_sharding(tree, mesh, min_size=100, overrides={"small": (None,)})
+    placed = sharding.infer_sharding(tree, mesh, min_size=100, overrides=(("small", (None,)),))
     assert placed["big"].is_fully_replicated and placed["small"].is_fully_replicated
     with pytest.raises(ValueError, match="devices"):
         sharding.make_mesh(data=7, fsdp=3)

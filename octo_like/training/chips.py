@@ -1,0 +1,120 @@
+"""TPU chips and topologies: what the ahead-of-time proof compiles for and the scaling estimates calculate with.
+
+A topology is written as the compiler writes it, `v5e:8x8` (chips along each axis of the interconnect), or as Google
+Cloud sells it, `v5e-64`. The number behind v4 and v5p counts cores, two to a chip: v4-128 has 64 chips.
+"""
+
+import dataclasses
+import math
+import re
+
+from octo_like.training.metrics import PEAK_FLOPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU chip, from Google Cloud's data sheets.
+
+    Attributes:
+      name: "v5e", ...
+      peak_flops: dense bfloat16 FLOP/s.
+      hbm_gib: memory that the compiler gives to programs, in GiB (a little less than is soldered on).
+      hbm_bandwidth: bytes/s.
+      ici_bandwidth: bytes/s of all links to neighbouring chips together.
+      host_vcpus: virtual CPUs of a host of four chips.
+      cores_in_name: cores per chip in the number of the accelerator type.
+      layouts: common topologies.
+    """
+
+    name: str
+    peak_flops: float
+    hbm_gib: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    host_vcpus: int
+    cores_in_name: int
+    layouts: tuple[str, ...]
+
+
+_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75, 1228e9, 300e9, 240, 2, _TORUS),
+        Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75, 819e9, 200e9, 112, 1, _PLANE),
+        Chip("v5p", PEAK_FLOPS["TPU v5"], 95.73, 2765e9, 600e9, 208, 2, _TORUS),
+        Chip("v6e", PEAK_FLOPS["TPU v6"], 31.24, 1640e9, 448e9, 180, 1, _PLANE),
+    )
+}
+
+# All hosts here have four chips.
+CHIPS_PER_HOST = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """One or more slices of chips.
+
+    Attributes:
+      chip: kind of chip.
+      layout: chips along each axis of one slice, "4x4x4".
+      slices: number of slices, joined by the data centre network.
+    """
+
+    chip: Chip
+    layout: str
+    slices: int = 1
+
+    @property
+    def chips_per_slice(self) -> int:
+        return math.prod(int(side) for side in self.layout.split("x"))
+
+    @property
+    def chips(self) -> int:
+        return self.slices * self.chips_per_slice
+
+    @property
+    def hosts(self) -> int:
+        return self.slices * max(1, self.chips_per_slice // CHIPS_PER_HOST)
+
+    @property
+    def name(self) -> str:
+        """As the compiler writes one slice."""
+        return f"{self.chip.name}:{self.layout}"
+
+    @property
+    def accelerator(self) -> str:
+        """As Google Cloud sells it: "v4-128", "2 x v5e-16"."""
+        one = f"{self.chip.name}-{self.chips_per_slice * self.chip.cores_in_name}"
+        return one if self.slices == 1 else f"{self.slices} x {one}"
+
+
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """ "v5e:8x8" or "v5e-64" to a topology.
+
+    Raises:
+      ValueError: naming the valid ones.
+    """
+    if slices < 1:
+        raise ValueError(f"the number of slices must be at least 1, got {slices}")
+    named = re.fullmatch(r"(\w+)-(\d+)", text)
+    layout = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", text)
+    kind = (named or layout)[1] if named or layout else text
+    if kind not in CHIPS or not (named or layout):
+        examples = ", ".join(
+            f"{c.name}:{c.layouts[4]} ({Topology(c, c.layouts[4]).accelerator})" for c in CHIPS.values()
+        )
+        raise ValueError(f"unknown topology {text!r}; chips are {', '.join(CHIPS)}, for example {examples}")
+    chip = CHIPS[kind]
+    known = {Topology(chip, one).accelerator: one for one in chip.layouts}
+    if named:
+        if text not in known:
+            raise ValueError(f"unknown accelerator type {text!r}; valid: {', '.join(known)}")
+        return Topology(chip, known[text], slices)
+    if len(layout[2].split("x")) != len(chip.layouts[0].split("x")):
+        raise ValueError(
+            f"{text!r}: {kind} has {len(chip.layouts[0].split('x'))} axes; valid: {', '.join(chip.layouts)}"
+        )
+    return Topology(chip, layout[2], slices)

@@ -1,0 +1,161 @@
+"""The training program of a config: everything that is compiled, and nothing that is loaded.
+
+`train.py`, `finetune.py`, the benchmarks and the ahead-of-time proof (`aot.py`) all build their step here: what is
+proven or measured is what runs.
+
+    config -> Network (what is learned: tokenizer, batch spec, model, initial parameters, frozen paths)
+           -> Program (how it is trained on a mesh: abstract state, placement, jitted step)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from octo_like.common.config import ConfigError
+from octo_like.common.defaults import batch_spec
+from octo_like.common.schema import BatchSpec
+from octo_like.common.text import TextTokenizer
+from octo_like.model.octo import OctoModel, build_model, init_params, run_once_options
+from octo_like.model.pretrained import load_t5, with_t5
+from octo_like.training import sharding
+from octo_like.training.augment import Augmentation
+from octo_like.training.optimizer import Schedule, frozen_paths, make_optimizer, make_schedule
+from octo_like.training.state import TrainState, create_state
+from octo_like.training.step import StepConfig, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a config says is learned.
+
+    Attributes:
+      tokenizer: of instructions; None without language.
+      spec: of the batches.
+      model: the network.
+      init_params: random key to parameters, with the T5 weights of the config in place; may be traced.
+      frozen: paths of parameters that are not trained.
+    """
+
+    tokenizer: TextTokenizer | None
+    spec: BatchSpec
+    model: OctoModel
+    init_params: Callable[[jax.Array], Any]
+    frozen: frozenset[str]
+
+
+def network_from_config(config: Any, *, load_weights: bool = True) -> Network:
+    """The network of a pretraining config.
+
+    Args:
+      load_weights: False leaves T5 weights on disk: shapes and dtypes are the same without them.
+
+    Raises:
+      ConfigError: the config names no model.
+    """
+    if config.get("model") is None:
+        raise ConfigError("config.model is not set: this config starts from a checkpoint and describes no network")
+    tokenizer = TextTokenizer.load(config.text.model, config.text.max_length) if config.text.model else None
+    spec = batch_spec(config)
+    model = build_model(config.model, vocab_size=tokenizer.vocab_size if tokenizer else 0)
+    t5 = load_t5(config.text.t5_weights) if config.text.t5_weights and load_weights else None
+
+    def initial(key):
+        return with_t5(init_params(model, spec, key), t5)
+
+    shapes = jax.eval_shape(initial, jax.random.key(0))
+    return Network(tokenizer, spec, model, initial, frozen_paths(shapes, tuple(config.optimizer.freeze)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training step, ready to be compiled or run.
+
+    Attributes:
+      mesh: device mesh; the devices may be those of a machine that is not there.
+      tx: the optimizer.
+      create: what parameters are made from (a key, or loaded parameters) to the state at step 0.
+      train_step: the pure function (state, batch) -> (state, metrics).
+      shardings: placement of the state.
+      state: shapes, dtypes and placement of the state.
+      step: `train_step` jitted, state donated.
+    """
+
+    mesh: jax.sharding.Mesh
+    tx: optax.GradientTransformation
+    create: Callable[[Any], TrainState]
+    train_step: Callable
+    shardings: Any
+    state: Any
+    step: Any
+
+    def place(self, source: Any) -> TrainState:
+        """The initial state, made on the devices where it will live."""
+        return jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
+
+
+def build_program(
+    config: Any,
+    model: OctoModel,
+    mesh: jax.sharding.Mesh,
+    *,
+    init_params: Callable[[Any], Any],
+    init_from: Any,
+    frozen: frozenset[str],
+) -> Program:
+    """The program of a config on a mesh. Nothing is computed and nothing allocated.
+
+    Args:
+      init_params, init_from: parameters are `init_params(init_from)`; only their shapes are looked at.
+      frozen: paths of parameters that are not trained.
+
+    Raises:
+      ValueError: the batch does not split over the mesh, or mesh.overrides do not fit the parameters.
+    """
+    sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
+    schedule, tx = optimizer_from_config(config)
+    create = functools.partial(_create, init_params=init_params, tx=tx, frozen=frozen)
+    shapes = jax.eval_shape(create, init_from)
+    shardings = sharding.infer_sharding(
+        shapes, mesh, min_size=config.mesh.min_size, overrides=tuple(config.mesh.overrides)
+    )
+
+    def gather(trained, rest):
+        return sharding.gather(trained, shardings.trained), sharding.gather(rest, shardings.frozen)
+
+    augmentation = {slot: Augmentation(**dict(fields)) for slot, fields in config.augmentation.items()}
+    step = StepConfig(config.seed, config.accumulate, config.ema_decay, augmentation)
+    train_step = make_train_step(model, tx, schedule, step, gather)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return Program(mesh, tx, create, train_step, shardings, state, jit_train_step(train_step, shardings, mesh))
+
+
+def _create(source, *, init_params, tx, frozen):
+    return create_state(init_params(source), tx, frozen)
+
+
+def optimizer_from_config(config: Any) -> tuple[Schedule, optax.GradientTransformation]:
+    """Learning-rate schedule and optimizer."""
+    opt = config.optimizer
+    schedule = make_schedule(
+        opt.schedule,
+        peak=opt.peak,
+        warmup_steps=opt.warmup_steps,
+        timescale=opt.timescale,
+        decay_steps=opt.decay_steps or config.num_steps,
+        end=opt.end,
+    )
+    return schedule, make_optimizer(schedule, weight_decay=opt.weight_decay, clip_norm=opt.clip_norm, b2=opt.b2)
+
+
+def jit_train_step(train_step: Callable, shardings: Any, mesh: jax.sharding.Mesh):
+    """The step as it runs: state donated and placed as `shardings` say, batch split over the mesh."""
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
