@@ -25,27 +25,39 @@ class Workdir:
 
     Args:
       path: a folder, or a location that etils.epath knows (gs:// with gcsfs or TensorFlow, s3:// with s3fs).
+      local: where logs are kept and copied from; default: `path` itself, or a temporary folder when it is not a folder
+        of this machine.
       continued: files that a restart goes on writing; fetched when they are there.
       interval: seconds between copies.
     """
 
-    def __init__(self, path: str | os.PathLike, *, continued: Sequence[str] = (), interval: float = 60.0):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        local: str | os.PathLike | None = None,
+        continued: Sequence[str] = (),
+        interval: float = 60.0,
+    ):
         text = os.fspath(path)
-        self.is_remote = "://" in text
-        self.path = epath.Path(text if self.is_remote else os.path.abspath(text))
+        remote = "://" in text
+        self.path = epath.Path(text if remote else os.path.abspath(text))
+        if local is None:
+            local = tempfile.mkdtemp(prefix="octo_like-") if remote else self.path
+        self.local = pathlib.Path(local)
+        self.is_copied = os.fspath(self.local) != os.fspath(self.path)
         self._interval = interval
         self._copied: dict[pathlib.Path, tuple[int, int]] = {}
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
-        self.local = pathlib.Path(tempfile.mkdtemp(prefix="octo_like-")) if self.is_remote else pathlib.Path(self.path)
-        for name in continued if self.is_remote and jax.process_index() == 0 else ():
+        for name in continued if self.is_copied and jax.process_index() == 0 else ():
             if (self.path / name).exists():
                 (self.local / name).write_bytes((self.path / name).read_bytes())
                 self._copied[self.local / name] = _state(self.local / name)
 
     def sync(self) -> None:
         """Copies every local file that changed since the last time. What cannot be copied is said and tried again."""
-        if not self.is_remote:
+        if not self.is_copied:
             return
         with self._lock:
             for file in sorted(p for p in self.local.rglob("*") if p.is_file() and not p.name.endswith(".tmp")):
@@ -62,7 +74,7 @@ class Workdir:
                 self._copied[file] = state
 
     def __enter__(self) -> "Workdir":
-        if self.is_remote:
+        if self.is_copied:
             self._thread = threading.Thread(target=self._run, name="octo_like-workdir", daemon=True)
             self._thread.start()
         return self
