@@ -76,6 +76,14 @@ def flip(path: pathlib.Path, offset: int, mask: int = 1) -> None:
     path.write_bytes(content)
 
 
+def without_hashes(step: pathlib.Path) -> None:
+    """Makes a step's manifest one of remote storage, where files are not hashed."""
+    document = json.loads((step / "manifest.json").read_text())
+    document["body"]["files"] = None
+    document["sha256"] = integrity._digest(document["body"])
+    (step / "manifest.json").write_text(json.dumps(document))
+
+
 class TestRoundTrip:
     def test_every_dtype_and_container_comes_back(self, tmp_path):
         state = make_state(7)
@@ -110,6 +118,46 @@ class TestRoundTrip:
         with checkpoint.Checkpointer(tmp_path) as saver:
             assert saver.all_steps() == [10, 20, 25]
             assert saver.restore(10, abstract(make_state(0)))[1] == {"position": 320}
+
+    @pytest.mark.parametrize("mode,best", [("min", [10, 15]), ("max", [5, 20])])
+    def test_the_best_steps_are_kept_over_restarts(self, tmp_path, mode, best):
+        metrics = {5: 0.9, 10: 0.1, 15: 0.2, 20: 0.8, 25: None, 30: float("nan"), 35: 0.5}
+        for steps in ((5, 10, 15), (20, 25, 30, 35)):
+            with checkpoint.Checkpointer(tmp_path, keep_last=1, keep_best=2, best_mode=mode) as saver:
+                for step in steps:
+                    saver.save(step, make_state(step), metric=metrics[step])
+        with checkpoint.Checkpointer(tmp_path, best_mode=mode) as saver:
+            assert saver.all_steps() == sorted({*best, 35})
+            assert saver.best_step() == (10 if mode == "min" else 5)
+            assert saver.read(10 if mode == "min" else 5).metric == metrics[saver.best_step()]
+        with pytest.raises(ValueError, match="unknown best_mode 'least'; valid: 'min', 'max'"):
+            checkpoint.Checkpointer(tmp_path, best_mode="least")
+
+    def test_some_arrays_of_a_step_on_the_host(self, tmp_path):
+        save(tmp_path, 1)
+        reader = checkpoint.Checkpointer(tmp_path, read_only=True)
+        head = reader.load_arrays(1, "params/head/")
+        assert set(head) == {"kernel", "bias"}
+        np.testing.assert_array_equal(head["kernel"], make_state(1).params["head"]["kernel"])
+        with pytest.raises(checkpoint.CheckpointNotFound, match="no array under 'ema/'; it holds .*params"):
+            reader.load_arrays(1, "ema/")
+        assert reader.best_step() is None
+        assert checkpoint.has_checkpoint(tmp_path) and not checkpoint.has_checkpoint(tmp_path / "no")
+
+    def test_another_dtype_only_on_request(self, tmp_path):
+        save(tmp_path, 1)
+        wanted = abstract(make_state(0, dtype=jnp.bfloat16))
+        reader = checkpoint.Checkpointer(tmp_path, read_only=True)
+        with pytest.raises(checkpoint.StateMismatch, match="kernel is float32.*expected bfloat16"):
+            reader.restore(1, wanted)
+        restored, _ = reader.restore(1, wanted, cast=True)
+        kernel = restored.params["head"]["kernel"]
+        assert kernel.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(kernel, make_state(1).params["head"]["kernel"].astype(jnp.bfloat16))
+        # An integer is no float: there is nothing to convert.
+        counts = wanted.replace(step=jax.ShapeDtypeStruct((), jnp.float32, sharding=wanted.step.sharding))
+        with pytest.raises(checkpoint.StateMismatch, match="step is int32"):
+            reader.restore(1, counts, cast=True)
 
     def test_the_same_step_twice_is_saved_once(self, tmp_path):
         with checkpoint.Checkpointer(tmp_path) as saver:
@@ -205,42 +253,70 @@ class TestRefusals:
 
 
 class TestIntegrity:
-    def test_random_damage_is_detected_or_harmless(self, tmp_path, caplog):
-        """One flipped bit, one truncation or one missing file at a time, anywhere in the step."""
+    @pytest.mark.parametrize("hashed", [True, False], ids=["hashed files", "checksums only"])
+    def test_random_damage_is_detected_or_harmless(self, tmp_path, hashed):
+        """60 times one flipped byte, one truncation, one missing file or two files in each other's place.
+
+        Without hashes, as on remote storage, the checksums of the arrays are all there is.
+        """
         save(tmp_path, 1)
         folder = tmp_path / "checkpoints" / "1"
-        draw = random.Random(0)
-        detected = 0
-        for trial in range(40):
-            path = draw.choice(data_files(folder))
-            content = path.read_bytes()
-            if trial % 4 == 0:
+        if not hashed:
+            without_hashes(folder)
+        draw = random.Random(int(hashed))
+        detected, by_kind = 0, {}
+        for trial in range(60):
+            kind = ("flip", "flip", "truncate", "swap", "flip", "remove")[trial % 6]
+            files = [path for path in data_files(folder) if path.stat().st_size]
+            path, other = draw.sample(files, 2)
+            content, other_content = path.read_bytes(), other.read_bytes()
+            if kind == "flip":
+                flip(path, draw.randrange(len(content)), draw.randrange(1, 256))
+            elif kind == "truncate":
                 path.write_bytes(content[: draw.randrange(len(content))])
-            elif trial % 8 == 1:
+            elif kind == "remove":
                 path.unlink()
             else:
-                flip(path, draw.randrange(len(content)), 1 << draw.randrange(8))
-            reader = checkpoint.Checkpointer(folder, read_only=True) if (folder / "manifest.json").exists() else None
-            reader = reader or checkpoint.Checkpointer(tmp_path, read_only=True)
+                path.write_bytes(other_content)
+                other.write_bytes(content)
             try:
-                restored, _ = reader.restore(1, abstract(make_state(0)))
+                reader = checkpoint.Checkpointer(tmp_path, read_only=True)
+                restored, extra = reader.restore(1, abstract(make_state(0)))
             except checkpoint.CheckpointDamaged:
                 detected += 1
+                by_kind[kind] = by_kind.get(kind, 0) + 1
             else:
                 assert_same(restored, make_state(1))
+                assert extra == {"position": 32}
             path.write_bytes(content)
-        # Only Orbax's bookkeeping about the directory itself is not covered by a hash.
-        assert detected >= 30
+            other.write_bytes(other_content)
+        # Harmless is only what nobody reads: Orbax's notes about the directory, and without hashes much of the rest.
+        assert detected >= (50 if hashed else 15) and set(by_kind) == {"flip", "truncate", "swap", "remove"}
+        assert_same(
+            checkpoint.Checkpointer(tmp_path, read_only=True).restore(1, abstract(make_state(0)))[0], make_state(1)
+        )
+
+    def test_leaves_of_equal_shape_in_each_others_place(self, tmp_path):
+        """The two moments of Adam swapped in the storage itself, by Orbax: every byte on disk is valid."""
+        state = make_state(1)
+        mu, nu = (jax.tree.map(lambda x, k=k: x + k, state.opt_state) for k in (1, 2))
+        left, right = {"mu": mu, "nu": nu}, {"mu": nu, "nu": mu}
+        for name, content in (("left", left), ("right", right)):
+            with checkpoint.Checkpointer(tmp_path / name) as saver:
+                saver.save(1, content)
+        step, other = (tmp_path / name / "checkpoints" / "1" for name in ("left", "right"))
+        without_hashes(step)
+        (step / "state").rename(tmp_path / "old")
+        (other / "state").rename(step / "state")
+        with pytest.raises(checkpoint.CheckpointDamaged, match="mu/.* are not those that were saved"):
+            checkpoint.Checkpointer(tmp_path / "left", read_only=True).restore(1, abstract(left))
 
     def test_checksums_alone_notice_other_values(self, tmp_path):
         """Where files are not hashed (remote storage), the arrays are still compared."""
         save(tmp_path, 1)
         save(tmp_path / "other", 2)
         step, other = tmp_path / "checkpoints" / "1", tmp_path / "other" / "checkpoints" / "2"
-        document = json.loads((step / "manifest.json").read_text())
-        document["body"]["files"] = None
-        document["sha256"] = integrity._digest(document["body"])
-        (step / "manifest.json").write_text(json.dumps(document))
+        without_hashes(step)
         reader = checkpoint.Checkpointer(tmp_path, read_only=True)
         assert_same(reader.restore(1, abstract(make_state(0)))[0], make_state(1))
         (step / "state").rename(tmp_path / "old")
@@ -444,3 +520,55 @@ def test_a_failed_background_save_is_reported_and_leaves_the_old_step(tmp_path, 
         assert again.all_steps() == [1]
         assert_same(again.restore(None, abstract(make_state(0)))[0], make_state(1))
         assert again.save(2, make_state(2))
+
+
+FULL = """
+import resource, signal, sys
+import jax.numpy as jnp, numpy as np
+from octo_like.training import checkpoint
+
+state = {"x": jnp.asarray(np.random.default_rng(0).random((512, 1024), np.float32))}  # 2 MiB that hardly compress
+saver = checkpoint.Checkpointer(sys.argv[1])
+saver.save(1, state, {"position": 1})
+saver.wait()
+if sys.argv[2] == "limit":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+try:
+    saver.save(2, {"x": state["x"] + 1})
+    saver.wait()
+except checkpoint.CheckpointError as error:
+    print("refused:", error)
+else:
+    sys.exit("nothing was refused")
+"""
+
+
+@pytest.mark.parametrize("how", ["limit", "tmpfs"])
+def test_a_full_disk_leaves_the_old_step_usable(tmp_path, repository, how):
+    """A limit on the size of files, and (where mounting is permitted) a file system with room for one step only."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    mounted = False
+    if how == "tmpfs":
+        mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(workdir)]
+        try:
+            mounted = subprocess.run(mount, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            pass
+        if not mounted:
+            pytest.skip("mounting a file system is not permitted here")
+    try:
+        done = run_python(FULL, workdir, how, repository=repository)
+        assert done.returncode == 0 and "refused: saving step 2" in done.stdout, done.stderr[-3000:]
+        expected = np.random.default_rng(0).random((512, 1024), np.float32)
+        with checkpoint.Checkpointer(workdir) as saver:
+            assert saver.all_steps() == [1] and saver.verify(1) == []
+            restored, extra = saver.restore(None, {"x": jax.ShapeDtypeStruct((512, 1024), jnp.float32)})
+            np.testing.assert_array_equal(restored["x"], expected)
+            assert extra == {"position": 1}
+            if not mounted:
+                assert saver.save(2, restored)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(workdir)], check=True)
