@@ -531,12 +531,17 @@ def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest) -> dict
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                 partial_restore=True,  # `load_arrays` reads some of them
             )
-            return reader.restore(folder / _STATE, args=arguments)
+            arrays = reader.restore(folder / _STATE, args=arguments)
     except Exception as error:  # damaged storage surfaces as many types: ValueError, OSError, XlaRuntimeError, …
         first = str(error).strip().splitlines() or [""]
         raise CheckpointDamaged(
             f"{folder / _STATE} cannot be read: {type(error).__name__}: {first[0][:300]}"
         ) from error
+    # What Orbax's own list of arrays does not name (it was damaged), a partial restore leaves as it was asked for.
+    absent = [name for name in names if not isinstance(arrays.get(name), jax.Array)]
+    if absent:
+        raise CheckpointDamaged(f"{folder / _STATE} no longer lists {some(absent)}")
+    return {name: arrays[name] for name in names}
 
 
 def _verify_arrays(arrays: dict[str, jax.Array], manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -96,6 +97,12 @@ class Launch:
 
     def signal(self, number, process=0) -> None:
         self.children[process].send_signal(number)
+
+    def kill_child(self, process=0) -> None:
+        """SIGKILL to what runs under a wrapper."""
+        parent = self.children[process].pid
+        (child,) = pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
 
     def kill(self) -> None:
         for child in self.children:

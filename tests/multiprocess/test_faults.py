@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 import time
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 
 from octo_like.training import exits
 from octo_like.training.checkpoint import Checkpointer
+from tests.data.conftest import build, make_episodes
 from tests.multiprocess.launch import Launch, assert_same_state, batches, diary, losses, state
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(1800)]
 SHARDED = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
 
 
@@ -132,3 +134,57 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(cache, tmp_path)
     assert len(moments) >= 20 and sum(m["in_save"] for m in moments) >= 3
     assert_same_state(workdir, tmp_path / "whole")
     assert batches(workdir) == batches(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first,second,options",
+    [((1, 8), (1, 4), ()), ((2, 4), (1, 4), ("--config.data.num_lanes=2",))],
+    ids=["8-4-8 devices", "2-1-2 processes"],
+)
+def test_other_topologies_go_on_with_the_same_samples(cache, tmp_path, first, second, options):
+    """Real records, three parts of eight steps: the samples of an uninterrupted run, its losses to rounding."""
+    build(tmp_path / "data", "toy_buttons", {"train": make_episodes(20)}, num_shards=2)
+    flags = (f"--config.data.data_dir={tmp_path / 'data'}", "--config.checkpoint.every=None", *options)
+
+    def part(workdir, topology, steps):
+        processes, devices = topology
+        mesh = ("--config.mesh.data=2", f"--config.mesh.fsdp={processes * devices // 2}")
+        some = dict(cache=cache, processes=processes, devices=devices, words="")
+        return Launch(workdir, *flags, *mesh, f"--config.num_steps={steps}", **some).wait(0)
+
+    part(tmp_path / "whole", first, 24)
+    part(tmp_path / "parts", first, 8)
+    assert part(tmp_path / "parts", second, 16).resumed_from() == 8
+    assert part(tmp_path / "parts", first, 24).resumed_from() == 16
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "parts")[:8], losses(tmp_path / "whole")[:8], rtol=0)
+    # Of two processes each writes its own rows; of one, all of them. Rows 0 and B/2 identify the batch either way.
+    whole, parts = batches(tmp_path / "whole"), batches(tmp_path / "parts")
+    for step in range(1, 25):
+        shared = min(len(whole[step]["ids"]), len(parts[step]["ids"]))
+        assert (
+            whole[step]["ids"][:shared]
+            == parts[step]["ids"][:shared]
+            == list(range(16 * (step - 1), 16 * step))[:shared]
+        )
+        if len(whole[step]["ids"]) == len(parts[step]["ids"]):
+            assert whole[step]["sha"] == parts[step]["sha"]
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed(two_by_four, cache, tmp_path):
+    """Each under its supervisor: the survivor notices, both start again, and the end is the same bit by bit."""
+    workdir = tmp_path / "run"
+    flags = ("--config.num_steps=20", "--config.checkpoint.every=2", *SHARDED)
+    attempts = tmp_path / "attempts.jsonl"
+    wrapper = (sys.executable, "scripts/supervise.py", "--backoff=1", "--max_crashes=20", f"--log={attempts}", "--")
+    run = Launch(workdir, *flags, cache=cache, processes=2, devices=4, wrapper=wrapper)
+    assert run.until(lambda: len(diary(workdir, 1)) >= 7)
+    run.kill_child(process=1)
+    run.wait(0, timeout=600)
+    statuses = [json.loads(line)["status"] for line in attempts.read_text().splitlines()]
+    assert -signal.SIGKILL in statuses and statuses.count(0) == 2 and len(statuses) >= 4
+    assert "resumed from step" in run.log()
+    assert_same_state(workdir, two_by_four)
+    np.testing.assert_array_equal(losses(workdir), losses(two_by_four))
