@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all demo lint lock doctor clean
+.PHONY: help setup test test-all test-faults demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -68,6 +68,9 @@ test: $(READY) ## the test suite without what is marked slow
 
 test-all: $(READY) ## the whole test suite
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-faults: $(READY) ## real processes killed, preempted and moved to other topologies (slow tests of tests/multiprocess)
+	@$(PY) -m pytest -v tests/multiprocess $(ARGS)
 
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)

@@ -139,9 +139,14 @@ class Checkpointer:
         """The newest completely written step, or None."""
         return max(self.all_steps(), default=None)
 
-    def best_step(self) -> int | None:
-        """The step with the best metric (of equal ones the newest), or None when none was saved with one."""
-        return next(iter(self._ranked(self.all_steps())), None)
+    def best_step(self, *, besides: int | None = None) -> int | None:
+        """The step with the best metric (of equal ones the newest), or None when none was saved with one.
+
+        Args:
+          besides: a step that counts as well although it is still being written.
+        """
+        steps = {*self.all_steps(), *([] if besides is None else [besides])}
+        return next(iter(self._ranked(sorted(steps))), None)
 
     def _ranked(self, steps: Iterable[int]) -> list[int]:
         """Those of `steps` that have a metric, the best first. Manifests are read once: they never change."""

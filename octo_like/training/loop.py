@@ -162,7 +162,10 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
                     "order_spec": json.loads(json.dumps(stream.order_spec)),
                     "clock": clock.state(),
                 }
-                checkpointer.save(step, state, extra, metric=ranking.metric(scores))
+                score = ranking.metric(scores)
+                checkpointer.save(step, state, extra, metric=score)
+                if score is not None and checkpointer.best_step(besides=step) == step:
+                    _export(run, workdir, state, "export_best")
             # This one is being written; the one before is complete.
             report_progress(start, max((s for s in checkpointer.all_steps() if s != step), default=None))
 
@@ -202,15 +205,15 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
         with clock.section("export"), watchdog.longer():
             checkpointer.wait()
             report_progress(start, step)
-            _export(run, workdir, state)
+            _export(run, workdir, state, "export")
     return exits.DONE
 
 
-def _export(run: Run, workdir: Workdir, state: TrainState) -> None:
+def _export(run: Run, workdir: Workdir, state: TrainState, name: str) -> None:
     """Writes the policy, whole or not at all: the averaged parameters, or (checkpoint.export = "raw") the last ones."""
     params = sharding.to_host(state.params if run.config.checkpoint.export == "raw" else state.ema_params, run.mesh)
     if is_main():
-        target = workdir.path / "export"
+        target = workdir.path / name
         run.make_policy(params).push(str(target))
         log.info("exported to %s", target)
 
