@@ -237,10 +237,24 @@ class TestClock:
         time.now += 5
         again.switch("train")
         summary = again.summary()
-        assert summary["clock/train"] == 80 and summary["clock/startup"] == 5
+        assert summary["clock/train"] == 80 and summary["clock/restart"] == 5
         assert summary["clock/lost"] == pytest.approx(15)
         assert summary["clock/goodput"] == pytest.approx(0.8)
         assert metrics.Clock.resume(None, clock=time).summary()["clock/total"] == 0
+
+    def test_time_before_the_clock_and_between_processes(self, monkeypatch):
+        """A process counts from its beginning; the time in which none ran is told apart."""
+        now = FakeTime()
+        now.now = 1000.0
+        monkeypatch.setattr(metrics.time, "time", lambda: now.now + 5e8)
+        first = metrics.Clock.resume(None, started=now.now - 7, clock=now)
+        assert first.seconds("startup") == 7
+        state, saved_at = first.state(), now.now
+        now.now += 100  # 30 s of work that is lost, then 50 s of nothing, then 20 s of start-up
+        again = metrics.Clock.resume(state, last_seen=saved_at + 5e8 + 30, started=now.now - 20, clock=now)
+        summary = again.summary()
+        assert (summary["clock/lost"], summary["clock/down"], summary["clock/restart"]) == (30, 50, 20)
+        assert summary["clock/total"] == 7 + 30 + 20 and summary["clock/goodput"] == 0
 
     def test_an_error_inside_a_section_ends_it(self):
         time = FakeTime()

@@ -1,6 +1,7 @@
 """A config for tests, as a user would write one: own dataset, own keys, own sizes.
 
-The argument is a comma-separated list of words: "synthetic" needs no data, "finetune" adds the fields of finetune.py.
+The argument is a comma-separated list of words: "synthetic" needs no data, "finetune" adds the fields of finetune.py,
+"smallest" leaves little to trace and to compile, for tests that start many processes.
 """
 
 from octo_like.common.defaults import default_config
@@ -78,6 +79,13 @@ def get_config(words: str = ""):
             config.surgery = dict(task_tokenizers=dict(), observation_tokenizers=dict(), readouts=dict(), heads=dict())
             config.reinitialize = ()
             config.data.num_demos = 5
+        elif word == "smallest":
+            config.image_sizes, config.goal_images, config.augmentation = dict(), (), dict()
+            config.text.model = None
+            config.model.task_tokenizers = dict()
+            config.model.observation_tokenizers = dict(proprio=dict(kind="lowdim", obs_keys=("proprio",)))
+            config.model.transformer.update(num_layers=1)
+            config.model.heads.action.update(hidden_dim=16)
         else:
             raise ValueError(word)
     return config
