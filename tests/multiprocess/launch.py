@@ -35,7 +35,16 @@ class Launch:
     """
 
     def __init__(
-        self, workdir, *flags, cache, processes=1, devices=1, words="synthetic", fault="", heartbeat=10, wrapper=()
+        self,
+        workdir,
+        *flags,
+        cache,
+        processes=1,
+        devices=1,
+        words="synthetic,smallest",
+        fault="",
+        heartbeat=10,
+        wrapper=(),
     ):
         self.workdir, self.processes = pathlib.Path(workdir), processes
         self.diary = self.workdir.with_name(f"{self.workdir.name}.diary")
@@ -72,7 +81,7 @@ class Launch:
             file.seek(self.begun[process])
             return file.read()
 
-    def wait(self, *expected: int, timeout=300) -> "Launch":
+    def wait(self, *expected: int, timeout=900) -> "Launch":
         """Waits for all processes; their exit statuses must be `expected` (one: that of all)."""
         try:
             found = [child.wait(timeout) for child in self.children]
@@ -83,7 +92,7 @@ class Launch:
         assert not expected or found == wanted, f"exit statuses {found}, expected {wanted}\n{logs}"
         return self
 
-    def until(self, condition, timeout=300) -> bool:
+    def until(self, condition, timeout=900) -> bool:
         """Waits for a moment; False when the processes ended before it came."""
         deadline = time.monotonic() + timeout
         while not condition():

@@ -15,7 +15,8 @@ from tests.data.conftest import build, make_episodes
 from tests.multiprocess.launch import Launch, assert_same_state, batches, diary, losses, state
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(1800)]
-SHARDED = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+# Even the small arrays of this model are split over the devices.
+SHARDED = ("--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.mesh.min_size=64")
 
 
 @pytest.fixture(scope="module")
