@@ -42,7 +42,8 @@ def main() -> int:
         else:
             manifest = checkpointer.read(step)
             files = "files not hashed" if manifest.files is None else f"{len(manifest.files)} files"
-            print(f"step {step}: good ({len(manifest.leaves)} arrays, {files})")
+            metric = "" if manifest.metric is None else f", metric {manifest.metric:.6g}"
+            print(f"step {step}: good ({len(manifest.leaves)} arrays, {files}{metric})")
     return 1 if bad else 0
 
 

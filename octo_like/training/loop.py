@@ -308,7 +308,11 @@ class Meter:
     def __init__(self, run: Run, clock: Clock):
         self._run, self._clock = run, clock
         shapes = jax.eval_shape(run.init_params, run.init_from)
-        self._flops = step_flops(run.model, run.inputs.stream.batch_spec, shapes, run.frozen, run.config.batch_size)
+        spec, self._flops = run.inputs.stream.batch_spec, None
+        try:
+            self._flops = step_flops(run.model, spec, shapes, run.frozen, run.config.batch_size)
+        except ValueError as error:  # a part whose products cannot be counted is no reason not to train
+            log.warning("no MFU: %s", error)
         self._wait, self._waits = 0.0, 0
         self._last: tuple[int, float] | None = None
 
@@ -337,12 +341,11 @@ class Meter:
         seconds = (now - before[1]) / (step - before[0])
         values |= {"time/step": seconds, "time/data_wait": wait}
         if seconds > 0:
-            values |= {
-                "train/samples_per_second": self._run.config.batch_size / seconds,
-                "train/model_tflops_per_second": self._flops / seconds / 1e12,
-            }
-            if (share := mfu(self._flops, seconds)) is not None:
-                values["train/mfu"] = share
+            values["train/samples_per_second"] = self._run.config.batch_size / seconds
+            if self._flops is not None:
+                values["train/model_tflops_per_second"] = self._flops / seconds / 1e12
+                if (share := mfu(self._flops, seconds)) is not None:
+                    values["train/mfu"] = share
         for name, count in getattr(self._run.inputs.stream, "bad_counts", {}).items():
             values[f"data/bad_records/{name}"] = count
         return values

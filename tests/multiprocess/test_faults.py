@@ -85,14 +85,15 @@ def test_bad_batches_are_skipped_and_many_in_a_row_stop_the_run(cache, tmp_path)
 
 
 def test_a_stalled_run_dumps_its_stacks_and_leaves(cache, tmp_path):
-    flags = ("--config.num_steps=12", "--config.watchdog.minutes=0.05", "--config.checkpoint.every=2")
-    # The first step may take four times as long; a warm cache keeps it well below.
+    flags = ("--config.num_steps=12", "--config.watchdog.minutes=0.25", "--config.checkpoint.every=2")
+    # The first step may take four times as long: with a warm cache, a busy machine can do it.
     Launch(tmp_path / "warm", "--config.num_steps=2", cache=cache).wait(0)
     stalled = Launch(tmp_path / "run", *flags, cache=cache, fault="hang:9").wait(exits.STALLED)
     (stacks,) = (tmp_path / "run" / "stacks").iterdir()
     assert "diary_train.py" in stacks.read_text() and "Thread" in stacks.read_text()
     assert "no step finished" in stalled.log()
-    assert Launch(tmp_path / "run", *flags, cache=cache).wait(0).resumed_from() == 8
+    again = Launch(tmp_path / "run", *flags, "--config.watchdog.minutes=0", cache=cache).wait(0)
+    assert again.resumed_from() == 8
 
 
 # ------------------------------------------------------------------------------------------------- make test-faults
@@ -100,8 +101,8 @@ def test_a_stalled_run_dumps_its_stacks_and_leaves(cache, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_ends_with_the_same_parameters(cache, tmp_path):
-    """At least 20 kills, a third of them inside a save: every attempt goes on from the newest complete step."""
-    flags = ("--config.num_steps=80", "--config.checkpoint.every=2", "--config.data.prefetch=1")
+    """24 kills, a third of them aimed inside a save: every attempt goes on from the newest complete step."""
+    flags = ("--config.num_steps=200", "--config.checkpoint.every=2", "--config.data.prefetch=1")
     Launch(tmp_path / "whole", *flags, cache=cache).wait(0)
     workdir, draw, moments = tmp_path / "killed", random.Random(0), []
     folder = workdir / "checkpoints"
@@ -115,6 +116,9 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(cache, tmp_path)
     while True:
         before, seen = complete(), len(diary(workdir))
         run = Launch(workdir, *flags, cache=cache)
+        if len(moments) == 24:
+            run.wait(0)
+            break
         # What a killed save left is swept up by the next one: wait for a step before looking for a save.
         steps, inside = draw.randint(1, 5), len(moments) % 3 == 0
         alive = run.until(lambda n=seen + steps: len(diary(workdir)) >= n)
@@ -127,12 +131,10 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(cache, tmp_path)
         run.signal(signal.SIGKILL)
         run.wait()
         assert run.resumed_from() == before, run.log()[-3000:]
-        if run.children[0].returncode == 0:
-            break
         moments.append({"status": run.children[0].returncode, "newest": now, "in_save": in_save})
         assert run.children[0].returncode == -signal.SIGKILL, run.log()[-3000:]
     print(json.dumps(moments))
-    assert len(moments) >= 20 and sum(m["in_save"] for m in moments) >= 3
+    assert sum(moment["in_save"] for moment in moments) >= 3
     assert_same_state(workdir, tmp_path / "whole")
     assert batches(workdir) == batches(tmp_path / "whole")
 

@@ -1,5 +1,6 @@
 """train.py and finetune.py as commands, on a dataset nobody named: resume, adaptation, devices, bad input."""
 
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import pytest
 
 from octo_like.common.schema import flatten
 from octo_like.model.policy import Policy
+from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.metrics import read_metrics
 from tests.data.conftest import build, make_episodes
 
@@ -92,6 +94,36 @@ def test_devices_do_not_change_the_losses(tmp_path):
         losses[devices] = np.array([row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row])
     assert len(losses[1]) == 20
     np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5)
+
+
+def test_best_policy_and_warm_start(tmp_path):
+    """The best evaluation's policy is exported beside the last one; another run begins with its parameters."""
+    small, first = "synthetic,smallest", tmp_path / "first"
+    keep = ("--config.checkpoint.keep_best=1", "--config.checkpoint.every=2", "--config.checkpoint.keep_last=1")
+    train(first, *keep, "--config.eval.every=2", words=small)
+    reader = Checkpointer(first, read_only=True)
+    scores = {
+        row["step"]: row["val/synthetic/action/loss"]
+        for row in read_metrics(first)
+        if "val/synthetic/action/loss" in row
+    }
+    best = min(scores, key=scores.get)
+    assert sorted(scores) == [2, 4, 6, 8] and reader.best_step() == best and set(reader.all_steps()) == {best, 8}
+    averaged = reader.load_arrays(best, "ema/")
+    for path, leaf in flatten(Policy.load_pretrained(first / "export_best").params):
+        np.testing.assert_array_equal(leaf, averaged[path], path)
+
+    second = tmp_path / "second"
+    flags = ("--config.num_steps=1", "--config.optimizer.warmup_steps=1", "--config.eval.every=None")
+    begin = f"--config.init_from={first / 'checkpoints' / str(best)}"
+    train(second, *flags, begin, "--config.checkpoint.export=raw", words=small)
+    report = json.loads((second / "weights.json").read_text())["summary"]
+    assert report["loaded"]["arrays"] == len(averaged) and not report["new"]["arrays"]
+    # The learning rate of the first step is 0: what is exported is what the run began with.
+    for path, leaf in params_of(second).items():
+        np.testing.assert_array_equal(leaf, averaged[path], path)
+    nowhere = train(tmp_path / "x", *flags, "--config.init_from=/no/where", words=small, check=False)
+    assert nowhere.returncode == 2 and "neither an exported policy nor a run with checkpoints" in nowhere.stderr
 
 
 def test_adaptation_to_another_robot(trained, data_dir, tmp_path):
