@@ -127,7 +127,7 @@ def test_killed_at_random_moments_ends_with_the_same_parameters(cache, tmp_path)
             time.sleep(draw.uniform(0, 0.02))
         elif alive:
             time.sleep(draw.uniform(0, 0.1))
-        in_save, now = unfinished(), complete()
+        in_save, now = inside and unfinished(), complete()
         run.signal(signal.SIGKILL)
         run.wait()
         assert run.resumed_from() == before, run.log()[-3000:]
