@@ -99,6 +99,14 @@ shape = jax.ShapeDtypeStruct((BATCH, 64, 48), jnp.float32, sharding=batched)
 gathering = jax.jit(lambda x: jnp.sort(x, axis=0), out_shardings=sharding.replicated(mesh))
 found = hlo.collectives(gathering.lower(shape).compile().as_text())
 out["detected"] = len(hlo.activation_gathers(found, [(64, 48)], BATCH))
+
+# What stands in a loop counts as often as the loop runs.
+def power(x, v):
+    return jax.lax.scan(lambda v, _: (x.T @ (x @ v), None), v, length=5)[0]
+x = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=batched)
+v = jax.ShapeDtypeStruct((48,), jnp.float32, sharding=sharding.replicated(mesh))
+found = hlo.collectives(jax.jit(power, out_shardings=sharding.replicated(mesh)).lower(x, v).compile().as_text())
+out["loop"] = [[c.kind, c.times, c.bytes, c.group] for c in found]
 print(json.dumps(out))
 """
 
@@ -129,6 +137,10 @@ def test_no_activation_travels(eight, name):
 def test_data_parallel_steps_only_reduce(eight):
     """Splitting a batch into micro-batches moves no row from one device to another."""
     assert set(eight["data"]["kinds"]) == set(eight["data, accumulate"]["kinds"]) == {"all-reduce"}
+
+
+def test_collectives_in_loops_are_multiplied(eight):
+    assert eight["loop"] == [["all-reduce", 5, 48 * 4, 8]]
 
 
 def device(number, process, slice_index=None, platform="tpu"):
