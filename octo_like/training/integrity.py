@@ -139,7 +139,12 @@ def checksums(leaves: dict[str, jax.Array]) -> tuple[dict[str, tuple[int, int]],
 
     Takes plain arrays of any sharding; of typed PRNG keys, their data.
     """
-    on_device = {name: _checksum(leaf) for name, leaf in leaves.items()}
+    on_device = {}
+    for name, leaf in leaves.items():
+        on_device[name] = _checksum(leaf)
+        if jax.default_backend() == "cpu":
+            # Several CPU devices share one pool of threads: sums in flight that wait for each other would fill it.
+            jax.block_until_ready(on_device[name])
     # The scalars are replicated, so that each process can read its own copy.
     local = jax.tree.map(lambda x: x.addressable_data(0), on_device)
     host = jax.device_get(local)
