@@ -8,11 +8,13 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-faults demo lint lock doctor clean
+.PHONY: help setup test test-all test-faults aot test-aot demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
 LOCK := requirements/cpu.lock
+# The TPU compiler that belongs to the locked JAX.
+LIBTPU := 0.0.42.1
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python; do \
 	if $$p -c '$(SUITABLE)' 2>/dev/null; then echo $$p; break; fi; done)
@@ -71,6 +73,20 @@ test-all: $(READY) ## the whole test suite
 
 test-faults: $(READY) ## real processes killed, preempted and moved to other topologies (slow tests of tests/multiprocess)
 	@$(PY) -m pytest -v tests/multiprocess $(ARGS)
+
+# Beside the environment, not in it: with libtpu installed every start of JAX would look for a TPU.
+AOT := $(VENV)/aot
+AOT_READY := $(AOT)/.ready-$(LIBTPU)
+
+aot: $(AOT_READY) ## the TPU compiler, put beside the environment (a download of 200 MB)
+
+$(AOT_READY): $(READY)
+	@rm -rf $(AOT)
+	@$(INSTALL) --quiet --no-deps --target $(AOT) libtpu==$(LIBTPU)
+	@touch $@
+
+test-aot: $(AOT_READY) ## compiles for TPU topologies that are not here
+	@PYTHONPATH=$(CURDIR)/$(AOT) JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m aot tests/aot $(ARGS)
 
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)

@@ -198,7 +198,7 @@ def test_core_needs_no_tensorflow_and_every_extra_exists():
     core, extras = setup_lists()
     names = {re.match(r"[\w-]+", line)[0].lower() for line in core}
     assert not names & {"tensorflow", "tensorflow-cpu", "tensorflow-datasets", "torch", "wandb", "websockets"}
-    assert set(extras) == {"data", "cuda", "tpu", "sim", "serve", "hub", "wandb", "notebook", "dev"}
+    assert set(extras) == {"data", "cuda", "tpu", "aot", "sim", "serve", "hub", "wandb", "notebook", "dev"}
     pinned = requirements((ROOT / "requirements" / "cpu.lock").read_text())
     locked = [line for extra in ("data", "serve", "notebook", "dev") for line in extras[extra]]
     needed = {re.match(r"[\w-]+", line)[0].lower() for line in [*core, *locked]}

@@ -69,6 +69,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as JAX uses them
+    if topology.chips_per_slice == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except jax.errors.JaxRuntimeError as error:

@@ -13,8 +13,6 @@ from octo_like.common.config import load_config
 from octo_like.training.aot import GIB, Report, prove_training
 from octo_like.training.chips import parse_topology
 
-BEGIN, END = "<!-- aot-table begin -->", "<!-- aot-table end -->"
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -97,13 +95,14 @@ def markdown(rows: Sequence[Row], kept: Mapping[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def replace_between(text: str, content: str) -> str:
-    """The text with what stands between the markers replaced.
+def replace_between(text: str, content: str, name: str = "aot-table") -> str:
+    """The text with what stands between the markers `<!-- NAME begin -->` and `<!-- NAME end -->` replaced.
 
     Raises:
       ValueError: the markers are missing.
     """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the page has no {BEGIN} and {END}")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}"
+    begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the page has no {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"

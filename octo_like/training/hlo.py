@@ -17,7 +17,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _LOOP = re.compile(r" while\(.*?body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+(?:, ?%?[\w.\-]+)*)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -64,7 +64,7 @@ def collectives(text: str) -> list[Collective]:
         if "=" in line and ("calls=" in line or "to_apply=" in line or "body=" in line or "branch_comp" in line):
             trips = _TRIPS.search(line)
             for match in _CALLED.finditer(line):
-                for name in re.split(r", ?%?", match[1]):
+                for name in re.findall(r"[\w.\-]+", match[1] or match[2]):
                     times = int(trips[1]) if loop and trips and name == loop[1] else 1
                     callers.setdefault(name, []).append((computation, times))
         match = _COLLECTIVE.match(line)

@@ -142,6 +142,7 @@ def checksums(leaves: dict[str, jax.Array]) -> tuple[dict[str, tuple[int, int]],
 
     Takes plain arrays of any sharding; of typed PRNG keys, their data.
     """
+    # All in one program: several programs in flight could block each other on CPU devices, which share their threads.
     on_device = _checksums(dict(leaves))
     # The scalars are replicated, so that each process can read its own copy.
     local = jax.tree.map(lambda x: x.addressable_data(0), on_device)

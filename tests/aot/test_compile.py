@@ -1,0 +1,160 @@
+"""Programs compiled by the TPU compiler, for topologies that are not here. Needs libtpu: `make test-aot`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from octo_like.common.config import load_config
+from octo_like.training import aot, program, sharding
+from octo_like.training.chips import parse_topology
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(not aot.has_compiler(), reason="compiling for TPUs needs libtpu: run `make test-aot`"),
+]
+
+TINY = "tests/training/tiny_config.py:synthetic"
+SETTINGS = [("model.transformer.num_layers", "1"), ("batch_size", "32"), ("mesh.fsdp", "2"), ("mesh.min_size", "1000")]
+
+
+def tiny(*overrides):
+    return load_config(TINY, [*SETTINGS, *overrides])
+
+
+@pytest.fixture(scope="module")
+def small():
+    return aot.prove_training(tiny(), parse_topology("v5e:2x4"), name="tiny")
+
+
+def test_small_program(small):
+    assert small.fits and small.headroom > 0.9
+    assert (small.chips, small.hosts, small.mesh) == (8, 2, {"data": 4, "fsdp": 2})
+    assert small.activation_gathers == []
+    assert small.collectives["all-gather"]["count"] > 0 and small.collectives["all-reduce"]["count"] > 0
+    # A step reads its arguments at least once, and multiplies matrices at least as the model says.
+    assert small.memory_traffic > small.arguments > 0
+    assert small.compiled_flops * small.chips > 0.8 * small.model_flops > 0
+
+
+def test_it_is_the_program_of_any_other_device():
+    """The traced program does not depend on the machine: on CPU devices it has the same fingerprint."""
+    config = tiny(("mesh.fsdp", "1"))
+    (tpu, cpu) = (
+        aot.training_program(config, devices)
+        for devices in (aot.devices_of(parse_topology("v5e:2x2"))[:1], jax.devices()[:1])
+    )
+    fingerprints = {aot.jaxpr_fingerprint(one.step.trace(one.state, batch).jaxpr) for _, one, batch in (tpu, cpu)}
+    assert len(fingerprints) == 1
+
+
+def with_buffer(monkeypatch, gib):
+    """The step, with a buffer of its own on every chip: sorted, so that the compiler has to make it."""
+    make = program.make_train_step
+
+    def making(*args):
+        step = make(*args)
+
+        def larger(state, batch):
+            state, metrics = step(state, batch)
+            seeds = jnp.arange(gib * 2**20, dtype=jnp.float32)[:, None] * metrics["loss"] + jnp.arange(256.0)
+            return state, metrics | {"buffer": jnp.sort(jnp.sin(seeds), axis=0)[-1].sum()}
+
+        return larger
+
+    monkeypatch.setattr(program, "make_train_step", making)
+
+
+def test_a_larger_step_changes_the_table(small, monkeypatch):
+    with_buffer(monkeypatch, 2)
+    larger = aot.prove_training(tiny(), parse_topology("v5e:2x4"), name="tiny")
+    assert larger.temporaries > small.temporaries + 1.9 * 2**30
+    assert larger.headroom < small.headroom - 0.1 and larger.fits
+    assert larger.fingerprint != small.fingerprint and str(larger) != str(small)
+
+
+SCRIPT = """
+import sys
+import pytest
+from octo_like.training import aot
+from tests.aot.test_compile import with_buffer
+from scripts import aot_compile
+
+with_buffer(pytest.MonkeyPatch(), 40)
+sys.exit(aot_compile.main(sys.argv[1:]))
+"""
+
+
+def run(*arguments, code=None):
+    command = [sys.executable, *(["-c", code] if code else ["scripts/aot_compile.py"]), *arguments]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_what_does_not_fit_is_exit_status_1_and_the_table():
+    settings = [f"--config.{key}={value}" for key, value in SETTINGS]
+    done = run("--config", TINY, "--topology", "v5e-8", *settings, code=SCRIPT)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "DOES NOT FIT" in done.stdout and "15.75 GiB" in done.stdout
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["fits"] is False and report["total"] > report["capacity"] and report["headroom"] < 0
+
+
+def test_inference_program():
+    done = run("--config", TINY, "--topology", "v6e:2x2", "--inference", "--config.model.transformer.num_layers=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["program"] == "sample" and report["fits"] and report["batch_size"] == report["chips"] == 1
+    assert report["collectives"] == {} and report["model_flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v5e:3x5"], ["v5e:3x5", "8x8"]),
+        (["--topology", "v9-64"], ["v4, v5e, v5p, v6e"]),
+        (["--topology", "v5e-8", "--batch_size", "30"], ["30", "multiple of 8"]),
+        (["--topology", "v5e:2x2", "--num_slices", "2", "--config.mesh.fsdp=8"], ["fsdp=8", "2 slices"]),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, words):
+    done = run("--config", TINY, *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("text", ["v4:4x4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"])
+def test_rows_of_the_batch_follow_hosts(text):
+    """On the real coordinates: hosts hold consecutive rows, in order, for every fsdp that divides."""
+    devices = aot.devices_of(parse_topology(text))
+    for fsdp in (1, 2, 4, 16):
+        processes = [device.process_index for device in sharding.make_mesh(-1, fsdp, devices).devices.flat]
+        assert processes == sorted(processes) and len(set(processes)) == len(devices) // 4
+
+
+def test_a_single_chip():
+    assert len(aot.devices_of(parse_topology("v5e:1x1"))) == len(aot.devices_of(parse_topology("v6e:1x1"))) == 1
+
+
+def test_slices_are_joined_along_data():
+    devices = aot.devices_of(parse_topology("v5e:4x4", 2))
+    mesh = sharding.make_mesh(-1, 8, devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 8}
+    assert [{device.slice_index for device in row} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+
+
+def test_real_program():
+    """Octo-small with T5, as published, for the smallest of the recommended topologies' hosts: four chips."""
+    config = load_config("configs/octo_small.py", [("batch_size", "64")])
+    report = aot.prove_training(config, parse_topology("v5e:2x2"), name="octo_small")
+    assert report.fits and report.headroom > aot.WANTED_HEADROOM
+    assert report.activation_gathers == []
+    assert 25e6 < report.trained_parameters < 30e6 and report.parameters - report.trained_parameters > 100e6
+    # Two frames and a goal of 256x256 and 128x128, 12 blocks of 384: about 0.1 TFLOP a sample.
+    assert 0.08e12 < report.model_flops / 64 < 0.2e12

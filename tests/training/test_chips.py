@@ -1,0 +1,55 @@
+"""Names of topologies, against the sizes Google Cloud documents."""
+
+import pytest
+
+from octo_like.training.chips import CHIPS, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "chips", "hosts", "accelerator"),
+    [
+        ("v4-128", "v4:4x4x4", 64, 16, "v4-128"),
+        ("v4:4x4x4", "v4:4x4x4", 64, 16, "v4-128"),
+        ("v5e-64", "v5e:8x8", 64, 16, "v5e-64"),
+        ("v5e-256", "v5e:16x16", 256, 64, "v5e-256"),
+        ("v5p-64", "v5p:2x4x4", 32, 8, "v5p-64"),
+        ("v5p:4x4x4", "v5p:4x4x4", 64, 16, "v5p-128"),
+        ("v6e-64", "v6e:8x8", 64, 16, "v6e-64"),
+        ("v5e:1x1", "v5e:1x1", 1, 1, "v5e-1"),
+    ],
+)
+def test_names(text, name, chips, hosts, accelerator):
+    topology = parse_topology(text)
+    assert (topology.name, topology.chips, topology.hosts, topology.accelerator) == (name, chips, hosts, accelerator)
+
+
+def test_slices():
+    topology = parse_topology("v5e:4x4", 2)
+    assert (topology.chips, topology.chips_per_slice, topology.hosts) == (32, 16, 8)
+    assert topology.accelerator == "2 x v5e-16"
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_layouts_have_names_of_their_own(chip):
+    topologies = [parse_topology(f"{chip.name}:{layout}") for layout in chip.layouts]
+    assert len({one.accelerator for one in topologies}) == len(topologies)
+    for one in topologies:
+        assert parse_topology(one.accelerator) == one
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "words"),
+    [
+        ("v9:4x4", 1, ["v9:4x4", "v4, v5e, v5p, v6e", "v5e-64"]),
+        ("v5e", 1, ["v5e:8x8"]),
+        ("v5e-63", 1, ["v5e-63", "valid: v5e-4", "v5e-256"]),
+        ("v5e:4x4x4", 1, ["v5e has 2 axes", "8x8"]),
+        ("v4:8x8", 1, ["v4 has 3 axes", "4x4x4"]),
+        ("v5e:8x8", 0, ["at least 1"]),
+    ],
+)
+def test_unknown_topologies(text, slices, words):
+    with pytest.raises(ValueError) as caught:
+        parse_topology(text, slices)
+    for word in words:
+        assert word in str(caught.value)
