@@ -20,8 +20,8 @@ from octo_like.model.describe import matmul_flops
 from octo_like.training.aot import GIB, Report, training_program
 from octo_like.training.chips import CHIPS, Topology
 
-# Google Cloud's list prices of a chip-hour on demand, in USD, as remembered in 2025 and to be checked before money is
-# spent: `--price v5e=1.10` replaces one. Committed use and spot are a third to a half of it.
+# Google Cloud's list prices of a chip-hour on demand, in USD, of 2025: to be checked before money is spent, and
+# replaced by `--price v5e=1.10`. Committed use and spot are cheaper.
 PRICES = {"v4": 3.22, "v5e": 1.20, "v5p": 4.20, "v6e": 2.70}
 PRICES_OF = "2025"
 
@@ -187,4 +187,4 @@ def markdown(rows: list[tuple[str, Facts, Estimate, bool]], assumptions: Assumpt
             f"| {one.binds} | {parts} | {one.hours:.1f} | {chip_hours:,.0f} | ${one.cost:,.0f} "
             f"| {one.loader_cpus:.0f} of {one.topology.chip.host_vcpus} | {one.fsdp} |"
         )
-    return "\n".join([*lines, "", "\\* not compiled for this topology yet: without memory traffic."])
+    return "\n".join([*lines, "", "\\* not compiled for this topology yet: without memory traffic, a lower bound."])
