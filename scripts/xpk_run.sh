@@ -161,11 +161,13 @@ xpk_run() {
   local item
   local -a flags=()
   for item in ${environment[@]+"${environment[@]}"}; do flags+=(--env="$item"); done
-  # exec: SIGTERM has to reach the supervisor, not a shell around it. The supervisor restarts after a crash; a lost node
-  # ends the workload's pods, which the cluster starts again.
+  # exec: SIGTERM has to reach the supervisor, not a shell around it. The supervisor restarts after a crash. Where a node
+  # goes away its pod gets SIGTERM, saves and exits with 75; XPK starts a workload again only for the codes 42, 127-255
+  # and those that are named.
   run xpk workload create --cluster="$cluster" --workload="$workload" --tpu-type="$type" --num-slices="$slices" \
     --docker-image="$image" --command="exec python scripts/supervise.py -- $(quote "${command[@]}")" \
-    --max-restarts="$max_restarts" --termination-grace-period-seconds="$grace_seconds" --priority="$priority" \
+    --max-restarts="$max_restarts" --restart-on-exit-codes=75 --termination-grace-period-seconds="$grace_seconds" \
+    --priority="$priority" \
     ${flags[@]+"${flags[@]}"} --project="$project" --zone="$zone"
 }
 
