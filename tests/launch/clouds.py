@@ -1,4 +1,4 @@
-"""Executables that stand for gcloud, xpk and sbatch: they record their arguments, and gcloud's ssh runs on this machine."""
+"""Executables that stand for gcloud, xpk and sbatch: they record their calls, and gcloud's ssh runs on this machine."""
 
 import json
 import os
@@ -11,7 +11,22 @@ import textwrap
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Words that a careless launcher breaks.
-NASTY = ["a b", "it's", '"q"', "$HOME", "`id`", "\\", "*", "", "ü", "a;b", "&&", "--config.d={'k': {'x': (1, 2)}}", "#", "!"]
+NASTY = [
+    "a b",
+    "it's",
+    '"q"',
+    "$HOME",
+    "`id`",
+    "\\",
+    "*",
+    "",
+    "ü",
+    "a;b",
+    "&&",
+    "--config.d={'k': {'x': (1, 2)}}",
+    "#",
+    "!",
+]
 
 RECORD = """
     import json, os, sys

@@ -83,9 +83,8 @@ def test_setup_sends_the_working_tree(clouds):
     pack, copy, install = clouds.run("tpu_pod.sh", "setup", *POD, "--dry-run").stdout.splitlines()
     files = subprocess.run(["bash", "-c", pack.split("|")[0]], capture_output=True, text=True, cwd=ROOT).stdout
     assert {"train.py", "setup.py", "scripts/tpu_host.sh", "requirements/cpu.lock"} <= set(files.split("\0"))
-    assert shlex.split(copy) == [
-        *QUEUED, "scp", "/tmp/octo_like.tgz", "octo:octo_like.tgz", "--node=all", "--worker=all", "--batch-size=all", *WHERE,
-    ]  # fmt: skip
+    everywhere = ["--node=all", "--worker=all", "--batch-size=all"]
+    assert shlex.split(copy) == [*QUEUED, "scp", "/tmp/octo_like.tgz", "octo:octo_like.tgz", *everywhere, *WHERE]
     remote = option(shlex.split(install), "command")
     assert shlex.split(install) == ssh(remote)
     assert remote.endswith("tar -xzf octo_like.tgz -C octo_like && bash octo_like/scripts/tpu_host.sh setup")
@@ -94,7 +93,9 @@ def test_setup_sends_the_working_tree(clouds):
 def test_run_exec_logs_status_ssh_stop_delete(clouds):
     host = "bash octo_like/scripts/tpu_host.sh"
     assert dry(clouds, "run", "--", *TRAIN) == [ssh(f"{host} run -- {' '.join(TRAIN)}")]
-    assert dry(clouds, "run", "--no_restart", "--", "python", "x.py") == [ssh(f"{host} run --no_restart -- python x.py")]
+    assert dry(clouds, "run", "--no_restart", "--", "python", "x.py") == [
+        ssh(f"{host} run --no_restart -- python x.py")
+    ]
     assert dry(clouds, "exec", "--", "ls") == [ssh(f"{host} exec -- ls")]
     assert dry(clouds, "exec", "--worker", "0", "--", "ls") == [ssh(f"{host} exec -- ls", worker="0")]
     assert dry(clouds, "logs") == [ssh(f"{host} logs --lines 50", node="0", worker="0")]
@@ -162,7 +163,9 @@ def keep(clouds, states, answers, timeout=60):
 
 
 def test_keep_brings_a_preempted_pod_back(clouds):
-    states = "MISSING WAITING_FOR_RESOURCES PROVISIONING ACTIVE ACTIVE SUSPENDING SUSPENDED MISSING ACTIVE ACTIVE ACTIVE"
+    states = (
+        "MISSING WAITING_FOR_RESOURCES PROVISIONING ACTIVE ACTIVE SUSPENDING SUSPENDED MISSING ACTIVE ACTIVE ACTIVE"
+    )
     done, verbs = keep(clouds, states, "none,none running none,none running finished,finished")
     assert done.returncode == 0, done.stderr
     assert verbs == ["create", "setup", "run", "delete", "create", "setup", "run"]
