@@ -13,7 +13,8 @@
 #
 # Slurm sends SIGTERM to the tasks SAVE_SECONDS before the time limit, and at preemption. train.py then saves and exits
 # with 75, and the job is requeued: the same command continues from that checkpoint. `scancel` does not requeue. A crash
-# is tried again in the same allocation, MAX_CRASHES times in a row at most, with growing pauses.
+# is tried again in the same allocation, MAX_CRASHES times in a row at most, with growing pauses; what cannot get better
+# (a mistake in the config, the NaN guard) is not.
 
 set -euo pipefail
 
@@ -25,7 +26,10 @@ job_name=${JOB_NAME:-octo_like}
 save_seconds=${SAVE_SECONDS:-300}
 max_crashes=${MAX_CRASHES:-5}
 pause_seconds=${PAUSE_SECONDS:-15}
-preempted=75 # EXIT_PREEMPTED of octo_like/training/distributed.py
+# Exit statuses of train.py, see docs/training.md.
+preempted=75
+usage=2       # a mistake in command line, config or data: it would happen again
+not_finite=76 # stopped by the NaN guard: a person has to look
 
 die() {
   echo "slurm_train.sh: error: $*" >&2
@@ -113,6 +117,9 @@ train() {
       echo "stopped before the time limit, status $status: requeueing"
       scontrol requeue "$SLURM_JOB_ID"
       exit 0
+    fi
+    if ((status == usage || status == not_finite)); then
+      die "the run ended with status $status: see the log above"
     fi
     # A crash after an hour of work is not a crash at start.
     ((SECONDS - started < 3600)) || crashes=0

@@ -5,7 +5,8 @@
 #   tpu_pod.sh setup                           copy this working tree to all hosts and install it there with uv
 #   tpu_pod.sh run -- python train.py ...      start on all hosts, in tmux, restarted by scripts/supervise.py
 #   tpu_pod.sh exec -- COMMAND...              run a command once on all hosts and show its output
-#   tpu_pod.sh keep -- python train.py ...     create, setup and run, and again after every preemption, until it is done
+#   tpu_pod.sh keep -- python train.py ...     create, setup and run, and again after every preemption, until it is done;
+#                                              Ctrl-C ends the watching and leaves the run alone
 #   tpu_pod.sh logs                            the log of host 0; --worker N|all, --node N|all, --lines N, --follow
 #   tpu_pod.sh status                          the queued resource, the run on every host, the newest checkpoint
 #   tpu_pod.sh ssh                             a shell on host 0; --worker N, --node N
@@ -21,6 +22,7 @@
 #   --spot                 TPU_SPOT=1     cheaper, and may be taken away at any time
 #   --reserved             TPU_RESERVED=1 from your reservation
 #   --runtime VERSION      TPU_RUNTIME    software of the TPU VM; default: the one for the type
+#   --setup_command "..."  TPU_SETUP_COMMAND   a shell command that `setup` runs last on every host, in the repository
 #   --env NAME=VALUE                      for `run`, `exec` and `keep`; may be repeated
 #   --create_flags "..."   TPU_CREATE_FLAGS   further flags of `gcloud ... create`, such as "--network=n --internal-ips"
 #   --ssh_flags "..."      TPU_SSH_FLAGS      further flags of `gcloud ... ssh` and `scp`, such as "--tunnel-through-iap"
@@ -41,6 +43,7 @@ reserved=${TPU_RESERVED:-}
 runtime=${TPU_RUNTIME:-}
 create_flags=${TPU_CREATE_FLAGS:-}
 ssh_flags=${TPU_SSH_FLAGS:-}
+setup_command=${TPU_SETUP_COMMAND:-}
 poll_seconds=${TPU_POLL_SECONDS:-60}
 archive=${TPU_ARCHIVE:-/tmp/octo_like.tgz}
 dry_run=no
@@ -106,7 +109,7 @@ parse() {
         ;;
     esac
     case $flag in
-      --name | --project | --zone | --type | --slices | --runtime | --worker | --node | --lines | --env | --create_flags | --ssh_flags)
+      --name | --project | --zone | --type | --slices | --runtime | --worker | --node | --lines | --env | --create_flags | --ssh_flags | --setup_command)
         (($# >= 2)) || die "$flag needs a value"
         value=$2
         shift 2
@@ -122,6 +125,7 @@ parse() {
       --runtime) runtime=$value ;;
       --create_flags) create_flags=$value ;;
       --ssh_flags) ssh_flags=$value ;;
+      --setup_command) setup_command=$value ;;
       --worker) worker=$value ;;
       --node) node=$value ;;
       --lines) lines=$value ;;
@@ -295,7 +299,10 @@ pod_setup() {
   # shellcheck disable=SC2086  # flags are separate words
   gcloud_tpu scp "$archive" "$name:octo_like.tgz" --node=all --worker=all --batch-size=all $ssh_flags || return
   # A runs folder that someone keeps on the host stays.
-  remote all all "mkdir -p octo_like && find octo_like -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} + && tar -xzf octo_like.tgz -C octo_like && bash octo_like/scripts/tpu_host.sh setup"
+  local line="mkdir -p octo_like && find octo_like -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +"
+  line+=" && tar -xzf octo_like.tgz -C octo_like && bash octo_like/scripts/tpu_host.sh setup"
+  [[ -z $setup_command ]] || line+=" && cd octo_like && { $setup_command; }"
+  remote all all "$line"
 }
 
 pod_run() {
@@ -371,7 +378,8 @@ run_state() {
   case $answer in
     "") echo unreachable ;;
     running | finished) echo "$answer" ;;
-    *none* | *vanished*) echo stopped ;;
+    # 75: something other than tpu_pod.sh stop, such as maintenance, sent SIGTERM, and the state was saved.
+    *none* | *vanished* | *failed:75*) echo stopped ;;
     *failed:*) grep -m 1 failed <<<"$answer" ;;
     *) echo running ;; # some hosts finished, others about to
   esac

@@ -164,8 +164,14 @@ def test_slurm_job_tries_again_after_a_crash(job):
 
 
 def test_slurm_job_gives_up(job):
-    done, calls = job("1 1 9", MAX_CRASHES="2")
+    done, calls = job("1 1 9 0", MAX_CRASHES="2")
     assert done.returncode == 2 and "3 times" in done.stderr and "status 9" in done.stderr and len(calls) == 3
+
+
+@pytest.mark.parametrize("status", [2, 76])
+def test_slurm_job_does_not_repeat_what_cannot_get_better(job, status):
+    done, calls = job(f"{status} 0")
+    assert done.returncode == 2 and f"status {status}" in done.stderr and len(calls) == 1
 
 
 def test_slurm_job_that_fails_at_the_time_limit_is_requeued(job):
@@ -236,8 +242,9 @@ def test_jax_reads_the_job_that_is_asked_for(monkeypatch):
     assert len({address for address, *_ in seen}) == 1 and seen[0][0].startswith("gpu07:")
 
 
-def test_the_exit_status_of_a_preemption_is_that_of_the_code():
-    from octo_like.training.distributed import EXIT_PREEMPTED
-
-    assert f"preempted={EXIT_PREEMPTED} " in (ROOT / "scripts" / "slurm_train.sh").read_text()
-    assert f"--restart-on-exit-codes={EXIT_PREEMPTED} " in (ROOT / "scripts" / "xpk_run.sh").read_text()
+def test_exit_statuses_are_those_of_the_code():
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "octo_like" / "training").glob("*.py")))
+    [status] = set(re.findall(r"^(?:EXIT_)?PREEMPTED = (\d+)", code, re.MULTILINE))
+    assert f"preempted={status}\n" in (ROOT / "scripts" / "slurm_train.sh").read_text()
+    assert f"--restart-on-exit-codes={status} " in (ROOT / "scripts" / "xpk_run.sh").read_text()
+    assert f"*failed:{status}*" in (ROOT / "scripts" / "tpu_pod.sh").read_text()

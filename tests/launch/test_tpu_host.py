@@ -119,7 +119,8 @@ def test_setup_installs_with_the_lock_and_keeps_runs(host):
     (host.home / "octo_like" / "runs").mkdir(parents=True)
     (host.home / "octo_like" / "runs" / "kept").write_text("")
     (host.home / "octo_like" / "forgotten.py").write_text("")
-    said = host.good("setup")
+    said = host.good("setup", "--setup_command", "echo in $PWD > runs/made")
+    assert (host.home / "octo_like" / "runs" / "made").read_text() == f"in {host.home / 'octo_like'}\n"
     assert "ready: Python 3." in said and "JAX " in said
     code = host.home / "octo_like"
     assert (code / "runs" / "kept").exists() and not (code / "forgotten.py").exists()

@@ -88,6 +88,9 @@ def test_setup_sends_the_working_tree(clouds):
     assert shlex.split(copy) == [*QUEUED, "scp", "/tmp/octo_like.tgz", "octo:octo_like.tgz", *everywhere, *WHERE]
     remote = option(shlex.split(install), "command")
     assert shlex.split(install) == ssh(remote)
+    further = clouds.run("tpu_pod.sh", "setup", *POD, "--dry-run", "--setup_command", "cp -r 'a b' runs/").stdout
+    line = option(shlex.split(further.splitlines()[-1]), "command")
+    assert line == remote + " && cd octo_like && { cp -r 'a b' runs/; }"
     assert remote.endswith("tar -xzf octo_like.tgz -C octo_like && bash octo_like/scripts/tpu_host.sh setup")
 
 
@@ -175,6 +178,11 @@ def test_keep_brings_a_preempted_pod_back(clouds):
 
 def test_keep_starts_all_hosts_again_when_one_lost_its_run(clouds):
     done, verbs = keep(clouds, "ACTIVE", "running,running vanished,running running,running finished,finished")
+    assert done.returncode == 0 and verbs == ["setup", "run"]
+
+
+def test_keep_continues_after_sigterm_from_elsewhere(clouds):
+    done, verbs = keep(clouds, "ACTIVE", "running,running failed:75,failed:75 running,running finished,finished")
     assert done.returncode == 0 and verbs == ["setup", "run"]
 
 
