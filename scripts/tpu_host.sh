@@ -45,6 +45,11 @@ quote() {
   printf '%s' "${out# }"
 }
 
+# TPU VMs have sudo without a password; containers often have no sudo, and are root already.
+as_root() {
+  if ((EUID != 0)) && command -v sudo >/dev/null; then sudo -n "$@"; else "$@"; fi
+}
+
 # ------------------------------------------------------------------------------------------------------------- set-up
 
 host_setup() {
@@ -52,8 +57,8 @@ host_setup() {
   export PATH="$HOME/.local/bin:$PATH"
   if ! command -v tmux >/dev/null; then
     say "installing tmux"
-    sudo -n apt-get -o DPkg::Lock::Timeout=300 -qq update
-    sudo -n apt-get -o DPkg::Lock::Timeout=300 -qq install -y tmux
+    as_root apt-get -o DPkg::Lock::Timeout=300 -qq update
+    as_root apt-get -o DPkg::Lock::Timeout=300 -qq install -y tmux
   fi
   if ! command -v uv >/dev/null; then
     say "installing uv"
@@ -69,7 +74,7 @@ host_setup() {
 
 # --------------------------------------------------------------------------------------------------- chips and sessions
 
-# Processes that have an accelerator open. sudo, because they may belong to another user.
+# Processes that have an accelerator open. As root, because they may belong to another user.
 chip_holders() {
   local device
   local -a devices=()
@@ -77,7 +82,7 @@ chip_holders() {
     [[ -e $device ]] && devices+=("$device")
   done
   [[ ${#devices[@]} -eq 0 ]] && return 0
-  sudo -n lsof -t -w "${devices[@]}" 2>/dev/null | sort -un || true
+  as_root lsof -t -w "${devices[@]}" 2>/dev/null | sort -un || true
 }
 
 # A process that died with the chips, or someone's forgotten notebook, would make libtpu refuse to load.
@@ -86,10 +91,10 @@ free_chips() {
   holders=$(chip_holders)
   for pid in $holders; do
     say "killing process $pid, which holds the chips: $(ps -o args= -p "$pid" 2>/dev/null | cut -c 1-120 || true)"
-    sudo -n kill -KILL "$pid" 2>/dev/null || true
+    as_root kill -KILL "$pid" 2>/dev/null || true
   done
   [[ -z $holders ]] || sleep 1
-  sudo -n rm -f "${OCTO_LOCKFILE:-/tmp/libtpu_lockfile}"
+  as_root rm -f "${OCTO_LOCKFILE:-/tmp/libtpu_lockfile}" || say "the lock file of another user's process is left"
 }
 
 # The session as well as the process: after a reboot the number in the file may be another process's.
@@ -191,7 +196,7 @@ host_exec() {
   local restart=no
   parse_command "$@"
   cd "$repository"
-  export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
+  export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv" PYTHONUNBUFFERED=1
   ((${#environment[@]} == 0)) || export "${environment[@]}"
   exec "${command[@]}"
 }
