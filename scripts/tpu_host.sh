@@ -221,12 +221,19 @@ host_logs() {
   exec tail -n "$lines" ${follow[@]+"${follow[@]}"} "$logs/run.log"
 }
 
-# One word of the run: running, finished, failed:STATUS, vanished (killed with its session) or none.
+# One word for the run: running, finished, stopped (by SIGTERM, state saved), failed:STATUS, vanished (killed together
+# with its session) or none.
 state_word() {
+  local status
   if is_running; then
     echo running
   elif [[ -f $logs/exit_status ]]; then
-    if [[ $(<"$logs/exit_status") == 0 ]]; then echo finished; else echo "failed:$(<"$logs/exit_status")"; fi
+    status=$(<"$logs/exit_status")
+    case $status in
+      0) echo finished ;;
+      75) echo stopped ;;
+      *) echo "failed:$status" ;;
+    esac
   elif [[ -f $logs/command ]]; then
     echo vanished
   else

@@ -378,8 +378,8 @@ run_state() {
   case $answer in
     "") echo unreachable ;;
     running | finished) echo "$answer" ;;
-    # 75: something other than tpu_pod.sh stop, such as maintenance, sent SIGTERM, and the state was saved.
-    *none* | *vanished* | *failed:75*) echo stopped ;;
+    # stopped: something other than tpu_pod.sh stop, such as maintenance, sent SIGTERM, and the state was saved.
+    *none* | *vanished* | *stopped*) echo stopped ;;
     *failed:*) grep -m 1 failed <<<"$answer" ;;
     *) echo running ;; # some hosts finished, others about to
   esac

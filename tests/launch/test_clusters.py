@@ -247,4 +247,4 @@ def test_exit_statuses_are_those_of_the_code():
     [status] = set(re.findall(r"^(?:EXIT_)?PREEMPTED = (\d+)", code, re.MULTILINE))
     assert f"preempted={status}\n" in (ROOT / "scripts" / "slurm_train.sh").read_text()
     assert f"--restart-on-exit-codes={status} " in (ROOT / "scripts" / "xpk_run.sh").read_text()
-    assert f"*failed:{status}*" in (ROOT / "scripts" / "tpu_pod.sh").read_text()
+    assert f"{status}) echo stopped" in (ROOT / "scripts" / "tpu_host.sh").read_text()

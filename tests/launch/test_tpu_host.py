@@ -161,7 +161,7 @@ def test_stop_lets_the_run_save(ready):
     ready.wait(lambda: "started with" in ready.log(), "the start")
     assert ready.state() == "running" and "running" in ready.good("status")
     ready.good("stop")
-    assert "saved" in ready.log() and ready.state() == "failed:75"
+    assert "saved" in ready.log() and ready.state() == "stopped"
     sessions = subprocess.run(["tmux", "ls"], env=ready.clouds.environment | ready.settings, capture_output=True)
     assert b"octo" not in sessions.stdout
 
