@@ -69,7 +69,7 @@ host_setup() {
   uv venv --quiet --allow-existing --python "$python" "$venv"
   uv pip install --quiet --compile-bytecode --python "$venv/bin/python" \
     --constraint requirements/cpu.lock --editable ".[$extras]"
-  say "ready: $("$venv/bin/python" -c 'import sys, jax; print(f"Python {sys.version.split()[0]}, JAX {jax.__version__}")')"
+  say "ready: $("$venv/bin/python" -c 'import sys, importlib.metadata as m; print("Python", sys.version.split()[0], "JAX", m.version("jax"))')"
 }
 
 # --------------------------------------------------------------------------------------------------- chips and sessions
@@ -132,7 +132,7 @@ end_session() {
       # The command was started as the leader of a process group of its own.
       kill -KILL -- "-$pid" 2>/dev/null || kill -KILL "$pid" 2>/dev/null || true
     fi
-    until_true 5 no_session # it writes the exit status and ends by itself
+    until_true 15 no_session # it writes the exit status and ends by itself
   fi
   tmux kill-session -t "=$session" 2>/dev/null || true
 }
@@ -190,7 +190,7 @@ host_run() {
   } >"$logs/launch.sh"
   echo "=== $(date -u '+%Y-%m-%d %H:%M:%S') UTC: $(<"$logs/command")" >>"$logs/run.log"
   tmux new-session -d -s "$session" "bash $(quote "$logs/launch.sh")"
-  until_true 10 test -s "$logs/pid"
+  until_true 60 test -s "$logs/pid"
   say "started in tmux session $session: $(<"$logs/command")"
 }
 

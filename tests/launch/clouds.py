@@ -115,7 +115,7 @@ class Clouds:
         path.write_text(f"#!{sys.executable}\n{code}")
         path.chmod(0o755)
 
-    def run(self, script: str, *arguments: str, stdin: str = "", timeout: float = 60, **environment: str):
+    def run(self, script: str, *arguments: str, stdin: str = "", timeout: float = 400, **environment: str):
         """`bash scripts/SCRIPT ARGUMENTS...`: the finished process, its output as text."""
         return subprocess.run(
             ["bash", f"scripts/{script}", *arguments],

@@ -194,7 +194,7 @@ def test_slurm_job_that_is_cancelled_is_not_requeued(clouds, job):
             assert line, f"ended early: {lines}"
             lines.append(line)
         os.killpg(process.pid, signal.SIGTERM)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=400)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

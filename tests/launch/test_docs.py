@@ -48,7 +48,7 @@ def run_page(page: str, clouds) -> list[list[str]]:
         input="yes\n" * 9,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return clouds.calls()
@@ -70,7 +70,7 @@ def inner_commands(call: list[str]) -> list[list[str]]:
 def help_of(script: str) -> str:
     command = [sys.executable, script, "--help"]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{script} --help: {done.stderr[-2000:]}"
     return done.stdout
 

@@ -67,7 +67,7 @@ class Host:
             "TMUX_TMPDIR": str(tmux),
             "OCTO_CHIP_DEVICES": str(clouds.folder / "chip"),
             "OCTO_LOCKFILE": str(clouds.folder / "lockfile"),
-            "OCTO_STOP_SECONDS": "20",
+            "OCTO_STOP_SECONDS": "300",
         }
 
     def pod(self, what, *arguments, **settings):
@@ -76,7 +76,7 @@ class Host:
             env=self.clouds.environment | self.settings | settings,
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=400,
         )
 
     def good(self, what, *arguments, **settings):
@@ -92,7 +92,7 @@ class Host:
         return done.strip().removeprefix("octo_state=")
 
     def wait(self, condition, what):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 400
         while not condition():
             assert time.monotonic() < deadline, f"{what} did not happen; log:\n{self.log()}"
             time.sleep(0.05)
@@ -121,7 +121,7 @@ def test_setup_installs_with_the_lock_and_keeps_runs(host):
     (host.home / "octo_like" / "forgotten.py").write_text("")
     said = host.good("setup", "--setup_command", "echo in $PWD > runs/made")
     assert (host.home / "octo_like" / "runs" / "made").read_text() == f"in {host.home / 'octo_like'}\n"
-    assert "ready: Python 3." in said and "JAX " in said
+    assert "ready: Python 3." in said and " JAX " in said
     code = host.home / "octo_like"
     assert (code / "runs" / "kept").exists() and not (code / "forgotten.py").exists()
     assert (code / "train_toy.py").read_text() == TRAIN
@@ -214,7 +214,7 @@ def test_whoever_holds_the_chips_is_killed_before_a_run(ready):
         assert holder.stdout.readline() == b"open\n"
         said = ready.good("run", "--", "python", "train_toy.py")
         assert f"killing process {holder.pid}" in said
-        assert holder.wait(timeout=30) == -signal.SIGKILL and not lock.exists()
+        assert holder.wait(timeout=300) == -signal.SIGKILL and not lock.exists()
     finally:
         holder.kill()
         holder.stdout.close()

@@ -149,12 +149,12 @@ def test_delete_asks(clouds):
     assert [call[4] for call in clouds.calls("gcloud")] == ["delete"]
 
 
-def keep(clouds, states, answers, timeout=60):
+def keep(clouds, states, answers):
     (clouds.folder / "states").write_text(states)
     (clouds.folder / "answers").write_text(answers)
     settings = dict(STATES=str(clouds.folder / "states"), ANSWERS=str(clouds.folder / "answers"), TPU_POLL_SECONDS="0")
     settings["TPU_ARCHIVE"] = str(clouds.folder / "tree.tgz")
-    done = clouds.run("tpu_pod.sh", "keep", *POD, "--type", "v4-8", "--spot", "--", *TRAIN, timeout=timeout, **settings)
+    done = clouds.run("tpu_pod.sh", "keep", *POD, "--type", "v4-8", "--spot", "--", *TRAIN, **settings)
     verbs = []
     for call in clouds.calls("gcloud"):
         verb = call[4]
@@ -269,7 +269,7 @@ def test_gcloud_knows_every_flag(clouds):
     everywhere = {"--project", "--quiet", "--format"}
     for verb, flags in used.items():
         command = [real, "compute", "tpus", "queued-resources", verb, "--help"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         known = done.stdout.replace("\x1b[1m", "").replace("\x1b[m", "").replace("\x1b[0m", "")
         missing = {flag for flag in flags - everywhere if flag not in known}
         assert not missing, f"gcloud ... {verb} does not know {missing}"
