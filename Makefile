@@ -91,10 +91,12 @@ test-aot: $(AOT_READY) ## compiles for TPU topologies that are not here
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)
 
-lint: $(READY) ## ruff
+lint: $(READY) ## ruff and shellcheck
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
+	@$(VENV)/bin/shellcheck scripts/*.sh .ci/run
 
-doctor: $(READY) ## checks this machine: devices, versions, extras, a collective
+doctor: $(READY) ## checks this machine: versions, storage, devices, collectives, a training step, the loader
 	@$(PY) scripts/doctor.py $(ARGS)
 
 lock: ## renews the lock from setup.py (needs uv)

