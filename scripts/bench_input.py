@@ -91,8 +91,13 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
         order = stream.order
         stream.close()
     ratio = {kind: [s / f for s, f in zip(rates["decodes"], rates[kind], strict=True)] for kind in FLOORS}
-    held = bench.frames_held(order)
-    distinct, buffered = bench.distinct_in_order(order), bench.distinct_in_buffer(order, held)
+    # Far from the start, where neither a buffer nor the order is fresh.
+    later = 3 * bench.frames_held(order) // order.batch_size * order.batch_size
+    held = bench.frames_held(order, later)
+    distinct = bench.distinct_in_order(order, start=later)
+    buffered = bench.distinct_in_buffer(order, held, start=later)
+    # A buffer's sample carries its window and its goal: as many frames in memory are fewer samples.
+    in_memory = bench.distinct_in_buffer(order, held // (spec.window_size + bool(spec.goal_images)), start=later)
     result = {
         "decode": args.decode,
         "datasets": len(specs),
@@ -111,6 +116,8 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
         "distinct_episodes_per_1000": distinct,
         "distinct_in_shuffle_buffer": buffered,
         "distinct_ratio": distinct / buffered,
+        "distinct_ratio_same_memory": distinct / in_memory,
+        "visits": [data.visits for data in order.datasets],
     }
     print(f"{len(specs)} datasets, {result['episodes']:,} episodes, decode={args.decode}, {args.threads} threads")
     print(f"stream   {result['samples_per_s']:9.1f} samples/s {result['decodes_per_s']:9.1f} decodes/s", end="")
@@ -123,8 +130,13 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     print(
         f"memory      base {base / 2**30:.2f} GB, declared {args.memory_gb:.2f} GB, peak {result['rss_peak_gb']:.2f} GB"
     )
-    print(f"mixing      {distinct:.0f} distinct episodes per 1,000 samples; a shuffle buffer of the same ", end="")
-    print(f"{held:,} frames gives {buffered:.0f} (ratio {distinct / buffered:.3f})")
+    print(
+        f"mixing      {distinct:.0f} distinct episodes per 1,000 samples; a shuffle buffer of as many samples as ",
+        end="",
+    )
+    print(f"{held:,} frames gives {buffered:.0f} (ratio {distinct / buffered:.3f}),")
+    print(f"            one of as many frames, windows and goals included, {in_memory:.0f} ", end="")
+    print(f"(ratio {distinct / in_memory:.3f}); up to {max(result['visits'])} visits per pass")
     return result
 
 

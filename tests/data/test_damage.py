@@ -32,7 +32,7 @@ def prepare(toy, fraction=0.3, cache=None, **changes):
 
 
 def stream_of(prepared, tokenizer, **options):
-    options = dict(seed=3, batch_size=16, episodes_per_block=6, host_threads=2, max_bad_fraction=0.3) | options
+    options = dict(seed=3, batch_size=16, episodes_mixed=6, host_threads=2, max_bad_fraction=0.3) | options
     return make_train_stream({"toy": prepared}, SPEC, tokenizer, **options)
 
 
@@ -329,7 +329,7 @@ def test_a_slow_read_is_named(prepared, tokenizer, monkeypatch):
     monkeypatch.setattr(episodes_module, "load_episode", slow)
     episodes_module.log.addHandler(handler := Watch())
     try:
-        with stream_of(prepared, tokenizer, episodes_per_block=23) as stream:
+        with stream_of(prepared, tokenizer, episodes_mixed=23) as stream:
             for _ in range(3):
                 next(stream)
     finally:

@@ -39,7 +39,7 @@ def stream_of(datasets, **options):
 
 
 def blocks_of(stream):
-    return {data.name: data.episodes_per_block for data in stream.order.datasets}
+    return {data.name: data.episodes_mixed for data in stream.order.datasets}
 
 
 def test_plenty_of_memory_makes_each_dataset_one_block(datasets):
@@ -82,13 +82,13 @@ def test_a_budget_that_holds_nothing_is_refused(datasets):
 
 
 def test_given_blocks_win(datasets):
-    with stream_of(datasets, episodes_per_block=3, host_memory_gb=1e-6) as stream:
+    with stream_of(datasets, episodes_mixed=3, host_memory_gb=1e-6) as stream:
         assert blocks_of(stream) == {"toy": 3, "wide": 3} and stream.order_spec["memory"] is None
         assert "read repeatedly" in stream.memory_line()
-    with stream_of(datasets, episodes_per_block={"toy": 3, "wide": 4}) as stream:
+    with stream_of(datasets, episodes_mixed={"toy": 3, "wide": 4}) as stream:
         assert blocks_of(stream) == {"toy": 3, "wide": 4}
-    with pytest.raises(DataError, match="episodes_per_block: 'wide' is not in both.*toy, wide"):
-        stream_of(datasets, episodes_per_block={"toy": 3})
+    with pytest.raises(DataError, match="episodes_mixed: 'wide' is not in both.*toy, wide"):
+        stream_of(datasets, episodes_mixed={"toy": 3})
 
 
 def test_more_than_the_machine_has_is_refused(datasets, monkeypatch):
@@ -148,7 +148,7 @@ def test_blocks_of_more_processes_have_to_fit(datasets):
         (dict(host_memory_gb=3.0), "memory.host_memory_gb: 2.0 -> 3.0"),
         (dict(balance_weights=True), "order.datasets.toy.weight"),
         (dict(num_lanes=2), "order.num_lanes: 1 -> 2"),
-        (dict(episodes_per_block=2), "memory: "),
+        (dict(episodes_mixed=2), "memory: "),
         (dict(drop_task_prob=0.5), "task.drop_task_prob: 0.0 -> 0.5"),
         (dict(image_dropout_prob=0.5), "task.image_dropout_prob: 0.0 -> 0.5"),
     ],
@@ -200,7 +200,7 @@ one = prepare_datasets(specs_from_config({"one": fields}), data_dir, cache, prog
 datasets = {f"d{i}": one for i in range(count)}
 spec = BatchSpec(1, 2, 4, {"primary": (16, 16)})
 options = dict(seed=1, batch_size=16, host_threads=1, prefetch=1, decode="fast")
-with make_train_stream(datasets, spec, None, host_memory_gb=1e3, episodes_per_block=1, **options) as stream:
+with make_train_stream(datasets, spec, None, host_memory_gb=1e3, episodes_mixed=1, **options) as stream:
     next(stream)  # TensorFlow has loaded what it loads
 base = memory.resident_bytes()
 with make_train_stream(datasets, spec, None, host_memory_gb=knob, **options) as stream:

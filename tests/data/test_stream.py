@@ -53,7 +53,7 @@ def datasets(toy, wide_toy, tmp_path_factory):
 
 
 def stream_of(datasets, tokenizer, spec=FULL, **options):
-    options = dict(seed=7, batch_size=32, host_threads=2, episodes_per_block=8) | options
+    options = dict(seed=7, batch_size=32, host_threads=2, episodes_mixed=8) | options
     return make_train_stream(datasets, spec, tokenizer, **options)
 
 
@@ -240,7 +240,7 @@ def test_order_spec(datasets, tokenizer):
     for change, line in {
         ("seed", 8): "order.seed: 7 -> 8",
         ("batch_size", 64): "order.batch_size: 32 -> 64",
-        ("episodes_per_block", 4): "order.datasets.toy.episodes_per_block: 8 -> 4",
+        ("episodes_mixed", 4): "order.datasets.toy.episodes_mixed: 8 -> 4",
         ("decode", "fast"): "decode: 'parity' -> 'fast'",
         ("keep_goal_prob", 0.1): "task.keep_goal_prob: 0.5 -> 0.1",
     }.items():
