@@ -120,7 +120,7 @@ class Stream:
             return
         count = self._process[1]
         need = self._plan.stored_bytes(order) + self._plan.batch_bytes
-        if derived and need > self._host.memory_gb * 2**30:
+        if derived and need > self._host.memory_gb * memory.STORED * 2**30:
             most = order.num_lanes
             fits = next(
                 (p for p in (2**i for i in range(20)) if p >= count * need / self._host.memory_gb / 2**30), most
