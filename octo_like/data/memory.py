@@ -17,7 +17,7 @@ from octo_like.data.spec import DataError
 
 # Of `host_memory_gb`: what is planned for episodes that are mixed and for batches; what these and the episodes that are
 # read ahead take at most; what validation keeps.
-PLANNED, STORED, VALIDATION = 0.75, 0.88, 0.1
+PLANNED, STORED, VALIDATION = 0.67, 0.79, 0.1
 # How well samples are mixed: distinct episodes among so many samples, compared with a shuffle buffer.
 MIXING_WINDOW, MIXING = 1000, 0.97
 LIVE = 0.75  # live episodes per track, when they are equally long

@@ -237,18 +237,18 @@ class _Worker:
     """Makes batches ahead of the consumer.
 
     Two at a time: while the frames of one are being decoded, the other's episodes are found and its arrays filled, so
-    the decoding threads never wait for the next batch to begin. Batches are handed out in order all the same.
+    the decoding threads never wait for the next batch to begin. Batches are handed out in order all the same. The first
+    one is made alone, because somebody waits for it.
     """
 
     MAKERS = 2
 
     def __init__(self, make: Any, start: int, depth: int):
-        self._make, self._next = make, start
+        self._make, self._next, self._depth = make, start, depth
         self._pool = concurrent.futures.ThreadPoolExecutor(self.MAKERS, "octo_like-batches")
         self._waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         self._failed = False
-        for _ in range(depth + 1):
-            self._begin()
+        self._begin()
 
     def _begin(self) -> None:
         self._waiting.append(self._pool.submit(self._make, self._next))
@@ -262,7 +262,8 @@ class _Worker:
         except BaseException:
             self._failed = True
             raise
-        self._begin()
+        while len(self._waiting) <= self._depth:
+            self._begin()
         return batch
 
     def stop(self) -> None:
