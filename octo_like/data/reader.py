@@ -18,6 +18,8 @@ from octo_like.data.spec import DataError, specs_from_config, suggest
 from octo_like.data.split_index import MAX_BAD_FRACTION
 from octo_like.data.texts import Paraphrases, Texts
 
+REMOTE_READERS = 16  # threads that read from a bucket: they wait for the network most of the time
+
 log = logging.getLogger(__name__)
 
 
@@ -26,7 +28,7 @@ class HostOptions:
     """Knobs of this machine. None of them changes a batch by itself; see `memory.plan_mixed` for memory_gb.
 
     Attributes:
-      threads: threads that decode frames (and as many that read episodes).
+      threads: threads that decode frames (and as many that read episodes; 16 of them from a bucket).
       prefetch: batches made ahead of the consumer.
       memory_gb: what encoded episodes and batches may take. Episodes that do not fit are read again when needed.
       max_bad_fraction: share of a dataset's records that may be damaged.
@@ -83,7 +85,9 @@ class Reader:
         texts.check(text for prepared, _ in sources for text in prepared.instructions)
         self.damage = DamageLog(sources, host.max_bad_fraction)
         # Two pools: reading ahead must not queue in front of the frames of the present batch.
-        self._readers = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-read")
+        remote = any("://" in path for _, index in sources for path in index.files[:1])
+        readers = max(host.threads, REMOTE_READERS) if remote else host.threads
+        self._readers = concurrent.futures.ThreadPoolExecutor(readers, "octo_like-read")
         self._decoders = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-decode")
         limit = max(0, int(host.memory_gb * memory.STORED * 2**30 - batch_bytes))
         self.store = EpisodeStore(sources, spec.image_sizes, texts, self._readers, limit, spec.depth_sizes)
