@@ -79,7 +79,7 @@ def get_config():
     config.text.max_length = 14
     config.data.datasets = {name: dataset(name, weight=w, proprio=p) for name, (w, p) in ROBOTS.items()}
     config.data.decode = "fast"
-    config.data.episodes_per_block = 512
+    config.data.episodes_mixed = 512
     config.model = model()
     config.optimizer.update(schedule="cosine", peak=2e-3, warmup_steps=100, weight_decay=0.02, b2=0.99)
     config.ema_decay = 0.998

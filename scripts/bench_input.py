@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--memory_gb", type=float, default=2.0, help="config.data.host_memory_gb")
     parser.add_argument("--seconds", type=float, default=6.0, help="per measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory_seconds", type=float, default=10.0, help="of the stream alone, for its peak memory")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 
@@ -79,20 +80,29 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     tokenizer = TextTokenizer.load(config.text.model, config.text.max_length)
     base = bench.resident_bytes()
     watch = bench.Decodes(keep=2048)
-    with bench.PeakMemory() as memory, watch.watching():
+    # Memory first, of the stream alone: the floors hold frames of their own.
+    with bench.PeakMemory() as memory:
         start = time.perf_counter()
         run = inputs.inputs_from_config(config, spec, tokenizer)
         stream = run.stream
         next(stream)
         first = time.perf_counter() - start
+        bench.timed(lambda: len(next(stream)["sample_id"]), args.memory_seconds)
+    with watch.watching():
+        stream.seek(stream.position)
         while len(watch.kept) < 2048:
             next(stream)
         rates = rounds(args, stream, watch)
         order = stream.order
         stream.close()
     ratio = {kind: [s / f for s, f in zip(rates["decodes"], rates[kind], strict=True)] for kind in FLOORS}
-    held = bench.frames_held(order)
-    distinct, buffered = bench.distinct_in_order(order), bench.distinct_in_buffer(order, held)
+    # Far from the start, where neither a buffer nor the order is fresh.
+    later = 3 * bench.frames_held(order) // order.batch_size * order.batch_size
+    held = bench.frames_held(order, later)
+    distinct = bench.distinct_in_order(order, start=later)
+    buffered = bench.distinct_in_buffer(order, held, start=later)
+    # A buffer's sample carries its window and its goal: as many frames in memory are fewer samples.
+    in_memory = bench.distinct_in_buffer(order, held // (spec.window_size + bool(spec.goal_images)), start=later)
     result = {
         "decode": args.decode,
         "datasets": len(specs),
@@ -111,6 +121,8 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
         "distinct_episodes_per_1000": distinct,
         "distinct_in_shuffle_buffer": buffered,
         "distinct_ratio": distinct / buffered,
+        "distinct_ratio_same_memory": distinct / in_memory,
+        "visits": [data.visits for data in order.datasets],
     }
     print(f"{len(specs)} datasets, {result['episodes']:,} episodes, decode={args.decode}, {args.threads} threads")
     print(f"stream   {result['samples_per_s']:9.1f} samples/s {result['decodes_per_s']:9.1f} decodes/s", end="")
@@ -123,8 +135,13 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     print(
         f"memory      base {base / 2**30:.2f} GB, declared {args.memory_gb:.2f} GB, peak {result['rss_peak_gb']:.2f} GB"
     )
-    print(f"mixing      {distinct:.0f} distinct episodes per 1,000 samples; a shuffle buffer of the same ", end="")
-    print(f"{held:,} frames gives {buffered:.0f} (ratio {distinct / buffered:.3f})")
+    print(
+        f"mixing      {distinct:.0f} distinct episodes per 1,000 samples; a shuffle buffer of as many samples as ",
+        end="",
+    )
+    print(f"{held:,} frames gives {buffered:.0f} (ratio {distinct / buffered:.3f}),")
+    print(f"            one of as many frames, windows and goals included, {in_memory:.0f} ", end="")
+    print(f"(ratio {distinct / in_memory:.3f}); up to {max(result['visits'])} visits per pass")
     return result
 
 

@@ -42,7 +42,8 @@ def default_config() -> ConfigDict:
         datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec, over those of the mixture
         num_demos=None,  # training episodes used of each dataset; None: all
         num_lanes=None,  # None: the process count rounded up to a power of two
-        episodes_per_block=None,  # frames are shuffled within this many episodes; None: what host_memory_gb holds
+        episodes_mixed=None,  # of each dataset, by a lane, at a time; None: as many as host_memory_gb holds
+        max_visits=16,  # times that a pass may read an episode, in order to mix more of them in little memory
         balance_weights=False,  # multiply the datasets' weights by their numbers of frames
         decode="parity",  # or "fast"
         keep_goal_prob=0.5,
@@ -55,7 +56,7 @@ def default_config() -> ConfigDict:
         octo_compat=False,  # Octo's action mask and its reading of registry datasets, mistakes included
         max_bad_fraction=0.01,  # share of a dataset's records that may be damaged
         host_threads=2,
-        host_memory_gb=2.0,  # encoded episodes per process; decides episodes_per_block at the first start
+        host_memory_gb=4.0,  # of a process, for episodes and batches; decides episodes_mixed at the first start
         prefetch=2,
     )
     config.augmentation = dict()  # camera -> fields of octo_like.training.augment.Augmentation

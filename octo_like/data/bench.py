@@ -209,28 +209,31 @@ def floor(kept: Sequence[tuple[bytes, tuple[int, int]]], kind: str, mode: str, t
 # ---------------------------------------------------------------- mixing
 
 
-def distinct_in_order(order: Order, window: int = 1000, windows: int = 20) -> float:
-    """Mean number of distinct episodes among `window` consecutive samples, over the first `windows` of them."""
-    samples = order.samples(np.arange(window * windows))
+def distinct_in_order(order: Order, window: int = 1000, windows: int = 20, start: int = 0) -> float:
+    """Mean number of distinct episodes among `window` consecutive samples, over `windows` of them from `start` on."""
+    samples = order.samples(start + np.arange(window * windows))
     identity = samples.dataset.astype(np.int64) << 40 | samples.episode
     return float(np.mean([len(np.unique(part)) for part in identity.reshape(windows, window)]))
 
 
-def frames_held(order: Order) -> int:
-    """Frames of one block of every dataset and lane: what the stream shuffles among at any time."""
-    lanes = [(d, lane) for d, data in enumerate(order.datasets) if data.weight > 0 for lane in range(order.num_lanes)]
-    return sum(order.block_frames(d, lane, 0, 0) for d, lane in lanes)
+def frames_held(order: Order, start: int = 0, batches: int = 20) -> int:
+    """Frames of the episodes that the stream holds because it is in the midst of them, on average over some batches."""
+    first = start // order.batch_size
+    pairs = [pair for batch in range(first, first + batches) for pair in order.live(batch)]
+    return round(sum(int(order.datasets[d].frames[e]) for d, e in pairs) / batches)
 
 
-def distinct_in_buffer(order: Order, size: int, window: int = 1000, windows: int = 20, seed: int = 0) -> float:
+def distinct_in_buffer(
+    order: Order, size: int, window: int = 1000, windows: int = 20, start: int = 0, seed: int = 0
+) -> float:
     """The same for a shuffle buffer of `size` frames over interleaved trajectories, simulated.
 
     Each dataset's episodes come in random order, again and again, their frames in turn; frames of datasets are mixed
     by weight and go through one buffer that gives a random frame and takes the next: `sample_from_datasets` and
-    `shuffle(size)`. Counted once the buffer is full.
+    `shuffle(size)`. Counted from sample `start` on, 0 being the first that a full buffer gives.
     """
     rng = np.random.default_rng(seed)
-    total = size + window * windows
+    total = size + start + window * windows
     drawn = rng.choice(len(order.datasets), total, p=order.mixture.weights)
     identity = np.empty(total, np.int64)
     for d, data in enumerate(order.datasets):
@@ -241,10 +244,10 @@ def distinct_in_buffer(order: Order, size: int, window: int = 1000, windows: int
             have += int(np.sum(data.frames))
         episodes = np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
         identity[rows] = d << 40 | np.repeat(episodes, np.asarray(data.frames)[episodes])[: len(rows)]
-    buffer, out = identity[:size].copy(), np.empty(window * windows, np.int64)
+    buffer, out = identity[:size].copy(), np.empty(start + window * windows, np.int64)
     for i, place in enumerate(rng.integers(0, size, len(out))):
         out[i], buffer[place] = buffer[place], identity[size + i]
-    return float(np.mean([len(np.unique(part)) for part in out.reshape(windows, window)]))
+    return float(np.mean([len(np.unique(part)) for part in out[start:].reshape(windows, window)]))
 
 
 # ---------------------------------------------------------------- memory

@@ -123,22 +123,50 @@ class EpisodeStore:
     ):
         self._sources, self._slots, self._table = sources, frozenset(slots), table
         self._depth_slots = frozenset(depth_slots)
-        self._pool, self._max_bytes = pool, max_bytes
+        self._pool, self.max_bytes = pool, max_bytes
         self.text_lock, self._lock = threading.Lock(), threading.Lock()
         self._entries: collections.OrderedDict[tuple[int, int], concurrent.futures.Future] = collections.OrderedDict()
         self.nbytes = 0
+        self._loading: dict[tuple[int, int], int] = {}  # expected bytes of what is being read
 
     def request(self, wanted: Iterable[tuple[int, int]]) -> list[concurrent.futures.Future]:
         """Futures of (dataset, episode) pairs; those not in memory start loading."""
         futures = []
         with self._lock:
             for key in wanted:
-                future = self._entries.get(key)
-                if future is None:
-                    future = self._entries[key] = self._pool.submit(self._load, key)
+                if key not in self._entries:
+                    self._begin(key)
                 self._entries.move_to_end(key)
-                futures.append(future)
+                futures.append(self._entries[key])
         return futures
+
+    def request_ahead(self, wanted: Iterable[tuple[int, int]]) -> bool:
+        """Starts loading in turn what is not in memory, as long as there is room for it. Whether there was for all."""
+        with self._lock:
+            expected = self.nbytes + sum(self._loading.values())
+            for key in wanted:
+                if key not in self._entries:
+                    expected += self._expected_bytes(key)
+                    if expected > self.max_bytes:
+                        return False
+                    self._begin(key)
+                self._entries.move_to_end(key)
+        return True
+
+    def drop_all_but(self, kept: Collection[tuple[int, int]]) -> None:
+        """Forgets episodes that are in memory and not in `kept`."""
+        with self._lock:
+            for key in [key for key in self._entries if key not in kept]:
+                self._drop(key)
+
+    def _begin(self, key: tuple[int, int]) -> None:
+        self._loading[key] = self._expected_bytes(key)
+        self._entries[key] = self._pool.submit(self._load, key)
+
+    def _expected_bytes(self, key: tuple[int, int]) -> int:
+        _, index = self._sources[key[0]]
+        frames = int(index.steps[key[1]]) * (len(self._slots) + len(self._depth_slots))
+        return int(index.length[key[1]]) + EncodedFrame.OVERHEAD * frames
 
     def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode | DamagedRecord]:
         """Episodes of (dataset, episode) pairs; the error in place of a damaged one. Other errors are raised."""
@@ -170,18 +198,26 @@ class EpisodeStore:
     def _load(self, key: tuple[int, int]) -> Episode:
         dataset, number = key
         prepared, index = self._sources[dataset]
-        episode = load_episode(prepared, index, number, self._slots, self._table, self.text_lock, self._depth_slots)
-        with self._lock:
-            self.nbytes += episode.nbytes
-        return episode
+        size = 0
+        try:
+            episode = load_episode(prepared, index, number, self._slots, self._table, self.text_lock, self._depth_slots)
+            size = episode.nbytes
+            return episode
+        finally:
+            with self._lock:
+                self.nbytes += size
+                self._loading.pop(key, None)
 
     def _evict(self) -> None:
+        """Forgets the least recently used episodes while there are too many bytes."""
         with self._lock:
-            if self.nbytes <= self._max_bytes:
-                return
-            for key, future in list(self._entries.items()):
-                if self.nbytes <= self._max_bytes:
+            for key in list(self._entries):
+                if self.nbytes <= self.max_bytes:
                     break
-                if future.done() and future.exception() is None:
-                    self.nbytes -= future.result().nbytes
-                    del self._entries[key]
+                self._drop(key)
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        future = self._entries[key]
+        if key not in self._loading and future.done() and future.exception() is None:
+            self.nbytes -= future.result().nbytes
+            del self._entries[key]

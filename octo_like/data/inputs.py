@@ -92,7 +92,7 @@ def inputs_from_config(
         max_bad_fraction=data.max_bad_fraction,
         **processes,
     )
-    blocks = data.episodes_per_block
+    mixed = data.episodes_mixed
     stream = make_train_stream(
         datasets,
         spec,
@@ -100,7 +100,8 @@ def inputs_from_config(
         seed=config.seed,
         batch_size=config.batch_size,
         num_lanes=data.num_lanes,
-        episodes_per_block=dict(blocks) if hasattr(blocks, "items") else blocks,
+        episodes_mixed=dict(mixed) if hasattr(mixed, "items") else mixed,
+        max_visits=data.max_visits,
         balance_weights=data.balance_weights,
         drop_task_prob=data.drop_task_prob,
         paraphrases=data.paraphrases,

@@ -52,6 +52,19 @@ def _look(path: str) -> str | None:
         return None
 
 
+def _break(lock: str, seen: str) -> None:
+    """Removes a lock whose content is `seen`. Of several processes that do so one is first, and may hold it by now."""
+    aside = f"{lock}.{uuid.uuid4().hex[:8]}"
+    try:
+        tf.io.gfile.rename(lock, aside)
+    except tf.errors.NotFoundError:
+        return
+    if _look(aside) == seen:
+        tf.io.gfile.remove(aside)
+    else:
+        tf.io.gfile.rename(aside, lock, overwrite=True)
+
+
 def _is_dead(holder: str) -> bool:
     """Whether the holder was a process of this machine that is no more: nobody has to wait for its pulse to fail."""
     host, _, rest = holder.partition(":")
@@ -132,10 +145,7 @@ def build_once(
         holder = (seen or "another process").split(" ")[0]
         if seen is not None and (now - changed > STALE_SECONDS or _is_dead(holder)):
             log.warning("%s: %s is dead or has been silent for %.0f s; building here", what, holder, now - changed)
-            try:
-                tf.io.gfile.remove(lock)
-            except tf.errors.NotFoundError:
-                pass
+            _break(lock, seen)
             start -= HOLDER_SECONDS
             continue
         if now - start > wait_seconds:

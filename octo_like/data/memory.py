@@ -1,8 +1,8 @@
-"""How much memory a stream takes, and the block sizes that make it take what it may.
+"""How much memory a stream takes, and the numbers of episodes to mix that make it take what it may.
 
-A lane holds the block of episodes that it is in and, towards its end, the next one: two blocks of every dataset. A
-dataset whose share of the budget holds all of a lane's episodes is one block, held once. The budget is shared by
-weight, so that a dataset that is sampled twice as often is also shuffled over twice as many episodes' bytes.
+Memory holds the episodes that the lanes' walks are in the midst of (`walk.py`), the next ones, and the batches that are
+being made. A dataset whose share of the budget holds all of a lane's episodes mixes all of them and is read once. The
+budget is shared by weight: a dataset that is sampled twice as often also mixes twice as many episodes' bytes.
 """
 
 import math
@@ -15,18 +15,26 @@ from octo_like.data.frames import EncodedFrame
 from octo_like.data.index import PreparedDataset
 from octo_like.data.spec import DataError
 
-# Of `host_memory_gb`: what blocks are planned for, what the store keeps at most (blocks differ in size, and both the
-# frames of a batch and validation need some), what validation keeps.
-PLANNED, STORED, VALIDATION = 0.8, 0.9, 0.1
+# Of `host_memory_gb`: what is planned for episodes that are mixed and for batches; what these and the episodes that are
+# read ahead take at most; what validation keeps.
+PLANNED, STORED, VALIDATION = 0.67, 0.79, 0.1
+# How well samples are mixed: distinct episodes among so many samples, compared with a shuffle buffer.
+MIXING_WINDOW, MIXING = 1000, 0.97
+LIVE = 0.75  # live episodes per track, when they are equally long
+
+
+def _each_bytes(prepared: PreparedDataset, slots: int) -> np.ndarray:
+    """Bytes of each training episode with usable frames in memory."""
+    usable = prepared.train.frames > 0
+    used = min(slots, sum(key is not None for key in prepared.spec.image_keys.values()))
+    return prepared.train.length[usable] + EncodedFrame.OVERHEAD * used * prepared.train.steps[usable]
 
 
 def episode_bytes(prepared: PreparedDataset, slots: int) -> float:
     """Mean bytes of a training episode in memory, from its record's length: encoded frames and numbers, plus what
     each frame's object takes. An upper bound when the run does not use all cameras of the record."""
-    usable = prepared.train.frames > 0
-    used = min(slots, sum(key is not None for key in prepared.spec.image_keys.values()))
-    lengths, steps = prepared.train.length[usable], prepared.train.steps[usable]
-    return float(np.mean(lengths + EncodedFrame.OVERHEAD * used * steps)) if usable.any() else 0.0
+    each = _each_bytes(prepared, slots)
+    return float(np.mean(each)) if len(each) else 0.0
 
 
 def _whole(prepared: PreparedDataset, size: float, num_lanes: int, lanes_here: int) -> float:
@@ -36,35 +44,54 @@ def _whole(prepared: PreparedDataset, size: float, num_lanes: int, lanes_here: i
     return size * episodes * (1.0 if episodes < 4 * num_lanes else lanes_here / num_lanes)
 
 
-def plan_blocks(
+def track_bytes(prepared: PreparedDataset, slots: int) -> float:
+    """Mean bytes that a walk holds per track: an episode with u times the mean number of frames is live for a share
+    u - u^2/4 of the time that its track's unit lasts (for u = 1, from half of the unit to all of it; see `walk.py`),
+    and one with more than twice the mean for all of it."""
+    usable = prepared.train.frames > 0
+    shown = prepared.train.frames[usable].astype(np.float64)
+    if prepared.spec.subsample_length is not None:
+        shown = np.minimum(shown, prepared.spec.subsample_length)
+    if not len(shown):
+        return 0.0
+    u = np.minimum(shown / shown.mean(), 2.0)
+    return float(np.mean((u - u**2 / 4) * _each_bytes(prepared, slots)))
+
+
+def plan_mixed(
     datasets: Mapping[str, PreparedDataset],
     weights: Mapping[str, float],
     *,
     host_memory_gb: float,
+    batch_bytes: float,
     num_lanes: int,
     lanes_here: int,
     slots: int,
 ) -> dict[str, int]:
-    """Episodes per block of each dataset, so that the stream stays within `host_memory_gb` of encoded episodes.
+    """Episodes to mix of each dataset, so that the stream stays within `host_memory_gb`.
 
     Args:
       weights: share of the samples of each dataset; those with 0 take no memory.
+      batch_bytes: of all batches that exist at the same time in a process.
       num_lanes: S of the order. lanes_here: lanes of each process (of the first start).
       slots: cameras that the run uses.
 
     Raises:
       DataError: the budget does not hold two episodes of every dataset for each lane; says what would.
     """
-    budget = host_memory_gb * 2**30 * PLANNED
+    budget = host_memory_gb * 2**30 * PLANNED - batch_bytes
     sizes = {name: episode_bytes(d, slots) for name, d in datasets.items() if weights[name] > 0}
+    tracks = {name: track_bytes(datasets[name], slots) for name in sizes}
     whole = {name: _whole(datasets[name], size, num_lanes, lanes_here) for name, size in sizes.items()}
     least = {name: min(whole[name], 2 * size * lanes_here) for name, size in sizes.items()}
     need = sum(least.values())
     if need > budget:
+        enough = math.ceil((need + batch_bytes) / PLANNED / 2**30 * 100) / 100
         raise DataError(
             f"host_memory_gb={host_memory_gb:g} is too small: two episodes of each of {len(sizes)} datasets for "
-            f"{lanes_here} lane(s) take {need / 2**30:.3g} GB; set host_memory_gb to at least "
-            f"{math.ceil(need / PLANNED / 2**30 * 100) / 100:g}, or use more processes or fewer lanes"
+            f"{lanes_here} lane(s) take {need / 2**30:.3g} GB, batches {batch_bytes / 2**30:.3g} GB; set "
+            f"host_memory_gb to at least {enough:g}, or use more processes or fewer lanes, or lower prefetch or the "
+            "batch size"
         )
 
     def given(level: float) -> dict[str, float]:
@@ -77,31 +104,67 @@ def plan_blocks(
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(given(middle).values()) <= budget else (low, middle)
-    shares, blocks = given(low), {}
+    shares, mixed = given(low), {}
     for name, prepared in datasets.items():
         if name not in sizes or shares[name] >= whole[name]:
-            blocks[name] = max(1, len(prepared.train))
+            mixed[name] = max(1, len(prepared.train))
         else:
-            blocks[name] = max(1, int(shares[name] / (2 * sizes[name] * lanes_here)))
-    return blocks
+            mixed[name] = max(1, int(shares[name] / (tracks[name] * lanes_here)))
+    return mixed
+
+
+def plan_visits(
+    datasets: Mapping[str, PreparedDataset],
+    weights: Mapping[str, float],
+    mixed: Mapping[str, int],
+    *,
+    num_lanes: int,
+    max_visits: int,
+) -> dict[str, int]:
+    """Visits per pass of each dataset: so many that the samples come from as many episodes as a shuffle buffer's would.
+
+    A shuffle buffer of N frames holds parts of far more episodes than N frames make whole, and so mixes better than
+    whole episodes in the same memory. Frames leave it at random, so their ages are exponential: of n samples, if the
+    buffer's frames would make E whole episodes, E Ein(n / E) are distinct, where Ein(a) is the integral of
+    (1 - exp(-t)) / t from 0 to a. Here K tracks have E = 3/4 K live episodes; n samples are a = n / K rounds, in each
+    of which K / c parts are replaced when visits last c rounds: E + K (a - 1) / c distinct ones. MIXING of the former
+    is aimed at, which gives c. It takes visits only while K is below n or so: with little memory.
+    """
+    visits = {}
+    for name, prepared in datasets.items():
+        shown = prepared.train.frames[prepared.train.frames > 0].astype(np.float64)
+        if prepared.spec.subsample_length is not None:
+            shown = np.minimum(shown, prepared.spec.subsample_length)
+        visits[name] = 1
+        dealt = num_lanes if len(shown) >= 4 * num_lanes else 1  # small datasets are walked whole by each lane
+        if weights[name] <= 0 or not len(shown) or mixed[name] * dealt >= len(shown):
+            continue
+        share = weights[name] / sum(weights.values())
+        tracks = mixed[name] * num_lanes
+        rounds = MIXING_WINDOW * share / tracks
+        t = (np.arange(4096) + 0.5) / 4096 * rounds / LIVE
+        missing = LIVE * (MIXING * float(np.mean((1 - np.exp(-t)) / t)) * rounds / LIVE - 1)
+        if missing > 0 and rounds > 1:
+            frames = max(1.0, (rounds - 1) / missing)
+            visits[name] = int(min(max_visits, max(1, math.ceil(shown.mean() / frames))))
+    return visits
 
 
 def expected_bytes(
     datasets: Mapping[str, PreparedDataset],
     weights: Mapping[str, float],
-    blocks: Mapping[str, int],
+    mixed: Mapping[str, int],
     *,
     num_lanes: int,
     lanes_here: int,
     slots: int,
 ) -> float:
-    """Bytes of encoded episodes that a process holds with these blocks."""
+    """Bytes of encoded episodes that a process mixes with these numbers."""
     total = 0.0
     for name, prepared in datasets.items():
         if weights[name] > 0:
-            size = episode_bytes(prepared, slots)
-            whole = _whole(prepared, size, num_lanes, lanes_here)
-            total += min(whole, 2 * blocks[name] * size * lanes_here)
+            whole = _whole(prepared, episode_bytes(prepared, slots), num_lanes, lanes_here)
+            total += min(whole, mixed[name] * track_bytes(prepared, slots) * lanes_here)
     return total
 
 

@@ -1,7 +1,8 @@
 """The order of the data is a function: sample number n -> (dataset, pass, episode, frame, key). Pure NumPy.
 
 Nothing here reads a file or keeps a position. Everything follows from the *order spec*: the seed, the datasets with
-their weights and usable frames per episode, the batch size, the number of lanes S and the episodes per block.
+their weights and usable frames per episode, the batch size, the number of lanes S, and for each dataset the number of
+episodes that are mixed and of visits.
 
 Lanes      The stream is S lanes. Lane s owns rows [s B/S, (s+1) B/S) of every global batch; a process opens the lanes
            of the rows it holds, so more or fewer processes continue the same global sequence.
@@ -10,61 +11,28 @@ Mixture    Lane s fills its k-th window of WINDOW/S slots with the quotas of "vi
            Huffman tree of exact two-way splits). A window's slots are in keyed order. Per-dataset counts at any n are
            arithmetic.
 Episodes   A dataset is dealt to the lanes once, by a keyed permutation cut at equal frames; one with fewer than 4 S
-           episodes is walked whole by every lane with its own key. A lane walks its share in a new keyed permutation
-           per pass, frames shuffled within blocks of consecutive episodes. Finding sample n takes a divmod and two
-           searches in cumulative sums.
+           episodes is walked whole by every lane with its own key. How a lane walks its share is in `walk.py`: in a
+           new keyed permutation per pass, mixing the frames of a number of episodes that replace each other gradually.
+           Finding sample n takes a divmod and two searches in cumulative sums.
 Randomness All keys are 64-bit hashes of (seed, what, which); nothing depends on what was asked for before.
 """
 
-import collections
-import dataclasses
-import functools
-import hashlib
 import heapq
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from octo_like.data.keys import hash_key, permutation, shuffled, uniform
+from octo_like.data.walk import Cache, DatasetFrames, Walk
+
+__all__ = ["DatasetFrames", "Mixture", "Order", "Samples", "balanced_weights", "hash_key", "permutation", "uniform"]
+
 WINDOW = 4096
-VERSION = 1
-NEAR = 8  # substitutes that are drawn from a sample's own block
+VERSION = 2
+NEAR = 8  # substitutes that are drawn from the episodes that are live with the sample's own
 _SPLIT_BITS = 40
 _MAX_SAMPLES = 1 << 44
-
-
-# ---------------------------------------------------------------- keyed hashing
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that mixes all bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash_key(*parts: int | str | np.ndarray) -> np.ndarray:
-    """64-bit hash of a tuple of strings, integers and integer arrays (broadcast together). Returns uint64."""
-    key = np.zeros((), np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            if isinstance(part, str):
-                part = int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
-            if isinstance(part, int):
-                part = np.uint64(part & 0xFFFFFFFFFFFFFFFF)
-            part = np.asarray(part).astype(np.uint64)
-            key = _mix(key * np.uint64(0x9E3779B97F4A7C15) + _mix(part + np.uint64(0x9E3779B97F4A7C15)))
-    return key
-
-
-def uniform(key: np.ndarray, purpose: str) -> np.ndarray:
-    """Uniform draws in [0, 1), float64, one per 64-bit key, independent between purposes."""
-    return (hash_key(purpose, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def permutation(size: int, *key: int | str | np.ndarray) -> np.ndarray:
-    """A keyed permutation of range(size), int64."""
-    return np.argsort(hash_key(*key, np.arange(size)), kind="stable")
 
 
 # ---------------------------------------------------------------- mixture
@@ -121,144 +89,17 @@ def balanced_weights(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarr
     return product / product.sum()
 
 
-# ---------------------------------------------------------------- one lane's walk through one dataset
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetFrames:
-    """What the order must know of a dataset.
-
-    Attributes:
-      name: key of its random choices; other datasets in the mixture do not influence its walk.
-      weight: share of the samples, relative to the others.
-      frames: usable frames of each episode, (N,) integers; episodes with 0 are skipped.
-      index_hash: identifies the data, recorded in the order spec.
-      episodes_per_block: frames are shuffled within this many consecutive episodes of a pass.
-      subsample: frames of an episode that one pass shows, None for all. An episode's frames are in a keyed order, of
-        which each pass takes the next ones, round and round: ceil(frames / subsample) passes show all.
-    """
-
-    name: str
-    weight: float
-    frames: np.ndarray
-    index_hash: str = ""
-    episodes_per_block: int = 256
-    subsample: int | None = None
-
-    @property
-    def shown(self) -> np.ndarray:
-        """Frames of each episode that one pass shows, (N,) int64."""
-        frames = np.asarray(self.frames, np.int64)
-        return frames if self.subsample is None else np.minimum(frames, self.subsample)
-
-
 class Samples(NamedTuple):
     """Struct of equally long arrays, one entry per sample."""
 
     n: np.ndarray  # int64 global sample number
     dataset: np.ndarray  # int32
     lane: np.ndarray  # int32
+    position: np.ndarray  # int64, samples that the lane has taken of the dataset before
     pass_number: np.ndarray  # int64
-    block: np.ndarray  # int64, number of the block within the pass
-    offset: np.ndarray  # int64, samples already taken from the block
     episode: np.ndarray  # int64, index into DatasetFrames.frames
     frame: np.ndarray  # int64, number of the usable frame within the episode
     key: np.ndarray  # uint64, keys everything random about this sample
-
-
-class _Cache(collections.OrderedDict):
-    """The few most recently used values of a pure function of the key."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self._size = size
-
-    def fetch(self, key: Any, make: Any) -> Any:
-        if key in self:
-            self.move_to_end(key)
-        else:
-            self[key] = make()
-            if len(self) > self._size:
-                self.popitem(last=False)
-        return self[key]
-
-
-class _Pass(NamedTuple):
-    episodes: np.ndarray  # the share in this pass's order
-    ends: np.ndarray  # cumulative frames after each of them
-    block_episode: np.ndarray  # (blocks + 1,) first episode position of each block
-    block_start: np.ndarray  # (blocks + 1,) first frame position of each block
-
-
-class _Walk:
-    """One lane's endless walk through its share of one dataset: position i -> (pass, block, episode, frame)."""
-
-    def __init__(self, data: DatasetFrames, share: np.ndarray, key: tuple):
-        self._frames = data.shown
-        self._all_frames = np.asarray(data.frames, np.int64)
-        self._share = share
-        self._key = key
-        self.frames_per_pass = int(self._frames[share].sum())
-        self.num_blocks = max(1, -(-len(share) // data.episodes_per_block))
-        self._passes = _Cache(2)
-        self._orders = _Cache(4)
-        self._subsets = _Cache(256)
-
-    def pass_table(self, number: int) -> _Pass:
-        return self._passes.fetch(number, lambda: self._make_pass(number))
-
-    def _make_pass(self, number: int) -> _Pass:
-        # Keyed by the episodes' own numbers, not their place in the share.
-        order = np.argsort(hash_key(*self._key, "pass", number, self._share), kind="stable")
-        episodes = self._share[order]
-        ends = np.cumsum(self._frames[episodes])
-        # Blocks of equal size, so that the last one of a pass is not a poorly mixed rest.
-        block_episode = np.arange(self.num_blocks + 1) * len(episodes) // self.num_blocks
-        starts = np.concatenate([[0], ends])
-        return _Pass(episodes, ends, block_episode, starts[block_episode])
-
-    def block_episodes(self, number: int, block: int) -> np.ndarray:
-        table = self.pass_table(number)
-        return table.episodes[table.block_episode[block] : table.block_episode[block + 1]]
-
-    def _block_order(self, number: int, block: int) -> np.ndarray:
-        table = self.pass_table(number)
-        size = int(table.block_start[block + 1] - table.block_start[block])
-        return self._orders.fetch((number, block), lambda: permutation(size, *self._key, "frames", number, block))
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(pass, block, offset, episode, frame) of walk positions (N,)."""
-        passes, rest = np.divmod(positions, self.frames_per_pass)
-        blocks, offsets, episodes, frames = (np.empty_like(rest) for _ in range(4))
-        for number in np.unique(passes):
-            table = self.pass_table(int(number))
-            rows = np.flatnonzero(passes == number)
-            blocks[rows] = np.searchsorted(table.block_start, rest[rows], side="right") - 1
-            for block in np.unique(blocks[rows]):
-                inside = rows[blocks[rows] == block]
-                start = table.block_start[block]
-                offsets[inside] = rest[inside] - start
-                shuffled = start + self._block_order(int(number), int(block))[offsets[inside]]
-                episodes[inside], frames[inside] = self._episode_frame(int(number), table, shuffled)
-        return passes, blocks, offsets, episodes, frames
-
-    def _episode_frame(self, number: int, table: _Pass, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        which = np.searchsorted(table.ends, position, side="right")
-        episode = table.episodes[which]
-        frame = position - (table.ends[which] - self._frames[episode])
-        for e in np.unique(episode[self._all_frames[episode] > self._frames[episode]]).tolist():
-            rows, total = np.flatnonzero(episode == e), int(self._all_frames[e])
-            shuffled = self._subsets.fetch(e, functools.partial(permutation, total, *self._key, "subsample", e))
-            frame[rows] = shuffled[(frame[rows] + number * int(self._frames[e])) % total]
-        return episode, frame
-
-    def draw(self, number: int, block: int | None, key: np.ndarray) -> tuple[int, int]:
-        """(episode, frame) of a keyed draw from all frames of a block, or of the pass."""
-        table = self.pass_table(number)
-        start, stop = (0, self.frames_per_pass) if block is None else map(int, table.block_start[block : block + 2])
-        position = np.array([start + int(key % np.uint64(stop - start))])
-        episode, frame = self._episode_frame(number, table, position)
-        return int(episode[0]), int(frame[0])
 
 
 # ---------------------------------------------------------------- the whole order
@@ -288,8 +129,9 @@ class Order:
                 f"got {num_lanes} lanes and batch size {batch_size}"
             )
         for data in datasets:
-            if data.episodes_per_block < 1:
-                raise ValueError(f"{data.name}: episodes_per_block must be at least 1, got {data.episodes_per_block}")
+            for field in ("episodes_mixed", "visits"):
+                if getattr(data, field) < 1:
+                    raise ValueError(f"{data.name}: {field} must be at least 1, got {getattr(data, field)}")
             if data.subsample is not None and data.subsample < 1:
                 raise ValueError(f"{data.name}: subsample must be at least 1 or None, got {data.subsample}")
             if data.weight > 0 and np.sum(data.frames) < 1:
@@ -299,10 +141,10 @@ class Order:
         self.mixture = Mixture([data.weight for data in datasets])
         self._rows = batch_size // num_lanes  # rows per lane in a batch
         self._slots = WINDOW // num_lanes  # lane samples per window
-        self._bases: dict[int, tuple[int, np.ndarray]] = {}
-        self._windows = _Cache(4 * num_lanes)
+        self._bases = Cache(8 * num_lanes)
+        self._windows = Cache(4 * num_lanes)
         self._shares: dict[int, list[np.ndarray]] = {}
-        self._walks: dict[tuple[int, int], _Walk] = {}
+        self._walks: dict[tuple[int, int], Walk] = {}
 
     # -- lanes
 
@@ -326,24 +168,25 @@ class Order:
             cuts[s] = min(max(cuts[s], cuts[s - 1] + 1 if s else 1), len(order) - (S - 1 - s))
         return [np.sort(part) for part in np.split(order, cuts)]
 
-    def _walk(self, dataset: int, lane: int) -> _Walk:
+    def _walk(self, dataset: int, lane: int) -> Walk:
         if (dataset, lane) not in self._walks:
-            key = (self.seed, "walk", self.datasets[dataset].name, lane)
-            self._walks[dataset, lane] = _Walk(self.datasets[dataset], self.lane_share(dataset, lane), key)
+            key = hash_key(self.seed, "walk", self.datasets[dataset].name, lane)
+            self._walks[dataset, lane] = Walk(self.datasets[dataset], self.lane_share(dataset, lane), key)
         return self._walks[dataset, lane]
 
-    def num_blocks(self, dataset: int, lane: int) -> int:
-        """Blocks in a lane's pass through a dataset."""
-        return self._walk(dataset, lane).num_blocks
+    def live_episodes(self, dataset: int, lane: int, position: int) -> np.ndarray:
+        """Sorted episodes that a lane is in the midst of, when it has taken `position` samples of a dataset."""
+        return self._walk(dataset, lane).live(position)
 
-    def block_episodes(self, dataset: int, lane: int, pass_number: int, block: int) -> np.ndarray:
-        """Episodes of one block, in the order of the pass."""
-        return self._walk(dataset, lane).block_episodes(pass_number, block)
-
-    def block_frames(self, dataset: int, lane: int, pass_number: int, block: int) -> int:
-        """Frames of one block."""
-        start = self._walk(dataset, lane).pass_table(pass_number).block_start
-        return int(start[block + 1] - start[block])
+    def live(self, batch: int, process_index: int = 0, process_count: int = 1) -> list[tuple[int, int]]:
+        """(dataset, episode) pairs that a process's lanes are in the midst of before a batch: what it has to hold."""
+        pairs: set[tuple[int, int]] = set()
+        here = self.num_lanes // process_count
+        for lane in range(process_index * here, (process_index + 1) * here):
+            for d, position in enumerate(self._taken(lane, batch * self._rows).tolist()):
+                if self.datasets[d].weight > 0:
+                    pairs |= {(d, e) for e in self._walk(d, lane).live(position).tolist()}
+        return sorted(pairs)
 
     def frames_per_pass(self, dataset: int, lane: int) -> int:
         """Frames of a lane's pass through a dataset."""
@@ -358,14 +201,16 @@ class Order:
 
     def _base(self, lane: int, window: int) -> np.ndarray:
         """Samples of each dataset before a lane's window, (D,)."""
-        start, base = self._bases.get(lane, (0, np.zeros(len(self.datasets), np.int64)))
-        if start > window:
-            start, base = 0, np.zeros(len(self.datasets), np.int64)
+        return self._bases.fetch((lane, window), lambda: self._make_base(lane, window))
+
+    def _make_base(self, lane: int, window: int) -> np.ndarray:
+        # From the nearest window before it that is known: reading on costs one step.
+        start = max((known for other, known in self._bases if other == lane and known < window), default=0)
+        base = self._bases[lane, start] if start else np.zeros(len(self.datasets), np.int64)
         while start < window:
             stop = min(window, start + 65536)
             base = base + self._quota(lane, np.arange(start, stop)).sum(0)
             start = stop
-        self._bases[lane] = (window, base)
         return base
 
     def _window(self, lane: int, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -397,13 +242,23 @@ class Order:
             rows = (lane == lane_id) & (window == window_id)
             table_dataset, table_position = self._window(lane_id, window_id)
             dataset[rows], position[rows] = table_dataset[slot[rows]], table_position[slot[rows]]
-        passes, block, offset, episode, frame = (np.empty_like(n) for _ in range(5))
-        for d, lane_id in sorted(set(zip(dataset.tolist(), lane.tolist(), strict=True))):
-            rows = np.flatnonzero((dataset == d) & (lane == lane_id))
-            located = self._walk(d, lane_id).locate(position[rows])
-            passes[rows], block[rows], offset[rows], episode[rows], frame[rows] = located
+        groups = [
+            (self._walk(d, lane_id), np.flatnonzero((dataset == d) & (lane == lane_id)))
+            for d, lane_id in sorted(set(zip(dataset.tolist(), lane.tolist(), strict=True)))
+        ]
+        # Per sample: the key of its walk and its tracks. The permutations are then looked up for all samples at once.
+        walk_key, tracks = np.empty(len(n), np.uint64), np.empty_like(n)
+        for walk, rows in groups:
+            walk_key[rows], tracks[rows] = walk.key, walk.tracks
+        rounds, turn = np.divmod(position, tracks)
+        track = shuffled(turn, tracks, hash_key(walk_key, "round", rounds))
+        passes, episode, number, frames, cycle = (np.empty_like(n) for _ in range(5))
+        for walk, rows in groups:
+            found = walk.at(walk.line(rounds[rows], track[rows]))
+            passes[rows], episode[rows], number[rows], frames[rows], cycle[rows] = found
+        frame = shuffled(number, frames, hash_key(walk_key, "frames", cycle, episode))
         key = hash_key(self.seed, "sample", n)
-        return Samples(n, dataset.astype(np.int32), lane.astype(np.int32), passes, block, offset, episode, frame, key)
+        return Samples(n, dataset.astype(np.int32), lane.astype(np.int32), position, passes, episode, frame, key)
 
     def batch_rows(self, batch: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
         """Sample numbers of a process's rows of a global batch, int64."""
@@ -418,25 +273,29 @@ class Order:
     def substitute(self, n: int, attempt: int) -> tuple[int, int]:
         """(episode, frame) of the keyed `attempt`-th substitute for a damaged sample n.
 
-        The first NEAR attempts draw from the same block, whose episodes are in memory; later ones from the lane's whole
-        pass, because a block may have nothing else that is good.
+        The first NEAR attempts draw from the episodes that are live with the sample's own, which are in memory; later
+        ones from the lane's whole pass, because these may have nothing else that is good.
         """
         sample = self.samples([n])
         walk = self._walk(int(sample.dataset[0]), int(sample.lane[0]))
         key = hash_key(self.seed, "substitute", n, attempt)
-        return walk.draw(int(sample.pass_number[0]), int(sample.block[0]) if attempt < NEAR else None, key)
+        return walk.draw(int(sample.position[0]), attempt < NEAR, key)
 
     def counts(self, n: int) -> np.ndarray:
         """Samples of each dataset among the first n of the run, (D,) int64."""
         full, rest = divmod(int(n), self.batch_size)
         total = np.zeros(len(self.datasets), np.int64)
         for lane in range(self.num_lanes):
-            done = full * self._rows + min(max(rest - lane * self._rows, 0), self._rows)
-            window, slot = divmod(done, self._slots)
-            total += self._base(lane, window)
-            if slot:
-                total += np.bincount(self._window(lane, window)[0][:slot], minlength=len(total))
+            total += self._taken(lane, full * self._rows + min(max(rest - lane * self._rows, 0), self._rows))
         return total
+
+    def _taken(self, lane: int, done: int) -> np.ndarray:
+        """Samples of each dataset among the first `done` of a lane, (D,)."""
+        window, slot = divmod(done, self._slots)
+        base = self._base(lane, window)
+        if slot:
+            base = base + np.bincount(self._window(lane, window)[0][:slot], minlength=len(base))
+        return base
 
     def spec(self) -> dict[str, Any]:
         """JSON-able description that determines the order entirely."""
@@ -453,7 +312,8 @@ class Order:
                     "episodes": int(len(data.frames)),
                     "frames": int(np.sum(data.frames)),
                     "index_hash": data.index_hash,
-                    "episodes_per_block": int(data.episodes_per_block),
+                    "episodes_mixed": int(data.episodes_mixed),
+                    "visits": int(data.visits),
                     "subsample": data.subsample,
                 }
                 for data, weight in zip(self.datasets, self.mixture.weights, strict=True)

@@ -23,7 +23,9 @@ class OrderPlan:
     Attributes:
       weights: share of the samples of each dataset.
       num_lanes: as given; None: derived from the process count.
-      blocks: episodes per block as given; None: derived from host_memory_gb.
+      mixed: episodes to mix as given; None: derived from host_memory_gb.
+      max_visits: see `memory.plan_visits`.
+      batch_bytes: of all batches that exist at the same time in this process.
     """
 
     datasets: Mapping[str, PreparedDataset]
@@ -31,71 +33,80 @@ class OrderPlan:
     seed: int
     batch_size: int
     num_lanes: int | None
-    blocks: Mapping[str, int] | None
+    mixed: Mapping[str, int] | None
+    max_visits: int
     process_index: int
     process_count: int
     host_memory_gb: float
     slots: int
+    batch_bytes: float
 
-    def make(self, num_lanes: int | None = None, blocks: Mapping[str, int] | None = None) -> order_lib.Order:
+    def make(self, num_lanes: int | None = None, mixed: Mapping[str, int] | None = None) -> order_lib.Order:
         """The order, with derived values replaced by those that are passed."""
         lanes = num_lanes or self.num_lanes or default_lanes(self.process_count)
-        blocks = blocks or self.blocks
+        mixed = mixed or self.mixed
         try:
-            order = self._order(lanes, blocks or dict.fromkeys(self.datasets, 1))
+            order = self._order(lanes, mixed or dict.fromkeys(self.datasets, 1))
             order.batch_rows(0, self.process_index, self.process_count)  # raises here rather than in a thread
-            if blocks is None:
-                blocks = memory.plan_blocks(
+            if mixed is None:
+                mixed = memory.plan_mixed(
                     self.datasets,
                     self.weights,
                     host_memory_gb=self.host_memory_gb,
+                    batch_bytes=self.batch_bytes,
                     num_lanes=lanes,
                     lanes_here=lanes // self.process_count,
                     slots=self.slots,
                 )
-                order = self._order(lanes, blocks)
+                order = self._order(lanes, mixed)
         except DataError:
             raise
         except ValueError as error:
             raise DataError(str(error)) from error
         return order
 
-    def _order(self, lanes: int, blocks: Mapping[str, int]) -> order_lib.Order:
+    def _order(self, lanes: int, mixed: Mapping[str, int]) -> order_lib.Order:
+        visits = memory.plan_visits(self.datasets, self.weights, mixed, num_lanes=lanes, max_visits=self.max_visits)
         frames = [
             order_lib.DatasetFrames(
-                name, self.weights[name], d.train.frames, d.train.hash, blocks[name], d.spec.subsample_length
+                name,
+                self.weights[name],
+                d.train.frames,
+                d.train.hash,
+                mixed[name],
+                d.spec.subsample_length,
+                visits[name],
             )
             for name, d in self.datasets.items()
         ]
         return order_lib.Order(frames, seed=self.seed, batch_size=self.batch_size, num_lanes=lanes)
 
     def stored_bytes(self, order: order_lib.Order) -> float:
-        """Encoded episodes that this process holds."""
+        """Bytes of the encoded episodes that this process mixes."""
         return memory.expected_bytes(
             self.datasets,
             self.weights,
-            {data.name: data.episodes_per_block for data in order.datasets},
+            {data.name: data.episodes_mixed for data in order.datasets},
             num_lanes=order.num_lanes,
             lanes_here=order.num_lanes // self.process_count,
             slots=self.slots,
         )
 
-    def batch_bytes(self, spec: BatchSpec) -> int:
-        """Bytes of the decoded frames of one global batch."""
-        frames = {slot: spec.window_size + (slot in spec.goal_images) for slot in spec.image_sizes}
-        images = sum(3 * h * w * frames[slot] for slot, (h, w) in spec.image_sizes.items())
-        depths = sum(4 * h * w * spec.window_size for h, w in spec.depth_sizes.values())
-        return self.batch_size * (images + depths)
+
+def batch_bytes(spec: BatchSpec, rows: int) -> int:
+    """Bytes of the decoded frames of `rows` samples."""
+    frames = {slot: spec.window_size + (slot in spec.goal_images) for slot in spec.image_sizes}
+    images = sum(3 * h * w * frames[slot] for slot, (h, w) in spec.image_sizes.items())
+    depths = sum(4 * h * w * spec.window_size for h, w in spec.depth_sizes.values())
+    return rows * (images + depths)
 
 
-def block_sizes(given: int | Mapping[str, int] | None, names: Mapping[str, Any]) -> dict[str, int] | None:
-    """Episodes per block of each dataset as given; None: to be derived."""
+def mixed_episodes(given: int | Mapping[str, int] | None, names: Mapping[str, Any]) -> dict[str, int] | None:
+    """Episodes to mix of each dataset as given; None: to be derived."""
     if given is None or isinstance(given, int):
         return None if given is None else dict.fromkeys(names, given)
     given = dict(given)
     wrong = sorted(set(given) ^ set(names))
     if wrong:
-        raise DataError(
-            f"episodes_per_block: {wrong[0]!r} is not in both it and the mixture; {suggest(wrong[0], names)}"
-        )
+        raise DataError(f"episodes_mixed: {wrong[0]!r} is not in both it and the mixture; {suggest(wrong[0], names)}")
     return {name: int(value) for name, value in given.items()}

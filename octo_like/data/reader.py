@@ -18,23 +18,25 @@ from octo_like.data.spec import DataError, specs_from_config, suggest
 from octo_like.data.split_index import MAX_BAD_FRACTION
 from octo_like.data.texts import Paraphrases, Texts
 
+REMOTE_READERS = 16  # threads that read from a bucket: they wait for the network most of the time
+
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class HostOptions:
-    """Knobs of this machine. None of them changes a batch by itself; see `plan_blocks` for memory_gb.
+    """Knobs of this machine. None of them changes a batch by itself; see `memory.plan_mixed` for memory_gb.
 
     Attributes:
-      threads: threads that decode frames (and as many that read episodes).
+      threads: threads that decode frames (and as many that read episodes; 16 of them from a bucket).
       prefetch: batches made ahead of the consumer.
-      memory_gb: encoded episodes kept in memory, nine tenths of it at most. Blocks that do not fit are read again.
+      memory_gb: what encoded episodes and batches may take. Episodes that do not fit are read again when needed.
       max_bad_fraction: share of a dataset's records that may be damaged.
     """
 
     threads: int = 2
     prefetch: int = 2
-    memory_gb: float = 2.0
+    memory_gb: float = 4.0
     max_bad_fraction: float = MAX_BAD_FRACTION
 
     def __post_init__(self):
@@ -65,6 +67,7 @@ class Reader:
         decode: str,
         host: HostOptions,
         paraphrases: Paraphrases | None,
+        batch_bytes: float = 0,
     ):
         if decode not in MODES:
             raise DataError(f"decode mode {decode!r}; {suggest(decode, MODES)}")
@@ -82,9 +85,11 @@ class Reader:
         texts.check(text for prepared, _ in sources for text in prepared.instructions)
         self.damage = DamageLog(sources, host.max_bad_fraction)
         # Two pools: reading ahead must not queue in front of the frames of the present batch.
-        self._readers = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-read")
+        remote = any("://" in path for _, index in sources for path in index.files[:1])
+        readers = max(host.threads, REMOTE_READERS) if remote else host.threads
+        self._readers = concurrent.futures.ThreadPoolExecutor(readers, "octo_like-read")
         self._decoders = concurrent.futures.ThreadPoolExecutor(host.threads, "octo_like-decode")
-        limit = int(host.memory_gb * memory.STORED * 2**30)
+        limit = max(0, int(host.memory_gb * memory.STORED * 2**30 - batch_bytes))
         self.store = EpisodeStore(sources, spec.image_sizes, texts, self._readers, limit, spec.depth_sizes)
         self.assemble = Assembler(
             sources,

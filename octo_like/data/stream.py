@@ -24,16 +24,18 @@ from octo_like.data import order as order_lib
 from octo_like.data.approximate import LiveSource
 from octo_like.data.assemble import Request, TaskOptions
 from octo_like.data.index import PreparedDataset
-from octo_like.data.plan import OrderPlan, block_sizes, default_lanes
+from octo_like.data.plan import OrderPlan, batch_bytes, default_lanes, mixed_episodes
 from octo_like.data.reader import HostOptions, Reader, prepare_mixture
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.split_index import MAX_BAD_FRACTION
 from octo_like.data.texts import Paraphrases, load_paraphrases
 from octo_like.data.validation import ValIterator, make_val_iterators
+from octo_like.data.walk import Cache
 
 __all__ = ["Stream", "ValIterator", "default_lanes", "make_train_stream", "make_val_iterators"]
 
-DATA_VERSION = 2
+DATA_VERSION = 3
+AHEAD = 8  # batches whose episodes are read ahead, as far as memory allows
 
 
 class Stream:
@@ -74,7 +76,7 @@ class Stream:
         self._order_lock = threading.Lock()  # the order keeps caches, and two batches are made at a time
         self._use_order(plan.make())
         sources = [(prepared, prepared.train) for prepared in datasets.values()]
-        self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases)
+        self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases, plan.batch_bytes)
         self._live = {
             d: LiveSource(
                 prepared,
@@ -94,37 +96,38 @@ class Stream:
     def _use_order(self, order: order_lib.Order) -> None:
         self.order = order
         self.order_spec = {**self._rest_of_spec, "order": order.spec()}
-        self._ahead: dict[tuple[int, int], tuple[Any, int]] = {}  # episodes of the next block already asked for
+        self._samples = Cache(2 * AHEAD)
 
     def adopt(self, saved: Mapping[str, Any]) -> None:
         """Takes over what the first start of a run derived and froze: the number of lanes, unless this stream was given
-        one, and the episodes per block, unless they were given or the memory knob is another one.
+        one, and the episodes to mix, unless they were given or the memory knob is another one.
 
         So a run goes on with more or fewer processes, which derive other numbers. Everything else is left as it is, and
         is a difference (`order.spec_differences`) if it differs.
 
         Raises:
-          DataError: blocks that were sized for more processes do not fit into this one's memory.
+          DataError: lanes that were planned for more processes do not fit into this one's memory.
         """
         frozen = saved.get("order", {})
-        blocks = {d["name"]: d["episodes_per_block"] for d in frozen.get("datasets", ())}
-        same = saved.get("memory") == self._rest_of_spec["memory"] and set(blocks) == set(self.datasets)
+        mixed = {d["name"]: d.get("episodes_mixed") for d in frozen.get("datasets", ())}
+        same = saved.get("memory") == self._rest_of_spec["memory"] and set(mixed) == set(self.datasets)
+        same = same and all(mixed.values())
         lanes = frozen.get("num_lanes", self.order.num_lanes)
-        now = {name: d.episodes_per_block for name, d in zip(self.datasets, self.order.datasets, strict=True)}
-        derived = self._plan.blocks is None and same
-        order = self._plan.make(lanes if self._plan.num_lanes is None else None, blocks if derived else now)
+        now = {name: d.episodes_mixed for name, d in zip(self.datasets, self.order.datasets, strict=True)}
+        derived = self._plan.mixed is None and same
+        order = self._plan.make(lanes if self._plan.num_lanes is None else None, mixed if derived else now)
         if order.spec() == self.order.spec():
             return
         count = self._process[1]
-        stored = self._plan.stored_bytes(order)
-        if derived and stored > self._host.memory_gb * 2**30:
+        need = self._plan.stored_bytes(order) + self._plan.batch_bytes
+        if derived and need > self._host.memory_gb * memory.STORED * 2**30:
             most = order.num_lanes
             fits = next(
-                (p for p in (2**i for i in range(20)) if p >= count * stored / self._host.memory_gb / 2**30), most
+                (p for p in (2**i for i in range(20)) if p >= count * need / self._host.memory_gb / 2**30), most
             )
             raise DataError(
-                f"the blocks of this run were sized for fewer lanes per process: {order.num_lanes} lanes on {count} "
-                f"process(es) take {stored / 2**30:.3g} GB each, but host_memory_gb is {self._host.memory_gb:g}; use "
+                f"this run was planned for fewer lanes per process: {order.num_lanes} lanes on {count} process(es) "
+                f"take {need / 2**30:.3g} GB each, but host_memory_gb is {self._host.memory_gb:g}; use "
                 f"{min(fits, most)} processes"
             )
         self._stop_worker()
@@ -132,14 +135,13 @@ class Stream:
 
     def memory_line(self) -> str:
         """What this process is going to take, in words. Raises DataError when the machine has less."""
-        batches = (self._host.prefetch + 2) * self._plan.batch_bytes(self.batch_spec) / self._process[1]
-        limit = self._host.memory_gb * memory.STORED * 2**30
-        need = self._plan.stored_bytes(self.order)
-        line = memory.check_fits(min(need, limit), batches)
+        need, limit = self._plan.stored_bytes(self.order), self._reader.store.max_bytes
+        line = memory.check_fits(min(need, limit), self._plan.batch_bytes)
+        most = max(data.visits for data in self.order.datasets)
         if need > limit:
-            line += (
-                f". Blocks of {need / 2**30:.3g} GB do not fit into host_memory_gb: episodes will be read repeatedly"
-            )
+            line += f". {need / 2**30:.3g} GB do not fit into host_memory_gb: episodes will be read again and again"
+        elif most > 1:
+            line += f". Memory for few episodes: a pass reads each up to {most} times, in parts, to mix them well"
         return line
 
     @property
@@ -175,8 +177,7 @@ class Stream:
 
     def batch(self, number: int) -> Tree:
         """This process's rows of the global batch `number` (samples from number * B on). Moves nothing."""
-        with self._order_lock:
-            samples = self.order.samples(self.order.batch_rows(number, *self._process))
+        samples = self._samples_of(number)
         step = np.empty_like(samples.frame)
         for d, index in enumerate(self._indices):
             rows = samples.dataset == d
@@ -194,28 +195,26 @@ class Stream:
             episode[row], held[row], step[row] = live.draw(int(samples.key[row]))
         request = Request(samples.n, samples.dataset, episode, step, samples.key, held)
         batch = self._reader.assemble(request, substitute)
-        with self._order_lock:
-            self._read_ahead(samples)
+        self._read_ahead(number)
         return batch
 
-    def _read_ahead(self, samples: order_lib.Samples) -> None:
-        """Loads the next block's episodes in step with the present one: no block begins with a rush of reads."""
-        lanes = sorted(set(zip(samples.dataset.tolist(), samples.lane.tolist(), strict=True)))
-        for dataset, lane in lanes:
-            if dataset in self._live:
-                continue
-            last = np.flatnonzero((samples.dataset == dataset) & (samples.lane == lane))[-1]
-            number, block = int(samples.pass_number[last]), int(samples.block[last])
-            done = (int(samples.offset[last]) + 1) / self.order.block_frames(dataset, lane, number, block)
-            if block + 1 < self.order.num_blocks(dataset, lane):
-                following = self.order.block_episodes(dataset, lane, number, block + 1)
-            else:
-                following = self.order.block_episodes(dataset, lane, number + 1, 0)
-            count = int(done * len(following))
-            before = self._ahead.get((dataset, lane), (None, 0))
-            self._ahead[dataset, lane] = ((number, block), count)
-            start = before[1] if before[0] == (number, block) else 0
-            self._reader.store.request([(dataset, int(e)) for e in following[start:count]])
+    def _samples_of(self, batch: int) -> order_lib.Samples:
+        with self._order_lock:
+            return self._samples.fetch(batch, lambda: self.order.samples(self.order.batch_rows(batch, *self._process)))
+
+    def _read_ahead(self, number: int) -> None:
+        """Starts to load what the next batches need, as far as there is room; what is done with makes room."""
+        wanted: dict[tuple[int, int], None] = {}
+        for batch in range(number + 1, number + 1 + AHEAD):
+            samples = self._samples_of(batch)
+            pairs = zip(samples.dataset.tolist(), samples.episode.tolist(), strict=True)
+            wanted.update(dict.fromkeys(pair for pair in pairs if pair[0] not in self._live))
+        store = self._reader.store
+        if not store.request_ahead(wanted):
+            with self._order_lock:
+                live = self.order.live(number, *self._process)
+            store.drop_all_but({*live, *wanted})
+            store.request_ahead(wanted)
 
     def close(self) -> None:
         """Stops the threads. The stream cannot be used afterwards."""
@@ -238,18 +237,18 @@ class _Worker:
     """Makes batches ahead of the consumer.
 
     Two at a time: while the frames of one are being decoded, the other's episodes are found and its arrays filled, so
-    the decoding threads never wait for the next batch to begin. Batches are handed out in order all the same.
+    the decoding threads never wait for the next batch to begin. Batches are handed out in order all the same. The first
+    one is made alone, because somebody waits for it.
     """
 
     MAKERS = 2
 
     def __init__(self, make: Any, start: int, depth: int):
-        self._make, self._next = make, start
+        self._make, self._next, self._depth = make, start, depth
         self._pool = concurrent.futures.ThreadPoolExecutor(self.MAKERS, "octo_like-batches")
         self._waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         self._failed = False
-        for _ in range(depth + 1):
-            self._begin()
+        self._begin()
 
     def _begin(self) -> None:
         self._waiting.append(self._pool.submit(self._make, self._next))
@@ -263,7 +262,8 @@ class _Worker:
         except BaseException:
             self._failed = True
             raise
-        self._begin()
+        while len(self._waiting) <= self._depth:
+            self._begin()
         return batch
 
     def stop(self) -> None:
@@ -281,7 +281,8 @@ def make_train_stream(
     process_index: int = 0,
     process_count: int = 1,
     num_lanes: int | None = None,
-    episodes_per_block: int | Mapping[str, int] | None = None,
+    episodes_mixed: int | Mapping[str, int] | None = None,
+    max_visits: int = 16,
     balance_weights: bool = False,
     decode: str = "parity",
     keep_goal_prob: float = 0.5,
@@ -296,7 +297,7 @@ def make_train_stream(
     exact: bool = True,
     host_threads: int = 2,
     prefetch: int = 2,
-    host_memory_gb: float = 2.0,
+    host_memory_gb: float = 4.0,
     max_bad_fraction: float = MAX_BAD_FRACTION,
     start: int = 0,
     progress: bool = True,
@@ -309,8 +310,9 @@ def make_train_stream(
       text_tokenizer: needed when the batches have language.
       data_dir: folder of the TFDS datasets (not needed for prepared ones).
       seed, batch_size, num_lanes: the order; see `octo_like.data.order`. `batch_size` is global.
-      episodes_per_block: frames are shuffled within this many episodes; one number, or one for each dataset. None: as
-        many as `host_memory_gb` holds (`octo_like.data.memory`); then that, too, is part of the order.
+      episodes_mixed: episodes that each lane mixes at a time; one number, or one for each dataset. None: as many as
+        `host_memory_gb` holds (`octo_like.data.memory`); then that, too, is part of the order.
+      max_visits: how often a pass may read an episode, to mix well in little memory (`memory.plan_visits`).
       balance_weights: multiply the weights by the datasets' usable frames.
       process_index, process_count: whose rows of each batch to make.
       decode: "parity" or "fast"; see `octo_like.data.frames`.
@@ -365,15 +367,17 @@ def make_train_stream(
         seed=seed,
         batch_size=batch_size,
         num_lanes=num_lanes,
-        blocks=block_sizes(episodes_per_block, datasets),
+        mixed=mixed_episodes(episodes_mixed, datasets),
+        max_visits=max_visits,
         process_index=process_index,
         process_count=process_count,
         host_memory_gb=host_memory_gb,
         slots=len(batch_spec.image_sizes),
+        batch_bytes=(prefetch + 2) * batch_bytes(batch_spec, -(-batch_size // process_count)),
     )
     order_spec = {
         "data_version": DATA_VERSION,
-        "memory": {"host_memory_gb": float(host_memory_gb)} if episodes_per_block is None else None,
+        "memory": {"host_memory_gb": float(host_memory_gb)} if episodes_mixed is None else None,
         "approximate": approximate,
         "decode": decode,
         "task": dataclasses.asdict(task),

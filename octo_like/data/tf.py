@@ -7,6 +7,9 @@ import logging
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Reading from gs:// fetches this much ahead with every file that is opened, 64 MB unless told. Episodes are read one by
+# one, at their offsets: anything beyond them would be fetched and thrown away.
+os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "1")
 
 import tensorflow as tf  # noqa: E402
 

@@ -35,7 +35,7 @@ def test_bench_input_reports_everything(made, monkeypatch, capsys):
     out = run(
         *(monkeypatch, capsys, "bench_input", "--data_dir", made, "--make", "2", "--raw", "32x48", "--episodes", "4"),
         *("--sizes", "primary=32x48", "wrist=16x16", "--decode", "fast", "--batch_size", "16"),
-        *("--seconds", "0.1", "--rounds", "2", "--threads", "1"),
+        *("--seconds", "0.1", "--rounds", "2", "--threads", "1", "--memory_seconds", "0.1"),
     )
     result = json.loads(out.splitlines()[-1])
     assert result["datasets"] == 2 and result["decode"] == "fast"

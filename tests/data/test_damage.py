@@ -32,7 +32,7 @@ def prepare(toy, fraction=0.3, cache=None, **changes):
 
 
 def stream_of(prepared, tokenizer, **options):
-    options = dict(seed=3, batch_size=16, episodes_per_block=6, host_threads=2, max_bad_fraction=0.3) | options
+    options = dict(seed=3, batch_size=16, episodes_mixed=6, host_threads=2, max_bad_fraction=0.3) | options
     return make_train_stream({"toy": prepared}, SPEC, tokenizer, **options)
 
 
@@ -215,15 +215,14 @@ def test_damage_changes_the_samples_of_that_record_only(prepared, clean, tokeniz
     for victim in victims:  # named once each
         assert caplog.text.count(prepared.train.where(victim) + " (byte") == 1
     assert "damaged records met: toy 2 of 23" in caplog.text
-    # The same at any position, with other threads, and when the blocks are read in another order.
+    # The same at any position, with other threads, and when episodes are read in another order.
     with stream_of(prepared, tokenizer, host_threads=1, prefetch=1, host_memory_gb=1e-5) as stream:
         for number in np.random.default_rng(0).permutation(BATCHES)[:6].tolist():
             stream.seek(16 * number)
             assert equal_rows(next(stream), got[number]).all()
-    # Substitutes come from the record's own block.
+    # Substitutes come from episodes that are in memory at the time.
     order, n = stream.order, int(samples.n[np.isin(samples.episode, victims)][0])
-    where = (0, int(samples.lane[n]), int(samples.pass_number[n]), int(samples.block[n]))
-    assert order.substitute(n, 0)[0] in order.block_episodes(*where)
+    assert order.substitute(n, 0)[0] in order.live_episodes(0, int(samples.lane[n]), int(samples.position[n]))
 
 
 @pytest.mark.parametrize("how", ["gone", "truncated"])
@@ -329,7 +328,7 @@ def test_a_slow_read_is_named(prepared, tokenizer, monkeypatch):
     monkeypatch.setattr(episodes_module, "load_episode", slow)
     episodes_module.log.addHandler(handler := Watch())
     try:
-        with stream_of(prepared, tokenizer, episodes_per_block=23) as stream:
+        with stream_of(prepared, tokenizer, episodes_mixed=23) as stream:
             for _ in range(3):
                 next(stream)
     finally:

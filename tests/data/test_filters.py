@@ -182,8 +182,8 @@ def test_a_subset_keeps_its_steps(prepare):
 
 def test_the_stream_shows_usable_steps_only_and_all_of_them(toy, prepare):
     prepared = prepare(frame_slice=(1, None, 2), skip_unlabeled=True)
-    frames = int(prepared.train.frames.sum())
-    options = dict(seed=0, batch_size=8, episodes_per_block=4, host_threads=1)
+    frames = 2 * int(prepared.train.frames.sum())  # the first pass ends when the second has begun
+    options = dict(seed=0, batch_size=8, episodes_mixed=4, host_threads=1)
     with make_train_stream({"toy": prepared}, SPEC, None, **options) as stream:
         samples = stream.order.samples(np.arange(frames))
         rows = [next(stream) for _ in range(-(-frames // 8))]

@@ -128,6 +128,75 @@ def test_one_builds_and_the_others_wait(tmp_path, monkeypatch):
     assert builders == [0] and not (tmp_path / "index.npz.lock").exists()
 
 
+SEVERAL = """
+import json, os, signal, sys, time
+from octo_like.data import split_index
+from octo_like.data.index import prepare_dataset
+from octo_like.data.spec import DatasetSpec
+
+fields, data_dir, cache, go, log, index, dies = json.loads(sys.argv[1])
+scan_file = split_index.scan_file
+
+def noted(split, number, *rest):
+    with open(log, "a") as file:
+        file.write(f"{index} {number}\\n")
+    if dies and number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return scan_file(split, number, *rest)
+
+split_index.scan_file = noted
+print("ready", flush=True)
+while not os.path.exists(go):
+    time.sleep(0.01)
+prepared = prepare_dataset(
+    "toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, workers=1, process_index=index
+)
+print(prepared.train.hash, prepared.statistics["action"]["mean"].tolist())
+"""
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_four_processes_at_once(toy, tmp_path, repository, dies):
+    """Real processes: exactly one reads the files and all agree; when it is killed, exactly one other goes on."""
+    go, scans = tmp_path / "go", tmp_path / "scans"
+    common = [toy.fields(), toy.data_dir, str(tmp_path / "cache"), str(go), str(scans)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SEVERAL, json.dumps([*common, i, dies and i == 0])],
+            cwd=repository,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(4)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    go.touch()
+    outputs = [process.communicate(timeout=240) for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [-signal.SIGKILL if dies else 0, 0, 0, 0], outputs
+    said = {out for out, _ in outputs[dies:]}
+    assert len(said) == 1 and len(said.pop().split()) > 1
+    read = [tuple(map(int, line.split())) for line in scans.read_text().splitlines()]
+    if dies:
+        builder = read[-1][0]
+        assert read == [(0, 0), (0, 1), (0, 2), (builder, 2)] and builder > 0
+    else:
+        assert read == [(0, 0), (0, 1), (0, 2)]
+    assert not list(tmp_path.rglob("*.lock*"))
+
+
+def test_a_lock_that_has_a_new_holder_is_not_broken(tmp_path):
+    path = tmp_path / "index.npz.lock"
+    path.write_text("host:2:b 0")
+    lock._break(str(path), "host:1:a 7")  # seen before the new holder took over
+    assert path.read_text() == "host:2:b 0" and len(list(tmp_path.iterdir())) == 1
+    lock._break(str(path), "host:2:b 0")
+    assert not list(tmp_path.iterdir())
+    lock._break(str(path), "host:2:b 0")
+
+
 def test_a_silent_builder_is_replaced(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)

@@ -1,4 +1,4 @@
-"""Block sizes that follow from memory, what is frozen at the first start, and memory that really is bounded."""
+"""Episodes to mix that follow from memory, what is frozen at the first start, and memory that really is bounded."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ import pytest
 
 from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec, flatten
-from octo_like.data import memory
+from octo_like.data import bench, memory
 from octo_like.data.index import prepare_datasets
 from octo_like.data.inputs import Inputs
-from octo_like.data.order import spec_differences
+from octo_like.data.order import DatasetFrames, Order, spec_differences
 from octo_like.data.spec import DataError, specs_from_config
 from octo_like.data.stream import make_train_stream
 
@@ -38,63 +38,115 @@ def stream_of(datasets, **options):
     return make_train_stream(datasets, SPEC, None, **(dict(seed=1, batch_size=8, host_threads=1) | options))
 
 
-def blocks_of(stream):
-    return {data.name: data.episodes_per_block for data in stream.order.datasets}
+def mixed_of(stream):
+    return {data.name: data.episodes_mixed for data in stream.order.datasets}
 
 
-def test_plenty_of_memory_makes_each_dataset_one_block(datasets):
+def test_plenty_of_memory_mixes_all_episodes(datasets):
     with stream_of(datasets) as stream:
-        assert blocks_of(stream) == {"toy": 23, "wide": 9}
-        assert [stream.order.num_blocks(d, 0) for d in (0, 1)] == [1, 1]
-        assert stream.order_spec["memory"] == {"host_memory_gb": 2.0}
+        assert mixed_of(stream) == {"toy": 23, "wide": 9}
+        assert len(stream.order.live(5)) == 32
+        assert stream.order_spec["memory"] == {"host_memory_gb": 4.0}
+        assert [data["visits"] for data in stream.order_spec["order"]["datasets"]] == [1, 1]
+
+
+def track_sizes(datasets):
+    """Bytes that a walk holds per track, by hand: the share of time that an episode is live times its bytes."""
+    result = {}
+    for key, d in datasets.items():
+        u = np.minimum(d.train.frames / np.mean(d.train.frames), 2)
+        result[key] = np.mean(u * (1 - u / 4) * (d.train.length + 900.0 * d.train.steps))
+    return result
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_blocks_fill_the_budget_by_weight(datasets, lanes):
-    bytes_of = sizes(datasets)
+def test_episodes_fill_the_budget_by_weight(datasets, lanes):
+    bytes_of, tracks_of = sizes(datasets), track_sizes(datasets)
     weights = {"toy": 3.0, "wide": 1.0}
     options = dict(num_lanes=lanes, lanes_here=lanes, slots=1)
-    budget = 4 * lanes * sum(bytes_of.values()) / memory.PLANNED
-    blocks = memory.plan_blocks(datasets, weights, host_memory_gb=budget / 2**30, **options)
+    batches = 12345.0
+    budget = 4 * lanes * sum(bytes_of.values())  # for episodes
+    knob = (budget + batches) / memory.PLANNED
+    mixed = memory.plan_mixed(datasets, weights, host_memory_gb=knob / 2**30, batch_bytes=batches, **options)
     # A share of the budget in the ratio of the weights, but never less than two episodes for each lane.
-    least = 2 * bytes_of["wide"] * lanes
-    share = max(budget * memory.PLANNED / 4, least)
-    assert blocks["wide"] == int(share / (2 * bytes_of["wide"] * lanes))
-    rest = budget * memory.PLANNED - share
-    assert blocks["toy"] == int(np.floor(rest / (2 * bytes_of["toy"] * lanes) + 1e-9))
-    need = memory.expected_bytes(datasets, weights, blocks, **options)
-    assert need <= budget * memory.PLANNED
-    by_hand = sum(2 * lanes * blocks[k] * bytes_of[k] for k in blocks)
+    share = max(budget / 4, 2 * bytes_of["wide"] * lanes)
+    assert mixed["wide"] == int(share / (tracks_of["wide"] * lanes))
+    assert mixed["toy"] == int(np.floor((budget - share) / (tracks_of["toy"] * lanes) + 1e-9))
+    need = memory.expected_bytes(datasets, weights, mixed, **options)
+    assert need <= budget
+    by_hand = sum(lanes * mixed[k] * tracks_of[k] for k in mixed)
     assert need == pytest.approx(by_hand, rel=1e-9)
-    # More memory never makes a block smaller.
+    # More memory never mixes fewer.
     grown = [
-        memory.plan_blocks(datasets, weights, host_memory_gb=k * budget / 2**30, **options) for k in (1, 1.5, 2, 4, 100)
+        memory.plan_mixed(datasets, weights, host_memory_gb=k * knob / 2**30, batch_bytes=batches, **options)
+        for k in (1, 1.5, 2, 4, 100)
     ]
     assert all(a[k] <= b[k] for a, b in zip(grown, grown[1:], strict=False) for k in a)
     assert grown[-1] == {"toy": 23, "wide": 9}
 
 
+@pytest.mark.parametrize("visits", [1, 4])
+def test_planned_bytes_are_what_the_walks_hold(datasets, visits):
+    """Episodes of very different lengths, longer ones with more bytes: planned bytes against those of live episodes."""
+    steps = np.random.default_rng(0).geometric(0.02, 500) + 4
+    one = datasets["toy"]
+    index = one.train.take(np.zeros(500, np.int64))
+    index = dataclasses.replace(index, steps=steps, frames=steps, length=1000 * steps)
+    data = {"toy": dataclasses.replace(one, train=index)}
+    mixed = {"toy": 60}
+    want = memory.expected_bytes(data, {"toy": 1.0}, mixed, num_lanes=1, lanes_here=1, slots=1)
+    order = Order([DatasetFrames("toy", 1.0, steps, "", 60, None, visits)], seed=0, batch_size=10)
+    held = [sum(1900 * steps[e] for _, e in order.live(batch)) for batch in range(0, 20000, 199)]
+    assert want == pytest.approx(np.mean(held), rel=0.08)
+
+
+def buffer_and_order(order, start):
+    held = bench.frames_held(order, start)
+    return bench.distinct_in_order(order, start=start), bench.distinct_in_buffer(order, held, start=start)
+
+
+@pytest.mark.parametrize("mixed", [80, 250, 500, 1200])
+def test_visits_make_up_for_little_memory(datasets, mixed):
+    """With as many frames as the walk holds, the order is mixed as well as by a shuffle buffer: 0.9 and more."""
+    steps = np.random.default_rng(1).integers(20, 61, 4000)
+    index = dataclasses.replace(datasets["toy"].train.take(np.zeros(4000, np.int64)), steps=steps, frames=steps)
+    data = {"toy": dataclasses.replace(datasets["toy"], train=index)}
+    options = dict(num_lanes=1, max_visits=16)
+    visits = memory.plan_visits(data, {"toy": 1.0}, {"toy": mixed}, **options)["toy"]
+    order = Order([DatasetFrames("toy", 1.0, steps, "", mixed, None, visits)], seed=0, batch_size=10)
+    distinct, buffered = buffer_and_order(order, 60_000)
+    assert distinct > 0.9 * buffered
+    if visits > 1:  # and no more visits than that takes
+        fewer = Order([DatasetFrames("toy", 1.0, steps, "", mixed, None, visits - 2)], seed=0, batch_size=10)
+        distinct, buffered = buffer_and_order(fewer, 60_000)
+        assert distinct < 0.97 * buffered
+    assert (visits > 1) == (mixed < 1200)
+    assert memory.plan_visits(data, {"toy": 1.0}, {"toy": 4000}, **options) == {"toy": 1}  # all are held
+
+
 def test_a_budget_that_holds_nothing_is_refused(datasets):
-    with pytest.raises(DataError, match=r"host_memory_gb=1e-06 is too small: two episodes.*at least 0\.\d+") as error:
+    with pytest.raises(
+        DataError, match=r"host_memory_gb=1e-06 is too small: two episodes.*batches 0.000\d+ GB.*at least 0\.\d+"
+    ) as error:
         stream_of(datasets, host_memory_gb=1e-6)
     enough = float(str(error.value).split("at least ")[1].split(",")[0])
     stream_of(datasets, host_memory_gb=enough).close()
 
 
 def test_given_blocks_win(datasets):
-    with stream_of(datasets, episodes_per_block=3, host_memory_gb=1e-6) as stream:
-        assert blocks_of(stream) == {"toy": 3, "wide": 3} and stream.order_spec["memory"] is None
-        assert "read repeatedly" in stream.memory_line()
-    with stream_of(datasets, episodes_per_block={"toy": 3, "wide": 4}) as stream:
-        assert blocks_of(stream) == {"toy": 3, "wide": 4}
-    with pytest.raises(DataError, match="episodes_per_block: 'wide' is not in both.*toy, wide"):
-        stream_of(datasets, episodes_per_block={"toy": 3})
+    with stream_of(datasets, episodes_mixed=3, host_memory_gb=1e-6) as stream:
+        assert mixed_of(stream) == {"toy": 3, "wide": 3} and stream.order_spec["memory"] is None
+        assert "read again and again" in stream.memory_line()
+    with stream_of(datasets, episodes_mixed={"toy": 3, "wide": 4}) as stream:
+        assert mixed_of(stream) == {"toy": 3, "wide": 4}
+    with pytest.raises(DataError, match="episodes_mixed: 'wide' is not in both.*toy, wide"):
+        stream_of(datasets, episodes_mixed={"toy": 3})
 
 
 def test_more_than_the_machine_has_is_refused(datasets, monkeypatch):
     with stream_of(datasets) as stream:
         line = stream.memory_line()
-        assert line.startswith("expected memory") and "of encoded episodes" in line and "repeatedly" not in line
+        assert line.startswith("expected memory") and "of encoded episodes" in line and "again and again" not in line
         monkeypatch.setattr(memory, "machine_bytes", lambda: 10 << 20)
         with pytest.raises(DataError, match="the machine has 0.01. Lower host_memory_gb"):
             stream.memory_line()
@@ -104,14 +156,15 @@ def test_more_than_the_machine_has_is_refused(datasets, monkeypatch):
 # ---------------------------------------------------------------- what the first start freezes
 
 
-def knob_for(datasets, episodes):
+def knob_for(datasets, episodes, processes=1):
     """The knob that holds this many episodes of each dataset."""
-    return episodes * sum(sizes(datasets).values()) / memory.PLANNED / 2**30
+    batches = 4 * 8 * 3 * 40 * 52 / processes  # two ahead, one in use, one being made
+    return (episodes * sum(track_sizes(datasets).values()) + batches) / memory.PLANNED / 2**30
 
 
 def test_resuming_on_other_numbers_of_processes(datasets):
-    """The knob allows larger blocks on more processes; a run keeps those of its first start, and its lanes."""
-    knob = knob_for(datasets, 12)  # four lanes on one process have blocks of one or two
+    """The knob allows to mix more on more processes; a run keeps what its first start planned, and its lanes."""
+    knob = knob_for(datasets, 12)
     with stream_of(datasets, num_lanes=4, host_memory_gb=knob) as first:
         saved = json.loads(json.dumps(first.order_spec))
         want = [dict(flatten(next(first))) for _ in range(3)]
@@ -130,13 +183,13 @@ def test_resuming_on_other_numbers_of_processes(datasets):
                 np.testing.assert_array_equal(np.concatenate([part[number][key] for part in parts]), value)
 
 
-def test_blocks_of_more_processes_have_to_fit(datasets):
-    knob = knob_for(datasets, 8)
+def test_lanes_of_more_processes_have_to_fit(datasets):
+    knob = knob_for(datasets, 8, processes=4)
     options = dict(num_lanes=4, host_memory_gb=knob)
     with stream_of(datasets, process_count=4, **options) as first:
         saved = first.order_spec
     with stream_of(datasets, process_count=2, **options) as two:
-        assert blocks_of(two) != blocks_of(first)
+        assert mixed_of(two) != mixed_of(first)
         with pytest.raises(DataError, match=r"4 lanes on 2 process\(es\).*host_memory_gb is.*use 4 processes"):
             two.adopt(saved)
 
@@ -145,10 +198,10 @@ def test_blocks_of_more_processes_have_to_fit(datasets):
     "options,line",
     [
         (dict(seed=2), "order.seed: 1 -> 2"),
-        (dict(host_memory_gb=3.0), "memory.host_memory_gb: 2.0 -> 3.0"),
+        (dict(host_memory_gb=3.0), "memory.host_memory_gb: 4.0 -> 3.0"),
         (dict(balance_weights=True), "order.datasets.toy.weight"),
         (dict(num_lanes=2), "order.num_lanes: 1 -> 2"),
-        (dict(episodes_per_block=2), "memory: "),
+        (dict(episodes_mixed=2), "memory: "),
         (dict(drop_task_prob=0.5), "task.drop_task_prob: 0.0 -> 0.5"),
         (dict(image_dropout_prob=0.5), "task.image_dropout_prob: 0.0 -> 0.5"),
     ],
@@ -200,7 +253,7 @@ one = prepare_datasets(specs_from_config({"one": fields}), data_dir, cache, prog
 datasets = {f"d{i}": one for i in range(count)}
 spec = BatchSpec(1, 2, 4, {"primary": (16, 16)})
 options = dict(seed=1, batch_size=16, host_threads=1, prefetch=1, decode="fast")
-with make_train_stream(datasets, spec, None, host_memory_gb=1e3, episodes_per_block=1, **options) as stream:
+with make_train_stream(datasets, spec, None, host_memory_gb=1e3, episodes_mixed=1, **options) as stream:
     next(stream)  # TensorFlow has loaded what it loads
 base = memory.resident_bytes()
 with make_train_stream(datasets, spec, None, host_memory_gb=knob, **options) as stream:

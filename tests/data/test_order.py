@@ -1,6 +1,7 @@
 """The order against slow, obviously right twins. No TensorFlow."""
 
 import collections
+import itertools
 import json
 import subprocess
 import sys
@@ -9,21 +10,61 @@ import numpy as np
 import pytest
 
 from octo_like.data import order as order_lib
+from octo_like.data.keys import shuffled
 from octo_like.data.order import WINDOW, DatasetFrames, Mixture, Order
 
 
-def make_order(num_lanes=1, batch_size=16, seed=3, block=5, scale=1):
+def make_order(num_lanes=1, batch_size=16, seed=3, mixed=5, scale=1, visits=1):
     rng = np.random.default_rng(0)
     return Order(
         [
-            DatasetFrames("a", 3.0, rng.integers(1, 30, 40 * scale), "hash-a", block),
-            DatasetFrames("b", 1.5, np.array([4, 0, 7]), "hash-b", block),
-            DatasetFrames("c", 0.01, rng.integers(0, 9, 25 * scale), "hash-c", block),
+            DatasetFrames("a", 3.0, rng.integers(1, 30, 40 * scale), "hash-a", mixed, None, visits),
+            DatasetFrames("b", 1.5, np.array([4, 0, 7]), "hash-b", mixed, None, visits),
+            DatasetFrames("c", 0.01, rng.integers(0, 9, 25 * scale), "hash-c", mixed, None, visits),
         ],
         seed=seed,
         batch_size=batch_size,
         num_lanes=num_lanes,
     )
+
+
+def walked(order, d, lane):
+    """(pass, episode, frame) of a lane's walk through a dataset: what `walk.py` says, with lists, one by one."""
+    data, share = order.datasets[d], order.lane_share(d, lane)
+    key = order_lib.hash_key(order.seed, "walk", data.name, lane)
+    V, K = data.visits, min(data.episodes_mixed, len(share))
+    frames = {int(e): int(data.frames[e]) for e in share}
+
+    def line():
+        for number in itertools.count():
+            for part in range(V):
+                ranks = {e: int(order_lib.hash_key(key, "pass", number * V + part, e)) for e in frames}
+                for e in sorted(frames, key=ranks.get):
+                    turn = int(order_lib.hash_key(key, "parts", e)) % V
+                    first, stop = ((p * frames[e] + turn) // V for p in (part, part + 1))
+                    shuffle = shuffled(
+                        np.arange(frames[e]), frames[e], order_lib.hash_key(key, "frames", number + 1, e)
+                    )
+                    yield from ((number, e, int(f)) for f in shuffle[first:stop])
+
+    rest = line()
+    unit = max(1, round(sum(frames.values()) / (len(frames) * V)))
+    whole = K == len(share)
+
+    def cut(k, length):
+        frames_of_unit = list(itertools.islice(rest, length))
+        return frames_of_unit[::-1] if k % 2 and not whole else frames_of_unit
+
+    units = [[cut(k, unit + (0 if whole else k * unit // K))] for k in range(K)]
+    for round_number in itertools.count():
+        if not all(map(any, units)):  # the units of a generation are cut in the order of the tracks
+            for k in range(K):
+                units[k].append(cut(k, unit))
+        for turn in range(K):
+            waiting = units[int(shuffled([turn], K, order_lib.hash_key(key, "round", round_number))[0])]
+            if not waiting[0]:
+                waiting.pop(0)
+            yield waiting[0].pop(0)
 
 
 def sequential(order, stop):
@@ -45,26 +86,14 @@ def sequential(order, stop):
                 positions[d] += 1
             k += 1
 
-    tables = {}
+    walks = {}
 
     def frame_at(d, lane, position):
-        data = order.datasets[d]
-        key = (order.seed, "walk", data.name, lane)
-        share = order.lane_share(d, lane)
-        per_pass = int(np.sum(np.asarray(data.frames)[share]))
-        number = position // per_pass
-        if (d, lane, number) not in tables:
-            hashes = [int(order_lib.hash_key(*key, "pass", number, int(e))) for e in share]
-            episodes = [int(e) for _, e in sorted(zip(hashes, share, strict=True))]
-            blocks = -(-len(episodes) // data.episodes_per_block)
-            walked = []
-            for block in range(blocks):
-                inside = episodes[block * len(episodes) // blocks : (block + 1) * len(episodes) // blocks]
-                frames = [(e, f) for e in inside for f in range(data.frames[e])]
-                shuffle = order_lib.permutation(len(frames), *key, "frames", number, block)
-                walked += [(number, block, *frames[i]) for i in shuffle]
-            tables[d, lane, number] = walked
-        return tables[d, lane, number][position % per_pass]
+        if (d, lane) not in walks:
+            walks[d, lane] = ([], walked(order, d, lane))
+        done, rest = walks[d, lane]
+        done += itertools.islice(rest, position + 1 - len(done))
+        return done[position]
 
     lanes = [lane_samples(lane) for lane in range(S)]
     result = []
@@ -75,15 +104,15 @@ def sequential(order, stop):
     return result[:stop]
 
 
-@pytest.mark.parametrize("num_lanes", [1, 4])
-def test_matches_a_sequential_walk(num_lanes):
-    order, stop = make_order(num_lanes), 2 * WINDOW + 100
+@pytest.mark.parametrize("num_lanes,mixed,visits", [(1, 5, 1), (4, 5, 1), (1, 4, 3), (1, 1, 1), (2, 40, 1)])
+def test_matches_a_sequential_walk(num_lanes, mixed, visits):
+    order, stop = make_order(num_lanes, mixed=mixed, visits=visits), 2 * WINDOW + 100
     want = sequential(order, stop)
     got = order.samples(np.arange(stop))
     assert got.pass_number.max() > 3  # several passes were crossed
-    for i, (lane, dataset, number, block, episode, frame) in enumerate(want):
-        row = (got.lane[i], got.dataset[i], got.pass_number[i], got.block[i], got.episode[i], got.frame[i])
-        assert row == (lane, dataset, number, block, episode, frame), i
+    for i, (lane, dataset, number, episode, frame) in enumerate(want):
+        row = (got.lane[i], got.dataset[i], got.pass_number[i], got.episode[i], got.frame[i])
+        assert row == (lane, dataset, number, episode, frame), i
 
 
 @pytest.mark.parametrize("num_lanes", [1, 4])
@@ -108,9 +137,9 @@ def test_far_seek_is_a_function_of_n_alone():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2, 4, 8])
-def test_each_pass_covers_every_frame_once(num_lanes):
-    order = make_order(num_lanes)
+@pytest.mark.parametrize("num_lanes,visits", [(1, 1), (2, 1), (4, 1), (8, 1), (1, 7)])
+def test_each_pass_covers_every_frame_once(num_lanes, visits):
+    order = make_order(num_lanes, visits=visits)
     samples = order.samples(np.arange(6 * WINDOW))
     for d, data in enumerate(order.datasets[:2]):
         whole_walks = np.count_nonzero(data.frames) < 4 * num_lanes
@@ -142,9 +171,10 @@ def test_giant_episodes_leave_no_lane_empty():
 
 
 def test_passes_and_seeds_differ():
-    order = make_order()
-    first, second = order.block_episodes(0, 0, 0, 0), order.block_episodes(0, 0, 1, 0)
-    assert not np.array_equal(first, second)
+    samples = make_order().samples(np.arange(2 * WINDOW))
+    rows = [np.flatnonzero((samples.dataset == 0) & (samples.pass_number == number)) for number in (0, 1)]
+    first, second = (list(zip(samples.episode[r].tolist(), samples.frame[r].tolist(), strict=True)) for r in rows)
+    assert first != second and sorted(first) == sorted(second)
     a, b = make_order(seed=3).samples(np.arange(500)), make_order(seed=4).samples(np.arange(500))
     assert (a.episode != b.episode).mean() > 0.5
     assert not np.array_equal(a.dataset, b.dataset)
@@ -214,27 +244,80 @@ def test_random_mixtures_stay_within_two():
         assert (np.diff(counts, axis=0) >= 0).all()
 
 
-def test_frames_are_mixed_within_blocks():
-    order = Order([DatasetFrames("x", 1.0, np.full(100, 20), episodes_per_block=50)], seed=0, batch_size=4)
-    samples = order.samples(np.arange(1000))
-    assert len(set(samples.episode.tolist())) == 50  # one block
-    adjacent = (np.diff(samples.episode) == 0).mean()
-    assert adjacent < 0.06  # 1/50 expected
-    assert set(samples.block.tolist()) == {0}
+def long_walk(mixed, visits, episodes=2000, seed=0):
+    frames = np.random.default_rng(seed).integers(25, 76, episodes)
+    return Order([DatasetFrames("x", 1.0, frames, "", mixed, None, visits)], seed=0, batch_size=4)
 
 
-def test_substitutes_are_keyed_and_from_the_block():
+def test_a_round_shows_each_track_once():
+    order = long_walk(50, 1)
+    for start in (0, 50 * 70, 50 * 1000):
+        episodes = set(order.samples(start + np.arange(50)).episode.tolist())
+        assert episodes == set(order.live_episodes(0, 0, start).tolist())
+        assert 25 <= len(episodes) <= 50
+    rounds = order.samples(np.arange(50 * 400)).episode.reshape(400, 50)
+    assert (np.diff(rounds.reshape(-1)) == 0).mean() < 0.04  # about 1/50: tracks are in random order
+    assert np.mean(rounds[1:, 0] == rounds[:-1, 0]) < 0.1
+
+
+@pytest.mark.parametrize("mixed,visits", [(50, 1), (50, 8), (7, 3)])
+def test_what_is_held_is_what_is_mixed(mixed, visits):
+    """Episodes come and go one at a time, each is read once per visit, and about 3/4 K are live: no second block."""
+    order = long_walk(mixed, visits, episodes=300)
+    per_pass = order.frames_per_pass(0, 0)
+    live = [set(order.live_episodes(0, 0, p).tolist()) for p in range(0, 4 * per_pass, mixed)]
+    shown = order.samples(np.arange(4 * per_pass)).episode
+    for number, episodes in enumerate(live[:-1]):
+        assert set(shown[number * mixed : (number + 1) * mixed].tolist()) == episodes
+    begun = [len(after - before) for before, after in itertools.pairwise(live)]
+    unit = per_pass / (300 * visits)
+    assert max(begun) <= 5 + 3 * mixed / unit  # of the K tracks, K / c begin another unit in each round
+    assert sum(begun) / 4 / 300 == pytest.approx(visits, rel=0.08 + 1 / mixed)
+    assert max(map(len, live)) <= mixed and np.mean([len(e) for e in live]) == pytest.approx(0.75 * mixed, rel=0.08)
+
+
+def test_everything_is_mixed_when_everything_is_held():
+    order = long_walk(100, 1, episodes=100)
+    assert order.live_episodes(0, 0, 12345).tolist() == list(range(100))
+    episodes = order.samples(np.arange(200 * 50)).episode.reshape(50, 200)
+    distinct = np.mean([len(set(row.tolist())) for row in episodes])
+    assert distinct > 0.97 * 100 * (1 - (1 - 1 / 100) ** 200)  # of as many uniform draws
+
+
+def test_live_episodes_of_processes():
+    order = make_order(4, batch_size=4, scale=10)  # one row per lane
+    parts = [order.live(30, p, 2) for p in (0, 1)]
+    assert sorted(set(parts[0]) | set(parts[1])) == order.live(30)
+    shown = order.samples(order.batch_rows(30, 1, 2))
+    assert set(zip(shown.dataset.tolist(), shown.episode.tolist(), strict=True)) <= set(parts[1])
+
+
+def test_shuffled_is_a_permutation_and_uniform():
+    for size in (1, 2, 3, 7, 100, 4097):
+        assert sorted(shuffled(np.arange(size), size, np.uint64(5)).tolist()) == list(range(size))
+    # All 24 permutations of four, equally often: chi-squared with 23 degrees of freedom is below 49.7 with p = 0.999.
+    keys = order_lib.hash_key("test", np.arange(24_000))
+    drawn = np.stack([shuffled(np.full(24_000, i), 4, keys) for i in range(4)])
+    counts = np.unique(drawn.T @ 4 ** np.arange(4), return_counts=True)[1]
+    assert len(counts) == 24 and ((counts - 1000.0) ** 2 / 1000).sum() < 49.7
+    # Sizes may differ between entries.
+    sizes = np.array([5, 9, 1000])
+    each = [int(shuffled([2], int(size), np.uint64(3))[0]) for size in sizes]
+    assert shuffled([2, 2, 2], sizes, np.uint64(3)).tolist() == each
+
+
+def test_substitutes_are_keyed_and_from_live_episodes():
     order = make_order()
     for n in (0, 77, WINDOW + 5):
         sample = order.samples([n])
-        where = (int(sample.dataset[0]), int(sample.lane[0]), int(sample.pass_number[0]), int(sample.block[0]))
-        block = set(order.block_episodes(*where).tolist())
+        d, lane, position = int(sample.dataset[0]), int(sample.lane[0]), int(sample.position[0])
+        live = set(order.live_episodes(d, lane, position).tolist())
         drawn = [order.substitute(n, attempt) for attempt in range(40)]
         assert drawn == [make_order().substitute(n, attempt) for attempt in range(40)]
         near, far = ({episode for episode, _ in part} for part in (drawn[: order_lib.NEAR], drawn[order_lib.NEAR :]))
-        assert near <= block and len(near) > 1
-        assert far - block or len(block) == len(order.lane_share(where[0], where[1]))  # a block may be bad as a whole
-        assert all(0 <= frame < order.datasets[where[0]].frames[episode] for episode, frame in drawn)
+        assert near <= live and len(near) > 1
+        assert far - live or len(live) == len(order.lane_share(d, lane))  # live ones may be bad as a whole
+        assert all(0 <= frame < order.datasets[d].frames[episode] for episode, frame in drawn)
 
 
 def test_uniform_draws_are_uniform_and_independent_between_purposes():
@@ -268,7 +351,8 @@ def test_spec_is_json_and_differences_are_named():
         (dict(datasets=[DatasetFrames("x", float("nan"), np.ones(3, int))]), "finite"),
         (dict(datasets=[DatasetFrames("x", 1.0, np.ones(3, int))] * 2), "duplicate dataset names.*x"),
         (dict(datasets=[DatasetFrames("x", 1.0, np.zeros(3, int))]), "x: no usable frames"),
-        (dict(datasets=[DatasetFrames("x", 1.0, np.ones(3, int), episodes_per_block=0)]), "episodes_per_block"),
+        (dict(datasets=[DatasetFrames("x", 1.0, np.ones(3, int), episodes_mixed=0)]), "episodes_mixed"),
+        (dict(datasets=[DatasetFrames("x", 1.0, np.ones(3, int), visits=0)]), "visits must be at least 1"),
         (dict(num_lanes=3), "power of two"),
         (dict(num_lanes=32), "divides the batch size"),
     ],
@@ -297,7 +381,7 @@ def test_a_pass_shows_a_subset_of_long_episodes():
     order, frames = subsampled(10)
     per_pass = int(np.minimum(frames, 10).sum())
     assert order.frames_per_pass(0, 0) == per_pass
-    samples = order.samples(np.arange(9 * per_pass))
+    samples = order.samples(np.arange(11 * per_pass))  # passes overlap a little
     shown = {}
     for number in range(9):
         rows = samples.pass_number == number
@@ -315,7 +399,7 @@ def test_a_pass_shows_a_subset_of_long_episodes():
         for first in range(9 - needed + 1):
             assert set.union(*(shown[e][first + i] for i in range(needed))) == set(range(count))
     assert shown[0][0] != set(range(10))  # not simply the first ten
-    again = subsampled(10)[0].samples(np.arange(9 * per_pass)[::-1])
+    again = subsampled(10)[0].samples(np.arange(11 * per_pass)[::-1])
     np.testing.assert_array_equal(again.frame[::-1], samples.frame)
 
 

@@ -39,7 +39,7 @@ def prepare(toy, cache, **changes):
 
 
 def stream_of(prepared, tokenizer, spec=SPEC, **options):
-    options = dict(seed=3, batch_size=32, episodes_per_block=6, host_threads=2) | options
+    options = dict(seed=3, batch_size=32, episodes_mixed=6, host_threads=2) | options
     return make_train_stream({"toy": prepared}, spec, tokenizer, **options)
 
 

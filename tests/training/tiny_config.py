@@ -64,7 +64,7 @@ def get_config(words: str = ""):
     config.text.max_length = 8
     config.model = model()
     config.data.datasets = dict(toy=dataset())
-    config.data.episodes_per_block = 8
+    config.data.episodes_mixed = 8
     config.optimizer.update(schedule="cosine", peak=1e-3, warmup_steps=2, decay_steps=40)
     config.augmentation = dict(primary=dict(crop_scale=(0.8, 1.0), brightness=0.1))
     config.mesh.fsdp = 1
