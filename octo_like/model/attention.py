@@ -160,6 +160,11 @@ def recorded_weights(run: Callable[[], object], *, tokens: int) -> list[jax.Arra
 _recording: list[jax.Array] | None = None
 
 
+def is_recording() -> bool:
+    """Whether this runs inside `recorded_weights`: nothing may then be jitted on the way to `attend`."""
+    return _recording is not None
+
+
 def _weights(q, k, mask, uniform):
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is None:

@@ -6,6 +6,7 @@ accumulation changes the mathematics.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import optax
 
 from octo_like.model.octo import OctoModel, total_loss
 from octo_like.training.augment import Augmentation, augment_batch
-from octo_like.training.optimizer import Schedule, join_params
+from octo_like.training.optimizer import Schedule, global_norm, join_params
 from octo_like.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -78,13 +79,13 @@ def make_train_step(
 
             ((loss, terms), grads), _ = jax.lax.scan(add, zeros, micro)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = global_norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
         t = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1 + t) / (10 + t))
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, trained)
+        trained = jax.tree.map(_add, state.trained, updates)
+        ema = jax.tree.map(functools.partial(_average, decay), state.ema, trained)
 
         # A step whose gradient is not finite changes nothing but the counters.
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
@@ -98,14 +99,27 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(state.trained),
+            "update_norm": global_norm(updates),
+            "param_norm": global_norm(state.trained),
             "learning_rate": schedule(t),
             "skipped": state.skipped,
         }
         return state, metrics | mean_terms(terms, counts)
 
     return train_step
+
+
+# Jitted for the sake of tracing: arrays of equal shape share them.
+
+
+@jax.jit
+def _add(param, update):
+    return (param + update).astype(param.dtype)
+
+
+@jax.jit
+def _average(decay, old, new):
+    return decay * old + (1 - decay) * new
 
 
 def make_eval_step(model: OctoModel, seed: int) -> Callable[[Any, Mapping[str, Any]], dict[str, dict[str, jax.Array]]]:
