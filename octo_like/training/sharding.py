@@ -8,6 +8,7 @@ Placement is inferred from shapes: a parameter of at least `min_size` entries is
 the fsdp axis divides; regexes of paths override the inference.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -107,3 +108,15 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, leaf)
 
     return jax.tree.map(put, batch)
+
+
+def traced_on(mesh: Mesh, function):
+    """`function`, traced with `mesh` as the ambient one: kernels that the compiler cannot split read from it where the
+    rows of a batch are."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return wrapped
