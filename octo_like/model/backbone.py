@@ -123,17 +123,15 @@ class OctoTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, observation, task, dropout_keys=None, *, only_last: str | None = None
-    ) -> dict[str, TokenGroup]:
+    def __call__(self, observation, task, dropout_keys=None, *, only_last: str | None = None) -> dict[str, TokenGroup]:
         """Returns every group by name ("task_*", "obs_*", "readout_*") and the concatenations "task" and "obs".
 
         Args:
           observation: schema `observation`, arrays (B, W, ...).
           task: schema `task`, arrays (B, ...).
           dropout_keys: (B,) keys, or None for deterministic outputs.
-          only_last: the group a head will read ("readout_action", "obs", ...), at the last timestep (W = 1): nothing else
-            is returned, and what it does not depend on is not computed. Other readouts are left out of the sequence,
+          only_last: the group a head will read ("readout_action", "obs", ...), at the last timestep (W = 1): nothing
+            else is returned, and what it does not depend on is not computed. Other readouts are left out of the sequence,
             which changes nothing. (With `legacy_attention` they stay: there a rule depends on the neighbours.)
         """
         step_mask = jnp.asarray(observation["timestep_pad_mask"], bool)

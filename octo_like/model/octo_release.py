@@ -368,6 +368,11 @@ def release_spec(config: Mapping[str, Any], example: Mapping[str, Any], heads: M
         for key, value in observation.items()
         if key.startswith("image_")
     }
+    depths = {
+        key.removeprefix("depth_"): tuple(map(int, value.shape[2:4]))
+        for key, value in observation.items()
+        if key.startswith("depth_")
+    }
     text = task.get("language_instruction")
     embedded = text is not None and not isinstance(text, Mapping)
     return BatchSpec(
@@ -375,6 +380,7 @@ def release_spec(config: Mapping[str, Any], example: Mapping[str, Any], heads: M
         action_horizon=max(head.get("action_horizon", 1) for head in heads.values()),
         action_dim=max(head.get("action_dim", 7) for head in heads.values()),
         image_sizes=images,
+        depth_sizes=depths,
         goal_images=tuple(slot for slot in images if f"image_{slot}" in task),
         proprio_dim=observation["proprio"].shape[-1] if "proprio" in observation else None,
         language_length=text["input_ids"].shape[-1] if isinstance(text, Mapping) else None,

@@ -263,16 +263,17 @@ class Policy:
 
     def _proprio(self, observations, unnormalize) -> dict[str, Any]:
         proprio = jnp.asarray(observations["proprio"], jnp.float32)
-        if unnormalize is not None:
-            entry = self._entry(unnormalize)
-            if "proprio" not in entry:
-                raise ValueError(
-                    f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation"
-                )
+        want, width = self.batch_spec.proprio_dim, proprio.shape[-1] if proprio.ndim else 0
+        entry = None if unnormalize is None else self._entry(unnormalize)
+        if entry is not None and "proprio" not in entry:
+            raise ValueError(f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation")
+        expected = want if entry is None else len(entry["proprio"]["mean"])
+        if proprio.ndim != 3 or width > want or (entry is not None and width != expected):
+            whose = f", as {unnormalize!r} was trained with" if entry is not None else ", or fewer dimensions"
+            shape = ", ".join(map(str, proprio.shape))
+            raise ValueError(f"observation/proprio: expected (B, W, {expected}) float32{whose}; got ({shape})")
+        if entry is not None:
             proprio = normalization.normalize(proprio, entry["proprio"], entry.get("normalization", "normal"))
-        width, want = proprio.shape[-1], self.batch_spec.proprio_dim
-        if width > want:
-            raise ValueError(f"observation/proprio has {width} dimensions, this policy takes at most {want}")
         pad = [(0, 0)] * (proprio.ndim - 1) + [(0, want - width)]
         valid = observations.get("proprio_pad_mask")
         if valid is None:

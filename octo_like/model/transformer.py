@@ -188,7 +188,7 @@ class Transformer(nn.Module):
     def __call__(self, x_bnd, mask_bnn, dropout_keys=None, *, rows: tuple[int, int] | None = None):
         """With `rows` (start, count) the result is (B, count, D), of these tokens only: the last block then computes
         nothing else, and `mask_bnn` must be a BlockMask."""
-        remat = {False: "none", True: "full"}.get(self.remat, self.remat)
+        remat = {None: "none", False: "none", True: "full"}.get(self.remat, self.remat)
         if remat not in ("none", "full", "dots"):
             raise ValueError(f"unknown remat {remat!r}; valid: 'none', 'full', 'dots', or False and True")
 

@@ -62,9 +62,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clipping by the global norm of the trained gradients, then AdamW (Loshchilov & Hutter 2019) in float32.
 
-    For flat dicts of parameters by path. The state and the numbers are those of `optax.chain(clip_by_global_norm, adamw)`,
-    but after the norm every parameter is updated by itself, in a function that parameters of equal shape share: a
-    transformer has hundreds of parameters and a few dozen shapes, and tracing each of them took longer than the model.
+    For flat dicts of parameters by path. State and numbers are those of `optax.chain(clip_by_global_norm, adamw)`, but
+    after the norm every parameter is updated by itself, in a function that parameters of equal shape share: a
+    transformer has hundreds of parameters and a few dozen shapes, and tracing all of them took longer than the model.
     """
 
     def adamw(mask):

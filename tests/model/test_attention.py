@@ -98,7 +98,9 @@ def test_splash_in_the_interpreter_forward_and_backward(rows):
     weight = jnp.where(read[..., None, None], jnp.cos(jnp.arange(q.size).reshape(q.shape)), 0.0)
 
     def run(f):
-        return jax.jit(jax.value_and_grad(lambda *x: (lambda out: (jnp.sum(out * weight), out))(f(*x)), (0, 1, 2), True))
+        return jax.jit(
+            jax.value_and_grad(lambda *x: (lambda out: (jnp.sum(out * weight), out))(f(*x)), (0, 1, 2), True)
+        )
 
     (_, got), grads = run(lambda *x: attention._splash(*x, mask, interpret=True))(q, k, v)
     (_, want), expected = run(lambda *x: attention._plain(*x, mask.dense(), False))(q, k, v)

@@ -92,8 +92,8 @@ def test_remat_changes_memory_and_not_numbers():
         for (path, want), (_, got) in zip(flatten(grads["none"]), flatten(grads[remat]), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=path)
     assert flops["none"] < flops["dots"] < flops["full"]
-    # Per block: query, key, value, out and two of the MLP have parameters; logits and values have none. A block's closing
-    # product is needed by nobody's backward pass.
+    # Per block: query, key, value, out and two of the MLP have parameters; logits and values have none. A block's
+    # closing product is needed by nobody's backward pass.
     assert products["dots"] - products["none"] == 2 * 2
     assert products["full"] - products["dots"] in (2 * 6, 2 * 5)
 
