@@ -131,7 +131,7 @@ class OctoTransformer(nn.Module):
           task: schema `task`, arrays (B, ...).
           dropout_keys: (B,) keys, or None for deterministic outputs.
           only_last: the group a head will read ("readout_action", "obs", ...), at the last timestep (W = 1): nothing
-            else is returned, and what it does not depend on is not computed. Other readouts are left out of the sequence,
+            else is returned, and what it does not depend on is not computed. Other readouts are not in the sequence,
             which changes nothing. (With `legacy_attention` they stay: there a rule depends on the neighbours.)
         """
         step_mask = jnp.asarray(observation["timestep_pad_mask"], bool)

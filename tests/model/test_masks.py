@@ -162,7 +162,7 @@ def test_rows_are_independent(model):
     np.testing.assert_allclose(first[order], second, rtol=1e-5, atol=1e-6)
 
 
-# -- what differs between the releases' behaviour (octo_compat) and the correct one --------------------------------------
+# -- what differs between the releases' behaviour (octo_compat) and the correct one ---------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -9,57 +9,19 @@ from octo_like.common.schema import flatten, unflatten
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem, normalize_depth
 from octo_like.model.tokenizers import ImageTokenizer, LowdimTokenizer, TokenLearner, bin_index
 from tests.model import tiny
+from tests.model.by_hand import (
+    convolution,
+    film,
+    group_norm,
+    layer_norm,
+    map_pooling,
+    max_pool_3_2,
+    relu,
+    same,
+    standardized,
+)
 
 RNG = np.random.default_rng(0)
-
-
-def convolution(x, kernel, stride, before, after, bias=0.0):
-    """Cross-correlation of (N, H, W, C), output pixel by output pixel; zeros before and after both axes."""
-    kh, kw, _, out = kernel.shape
-    x = np.pad(x, ((0, 0), (before[0], after[0]), (before[1], after[1]), (0, 0)))
-    rows, cols = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
-    y = np.zeros((len(x), rows, cols, out))
-    for i, j in np.ndindex(rows, cols):
-        window = x[:, i * stride : i * stride + kh, j * stride : j * stride + kw]
-        y[:, i, j] = np.einsum("nhwc,hwco->no", window, kernel) + bias
-    return y
-
-
-def same(x, size, stride):
-    """Zeros before and after each axis so that ceil(length / stride) windows fit, the odd one after."""
-    totals = [max((-(-n // stride) - 1) * stride + size - n, 0) for n in x.shape[1:3]]
-    return [t // 2 for t in totals], [t - t // 2 for t in totals]
-
-
-def standardized(kernel):
-    flat = kernel.reshape(-1, kernel.shape[-1])
-    flat = flat - flat.mean(0)
-    return (flat / (np.sqrt((flat**2).mean(0)) + 1e-5)).reshape(kernel.shape)
-
-
-def group_norm(x, p, groups=32):
-    n, h, w, c = x.shape
-    y = x.reshape(n, h * w, groups, c // groups)
-    y = (y - y.mean((1, 3), keepdims=True)) / np.sqrt(y.var((1, 3), keepdims=True) + 1e-6)
-    return y.reshape(x.shape) * p["scale"] + p["bias"]
-
-
-def film(x, p, c):
-    a, b = (c @ p[name]["kernel"] + p[name]["bias"] for name in ("Dense_0", "Dense_1"))
-    return x * (1 + a[:, None, None]) + b[:, None, None]
-
-
-def relu(x):
-    return np.maximum(x, 0)
-
-
-def max_pool_3_2(x):
-    before, after = same(x, 3, 2)
-    x = np.pad(x, ((0, 0), *zip(before, after, strict=True), (0, 0)), constant_values=-np.inf)
-    rows, cols = (x.shape[1] - 3) // 2 + 1, (x.shape[2] - 3) // 2 + 1
-    return np.stack(
-        [[x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((1, 2)) for j in range(cols)] for i in range(rows)]
-    ).transpose(2, 0, 1, 3)
 
 
 def resnet(x, p, layers, c=None):
@@ -184,33 +146,13 @@ def test_keypoint_stem():
     np.testing.assert_allclose(out[:, 0, 0], want, rtol=1e-4, atol=1e-4)
 
 
-def layer_norm(x, p):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
 def test_token_learner():
-    """Eight heads of attention from learned probes, then a residual MLP; probe by probe, head by head."""
     x = RNG.normal(size=(2, 3, 7, 16))
     out, p = run(TokenLearner(num_tokens=4), jnp.asarray(x, jnp.float32))
-    m = p["MAPHead_0"]
-    a = m["MultiHeadDotProductAttention_0"]
     tokens = layer_norm(x + p["pos_embed"], p["LayerNorm_0"])
-    want = np.zeros((2, 3, 4, 16))
-    for b, t, i in np.ndindex(2, 3, 4):
-        mixed = a["out"]["bias"].copy()
-        for h in range(8):
-            q = m["probe"][0, i] @ a["query"]["kernel"][:, h] + a["query"]["bias"][h]
-            k, v = (tokens[b, t] @ a[name]["kernel"][:, h] + a[name]["bias"][h] for name in ("key", "value"))
-            weights = np.exp(k @ q / np.sqrt(2))
-            mixed += weights @ v / weights.sum() @ a["out"]["kernel"][h]
-        mlp = m["MlpBlock_0"]
-        hidden = gelu(layer_norm(mixed, m["LayerNorm_0"]) @ mlp["Dense_0"]["kernel"] + mlp["Dense_0"]["bias"])
-        want[b, t, i] = mixed + hidden @ mlp["Dense_1"]["kernel"] + mlp["Dense_1"]["bias"]
-    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-4)
+    for b, t in np.ndindex(2, 3):
+        want = map_pooling(tokens[b, t], np.ones(7, bool), p["MAPHead_0"])
+        np.testing.assert_allclose(out[b, t], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
