@@ -97,7 +97,10 @@ def main(argv=None) -> int:
             config.model.transformer.attention = flags.attention
     spec = batch_spec(config)
     model_config, spec = (config.model.to_dict(), spec) if flags.with_t5 else without_t5(config, spec)
-    model = build_model(model_config, vocab_size=100)
+    for entry in model_config["task_tokenizers"].values():
+        if entry.get("encoder") == "small" and not entry.get("vocab_size"):
+            entry["vocab_size"] = 100  # the batch is synthetic and needs no text tokenizer
+    model = build_model(model_config)
 
     # -- one step: trace, compile, run
     tx, train_step = step_from_config(model, config)
