@@ -181,6 +181,7 @@ def main(argv=None) -> int:
         print(policy.get_pretty_spec())
     print("GFLOP per sample (matrix products and convolutions)")
     print(f"  {'training, forward':<44}{describe.forward_flops(model, spec) / 1e9:>14.3f}")
+    print(f"  {'create_tasks, once per task':<44}{describe.encoding_flops(model, spec) / 1e9:>14.3f}")
     for head in model.heads:
         print(f"  {f'sample_actions, {head}':<44}{describe.sample_flops(model, spec, head=head) / 1e9:>14.3f}")
     draw_rule(describe.token_report(model, spec), flags.out / "rule.png")

@@ -62,6 +62,7 @@ class BatchSpec:
       heads: names of the action heads.
       depth_sizes: camera slot to (height, width) of its depth map, for cameras whose depth the run uses.
       language_embedding: (d,) or (n, d) of instructions that come as precomputed embeddings in place of tokens.
+      extra_observations: other observations of a policy, float32 of this shape per timestep; the data room makes none.
     """
 
     window_size: int
@@ -74,6 +75,7 @@ class BatchSpec:
     heads: tuple[str, ...] = ("action",)
     depth_sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     language_embedding: tuple[int, ...] | None = None
+    extra_observations: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         unknown = set(self.goal_images) - set(self.image_sizes)
@@ -96,6 +98,8 @@ class BatchSpec:
         if self.proprio_dim is not None:
             leaves["proprio"] = Leaf((W, self.proprio_dim), np.dtype(np.float32))
             leaves["proprio_pad_mask"] = Leaf((W, self.proprio_dim), np.dtype(bool))
+        for key, shape in self.extra_observations.items():
+            leaves[key] = Leaf((W, *shape), np.dtype(np.float32))
         modalities = [key for key in leaves if not key.endswith("_pad_mask")]
         leaves["timestep"] = Leaf((W,), np.dtype(np.int32))
         leaves["timestep_pad_mask"] = Leaf((W,), np.dtype(bool))

@@ -73,14 +73,14 @@ MAX_SUBSTITUTES = 64
 def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
     """Raises DataError when a dataset does not fit the batches: too wide, an unknown camera or head."""
     for prepared in datasets:
-        widths = (("action", prepared.function.action_dim, spec.action_dim),)
+        widths = (("action", "action_dim of its head", prepared.function.action_dim, spec.action_dim),)
         if prepared.function.proprio_dim is not None and spec.proprio_dim is not None:
-            widths += (("proprio", prepared.function.proprio_dim, spec.proprio_dim),)
-        for what, width, limit in widths:
+            widths += (("observation/proprio", "proprio_dim", prepared.function.proprio_dim, spec.proprio_dim),)
+        for what, knob, width, limit in widths:
             if width > limit:
                 raise DataError(
-                    f"{prepared.key}: {what} has {width} dimensions, but batches hold {limit}; set max_{what}_dim to "
-                    f"at least {width}"
+                    f"{prepared.key}: {what} has {width} dimensions, but batches hold {limit}; set the {knob} to at "
+                    f"least {width}"
                 )
         cameras = {slot for slot, key in prepared.spec.image_keys.items() if key is not None}
         unknown = sorted(cameras - set(spec.image_sizes) - set(COMMON_SLOTS))

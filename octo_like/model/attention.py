@@ -64,7 +64,7 @@ def block_mask(layouts: Sequence[GroupLayout], *, legacy: bool = False) -> np.nd
 
 
 class StaticRule:
-    """A (N, N) bool rule that is known when the program is traced; hashable, so that it can be part of a structure."""
+    """A (n, N) bool rule that is known when the program is traced; hashable, so that it can be part of a structure."""
 
     def __init__(self, allowed: np.ndarray):
         self.allowed = np.asarray(allowed, bool)
@@ -82,16 +82,22 @@ class BlockMask:
     """What may be attended: the static rule, and which tokens are valid.
 
     Attributes:
-      rule: (N, N), row = query.
+      rule: (n, N), row = query: all N tokens, or the n from `start` on.
       valid_bn: (B, N) bool; tokens that are False are attended by none.
+      start: the token that the first query is.
     """
 
     rule: StaticRule = flax.struct.field(pytree_node=False)
     valid_bn: jax.Array
+    start: int = flax.struct.field(pytree_node=False, default=0)
 
     def dense(self) -> jax.Array:
-        """(B, N, N) bool."""
+        """(B, n, N) bool."""
         return self.rule.allowed[None] & self.valid_bn[:, None, :]
+
+    def rows(self, start: int, count: int) -> "BlockMask":
+        """The same for `count` queries from `start` on."""
+        return BlockMask(StaticRule(self.rule.allowed[start : start + count]), self.valid_bn, self.start + start)
 
 
 def attend(
@@ -158,6 +164,11 @@ def recorded_weights(run: Callable[[], object], *, tokens: int) -> list[jax.Arra
 
 
 _recording: list[jax.Array] | None = None
+
+
+def is_recording() -> bool:
+    """Whether this runs inside `recorded_weights`: nothing may then be jitted on the way to `attend`."""
+    return _recording is not None
 
 
 def _weights(q, k, mask, uniform):
@@ -253,16 +264,28 @@ def _splash(q, k, v, mask, *, interpret=False):
 
     if not isinstance(mask, BlockMask):
         raise ValueError("attention 'splash' needs a static rule (a BlockMask), got a mask known at run time only")
-    b, n, heads, head_dim = q.shape
-    extra, wide = -n % SPLASH_BLOCK, -head_dim % SPLASH_BLOCK
-    pad = lambda x: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, wide)))  # noqa: E731
-    # Padding sees itself: a row without any key would divide by zero.
-    allowed = np.pad(mask.rule.allowed, ((0, extra), (0, extra)))
-    allowed[np.arange(n, n + extra), np.arange(n, n + extra)] = True
+    b, rows, heads, head_dim = q.shape
+    extra, extra_rows, wide = -k.shape[1] % SPLASH_BLOCK, -rows % SPLASH_BLOCK, -head_dim % SPLASH_BLOCK
+    pad = lambda x, n: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, n), (0, wide)))  # noqa: E731
+    allowed = np.pad(mask.rule.allowed, ((0, extra_rows), (0, extra)))
+    # A row without any key would divide by zero: what is padding sees the first key; nobody reads it.
+    allowed[rows:, 0] = True
     splash = kernel.make_splash_mha(
         masks.MultiHeadMask([masks.NumpyMask(allowed)] * heads), head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    segments = jnp.pad(mask.valid_bn.astype(jnp.int32), ((0, 0), (0, extra)))
-    ids = kernel.SegmentIds(segments, segments)
-    out = jax.vmap(splash)(pad(q * head_dim**-0.5), pad(k), pad(v), segment_ids=ids)
-    return out[:, :, :n, :head_dim].transpose(0, 2, 1, 3).astype(v.dtype)
+    valid = mask.valid_bn.astype(jnp.int32)
+    queries = jax.lax.slice_in_dim(valid, mask.start, mask.start + rows, axis=1)
+    ids = kernel.SegmentIds(jnp.pad(queries, ((0, 0), (0, extra_rows))), jnp.pad(valid, ((0, 0), (0, extra))))
+    run = _by_rows(lambda q, k, v, ids: jax.vmap(splash)(q, k, v, segment_ids=ids))
+    out = run(pad(q * head_dim**-0.5, extra_rows), pad(k, extra), pad(v, extra), ids)
+    return out[:, :, :rows, :head_dim].transpose(0, 2, 1, 3).astype(v.dtype)
+
+
+def _by_rows(function):
+    """Lets every device compute its own rows. XLA cannot split a kernel that it did not write; what the axes of the
+    mesh are called, only the caller knows, but a batch is spread over all of them. Without a mesh: the function."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    rows = jax.sharding.PartitionSpec(mesh.axis_names)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)

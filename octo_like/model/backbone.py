@@ -31,12 +31,19 @@ class BlockTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, task: Mapping[str, TokenGroup], steps: Mapping[str, TokenGroup], dropout_keys=None
+        self,
+        task: Mapping[str, TokenGroup],
+        steps: Mapping[str, TokenGroup],
+        dropout_keys=None,
+        *,
+        only_last: str | None = None,
     ) -> dict[str, TokenGroup]:
         """
         Args:
           task: prefix groups, tokens (B, n, D).
           steps: timestep groups, tokens (B, W, n, D), in sequence order.
+          only_last: name of a timestep group, or "obs" for all of them that are no readouts: return these alone, and
+            only their last timestep (W = 1).
         """
         b, window, _, dim = next(iter(steps.values())).tokens.shape
         prefix = TokenGroup.concatenate(list(task.values())) if task else None
@@ -47,6 +54,15 @@ class BlockTransformer(nn.Module):
             tokens = jnp.concatenate([prefix.tokens, tokens], axis=1)
             key_mask = jnp.concatenate([prefix.mask, key_mask], axis=1)
         rule = block_mask(layout(task, steps, window), legacy=self.legacy_attention)
+        sizes = {name: group.tokens.shape[-2] for name, group in steps.items()}
+        asked = [name for name in steps if only_last in (None, name) or only_last == "obs" and name.startswith("obs_")]
+        if not asked:
+            raise ValueError(f"no group {only_last!r} in the sequence; valid: {['obs', *steps]}")
+        rows = None
+        if only_last is not None:
+            last_step = tokens.shape[1] - sum(sizes.values())
+            before = sum(sizes[name] for name in list(steps)[: list(steps).index(asked[0])])
+            rows = last_step + before, sum(sizes[name] for name in asked)  # "obs_" groups stand side by side
         out = Transformer(
             self.num_layers,
             self.num_heads,
@@ -58,19 +74,19 @@ class BlockTransformer(nn.Module):
             dtype=self.dtype,
             attention=self.attention,
             name="Transformer_0",
-        )(tokens, BlockMask(StaticRule(rule), key_mask), dropout_keys)
+        )(tokens, BlockMask(StaticRule(rule), key_mask), dropout_keys, rows=rows)
 
         groups, start = {}, 0
-        for name, group in task.items():
+        for name, group in task.items() if only_last is None else ():
             size = group.tokens.shape[-2]
             groups[name] = TokenGroup(out[:, start : start + size], group.mask)
             start += size
-        out = out[:, start:].reshape(b, window, -1, dim)
+        out = out[:, start:].reshape(b, window if only_last is None else 1, -1, dim)
         start = 0
-        for name, group in steps.items():
-            size = group.tokens.shape[-2]
-            groups[name] = TokenGroup(out[:, :, start : start + size], group.mask)
-            start += size
+        for name in asked:
+            mask = steps[name].mask if only_last is None else steps[name].mask[:, -1:]
+            groups[name] = TokenGroup(out[:, :, start : start + sizes[name]], mask)
+            start += sizes[name]
         return groups
 
 
@@ -107,17 +123,16 @@ class OctoTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, observation, task, dropout_keys=None, *, only_readout: str | None = None
-    ) -> dict[str, TokenGroup]:
+    def __call__(self, observation, task, dropout_keys=None, *, only_last: str | None = None) -> dict[str, TokenGroup]:
         """Returns every group by name ("task_*", "obs_*", "readout_*") and the concatenations "task" and "obs".
 
         Args:
           observation: schema `observation`, arrays (B, W, ...).
           task: schema `task`, arrays (B, ...).
           dropout_keys: (B,) keys, or None for deterministic outputs.
-          only_readout: the group a head will read ("readout_action", "obs", ...): other readouts are left out, which
-            changes nothing else. (With `legacy_attention` all stay: there a readout's rule depends on its neighbours.)
+          only_last: the group a head will read ("readout_action", "obs", ...), at the last timestep (W = 1): nothing
+            else is returned, and what it does not depend on is not computed. Other readouts are not in the sequence,
+            which changes nothing. (With `legacy_attention` they stay: there a rule depends on the neighbours.)
         """
         step_mask = jnp.asarray(observation["timestep_pad_mask"], bool)
         b, window = step_mask.shape
@@ -149,7 +164,7 @@ class OctoTransformer(nn.Module):
                 mask = jnp.broadcast_to(group.mask[:, None], tokens.shape[:-1])
                 steps[f"obs_{name}"] = TokenGroup(tokens, mask if self.compat else mask & step_mask[..., None])
         for name, size in self.readouts.items():
-            if only_readout not in (None, f"readout_{name}") and not self.legacy_attention:
+            if only_last not in (None, f"readout_{name}") and not self.legacy_attention:
                 continue
             pos = self._position(f"readout_{name}_pos_embedding", (1, self.max_window, size, self.token_dim))
             tokens = jnp.broadcast_to(pos[:, :window], (b, window, size, self.token_dim))
@@ -162,10 +177,11 @@ class OctoTransformer(nn.Module):
             legacy_attention=self.legacy_attention,
             dtype=self.dtype,
             name="BlockTransformer_0",
-        )(task_groups, steps, dropout_keys)
-        if task_groups:
-            groups["task"] = TokenGroup.concatenate([groups[name] for name in task_groups])
-        groups["obs"] = TokenGroup.concatenate([group for name, group in groups.items() if name.startswith("obs_")])
+        )(task_groups, steps, dropout_keys, only_last=only_last)
+        for whole, prefix in (("task", "task_"), ("obs", "obs_")):
+            parts = [group for name, group in groups.items() if name.startswith(prefix)]
+            if parts:
+                groups[whole] = TokenGroup.concatenate(parts)
         return groups
 
     def _project(self, name: str, tokens: jax.Array) -> jax.Array:

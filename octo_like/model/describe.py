@@ -122,13 +122,29 @@ def _flops(jaxpr) -> int:
 
 
 def sample_flops(model: OctoModel, spec: BatchSpec, *, batch_size: int = 1, head: str | None = None) -> int:
-    """Matrix FLOPs of one `sample_actions` call."""
+    """Matrix FLOPs of one `sample_actions` call. A frozen language encoder runs once per task and not here, see
+    `encoding_flops`."""
     batch = synthetic_batch(spec, batch_size)
     keys = jax.random.split(jax.random.key(0), batch_size)
     head = next(iter(model.heads)) if head is None else head
+    params, task = abstract_params(model, spec), batch["task"]
+    if spec.language_length is not None:
+        encoded = jax.eval_shape(lambda p: model.apply({"params": p}, task, method="encode_language"), params)
+        task = task | {"language_instruction": task["language_instruction"] | {"encoded": encoded}}
     return matmul_flops(
-        lambda p: model.apply({"params": p}, batch["observation"], batch["task"], keys, head=head, method="sample"),
-        abstract_params(model, spec),
+        lambda p, task: model.apply({"params": p}, batch["observation"], task, keys, head=head, method="sample"),
+        params,
+        task,
+    )
+
+
+def encoding_flops(model: OctoModel, spec: BatchSpec) -> int:
+    """Matrix FLOPs of what `create_tasks` computes once per task: the frozen language encoders."""
+    if spec.language_length is None:
+        return 0
+    task = synthetic_batch(spec, 1)["task"]
+    return matmul_flops(
+        lambda p: model.apply({"params": p}, task, method="encode_language"), abstract_params(model, spec)
     )
 
 

@@ -82,9 +82,10 @@ class OctoModel(nn.Module):
     def sample(self, observation, task, keys_b, *, head: str, sample_shape=(), valid=None) -> jax.Array:
         """Normalised actions (*sample_shape, B, H, A) for the last timestep of the window.
 
-        Readouts that the head does not read are left out of the sequence: nothing else reads them.
+        Only what the head reads is computed: other readouts are left out of the sequence, and the last block is that of
+        the tokens that it reads.
         """
-        groups = self.octo_transformer(observation, task, only_readout=self.heads[head].readout)
+        groups = self.octo_transformer(observation, task, only_last=self.heads[head].readout)
         return self.heads[head].sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from octo_like.common.schema import BatchSpec, flatten, unflatten
 from octo_like.model.pretrained import PretrainedError
-from octo_like.model.t5 import T5_CONFIGS
 
 _ARRAY, _SCALAR, _TUPLE = 1, 3, 4
 
@@ -172,7 +171,7 @@ def load_release(path: str | os.PathLike, *, step: int | None = None, t5: Mappin
 
     Args:
       step: which step; the newest when None.
-      t5: sizes of a T5 encoder whose name is not a standard size; None reads them off the parameters.
+      t5: fields of `T5Config`, where the parameters do not tell: the longest distance (128) and the epsilon (1e-6).
 
     Returns:
       (model config in our vocabulary, parameters, statistics as stored, example batch).
@@ -191,8 +190,28 @@ def load_release(path: str | os.PathLike, *, step: int | None = None, t5: Mappin
     example = read_msgpack(path / "example_batch.msgpack")
     statistics_file = path / "dataset_statistics.json"
     statistics = json.loads(statistics_file.read_text()) if statistics_file.is_file() else {}
-    params = read_params(path / str(step) / "default")
-    return translate_config(config["model"], t5=t5 or t5_sizes(params)), params, statistics, example
+    params = _in_float32(read_params(path / str(step) / "default"))
+    sizes = t5_sizes(params)
+    if sizes is not None:
+        sizes |= _t5_file(path / "t5_config.json") | dict(t5 or {})
+    return translate_config(config["model"], t5=sizes), params, statistics, example
+
+
+def _in_float32(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A release may have been stored in half precision; it was trained in float32 and is computed so."""
+    return unflatten({name: np.asarray(leaf, np.float32) for name, leaf in flatten(params)})
+
+
+# Hugging Face's names of what a T5 encoder's parameters do not tell.
+_T5_FIELDS = {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "epsilon"}
+
+
+def _t5_file(path: Path) -> dict[str, Any]:
+    """From a T5's own config, which a release does not bring but may have been given."""
+    if not path.is_file():
+        return {}
+    given = json.loads(path.read_text())
+    return {ours: given[name] for name, ours in _T5_FIELDS.items() if name in given}
 
 
 def t5_sizes(params: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -221,7 +240,22 @@ def t5_sizes(params: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def translate_config(model: Mapping[str, Any], *, t5: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A release's `config["model"]` in our vocabulary (see configs/octo_small.py)."""
+    """A release's `config["model"]` in our vocabulary (see configs/octo_small.py).
+
+    Raises:
+      PretrainedError: the config names a class or an option that is unknown here, or lacks one that has no default.
+    """
+    required = ("token_embedding_size", "max_horizon", "transformer_kwargs", "readouts", "heads")
+    missing = [name for name in (*required, "task_tokenizers", "observation_tokenizers") if model.get(name) is None]
+    missing += [
+        n for n in ("num_layers", "mlp_dim", "num_attention_heads") if n not in model.get("transformer_kwargs", {})
+    ]
+    if missing:
+        raise PretrainedError(f"the release's config lacks model.{', model.'.join(missing)}; it has {sorted(model)}")
+    known = {"num_layers", "mlp_dim", "num_attention_heads", "dropout_rate", "attention_dropout_rate"}
+    for name, value in model["transformer_kwargs"].items():
+        if name not in known and not (name == "add_position_embedding" and not value):
+            raise PretrainedError(f"transformer_kwargs.{name}={value!r} in the release's config is not supported here")
     transformer = {"num_heads": model["transformer_kwargs"]["num_attention_heads"]}
     for name, default in (
         ("num_layers", None),
@@ -246,8 +280,37 @@ def translate_config(model: Mapping[str, Any], *, t5: Mapping[str, Any] | None =
     }
 
 
+_TOKENIZER_OPTIONS = {
+    "ImageTokenizer": {
+        "encoder",
+        "use_token_learner",
+        "num_tokens",
+        "conditioning_type",  # read by nobody
+        "obs_stack_keys",
+        "task_stack_keys",
+        "task_film_keys",
+        "proper_pad_mask",
+    },
+    "LanguageTokenizer": {"encoder", "finetune_encoder", "proper_pad_mask"},
+    "LowdimObsTokenizer": {"obs_keys", "discretize", "n_bins", "bin_type", "low", "high", "proper_pad_mask"},
+}
+
+
+def _kwargs(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Keyword arguments of a component; positional ones would be lost silently."""
+    if spec.get("args"):
+        raise PretrainedError(f"{spec['name']} has positional arguments {spec['args']} in the release's config")
+    return spec.get("kwargs") or {}
+
+
 def _tokenizer(spec: Mapping[str, Any], t5) -> dict[str, Any]:
-    kwargs = spec["kwargs"]
+    kwargs = _kwargs(spec)
+    for option in kwargs:
+        valid = _TOKENIZER_OPTIONS.get(spec["name"])
+        if valid is not None and option not in valid:
+            raise PretrainedError(
+                f"unknown option {option!r} of {spec['name']} in the release's config; known: {sorted(valid)}"
+            )
     if spec["name"] == "ImageTokenizer":
         encoder = kwargs["encoder"]
         stem = _stem(encoder)
@@ -259,7 +322,7 @@ def _tokenizer(spec: Mapping[str, Any], t5) -> dict[str, Any]:
             "goal_keys": tuple(kwargs.get("task_stack_keys", ())),
             "film_keys": tuple(kwargs.get("task_film_keys", ())),
             "num_learned_tokens": learned,
-            "normalization": encoder["kwargs"].get("img_norm_type", "default"),
+            "normalization": _kwargs(encoder).get("img_norm_type", "default"),
             "use_pad_mask": kwargs.get("proper_pad_mask", True),
         }
     if spec["name"] == "LanguageTokenizer":
@@ -267,7 +330,8 @@ def _tokenizer(spec: Mapping[str, Any], t5) -> dict[str, Any]:
         entry = {"kind": "language", "use_pad_mask": kwargs.get("proper_pad_mask", True)}
         if encoder is None:
             return entry | {"encoder": "embedding"}
-        size = encoder if t5 is None or encoder in T5_CONFIGS else dict(t5)
+        # What the parameters say is right, whatever the encoder is called.
+        size = encoder if t5 is None else dict(t5)
         return entry | {"encoder": "t5", "t5": size, "finetune_encoder": kwargs.get("finetune_encoder", False)}
     if spec["name"] == "LowdimObsTokenizer":
         return {
@@ -280,11 +344,13 @@ def _tokenizer(spec: Mapping[str, Any], t5) -> dict[str, Any]:
             "low": kwargs.get("low", 0.0),
             "high": kwargs.get("high", 1.0),
         }
-    raise PretrainedError(f"unknown tokenizer {spec['name']!r} in the release's config")
+    raise PretrainedError(
+        f"unknown tokenizer {spec['name']!r} in the release's config; known: {sorted(_TOKENIZER_OPTIONS)}"
+    )
 
 
 def _stem(encoder: Mapping[str, Any]) -> dict[str, Any]:
-    name, kwargs = encoder["name"], dict(encoder["kwargs"])
+    name, kwargs = encoder["name"], dict(_kwargs(encoder))
     stems = {
         "SmallStem": ("small", {"patch_size": 32}),
         "SmallStem16": ("small", {"patch_size": 16}),
@@ -351,8 +417,9 @@ def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
     if spec["name"] not in _HEADS:
         raise PretrainedError(f"unknown action head {spec['name']!r} in the release's config; known: {sorted(_HEADS)}")
     kind, defaults = _HEADS[spec["name"]]
-    entry = {"kind": kind, **defaults, "readout": spec["kwargs"]["readout_key"]}
-    for name, value in spec["kwargs"].items():
+    kwargs = _kwargs(spec)
+    entry = {"kind": kind, **defaults, "readout": kwargs["readout_key"]}
+    for name, value in kwargs.items():
         if name in _HEAD_OPTIONS:
             entry[_HEAD_OPTIONS[name]] = value
         elif name != "readout_key":
@@ -368,6 +435,16 @@ def release_spec(config: Mapping[str, Any], example: Mapping[str, Any], heads: M
         for key, value in observation.items()
         if key.startswith("image_")
     }
+    depths = {
+        key.removeprefix("depth_"): tuple(map(int, value.shape[2:4]))
+        for key, value in observation.items()
+        if key.startswith("depth_")
+    }
+    extras = {
+        key: tuple(map(int, value.shape[2:]))
+        for key, value in observation.items()
+        if np.ndim(value) > 2 and key != "proprio" and not key.startswith(("image_", "depth_"))
+    }
     text = task.get("language_instruction")
     embedded = text is not None and not isinstance(text, Mapping)
     return BatchSpec(
@@ -375,10 +452,12 @@ def release_spec(config: Mapping[str, Any], example: Mapping[str, Any], heads: M
         action_horizon=max(head.get("action_horizon", 1) for head in heads.values()),
         action_dim=max(head.get("action_dim", 7) for head in heads.values()),
         image_sizes=images,
+        depth_sizes=depths,
         goal_images=tuple(slot for slot in images if f"image_{slot}" in task),
         proprio_dim=observation["proprio"].shape[-1] if "proprio" in observation else None,
         language_length=text["input_ids"].shape[-1] if isinstance(text, Mapping) else None,
         heads=tuple(heads),
+        extra_observations=extras,
         language_embedding=tuple(map(int, text.shape[1:])) if embedded else None,
     )
 

@@ -78,7 +78,7 @@ class Policy:
           step: of a release that holds several; the newest when None.
           text_model: sentencepiece model of a release (T5's spiece.model), which does not bring its own. A release
             without it acts on goals and on token ids, and refuses texts.
-          t5: sizes of a release's T5 encoder (fields of `T5Config`); None: by its name, or read off its parameters.
+          t5: fields of `T5Config` that a release's parameters do not tell: max_distance (128) and epsilon (1e-6).
 
         Raises:
           PretrainedError: when the path is no policy, or is damaged.
@@ -135,13 +135,15 @@ class Policy:
         expected = jax.eval_shape(lambda: init_params(self.model, self.batch_spec, jax.random.key(0)))
         want = {name: leaf.shape for name, leaf in flatten(expected)}
         got = {name: leaf.shape for name, leaf in flatten(self.params)}
-        if want != got:
-            wrong = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
-            name = wrong[0]
-            raise PretrainedError(
-                f"{path}: {len(wrong)} parameters do not fit config.json, e.g. {name}: "
-                f"config says {want.get(name)}, file has {got.get(name)}"
-            )
+        problems = [
+            f"{n}: config.json says {want[n]}, the file has {got[n]}" for n in want if got.get(n, want[n]) != want[n]
+        ]
+        problems += [f"{n} {want[n]} is missing" for n in want if n not in got]
+        problems += [f"{n} {got[n]} is in no part of this model" for n in got if n not in want]
+        if problems:
+            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+            listed = "\n  ".join(problems[:20])
+            raise PretrainedError(f"{path}: {len(problems)} parameters do not fit config.json:\n  {listed}{more}")
 
     # -- what goes in -------------------------------------------------------------------------------------------------
 
@@ -264,16 +266,17 @@ class Policy:
 
     def _proprio(self, observations, unnormalize) -> dict[str, Any]:
         proprio = jnp.asarray(observations["proprio"], jnp.float32)
-        if unnormalize is not None:
-            entry = self._entry(unnormalize)
-            if "proprio" not in entry:
-                raise ValueError(
-                    f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation"
-                )
+        want, width = self.batch_spec.proprio_dim, proprio.shape[-1] if proprio.ndim else 0
+        entry = None if unnormalize is None else self._entry(unnormalize)
+        if entry is not None and "proprio" not in entry:
+            raise ValueError(f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation")
+        expected = want if entry is None else len(entry["proprio"]["mean"])
+        if proprio.ndim != 3 or width > want or (entry is not None and width != expected):
+            whose = f", as {unnormalize!r} was trained with" if entry is not None else ", or fewer dimensions"
+            shape = ", ".join(map(str, proprio.shape))
+            raise ValueError(f"observation/proprio: expected (B, W, {expected}) float32{whose}; got ({shape})")
+        if entry is not None:
             proprio = normalization.normalize(proprio, entry["proprio"], entry.get("normalization", "normal"))
-        width, want = proprio.shape[-1], self.batch_spec.proprio_dim
-        if width > want:
-            raise ValueError(f"observation/proprio has {width} dimensions, this policy takes at most {want}")
         pad = [(0, 0)] * (proprio.ndim - 1) + [(0, want - width)]
         valid = observations.get("proprio_pad_mask")
         if valid is None:
@@ -386,6 +389,7 @@ def spec_to_json(spec: BatchSpec) -> dict[str, Any]:
         **dataclasses.asdict(spec),
         "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
         "depth_sizes": {slot: list(size) for slot, size in spec.depth_sizes.items()},
+        "extra_observations": {key: list(shape) for key, shape in spec.extra_observations.items()},
         "goal_images": list(spec.goal_images),
         "heads": list(spec.heads),
         "language_embedding": None if spec.language_embedding is None else list(spec.language_embedding),
@@ -397,6 +401,7 @@ def spec_from_json(data: Mapping[str, Any]) -> BatchSpec:
     fields = dict(data)
     fields["image_sizes"] = {slot: tuple(size) for slot, size in data["image_sizes"].items()}
     fields["depth_sizes"] = {slot: tuple(size) for slot, size in data.get("depth_sizes", {}).items()}
+    fields["extra_observations"] = {k: tuple(shape) for k, shape in data.get("extra_observations", {}).items()}
     if fields.get("language_embedding") is not None:
         fields["language_embedding"] = tuple(fields["language_embedding"])
     return BatchSpec(**{**fields, "goal_images": tuple(data["goal_images"]), "heads": tuple(data["heads"])})

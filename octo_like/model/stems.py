@@ -22,6 +22,12 @@ def normalize_images(images: jax.Array, kind: Literal["default", "imagenet"] = "
     raise ValueError(f"unknown image normalisation {kind!r}; valid: 'default', 'imagenet'")
 
 
+def normalize_depth(metres: jax.Array) -> jax.Array:
+    """[0, infinity) to [-1, 1): no reading (0) is -1, one metre 0, three metres a half."""
+    metres = jnp.clip(metres.astype(jnp.float32), 0.0, 1e3)
+    return (metres - 1.0) / (metres + 1.0)
+
+
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int | str) -> jax.Array:
     """Cross-correlation, NHWC with an HWIO kernel; `padding` on every side, or "same": ceil(size / stride) outputs.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octo_like.model.stems import normalize_images
+from octo_like.model.stems import normalize_depth, normalize_images
 from octo_like.model.t5 import T5Config, T5Encoder
 from octo_like.model.tokens import TokenGroup, masked_mean
 from octo_like.model.transformer import MapPooling, Mlp, Transformer
@@ -93,9 +93,10 @@ class ImageTokenizer(nn.Module):
         return TokenGroup(tokens, jnp.broadcast_to(mask[..., None], tokens.shape[:-1]))
 
     def _observed(self, observation, key):
-        image = normalize_images(observation[key], self.normalization)
         if self.compat:
-            return image
+            return normalize_images(observation[key], self.normalization)
+        image = observation[key]
+        image = normalize_depth(image) if key.startswith("depth_") else normalize_images(image, self.normalization)
         valid = valid_mask(observation, key, image.shape[:2])
         return jnp.where(valid[..., None, None, None], image, 0.0)
 

@@ -4,11 +4,13 @@ Training randomness is keyed per sample: `dropout_keys` is an array of B keys (N
 sample is dropped alike whichever device or micro-batch it lands on.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from octo_like.model.attention import attend
+from octo_like.model.attention import attend, is_recording
 
 LN_EPSILON = 1e-6
 
@@ -27,7 +29,7 @@ def dropout(x: jax.Array, rate: float, keys_b: jax.Array | None) -> jax.Array:
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with biases; query, key and value of self-attention are computed in one product."""
+    """Multi-head attention with biases: queries from x, keys and values from the context, or from x too."""
 
     num_heads: int
     dropout_rate: float = 0.0
@@ -50,15 +52,15 @@ class MultiHeadAttention(nn.Module):
             kernel, bias = holder()
             return kernel.reshape(in_dim, dim).astype(self.dtype), bias.reshape(dim).astype(self.dtype)
 
-        context_dim = dim if context_bmd is None else context_bmd.shape[-1]
-        query, key, value = projection("query", dim), projection("key", context_dim), projection("value", context_dim)
-        x_bnd = x_bnd.astype(self.dtype)
-        if context_bmd is None:
-            kernel, bias = (jnp.concatenate(parts, axis=-1) for parts in zip(query, key, value, strict=True))
-            q, k, v = jnp.split(x_bnd @ kernel + bias, 3, axis=-1)
-        else:
-            context_bmd = context_bmd.astype(self.dtype)
-            q, k, v = x_bnd @ query[0] + query[1], context_bmd @ key[0] + key[1], context_bmd @ value[0] + value[1]
+        context_bmd = x_bnd if context_bmd is None else context_bmd
+        q, k, v = (
+            tokens.astype(self.dtype) @ kernel + bias
+            for tokens, (kernel, bias) in (
+                (x_bnd, projection("query", dim)),
+                (context_bmd, projection("key", context_bmd.shape[-1])),
+                (context_bmd, projection("value", context_bmd.shape[-1])),
+            )
+        )
         q, k, v = (t.reshape(*t.shape[:-1], heads, head_dim) for t in (q, k, v))
         drops = dropout_keys is not None and self.dropout_rate > 0
         out_bnhd = attend(
@@ -112,7 +114,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + Attention(LN(x)), then x + MLP(LN(x))."""
+    """x + Attention(LN(x)), then x + MLP(LN(x)).
+
+    With `rows` (start, count) only for these tokens; `mask` then has as many queries."""
 
     num_heads: int
     mlp_dim: int
@@ -123,8 +127,12 @@ class Block(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x_bnd, mask_bnn, dropout_keys=None):
+    def __call__(self, x_bnd, mask_bnn, dropout_keys=None, rows: tuple[int, int] | None = None):
         norm = lambda i: nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name=f"LayerNorm_{i}")  # noqa: E731
+        h = norm(0)(x_bnd)
+        context = None
+        if rows is not None:
+            context, (h, x_bnd) = h, (jax.lax.slice_in_dim(x, rows[0], sum(rows), axis=1) for x in (h, x_bnd))
         h = MultiHeadAttention(
             self.num_heads,
             self.attention_dropout_rate,
@@ -132,7 +140,7 @@ class Block(nn.Module):
             self.dtype,
             self.attention,
             name="MultiHeadDotProductAttention_0",
-        )(norm(0)(x_bnd), mask_bnn, dropout_keys=fold_in_all(dropout_keys, 0))
+        )(h, mask_bnn, context_bmd=context, dropout_keys=fold_in_all(dropout_keys, 0))
         x_bnd = x_bnd + dropout(h, self.dropout_rate, fold_in_all(dropout_keys, 1))
         h = Mlp(self.mlp_dim, self.dropout_rate, self.dtype, name="MlpBlock_0")(
             norm(1)(x_bnd), fold_in_all(dropout_keys, 2)
@@ -140,13 +148,22 @@ class Block(nn.Module):
         return x_bnd + h
 
 
-def _rematerialized(block, remat: bool | str):
-    remat = {None: "none", False: "none", True: "full"}.get(remat, remat)
-    if remat not in ("none", "full", "dots"):
-        raise ValueError(f"unknown remat {remat!r}; valid: 'none', 'full', 'dots', or False and True")
-    if remat == "none":
-        return block
-    return nn.remat(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None)
+@functools.partial(jax.jit, static_argnames=("block", "remat", "rows"))
+def _shared_block(params, x_bnd, mask_bnn, dropout_keys, *, block: Block, remat: str, rows=None) -> jax.Array:
+    """One block with its own parameters. Layers differ in nothing else, so that the program of the first is traced,
+    differentiated and lowered, and the others call it."""
+    return _block(params, x_bnd, mask_bnn, dropout_keys, block=block, remat=remat, rows=rows)
+
+
+def _block(params, x_bnd, mask_bnn, dropout_keys, *, block: Block, remat: str, rows=None) -> jax.Array:
+    def apply(params, x_bnd, mask_bnn, dropout_keys):
+        return block.apply({"params": params}, x_bnd, mask_bnn, dropout_keys, rows)
+
+    if remat == "full":
+        apply = jax.checkpoint(apply)
+    elif remat == "dots":
+        apply = jax.checkpoint(apply, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return apply(params, x_bnd, mask_bnn, dropout_keys)
 
 
 class Transformer(nn.Module):
@@ -168,10 +185,15 @@ class Transformer(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x_bnd, mask_bnn, dropout_keys=None):
-        block = _rematerialized(Block, self.remat)
-        for i in range(self.num_layers):
-            x_bnd = block(
+    def __call__(self, x_bnd, mask_bnn, dropout_keys=None, *, rows: tuple[int, int] | None = None):
+        """With `rows` (start, count) the result is (B, count, D), of these tokens only: the last block then computes
+        nothing else, and `mask_bnn` must be a BlockMask."""
+        remat = {None: "none", False: "none", True: "full"}.get(self.remat, self.remat)
+        if remat not in ("none", "full", "dots"):
+            raise ValueError(f"unknown remat {remat!r}; valid: 'none', 'full', 'dots', or False and True")
+
+        def block(**place):
+            return Block(
                 self.num_heads,
                 self.mlp_dim,
                 self.dropout_rate,
@@ -179,8 +201,19 @@ class Transformer(nn.Module):
                 self.uniform_when_masked,
                 self.dtype,
                 self.attention,
-                name=f"encoderblock_{i}",
-            )(x_bnd, mask_bnn, fold_in_all(dropout_keys, i))
+                **place,
+            )
+
+        run = _block if is_recording() else _shared_block  # what a jitted function computes cannot be looked at
+        for i in range(self.num_layers):
+            name, keys = f"encoderblock_{i}", fold_in_all(dropout_keys, i)
+            asked = rows if i == self.num_layers - 1 else None
+            mask = mask_bnn if asked is None else mask_bnn.rows(*asked)
+            if self.is_initializing():
+                x_bnd = block(name=name)(x_bnd, mask, keys, asked)
+            else:
+                params = self.get_variable("params", name)
+                x_bnd = run(params, x_bnd, mask, keys, block=block(parent=None), remat=remat, rows=asked)
         return nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name="encoder_norm")(x_bnd)
 
 

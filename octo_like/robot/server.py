@@ -5,7 +5,6 @@ a function of the client's (seed, step). Any number of clients may be connected;
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.schema import synthetic_batch
+from octo_like.model.policy import spec_to_json
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
 from octo_like.robot.rollout import PolicyLike, sampling_keys
 
@@ -66,15 +66,11 @@ class PolicyServer:
         self.host, self.port = host, port
         self._lock = threading.Lock()
         self._text_task = functools.lru_cache(maxsize=64)(lambda text: policy.create_tasks(texts=[text]))
-        spec = policy.batch_spec
         self.metadata = {
             "type": "metadata",
             "protocol": PROTOCOL,
             "spec": policy.get_pretty_spec(),
-            "batch_spec": {
-                **dataclasses.asdict(spec),
-                "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
-            },
+            "batch_spec": spec_to_json(policy.batch_spec),
             "statistics": sorted(policy.statistics),
             "unnormalize": unnormalize,
             "action_names": None if action_names is None else list(action_names),

@@ -357,17 +357,16 @@ class Evaluator:
     def __init__(self, run: Run, writer: MetricsWriter):
         self.run, self.writer = run, writer
         seed = run.config.seed
-        self.terms = jax.jit(make_eval_step(run.model, seed))
+        self.terms = jax.jit(sharding.traced_on(run.mesh, make_eval_step(run.model, seed)))
         self.head_of = functools.partial(_head_of_batch, heads=list(run.model.heads))
 
-        @functools.partial(jax.jit, static_argnames="head")
         def sample(params, batch, draw, head):
             keys = sample_keys(seed + 1, draw, batch["sample_id"])
             return run.model.apply(
                 {"params": params}, batch["observation"], batch["task"], keys, head=head, method="sample"
             )
 
-        self.sample = sample
+        self.sample = jax.jit(sharding.traced_on(run.mesh, sample), static_argnames="head")
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """Writes and returns everything that could be measured."""

@@ -154,7 +154,7 @@ def optimizer_from_config(config: Any) -> tuple[Schedule, optax.GradientTransfor
 def jit_train_step(train_step: Callable, shardings: Any, mesh: jax.sharding.Mesh):
     """The step as it runs: state donated and placed as `shardings` say, batch split over the mesh."""
     return jax.jit(
-        train_step,
+        sharding.traced_on(mesh, train_step),
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),

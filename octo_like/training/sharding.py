@@ -8,6 +8,7 @@ Placement is inferred from shapes: a parameter of at least `min_size` entries is
 the fsdp axis divides; regexes of paths (config.mesh.overrides) override the inference.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -210,3 +211,15 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
         whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
         tree = jax.tree.map(lambda x: x.addressable_data(0), whole)
     return jax.device_get(tree)
+
+
+def traced_on(mesh: Mesh, function):
+    """`function`, traced with `mesh` as the ambient one: kernels that the compiler cannot split read from it where the
+    rows of a batch are."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -6,6 +6,7 @@ accumulation changes the mathematics.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import optax
 from octo_like.model.octo import OctoModel, total_loss
 from octo_like.model.pretrained import module_of
 from octo_like.training.augment import Augmentation, augment_batch
-from octo_like.training.optimizer import Schedule, join_params
+from octo_like.training.optimizer import Schedule, global_norm, join_params, sum_of_squares
 from octo_like.training.state import TrainState
 
 Metrics = dict[str, Any]
@@ -95,14 +96,14 @@ def make_train_step(
             (loss, terms, grads), by_sample = jax.lax.scan(add, zeros, micro)
             by_sample = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), by_sample)  # the batch's order again
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-        update_norm = optax.global_norm(updates)
+        update_norm = global_norm(updates)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss) & jnp.isfinite(update_norm)
-        trained = optax.apply_updates(state.trained, updates)
         t = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1 + t) / (10 + t))
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, trained)
+        trained = jax.tree.map(_add, state.trained, updates)
+        ema = jax.tree.map(functools.partial(_average, decay), state.ema, trained)
 
         # A step whose gradient is not finite changes nothing but the counters.
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
@@ -117,7 +118,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
-            "param_norm": optax.global_norm(state.trained),
+            "param_norm": global_norm(state.trained),
             "learning_rate": schedule(t),
             "finite": finite,
             "skipped": state.skipped,
@@ -127,6 +128,19 @@ def make_train_step(
         return state, metrics | norms | norms_by_part("param_norm", state.trained) | mean_terms(terms, counts)
 
     return train_step
+
+
+# Jitted for the sake of tracing: arrays of equal shape share them.
+
+
+@jax.jit
+def _add(param, update):
+    return (param + update).astype(param.dtype)
+
+
+@jax.jit
+def _average(decay, old, new):
+    return decay * old + (1 - decay) * new
 
 
 def make_eval_step(model: OctoModel, seed: int) -> Callable[[Any, Mapping[str, Any]], dict[str, dict[str, jax.Array]]]:
@@ -164,5 +178,5 @@ def norms_by_part(name: str, flat: Mapping[str, jax.Array]) -> Metrics:
     squares: dict[str, jax.Array] = {}
     for path, leaf in flat.items():
         part = module_of(path)
-        squares[part] = squares.get(part, 0.0) + jnp.sum(jnp.square(jnp.abs(leaf.astype(jnp.float32))))
+        squares[part] = squares.get(part, 0.0) + sum_of_squares(leaf)
     return {f"{name}/{part}": jnp.sqrt(value) for part, value in squares.items()}

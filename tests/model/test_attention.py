@@ -1,16 +1,25 @@
 """Every implementation of attention gives what the plain formula gives, gradients included."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
+from octo_like.common.schema import synthetic_batch
 from octo_like.model import attention
-from octo_like.model.attention import BlockMask, StaticRule, attend
+from octo_like.model.attention import BlockMask, GroupLayout, StaticRule, attend, block_mask
 from octo_like.model.describe import matmul_flops
-from octo_like.model.octo import build_model
+from octo_like.model.octo import build_model, init_params
 from octo_like.model.stems import convolve
-from tests.model import tiny
+from octo_like.training import sharding
+from octo_like.training.loop import jit_train_step
+from octo_like.training.optimizer import make_optimizer, make_schedule
+from octo_like.training.state import create_state
+from octo_like.training.step import StepConfig, make_train_step
+from tests.model import light, tiny
 
 N = 150
 
@@ -58,29 +67,100 @@ def test_acting_and_training_on_cpu(uniform):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_splash_in_the_interpreter():
-    q, k, v, mask = inputs()
-    rule = mask.rule.allowed.copy()
-    rule[70, 70] = True  # a kernel that never meets a key divides by zero; block rules always let a token see itself
-    mask = BlockMask(StaticRule(rule), mask.valid_bn)
-    got = attention._splash(q, k, v, mask, interpret=True)
-    valid = np.asarray(mask.valid_bn)
-    np.testing.assert_allclose(got[valid], reference(q, k, v, mask.dense(), False)[valid], atol=2e-5)
+def octo_rule():
+    """Two timesteps of a prefix, observations, repeated words and two readouts: 2 * (4 + 100 + 3 + 2) + 4 tokens."""
+    groups = [GroupLayout("task_language", "task", 4, -1)]
+    for t in range(2):
+        groups += [GroupLayout("obs_primary", "obs", 100, t), GroupLayout("obs_language", "obs", 4, t)]
+        groups += [GroupLayout("readout_a", "readout", 3, t), GroupLayout("readout_b", "readout", 2, t)]
+    return StaticRule(block_mask(groups))
 
 
-def test_splash_compiles_for_tpu():
+def octo_inputs(dtype=jnp.float32):
+    rule = octo_rule()
+    n = len(rule.allowed)
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, n, 2, 16), dtype) for i in range(3))
+    valid = np.ones((2, n), bool)
+    valid[0, :4] = False  # no instruction
+    valid[0, 108:112] = False
+    valid[1, 4:113] = False  # the first timestep is padding
+    valid[1, 150:170] = False
+    return q, k, v, BlockMask(rule, jnp.asarray(valid))
+
+
+@pytest.mark.parametrize("rows", [None, (113, 104), (221, 1)])
+def test_splash_in_the_interpreter_forward_and_backward(rows):
+    """What a valid token gets, and what reaches the keys from valid tokens; whatever stands in the others."""
+    q, k, v, mask = octo_inputs()
+    start, count = rows or (0, q.shape[1])
+    q, mask = q[:, start : start + count], mask.rows(start, count)
+    read = np.asarray(mask.valid_bn)[:, start : start + count]
+    weight = jnp.where(read[..., None, None], jnp.cos(jnp.arange(q.size).reshape(q.shape)), 0.0)
+
+    def run(f):
+        return jax.jit(
+            jax.value_and_grad(lambda *x: (lambda out: (jnp.sum(out * weight), out))(f(*x)), (0, 1, 2), True)
+        )
+
+    (_, got), grads = run(lambda *x: attention._splash(*x, mask, interpret=True))(q, k, v)
+    (_, want), expected = run(lambda *x: attention._plain(*x, mask.dense(), False))(q, k, v)
+    np.testing.assert_allclose(got[read], want[read], atol=2e-5)
+    np.testing.assert_allclose(want[read], reference(q, k, v, mask.dense(), False)[read], atol=2e-5)
+    for name, a, b in zip("qkv", grads, expected, strict=True):
+        assert np.all(np.isfinite(a)), name
+        np.testing.assert_allclose(a, b, atol=5e-5, err_msg=name)
+    assert not any(np.any(np.asarray(g)[~np.asarray(mask.valid_bn)]) for g in grads[1:]), "an invalid key was read"
+
+
+TOPOLOGIES = {"v4": ("v4:2x2x1", dict(chip_config_name="megacore")), "v5e": ("v5e:2x2", {}), "v6e": ("v6e:2x2", {})}
+
+
+def tpu_devices(name):
     pytest.importorskip("libtpu", reason="compiling for a TPU without one needs libtpu (the extra tpu)")
-    from jax.experimental import topologies
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    topology, options = TOPOLOGIES[name]
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    one = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    q, k, v, mask = inputs(jnp.bfloat16)
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)  # noqa: E731
 
-    def loss(q, k, v, valid):
-        return attend(q, k, v, BlockMask(mask.rule, valid), implementation="splash").astype(jnp.float32).sum()
+@pytest.mark.aot
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("head_dim,dtype", [(64, jnp.bfloat16), (128, jnp.bfloat16), (64, jnp.float32)])
+def test_splash_compiles_for_tpu(name, head_dim, dtype):
+    """Forward and backward, and the few queries of acting; the validity is an input of the program."""
+    one = jax.sharding.SingleDeviceSharding(tpu_devices(name)[0])
+    mask = octo_inputs()[-1]
+    n = mask.valid_bn.shape[1]
+    shape = lambda dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=one)  # noqa: E731
+    keys, valid = shape((2, n, 2, head_dim)), shape((2, n), bool)
 
-    jax.jit(jax.grad(loss)).lower(*(shape(x) for x in (q, k, v, mask.valid_bn))).compile()
+    def loss(rows):
+        def f(q, k, v, valid):
+            given = BlockMask(mask.rule, valid).rows(*rows)
+            return attend(q, k, v, given, implementation="splash").astype(jnp.float32).sum()
+
+        return f
+
+    compiled = jax.jit(jax.grad(loss((0, n)), argnums=(0, 1, 2))).lower(keys, keys, keys, valid).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    jax.jit(loss((n - 1, 1))).lower(shape((2, 1, 2, head_dim)), keys, keys, valid).compile()
+
+
+@pytest.mark.aot
+def test_splash_in_a_training_step_on_several_chips():
+    """XLA cannot split the kernel over a mesh: every chip computes its own rows of the batch, and no other."""
+    mesh = sharding.make_mesh(2, 2, devices=tpu_devices("v5e"))
+    model = build_model(light.config(transformer=dict(num_layers=2, num_heads=2, mlp_dim=32, attention="splash")))
+    schedule = make_schedule("constant", peak=1e-3, warmup_steps=0)
+    tx = make_optimizer(schedule)
+    shapes = jax.eval_shape(lambda: create_state(init_params(model, light.SPEC, jax.random.key(0)), tx, frozenset()))
+    placed = sharding.infer_sharding(shapes, mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)), synthetic_batch(light.SPEC, 8)
+    )
+    step = jit_train_step(make_train_step(model, tx, schedule, StepConfig()), placed, mesh)
+    text = step.lower(shapes, batch).compile().as_text()
+    calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert calls and all("[2,2," in line for line in calls), "2 of 8 rows, 2 heads"
 
 
 def test_what_an_implementation_cannot_do_is_said():

@@ -146,21 +146,40 @@ def test_absent_readouts_cost_nothing_at_inference(model):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_leaving_readouts_out_changes_nothing_else(legacy):
+@pytest.mark.parametrize("only", ["readout_nav", "obs", "obs_proprio"])
+def test_what_a_head_reads_is_the_same_when_nothing_else_is_computed(legacy, only):
     model = build_model(CONFIG | dict(legacy_attention=legacy, octo_compat=legacy))
     params = tiny.random_params(model, SPEC)
     batch = synthetic_batch(SPEC, 2, language_vocab=tiny.VOCAB)
+    batch["observation"]["timestep_pad_mask"][0, 0] = False
 
     def run(module, only):
-        return module.octo_transformer(batch["observation"], batch["task"], only_readout=only)
+        return module.octo_transformer(batch["observation"], batch["task"], only_last=only)
 
     every, one = (
         jax.jit(lambda params, only=only: model.apply({"params": params}, only, method=run))(params)
-        for only in (None, "readout_nav")
+        for only in (None, only)
     )
-    assert ("readout_arm" in one) == legacy and "readout_arm" in every
+    assert only in one and {"task", "task_language", "readout_arm"} <= set(every)
+    assert not {"task", "task_language", "readout_arm"} & set(one)
     for name, group in one.items():
-        np.testing.assert_allclose(group.tokens, every[name].tokens, rtol=1e-4, atol=1e-5, err_msg=name)
+        if only != "obs" and name == "obs":
+            continue  # that is what is there of it
+        np.testing.assert_allclose(group.tokens, every[name].tokens[:, -1:], rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(group.mask, every[name].mask[:, -1:], name)
+
+
+def test_a_head_that_reads_no_group_of_the_sequence_is_told():
+    model = build_model(CONFIG)
+    batch = synthetic_batch(SPEC, 2, language_vocab=tiny.VOCAB)
+    with pytest.raises(ValueError, match=r"no group 'readout_x'.*'obs', 'obs_proprio'"):
+        jax.eval_shape(
+            lambda p: model.apply(
+                {"params": p},
+                method=lambda m: m.octo_transformer(batch["observation"], batch["task"], only_last="readout_x"),
+            ),
+            tiny.random_params(model, SPEC),
+        )
 
 
 def test_datasets_must_fit_their_heads(model):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from octo_like.common import normalization
 from octo_like.common.schema import flatten
 from octo_like.model.octo import build_model
 from octo_like.model.octo_release import PretrainedError, load_release
@@ -158,6 +159,24 @@ def test_gradients(golden, name):
             norm = float(jnp.linalg.norm(grad))
             expected = stats["l2"] if "l2" in stats else stats["norm"]
             assert abs(norm - expected) <= 1e-4 * (1 + abs(expected)), f"{head} {path}: {norm} vs {expected}"
+
+
+@pytest.mark.parametrize("kind", ["normal", "bounds"])
+def test_sampled_actions_in_physical_units(golden, kind):
+    """The model-level API: statistics give the number of action dimensions, the mask and the units."""
+    checkpoint, tree = golden["octo_tiny_diffusion"], golden["octo_tiny_diffusion"].case()
+    out, head = tree["out"]["sample_actions"], checkpoint.model.heads["action"]
+    stats = {name: np.asarray(value) for name, value in out["stats"].items()}
+    assert len(stats["mean"]) == head.action_dim
+
+    def run(module):
+        groups = module.octo_transformer(tree["in"]["observation"], tree["in"]["task"], only_last=head.readout)
+        noise = out["initial_noise"][:, -1], out["step_noise"][:, :, -1]
+        return module.heads["action"].sample(groups, None, noise=noise)
+
+    actions = checkpoint.apply(method=run)
+    close(actions, out["none"], "none")
+    close(normalization.unnormalize(actions, stats, kind), out[kind], kind)
 
 
 def test_not_a_release(tmp_path):

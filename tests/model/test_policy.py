@@ -105,6 +105,14 @@ def test_input_errors_name_what_is_wrong(policy, observation):
         sample({k: v for k, v in observation.items() if k != "timestep_pad_mask"})
     with pytest.raises(ValueError, match="without proprio"):
         sample(observation, unnormalize="small")
+    for name, width, words in (
+        ("arm", 3, r"\(B, W, 5\) .*as 'arm' was.*got \(2, 2, 3\)"),
+        (None, 9, r"\(B, W, 5\).*\(2, 2, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=f"observation/proprio: expected {words}"):
+            sample(observation | {"proprio": np.zeros((2, 2, width), np.float32)}, unnormalize=name)
+    with pytest.raises(ValueError, match=r"observation/proprio: expected \(B, W, 5\).*got \(5\)"):
+        sample(observation | {"proprio": np.zeros(5, np.float32)})
     with pytest.raises(ValueError, match="one task per row"):
         policy.sample_actions(observation, policy.create_tasks(texts=["a"]), rng=jax.random.key(0))
     with pytest.raises(ValueError, match="unknown head 'x'"):
