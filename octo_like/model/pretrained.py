@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +203,23 @@ class LoadReport:
             f"state on the devices: parameters {_bytes(whole)}, their average {_bytes(trained)}, optimizer "
             f"{_bytes(2 * trained)}; the last two are for what is trained only"
         )
-        lines += [f"  {self.status[path]:<8} {path}: {note}" for path, note in self.notes.items()]
-        lines += [f"  unused   {path}" for path in self.unused]
+        lines += _listed((self.status[path], path, note) for path, note in self.notes.items())
+        lines += _listed(("unused", path, "") for path in self.unused)
         return "\n".join(lines)
+
+
+def _listed(entries: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Lines for (status, path, note), arrays of a module with the same fate in one."""
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for status, path, note in entries:
+        # A note about an array itself (its shape, where it came from) is a line of its own.
+        module = module_of(path) if note in ("", "not in the checkpoint", "replaced on request") else path
+        together.setdefault((status, module, note), []).append(path)
+    lines = []
+    for (status, module, note), paths in together.items():
+        what = paths[0] if len(paths) == 1 else f"{module}: {len(paths)} arrays"
+        lines.append(f"  {status:<8} {what}" + (f": {note}" if note else ""))
+    return lines
 
 
 COLUMNS = ("loaded", "resized", "new", "frozen", "trained")

@@ -348,6 +348,9 @@ def frozen_by_mode(
         if not any(re.search(pattern, path) for path in loaded):
             tops = sorted({"/".join(path.split("/")[:2]) for path in loaded})
             raise PretrainedError(f"freeze pattern {pattern!r} matches no parameter; paths begin with {tops}")
+    # A bias that was trained with another kernel is not worth keeping.
+    kernels = {path.removesuffix("kernel") for path, whole in loaded.items() if path.endswith("/kernel") and not whole}
+    loaded = {path: whole and path.rpartition("/")[0] + "/" not in kernels for path, whole in loaded.items()}
     every = [*MODES[mode], *patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
     frozen = {path for path, whole in loaded.items() if whole and any(re.search(p, path) for p in every)}
     if len(frozen) == len(loaded):
