@@ -23,6 +23,7 @@ from octo_like.model.surgery import check_inputs, condition, operate
 from octo_like.training import distributed, exits
 from octo_like.training.adaptation import (
     check_actions,
+    load_pretrained,
     make_weights,
     text_tokenizer,
     with_inputs,
@@ -45,8 +46,8 @@ def main(argv=None) -> int:
     # ------------------------------------------------------------------------------------------ pretrained, surgery
     if config.init_from:
         raise ConfigError("init_from is for train.py; here the weights come from config.pretrained")
-    pretrained = Policy.load_pretrained(config.pretrained) if config.pretrained else None
-    base = pretrained.config["model"] if pretrained else to_dict(config)["model"]
+    pretrained = load_pretrained(config.pretrained) if config.pretrained else None
+    base = pretrained.model if pretrained else to_dict(config)["model"]
     if base is None:
         raise ConfigError("nothing to start from: set config.pretrained, or config.model to train from scratch")
     model_config, goal_images = condition(

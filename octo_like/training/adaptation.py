@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from octo_like.common.config import ConfigError, freeze, to_dict
+from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.model import lora, surgery
@@ -21,8 +22,50 @@ from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel, init_params
 from octo_like.model.policy import Policy
 from octo_like.model.pretrained import LoadReport, PretrainedError, load_t5, merge_params, with_t5
+from octo_like.training.checkpoint import FOLDER, Checkpointer
+from octo_like.training.warm_start import load_params
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What adaptation takes from a pretrained policy.
+
+    Attributes:
+      model: its model config.
+      params: its parameters.
+      batch_spec: what its batches looked like.
+      text_tokenizer: None when it takes no language, or came without a vocabulary.
+    """
+
+    model: Mapping[str, Any]
+    params: Mapping[str, Any]
+    batch_spec: BatchSpec
+    text_tokenizer: TextTokenizer | None
+
+
+def load_pretrained(location: str) -> Pretrained:
+    """Reads an exported policy or a released Octo checkpoint (see `Policy.load_pretrained`), or the averaged parameters
+    in a pretraining run's checkpoints: WORKDIR/checkpoints (the newest) or WORKDIR/checkpoints/STEP.
+
+    Raises:
+      PretrainedError, LocationError, CheckpointError: there is none of these, or it is damaged.
+    """
+    *_, parent, last = ["", "", *str(location).rstrip("/").split("/")]
+    if last != FOLDER and not (last.isdigit() and parent == FOLDER):
+        policy = Policy.load_pretrained(location)
+        return Pretrained(policy.config["model"], policy.params, policy.batch_spec, policy.text_tokenizer)
+    saved = Checkpointer(location, read_only=True).read().metadata["config"]
+    if saved.get("pretrained"):
+        raise PretrainedError(
+            f"{location} belongs to an adaptation of {saved['pretrained']}; start from that run's export instead"
+        )
+    run = freeze(saved)
+    tokenizer = TextTokenizer.load(run.text.model, run.text.max_length) if run.text.model else None
+    params, source = load_params(location)
+    log.info("read %s", source)
+    return Pretrained(to_dict(run)["model"], params, batch_spec(run), tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------------------- config
@@ -92,7 +135,7 @@ def _cameras(data: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(slot for keys in entries for slot, key in keys.items() if key is not None))
 
 
-def text_tokenizer(config: Any, model: Mapping[str, Any], pretrained: Policy | None) -> TextTokenizer | None:
+def text_tokenizer(config: Any, model: Mapping[str, Any], pretrained: Pretrained | None) -> TextTokenizer | None:
     """The text tokenizer of the run: the pretrained policy's own, unless the config names the file of another one.
 
     Raises:
@@ -216,7 +259,7 @@ def make_weights(
     model: OctoModel,
     model_config: Mapping[str, Any],
     spec: BatchSpec,
-    pretrained: Policy | None,
+    pretrained: Pretrained | None,
     *,
     vocab_size: int = 0,
     untrained_heads: list[str] = (),
@@ -241,7 +284,7 @@ def make_weights(
         _check_encoders(encoders, (), config.text.t5_weights)
         return Weights(params, frozen | encoders, None)
 
-    rules = surgery.carry(pretrained.config["model"], model_config, to_dict(config)["surgery"])
+    rules = surgery.carry(pretrained.model, model_config, to_dict(config)["surgery"])
     source = dict(flatten(jax.device_get(pretrained.params)))
     if config.text.t5_weights:
         source |= {path: leaf for path, leaf in flatten(params) if path in encoders}
