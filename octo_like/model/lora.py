@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from octo_like.common.defaults import LORA_TARGETS
 from octo_like.common.schema import flatten, unflatten
@@ -96,8 +95,8 @@ def add_adapters(params: Mapping[str, Any], targets: tuple[str, ...], spec: Lora
             fan_in, fan_out = _fans(path, leaf.shape)
             key = jax.random.fold_in(rng, zlib.crc32(path.encode()) & 0x7FFFFFFF)
             module = path.removesuffix("/kernel")
-            flat[f"{module}/{A}"] = np.asarray(jax.random.normal(key, (fan_in, spec.rank)) / math.sqrt(fan_in))
-            flat[f"{module}/{B}"] = np.zeros((spec.rank, fan_out), np.float32)
+            flat[f"{module}/{A}"] = jax.random.normal(key, (fan_in, spec.rank)) / math.sqrt(fan_in)
+            flat[f"{module}/{B}"] = jnp.zeros((spec.rank, fan_out), jnp.float32)
     return unflatten(flat)
 
 

@@ -209,7 +209,7 @@ def check_actions(model: OctoModel, statistics: Mapping[str, Mapping]) -> list[s
         head, width = entry.get("head"), len(entry["action"]["mean"])
         if head in model.heads and width > model.heads[head].action_dim:
             raise ConfigError(
-                f"{dataset}: its actions have {width} dimensions, but the head {head!r} has "
+                f"{dataset}: its actions have {width} dimensions, but its head {head!r} has "
                 f"{model.heads[head].action_dim}. Widen it, which keeps what it knows of the first ones: "
                 f"--config.surgery.heads.{head}.action_dim={width}; or give the dataset a head of its own "
                 f"(--config.surgery.heads.NAME.copy_of={head} and --config.data.datasets.{dataset}.head=NAME)"
@@ -308,7 +308,7 @@ def make_weights(
     targets = tuple(path for path in targets if loaded[path])
     if not targets:
         raise ConfigError("lora.targets match only kernels that are new in this model; these are trained whole anyway")
-    params = lora.add_adapters(params, targets, adapters, jax.random.fold_in(rng, 1))
+    params = jax.tree.map(np.asarray, lora.add_adapters(params, targets, adapters, jax.random.fold_in(rng, 1)))
     report = dataclasses.replace(report, frozen=frozen | set(targets)).with_adapters(params)
     return Weights(params, report.frozen, report, adapters)
 
