@@ -77,7 +77,7 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
         if width > spec.action_dim:
             raise DataError(
                 f"{prepared.key}: action has {width} dimensions, but batches hold {spec.action_dim}; widen its head, "
-                f"model.heads.{head}.action_dim={width} (finetune.py: --config.surgery.heads.{head}.action_dim={width}, "
+                f"model.heads.{head}.action_dim={width} (adapting: --config.surgery.heads.{head}.action_dim={width}, "
                 "which keeps what the head knows of the first ones)"
             )
         width = prepared.function.proprio_dim

@@ -359,7 +359,7 @@ def test_a_bimanual_robot_needs_a_wider_head(export, prepared, monkeypatch, tmp_
     with pytest.raises(ValueError, match=r"14 dimensions.*hold 4.*surgery.heads.action.action_dim=14"):
         prepared(*common)
     given = prepared(*common, "--config.surgery.heads.action.action_dim=14")
-    assert given.model.heads["action"].action_dim == 14 and given.config.num_steps == 500
+    assert given.model.heads["action"].action_dim == 14 and given.config.num_steps == 8
     # A head of its own, and the one that nothing trains now is left alone.
     own = ("--config.surgery.heads.both.copy_of=action", "--config.surgery.heads.both.action_dim=14")
     given = prepared(*common, *own, "--config.data.datasets.toy.head=both")
