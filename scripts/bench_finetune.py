@@ -23,11 +23,11 @@ from configs.octo_small import get_config as octo_config
 from octo_like.common.defaults import LORA_TARGETS, batch_spec
 from octo_like.common.schema import flatten, synthetic_batch
 from octo_like.model import lora, surgery
-from octo_like.model.describe import abstract_params, matmul_flops
+from octo_like.model.describe import abstract_params
 from octo_like.model.octo import build_model
 from octo_like.training import sharding
-from octo_like.training.loop import jit_train_step, step_from_config
-from octo_like.training.state import create_state
+from octo_like.training.flops import step_flops
+from octo_like.training.program import build_program
 
 MODES = ("full", "frozen_transformer", "head_only", "lora")
 
@@ -37,7 +37,7 @@ class Adaptation:
 
     Attributes:
       trained, total: numbers of parameters.
-      state_bytes, work_bytes, flops: of a step.
+      state_bytes, work_bytes: of a step; flops: of a step's sample.
     """
 
     def __init__(self, size: str, mode: str, batch_size: int, rank: int, dtype: str):
@@ -59,21 +59,18 @@ class Adaptation:
         self.total = sum(sizes.values())
         self.trained = sum(n for path, n in sizes.items() if path not in frozen)
 
-        tx, train_step = step_from_config(model, config)
-        create = lambda params: create_state(params, tx, frozen)  # noqa: E731
-        self._state = jax.eval_shape(create, shapes)
-        shardings = sharding.infer_sharding(self._state, self._mesh)
-        self._step, self._create = jit_train_step(train_step, shardings, self._mesh), jax.jit(create)
+        self._program = build_program(
+            config, model, self._mesh, init_params=lambda params: params, init_from=shapes, frozen=frozen
+        )
         self._shapes = shapes
-        self.state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state))
+        self.state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._program.state))
         self._host_batch = synthetic_batch(self._spec, batch_size)
-        device = lambda x: jax.ShapeDtypeStruct(x.shape, np.int32 if x.dtype == np.int64 else x.dtype)  # noqa: E731
-        self.flops = matmul_flops(train_step, self._state, jax.tree.map(device, self._host_batch))
+        self.flops = step_flops(model, self._spec, shapes, frozen, 1)
 
     def compile(self) -> None:
         start = time.perf_counter()
         batch = sharding.put_batch(self._host_batch, self._mesh)
-        self._compiled = self._step.lower(self._state, batch).compile()
+        self._compiled = self._program.step.lower(self._program.state, batch).compile()
         self.compile_seconds = time.perf_counter() - start
         self.work_bytes = self._compiled.memory_analysis().temp_size_in_bytes
 
@@ -81,7 +78,7 @@ class Adaptation:
         """Parameters of the right size; their values do not matter for the time a step takes."""
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32).astype(x.dtype), self._shapes)
-        self._running = self._create(params)
+        self._running = self._program.place(params)
         self._batch = sharding.put_batch(self._host_batch, self._mesh)
 
     def seconds(self) -> float:
@@ -105,7 +102,7 @@ def bench(size: str, modes: list[str], args) -> list[dict]:
                 "total": step.total,
                 "state_bytes": step.state_bytes,
                 "work_bytes": step.work_bytes,
-                "gflop_per_sample": step.flops / args.batch_size / 1e9,
+                "gflop_per_sample": step.flops / 1e9,
             }
         )
         print(f"{size} {mode}: compiled in {step.compile_seconds:.0f} s", file=sys.stderr, flush=True)

@@ -97,6 +97,8 @@ def default_config() -> ConfigDict:
         rollouts=0,  # closed-loop episodes per dataset that names an environment
         exec_horizon=None,  # actions executed per prediction; None: the whole chunk
     )
+    # Stops after so many evaluations in a row without a better checkpoint.best_metric; None: trains to the end.
+    config.early_stopping = dict(patience=None)
     config.log_every = 50
     config.max_bad_steps = 10  # non-finite steps in a row after which the run stops; None: never
     config.watchdog = dict(minutes=30.0, exit=True)  # without a finished step: dump all stacks, and exit; 0: off
@@ -129,12 +131,7 @@ def adaptation_config() -> ConfigDict:
     config.ema_decay = None  # None: an average over about a tenth of the run, 1 - 10 / num_steps
     config.optimizer.update(schedule="cosine", peak=3e-4, weight_decay=0.01)
     config.optimizer.warmup_steps = None  # None: a twentieth of the run
-    config.early_stopping = dict(
-        patience=None,  # evaluations in a row without a better value; None: train to the end
-        metric="val/loss",  # any name in metrics.jsonl that is written at an evaluation
-        higher_is_better=False,
-    )
-    config.checkpoint.update(every=500)
+    config.checkpoint.update(every=500, keep_best=1)
     config.eval.update(every=500, batches=4)
     return config
 

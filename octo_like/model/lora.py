@@ -131,6 +131,10 @@ class AdaptedModel:
         """`model.apply` with the merged parameters."""
         return self._model.apply({**variables, "params": merge(variables["params"], self._spec)}, *args, **kwargs)
 
+    def clone(self, **changes) -> "AdaptedModel":
+        """`model.clone` with the same factors."""
+        return AdaptedModel(self._model.clone(**changes), self._spec)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # also while unpickling, before there is a model
             raise AttributeError(name)

@@ -174,7 +174,13 @@ def test_an_octo_release_with_t5_is_adapted(shared, tmp_path):
     workdir = tmp_path / "release"
     arguments = (f"--config.pretrained={release}", f"--config.text.model={BUILTIN}", "--config.num_steps=3")
     config = f"{ROOT}/configs/finetune.py:lora,language"
-    more = ("--config.batch_size=4", "--config.log_every=1", "--config.eval.every=None", *SYNTHETIC)
+    more = (
+        "--config.batch_size=4",
+        "--config.log_every=1",
+        "--config.eval.every=None",
+        "--config.checkpoint.keep_best=0",
+        *SYNTHETIC,
+    )
     run("finetune.py", "--config", config, "--workdir", workdir, *arguments, *more)
     before = dict(flatten(Policy.load_pretrained(release).params))
     policy = Policy.load_pretrained(workdir / "export")
@@ -203,6 +209,21 @@ def test_a_pretraining_run_s_checkpoint(tmp_path, prepared):
         assert all(np.array_equal(start[path], leaf) for path, leaf in exported.items())
     step4 = prepared(*SYNTHETIC, f"--config.pretrained={workdir / 'checkpoints' / '4'}", "--config.num_steps=2")
     assert any(not np.array_equal(leaf, exported[path]) for path, leaf in flatten(step4.init_from))
+
+
+def test_early_stopping(export, tmp_path):
+    """The largest loss is called the best, so none beats the first: stopped after `patience` more evaluations."""
+    common = (*SYNTHETIC, f"--config.pretrained={export}", "--config.num_steps=40", "--config.mode=head_only")
+    rounds = ("--config.eval.every=3", "--config.checkpoint.every=3", "--config.early_stopping.patience=2")
+    done = finetuned(tmp_path / "run", *common, *rounds, "--config.checkpoint.best_mode=max")
+    assert "stopped early at step 9: 2 evaluations without a better score" in done.stderr
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 9
+    reader = Checkpointer(tmp_path / "run", read_only=True)
+    assert reader.all_steps() == [3, 6, 9] and reader.read(9).extra["early_stopping"]["without"] == 2
+    best, last = (dict(flatten(Policy.load_pretrained(tmp_path / "run" / e).params)) for e in ("export_best", "export"))
+    average = reader.load_arrays(3, "ema/")
+    assert all(np.array_equal(best[path], leaf) for path, leaf in average.items())
+    assert any(not np.array_equal(best[path], last[path]) for path in average)
 
 
 # ----------------------------------------------------------------------------------------------- up to the loop, no run
