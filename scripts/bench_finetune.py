@@ -105,7 +105,7 @@ def bench(size: str, modes: list[str], args) -> list[dict]:
                 "gflop_per_sample": step.flops / 1e9,
             }
         )
-        print(f"{size} {mode}: compiled in {step.compile_seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"compiled in {step.compile_seconds:.0f} s: {json.dumps(rows[-1])}", file=sys.stderr, flush=True)
         if args.measure:
             step.start()
             step.seconds()
