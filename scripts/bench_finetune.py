@@ -65,6 +65,7 @@ class Adaptation:
         self._shapes = shapes
         self.state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._program.state))
         self._host_batch = synthetic_batch(self._spec, batch_size)
+        self.work_bytes, self.compile_seconds = None, 0.0
         self.flops = step_flops(model, self._spec, shapes, frozen, 1)
 
     def compile(self) -> None:
@@ -93,7 +94,8 @@ def bench(size: str, modes: list[str], args) -> list[dict]:
     rows, steps = [], {}
     for mode in modes:
         step = Adaptation(size, mode, args.batch_size, args.rank, args.dtype)
-        step.compile()
+        if args.compile:
+            step.compile()
         rows.append(
             {
                 "size": size,
@@ -130,7 +132,7 @@ def table(rows: list[dict]) -> str:
             row["mode"],
             f"{row['trained'] / 1e6:.3g} M of {row['total'] / 1e6:.0f} M",
             f"{row['state_bytes'] / 1e9:.2f} GB",
-            f"{row['work_bytes'] / 1e9:.2f} GB",
+            "-" if row["work_bytes"] is None else f"{row['work_bytes'] / 1e9:.2f} GB",
             f"{row['gflop_per_sample']:.1f} ({row['gflop_per_sample'] / full[row['size']]:.2f})",
         ]
         if timed:
@@ -147,7 +149,12 @@ def main(argv=None) -> int:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of the computation; on CPU float32 is the faster one")
     parser.add_argument("--measure", type=int, default=0, metavar="ROUNDS", help="run so many steps of every mode")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="without it: no work, no times; seconds"
+    )
     args = parser.parse_args(argv)
+    if args.measure and not args.compile:
+        parser.error("--measure runs what --no-compile leaves out")
     rows = [row for size in args.sizes for row in bench(size, args.modes, args)]
     print(table(rows))
     print(json.dumps({"backend": jax.default_backend(), "batch_size": args.batch_size, "rows": rows}))

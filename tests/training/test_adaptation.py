@@ -26,6 +26,7 @@ from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.metrics import read_metrics
 from tests.data.conftest import build, make_episodes
 from tests.model import tiny
+from tests.model.test_loading import other  # noqa: F401  a fixture
 from tests.training import tiny_config
 from tests.training.test_scripts import ROOT, run
 
@@ -151,8 +152,8 @@ def test_lora_continues_after_a_kill_as_if_nothing_had_been(lora_run, tmp_path):
     done = finetuned(workdir, *arguments)
     assert "resumed from step" in done.stderr and "resumed from step 0" not in done.stderr
     assert final_sums(workdir) == final_sums(whole)
-    one, other = (dict(flatten(Policy.load_pretrained(w / "export").params)) for w in (whole, workdir))
-    assert all(np.array_equal(one[path], other[path]) for path in one)
+    one, two = (dict(flatten(Policy.load_pretrained(w / "export").params)) for w in (whole, workdir))
+    assert all(np.array_equal(one[path], two[path]) for path in one)
 
 
 def test_lora_on_eight_devices(export, tmp_path):
@@ -302,6 +303,28 @@ def test_the_other_golden_release_with_its_sentence_embeddings_replaced(shared, 
     assert any("BlockTransformer_0" in path for path in loaded)
     assert any("map_head/probe" in path for path in loaded) and not any("map_head/MlpBlock" in p for p in loaded)
     assert not any(path.startswith("octo_transformer/task_") for path in given.frozen), "new, so it is trained"
+
+
+def test_a_made_up_release(other, prepared):  # noqa: F811
+    """Other tokenizers, heads and widths; no language that datasets hold. Its transformer and heads carry over."""
+    path, source = other
+    given = prepared(
+        *SYNTHETIC,
+        f"--config.pretrained={path}",
+        "--config.num_steps=2",
+        "--config.window_size=2",
+        "--config.proprio_dim=6",
+        "--config.surgery.observation_tokenizers.front=None",
+        "--config.surgery.task_tokenizers.language={'kind': 'language', 'encoder': 'small', 'dim': 16, 'pool': True}",
+        config=f"{ROOT}/configs/finetune.py:frozen_transformer,both",
+    )
+    spec = given.inputs.stream.batch_spec
+    assert spec.goal_images == ("wrist",) and spec.image_sizes == {"primary": (32, 32), "wrist": (32, 32)}
+    start, source = dict(flatten(given.init_from)), dict(flatten(source))
+    kept = [name for name in source if name.startswith(("heads_", "octo_transformer/BlockTransformer_0/"))]
+    assert kept and all(np.array_equal(start[name], source[name]) for name in kept)
+    assert given.frozen == {name for name in kept if not name.startswith("heads_")}
+    assert "unused   observation_tokenizers_front" in given.documents["weights.txt"]
 
 
 def test_what_is_derived_from_the_number_of_demonstrations():
