@@ -63,7 +63,8 @@ def main(argv=None) -> int:
     inputs = inputs_from_config(
         config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    config = with_schedule(config, sum(entry["num_transitions"] for entry in inputs.statistics.values()))
+    transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
+    config = with_schedule(config, transitions, validated=bool(inputs.validation))
     untrained = check_actions(model, inputs.statistics)
 
     # ------------------------------------------------------------------------------------------------------ weights

@@ -165,7 +165,7 @@ def text_tokenizer(config: Any, model: Mapping[str, Any], pretrained: Pretrained
     return TextTokenizer.load(config.text.model, length)
 
 
-def with_schedule(config: Any, transitions: int) -> FrozenConfigDict:
+def with_schedule(config: Any, transitions: int, *, validated: bool = True) -> FrozenConfigDict:
     """The config with the numbers of steps that follow from the amount of data.
 
     num_steps = passes * transitions / batch_size, within min_steps and max_steps: every step of every demonstration is
@@ -174,9 +174,11 @@ def with_schedule(config: Any, transitions: int) -> FrozenConfigDict:
 
     Args:
       transitions: steps of all training demonstrations.
+      validated: whether any demonstration is held out; without, there is nothing to rank checkpoints by.
 
     Raises:
-      ConfigError: num_steps is to be derived and there is nothing to derive it from.
+      ConfigError: num_steps is to be derived and there is nothing to derive it from; early stopping without held-out
+        demonstrations.
     """
     tree = to_dict(config)
     steps = tree["num_steps"]
@@ -196,6 +198,18 @@ def with_schedule(config: Any, transitions: int) -> FrozenConfigDict:
         tree["optimizer"]["warmup_steps"] = steps // 20
     if tree["ema_decay"] is None:
         tree["ema_decay"] = round(min(max(1 - 10 / steps, 0.9), 0.9999), 6)
+    by_rollouts = tree["checkpoint"]["best_metric"].startswith("rollout/") and tree["eval"]["rollouts"]
+    if tree["eval"]["every"] is None or not (validated or by_rollouts):
+        if tree["early_stopping"]["patience"] is not None:
+            raise ConfigError(
+                "early_stopping.patience needs evaluations on held-out demonstrations: set val_fraction or val_split "
+                "of a dataset, and eval.every"
+            )
+        if tree["checkpoint"]["keep_best"]:
+            log.warning(
+                "nothing is evaluated on held-out demonstrations: the newest checkpoints are kept, not the best"
+            )
+            tree["checkpoint"]["keep_best"] = 0
     return freeze(tree)
 
 

@@ -338,6 +338,11 @@ def test_what_is_derived_from_the_number_of_demonstrations():
     assert (short.num_steps, short.optimizer.warmup_steps, short.ema_decay) == (40, 2, 0.9)
     config.optimizer.warmup_steps, config.ema_decay = 0, 0.5
     assert (with_schedule(config, 0).optimizer.warmup_steps, with_schedule(config, 0).ema_decay) == (0, 0.5)
+    assert with_schedule(config, 0).checkpoint.keep_best == 1
+    assert with_schedule(config, 0, validated=False).checkpoint.keep_best == 0
+    config.early_stopping.patience = 3
+    with pytest.raises(ConfigError, match="held-out"):
+        with_schedule(config, 0, validated=False)
     config.num_steps = None
     with pytest.raises(ConfigError, match="num_steps"):
         with_schedule(config, 0)
