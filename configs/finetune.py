@@ -1,49 +1,54 @@
 """Adapt a pretrained policy to your robot with a few dozen demonstrations.
 
-    python finetune.py --config configs/finetune.py --workdir runs/mine --config.pretrained=runs/pretrain/export \
-        --config.data.data_dir=DIR --config.data.datasets.target.name=my_robot
+    python finetune.py --config configs/finetune.py:lora,language --workdir runs/mine \
+        --config.pretrained=runs/pretrain/export --config.data.data_dir=DIR --config.data.datasets.target.name=my_robot
 
-What stands after the colon are words separated by commas:
+What stands after the colon are words separated by commas, at most one of each group:
 
-    full       train everything (the default)
-    head_only  train the action head and whatever is new; the rest is frozen
-    tabletop   the settings of `make demo`: the held-out robot of the built-in world
+    what is trained     full (the default), frozen_transformer, head_only, head_mlp_only, lora
+    what says the task  language (the default), goal_image, both
+    settings            tabletop: those of `make demo`, for the held-out robot of the built-in world
 
-Your robot is described by `data.datasets.target` (keys of its cameras, proprio, actions and language), `image_sizes`,
-`proprio_dim` and `surgery` (which tokenizers and heads are replaced or added). Topology: one device upwards.
+Your robot is described by `data.datasets.target` (keys of its cameras, proprio, actions and language), `proprio_dim`
+and `surgery` (which parts of the pretrained model are changed, replaced, added or removed). What each mode trains, and
+how the values that are None are derived, is in docs/finetune.md. Topology: one device upwards.
 """
 
 from configs import tabletop
 from octo_like.common.config import ConfigError
-from octo_like.common.defaults import AUGMENTATION_PRIMARY, default_config
+from octo_like.common.defaults import AUGMENTATION_PRIMARY, AUGMENTATION_WRIST, adaptation_config
 
-MODES = ("full", "head_only", "tabletop")
+MODES = ("full", "frozen_transformer", "head_only", "head_mlp_only", "lora")
+CONDITIONINGS = ("language", "goal_image", "both")
+SETTINGS = ("tabletop",)
 
 
 def get_config(words: str = "full"):
-    chosen = words.split(",")
+    chosen = [word.strip() for word in words.split(",")]
     for word in chosen:
-        if word not in MODES:
-            raise ConfigError(f"configs/finetune.py: unknown word {word!r}; valid: {', '.join(MODES)}")
-    config = default_config()
-    config.pretrained = None  # directory of an exported policy
-    config.model = None  # without `pretrained`: the model to train from scratch
-    # Parts that replace those of the pretrained model, by name; None removes one. New names are added.
-    config.surgery = dict(task_tokenizers=dict(), observation_tokenizers=dict(), readouts=dict(), heads=dict())
-    config.reinitialize = ()  # regexes of parameter paths that are not loaded although they would fit
-    config.num_steps = 5000
-    config.batch_size = 64
-    config.window_size = 1
+        if word not in MODES + CONDITIONINGS + SETTINGS:
+            raise ConfigError(
+                f"unknown word {word!r}; valid: one of {', '.join(MODES)}; one of {', '.join(CONDITIONINGS)}; "
+                f"and {', '.join(SETTINGS)}"
+            )
+    config = adaptation_config()
     config.data.datasets = dict(target=_target())
-    config.optimizer.update(schedule="cosine", peak=3e-4, warmup_steps=200, weight_decay=0.01)
-    config.checkpoint.update(every=1000)
-    config.eval.update(every=1000, batches=4)
-    config.augmentation = dict(primary=AUGMENTATION_PRIMARY)
+    config.augmentation = dict(primary=AUGMENTATION_PRIMARY, secondary=AUGMENTATION_PRIMARY, wrist=AUGMENTATION_WRIST)
     if "tabletop" in chosen:
         _tabletop(config)
-    if "head_only" in chosen:
-        config.optimizer.freeze = (r"^octo_transformer/(?!obs_proprio|.*wrist)",)
+    config.mode = _one_of(chosen, MODES) or config.mode
+    config.conditioning = _one_of(chosen, CONDITIONINGS) or config.conditioning
+    if config.mode == "lora":
+        # Factors begin at no change and their product moves slowly: they want a larger step than whole kernels.
+        config.optimizer.peak *= 3
     return config
+
+
+def _one_of(chosen: list[str], group: tuple[str, ...]) -> str | None:
+    found = [word for word in chosen if word in group]
+    if len(found) > 1:
+        raise ConfigError(f"{found[0]!r} and {found[1]!r} exclude each other; give one of {', '.join(group)}")
+    return found[0] if found else None
 
 
 def _target() -> dict:

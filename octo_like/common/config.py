@@ -47,6 +47,7 @@ RESUME_ALLOWED = (
     "num_steps",
     "eval.*",
     "checkpoint.*",
+    "early_stopping.*",
     "log_*",
     "max_bad_steps",
     "watchdog.*",

@@ -10,6 +10,8 @@ from octo_like.common.schema import BatchSpec
 AUGMENTATION_PRIMARY = dict(
     crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), brightness=0.1, contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=0.05
 )
+# The kernels that low-rank adapters stand beside unless told otherwise: every projection of the transformer's blocks.
+LORA_TARGETS = (r"BlockTransformer_0/.*/(query|key|value|out|Dense_\d+)/kernel",)
 AUGMENTATION_WRIST = dict(brightness=0.1, contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=0.05)
 
 
@@ -96,11 +98,42 @@ def default_config() -> ConfigDict:
         rollouts=0,  # closed-loop episodes per dataset that names an environment
         exec_horizon=None,  # actions executed per prediction; None: the whole chunk
     )
+    # Stops after so many evaluations in a row without a better checkpoint.best_metric; None: trains to the end.
+    config.early_stopping = dict(patience=None)
     config.log_every = 50
     config.max_bad_steps = 10  # non-finite steps in a row after which the run stops; None: never
     config.watchdog = dict(minutes=30.0, exit=True)  # without a finished step: dump all stacks, and exit; 0: off
     config.profile_steps = None  # "100:110": trace these steps with XProf
     config.wandb = dict(project=None, name=None)
+    return config
+
+
+def adaptation_config() -> ConfigDict:
+    """A complete config of finetune.py without datasets: the defaults of pretraining, and what adaptation adds.
+
+    Where a value is None and the comment says how, it is derived when the run starts; config.json holds what came out.
+    """
+    config = default_config()
+    config.pretrained = None  # an exported policy, a released Octo checkpoint, or a run's checkpoints/[STEP]
+    config.model = None  # without `pretrained`: the model to train from scratch
+    config.mode = "full"  # what is trained: a key of octo_like.model.surgery.MODES
+    config.conditioning = "language"  # what tells the robot what to do: "language", "goal_image" or "both"
+    # Parts of the pretrained model by name; see octo_like.model.surgery.operate.
+    config.surgery = dict(task_tokenizers=dict(), observation_tokenizers=dict(), readouts=dict(), heads=dict())
+    config.surgery.max_window = None  # longest window; None: the pretrained model's
+    config.reinitialize = ()  # regexes of parameter paths that are not loaded although they would fit
+    config.lora = dict(rank=8, alpha=16.0, targets=LORA_TARGETS)  # mode "lora"
+    config.window_size = 1
+    config.image_sizes = dict()  # empty: the pretrained model's, of the cameras that the datasets have
+    config.batch_size = 64
+    # Small data: see docs/finetune.md for the formulas.
+    config.num_steps = None  # None: passes * transitions / batch_size, within min_steps and max_steps
+    config.recipe = dict(passes=100.0, min_steps=500, max_steps=50_000)
+    config.ema_decay = None  # None: an average over about a tenth of the run, 1 - 10 / num_steps
+    config.optimizer.update(schedule="cosine", peak=3e-4, weight_decay=0.01)
+    config.optimizer.warmup_steps = None  # None: a twentieth of the run
+    config.checkpoint.update(every=500, keep_best=1)
+    config.eval.update(every=500, batches=4)
     return config
 
 

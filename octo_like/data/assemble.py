@@ -73,15 +73,19 @@ MAX_SUBSTITUTES = 64
 def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
     """Raises DataError when a dataset does not fit the batches: too wide, an unknown camera or head."""
     for prepared in datasets:
-        widths = (("action", "action_dim of its head", prepared.function.action_dim, spec.action_dim),)
-        if prepared.function.proprio_dim is not None and spec.proprio_dim is not None:
-            widths += (("observation/proprio", "proprio_dim", prepared.function.proprio_dim, spec.proprio_dim),)
-        for what, knob, width, limit in widths:
-            if width > limit:
-                raise DataError(
-                    f"{prepared.key}: {what} has {width} dimensions, but batches hold {limit}; set the {knob} to at "
-                    f"least {width}"
-                )
+        width, head = prepared.function.action_dim, prepared.spec.head
+        if width > spec.action_dim:
+            raise DataError(
+                f"{prepared.key}: action has {width} dimensions, but batches hold {spec.action_dim}; widen its head, "
+                f"model.heads.{head}.action_dim={width} (adapting: --config.surgery.heads.{head}.action_dim={width}, "
+                "which keeps what the head knows of the first ones)"
+            )
+        width = prepared.function.proprio_dim
+        if width is not None and spec.proprio_dim is not None and width > spec.proprio_dim:
+            raise DataError(
+                f"{prepared.key}: observation/proprio has {width} dimensions, but batches hold {spec.proprio_dim}; set "
+                f"--config.proprio_dim to at least {width}"
+            )
         cameras = {slot for slot, key in prepared.spec.image_keys.items() if key is not None}
         unknown = sorted(cameras - set(spec.image_sizes) - set(COMMON_SLOTS))
         if unknown or (cameras and not cameras & set(spec.image_sizes)):

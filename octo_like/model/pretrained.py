@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ class LoadReport:
       unused: paths of the checkpoint that the new model does not have.
       sizes: path to the number of entries.
       frozen: paths that will not be trained.
+      itemsizes: path to the bytes of an entry; 4 where it does not say.
     """
 
     status: dict[str, str]
@@ -137,17 +138,39 @@ class LoadReport:
     unused: tuple[str, ...]
     sizes: dict[str, int]
     frozen: frozenset[str] = frozenset()
+    itemsizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def count(self, status: str) -> tuple[int, int]:
-        """(number of arrays, number of entries) with a status ("frozen" counts the frozen ones)."""
-        paths = self.frozen if status == "frozen" else [path for path, s in self.status.items() if s == status]
+    def paths(self, column: str) -> list[str]:
+        """Paths with a status, or those that are "frozen" or "trained"."""
+        if column in ("frozen", "trained"):
+            return [path for path in self.status if (path in self.frozen) == (column == "frozen")]
+        return [path for path, status in self.status.items() if status == column]
+
+    def count(self, column: str) -> tuple[int, int]:
+        """(number of arrays, number of entries) of a column."""
+        paths = self.paths(column)
         return len(paths), sum(self.sizes[path] for path in paths)
+
+    def bytes_of(self, column: str) -> int:
+        """Bytes of the parameters of a column."""
+        return sum(self.sizes[path] * self.itemsizes.get(path, 4) for path in self.paths(column))
+
+    def with_adapters(self, params: Mapping[str, Any]) -> "LoadReport":
+        """The report of the tree `params`, which has further arrays that are all new (low-rank factors)."""
+        leaves = dict(flatten(params))
+        added = {path: leaf for path, leaf in leaves.items() if path not in self.status}
+        return dataclasses.replace(
+            self,
+            status={path: self.status.get(path, "new") for path in leaves},
+            sizes=self.sizes | {path: int(np.prod(leaf.shape)) for path, leaf in added.items()},
+            itemsizes=dict(self.itemsizes) | {path: np.dtype(leaf.dtype).itemsize for path, leaf in added.items()},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         summary = {}
-        for status in ("loaded", "resized", "new", "frozen"):
-            arrays, entries = self.count(status)
-            summary[status] = {"arrays": arrays, "parameters": entries}
+        for column in COLUMNS:
+            arrays, entries = self.count(column)
+            summary[column] = {"arrays": arrays, "parameters": entries, "bytes": self.bytes_of(column)}
         return {
             "summary": summary,
             "status": self.status,
@@ -157,22 +180,56 @@ class LoadReport:
         }
 
     def __str__(self) -> str:
-        """A table by module, then every resized, new and unused array."""
+        """A table by module, what it takes in memory, then every resized, new and unused array."""
         rows: dict[str, dict[str, int]] = {}
-        for path, status in self.status.items():
-            row = rows.setdefault(module_of(path), {})
-            row[status] = row.get(status, 0) + self.sizes[path]
-            if path in self.frozen:
-                row["frozen"] = row.get("frozen", 0) + self.sizes[path]
-        names = ("loaded", "resized", "new", "frozen")
-        width = max(map(len, [*rows, "total"]))
-        lines = [f"{'parameters':<{width}}" + "".join(f"{name:>12}" for name in names)]
-        for module, row in rows.items():
-            lines.append(f"{module:<{width}}" + "".join(f"{row.get(name, 0) or '-':>12}" for name in names))
-        lines.append(f"{'total':<{width}}" + "".join(f"{self.count(name)[1] or '-':>12}" for name in names))
-        lines += [f"  {self.status[path]:<8} {path}: {note}" for path, note in self.notes.items()]
-        lines += [f"  unused   {path}" for path in self.unused]
+        for column in COLUMNS:
+            for path in self.paths(column):
+                row = rows.setdefault(module_of(path), {})
+                row[column] = row.get(column, 0) + self.sizes[path]
+        width = max(map(len, [*rows, "parameters"]))
+
+        def line(name: str, values: Sequence[str]) -> str:
+            return f"{name:<{width}}" + "".join(f"{value:>12}" for value in values)
+
+        numbers = lambda row: [f"{row[column]:,}" if row.get(column) else "-" for column in COLUMNS]  # noqa: E731
+        lines = [line("parameters", COLUMNS)]
+        lines += [line(module, numbers(row)) for module, row in rows.items()]
+        lines.append(line("total", numbers({column: self.count(column)[1] for column in COLUMNS})))
+        lines.append(
+            line("bytes", [_bytes(self.bytes_of(column)) if self.paths(column) else "-" for column in COLUMNS])
+        )
+        whole, trained = (sum(map(self.bytes_of, columns)) for columns in (("frozen", "trained"), ("trained",)))
+        lines.append(
+            f"state on the devices: parameters {_bytes(whole)}, their average {_bytes(trained)}, optimizer "
+            f"{_bytes(2 * trained)}; the last two are for what is trained only"
+        )
+        lines += _listed((self.status[path], path, note) for path, note in self.notes.items())
+        lines += _listed(("unused", path, "") for path in self.unused)
         return "\n".join(lines)
+
+
+def _listed(entries: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Lines for (status, path, note), arrays of a module with the same fate in one."""
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for status, path, note in entries:
+        # A note about an array itself (its shape, where it came from) is a line of its own.
+        module = module_of(path) if note in ("", "not in the checkpoint", "replaced on request") else path
+        together.setdefault((status, module, note), []).append(path)
+    lines = []
+    for (status, module, note), paths in together.items():
+        what = paths[0] if len(paths) == 1 else f"{module}: {len(paths)} arrays"
+        lines.append(f"  {status:<8} {what}" + (f": {note}" if note else ""))
+    return lines
+
+
+COLUMNS = ("loaded", "resized", "new", "frozen", "trained")
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
 
 
 def module_of(path: str) -> str:
@@ -183,40 +240,28 @@ def module_of(path: str) -> str:
     return "transformer" if parts[1] == "BlockTransformer_0" else parts[1]
 
 
-def replace_parts(model: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A model config with named tokenizers, readouts and heads replaced, added or (None) removed.
-
-    Raises:
-      PretrainedError: a part is removed that is not there, or a group of parts is unknown.
-    """
-    groups = ("task_tokenizers", "observation_tokenizers", "readouts", "heads")
-    result = dict(model)
-    for group, entries in parts.items():
-        if group not in groups:
-            raise PretrainedError(f"surgery: unknown group {group!r}; valid: {', '.join(groups)}")
-        merged = dict(model.get(group) or {})
-        for name, entry in entries.items():
-            if entry is not None:
-                merged[name] = entry
-            elif merged.pop(name, None) is None:
-                raise PretrainedError(f"surgery removes {group}.{name}, but the model has {sorted(merged)}")
-        result[group] = merged
-    return result
-
-
 def merge_params(
-    target: Mapping, source: Mapping, *, reinitialize: Sequence[str] = (), frozen: frozenset[str] = frozenset()
+    target: Mapping,
+    source: Mapping,
+    *,
+    reinitialize: Sequence[str] = (),
+    frozen: frozenset[str] = frozenset(),
+    copies: Mapping[str, str] | None = None,
+    resize: Callable[[str, np.ndarray, np.ndarray], np.ndarray | None] = lambda path, old, new: None,
 ) -> tuple[dict, LoadReport]:
     """Puts loaded parameters into a freshly initialised tree.
 
     A parameter of equal path and shape is loaded. A position embedding of another length is resized: the common entries
-    are loaded, the others stay as initialised. Everything else stays new.
+    are loaded, the others stay as initialised. Other arrays are resized if `resize` knows how. Everything else stays
+    new.
 
     Args:
       target: initialised parameters of the new model.
       source: loaded parameters.
       reinitialize: regexes (matched at the start of a path); matching parameters stay new.
       frozen: paths that will not be trained, for the report.
+      copies: prefix of paths in the target -> prefix in the source that is loaded there instead.
+      resize: (path, loaded array, initial array of another shape) to the array to use, or None; see `surgery.carry`.
 
     Returns:
       The merged parameters and the report.
@@ -228,30 +273,44 @@ def merge_params(
     for pattern in reinitialize:
         if not any(re.match(pattern, path) for path in new):
             raise PretrainedError(f"reinitialize pattern {pattern!r} matches no parameter; modules: {_modules(new)}")
-    merged, status, notes = {}, {}, {}
+    merged, status, notes, used = {}, {}, {}, set()
     for path, leaf in new.items():
         merged[path], status[path] = leaf, "new"
+        prefix = next((prefix for prefix in copies or {} if path.startswith(prefix)), "")
+        origin = copies[prefix] + path.removeprefix(prefix) if prefix else path
+        copied = f"copied from {origin}" if prefix else ""
         if any(re.match(pattern, path) for pattern in reinitialize):
             notes[path] = "replaced on request"
-        elif path not in old:
-            notes[path] = "not in the checkpoint"
-        elif old[path].shape == leaf.shape:
-            merged[path], status[path] = np.asarray(old[path], leaf.dtype), "loaded"
-        elif "pos_embed" in path.rsplit("/", 1)[-1] and old[path].ndim == leaf.ndim:
-            common = tuple(slice(0, min(a, b)) for a, b in zip(old[path].shape, leaf.shape, strict=True))
-            value = np.array(leaf)
-            value[common] = old[path][common]
-            merged[path], status[path] = value, "resized"
-            notes[path] = f"{_shape(old[path])} to {_shape(leaf)}"
+            used.add(origin)
+        elif origin not in old:
+            notes[path] = f"{origin} is not in the checkpoint" if prefix else "not in the checkpoint"
+        elif old[origin].shape == leaf.shape:
+            merged[path], status[path] = np.asarray(old[origin], leaf.dtype), "loaded"
+            used.add(origin)
+            if copied:
+                notes[path] = copied
         else:
-            notes[path] = f"shape {_shape(old[path])} in the checkpoint, {_shape(leaf)} here"
+            used.add(origin)
+            was, value = np.asarray(old[origin]), None
+            if was.ndim == leaf.ndim and "pos_embed" in path.rsplit("/", 1)[-1]:
+                value = np.array(leaf)
+                common = tuple(slice(0, min(a, b)) for a, b in zip(was.shape, leaf.shape, strict=True))
+                value[common] = was[common]
+            elif was.ndim == leaf.ndim:
+                value = resize(path, was, np.asarray(leaf))
+            if value is not None:
+                merged[path], status[path] = np.asarray(value, leaf.dtype), "resized"
+                notes[path] = "; ".join(filter(None, [f"{_shape(was)} to {_shape(leaf)}", copied]))
+            else:
+                notes[path] = f"shape {_shape(was)} in the checkpoint, {_shape(leaf)} here"
     if "loaded" not in status.values():
         raise PretrainedError(
             f"no parameter of the checkpoint fits this model; it holds {_modules(old)}, the model has {_modules(new)}"
         )
-    unused = tuple(path for path in old if path not in new)
+    unused = tuple(path for path in old if path not in used)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in new.items()}
-    return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen)
+    itemsizes = {path: np.dtype(leaf.dtype).itemsize for path, leaf in new.items()}
+    return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen, itemsizes)
 
 
 def _shape(leaf) -> str:

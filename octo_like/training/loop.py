@@ -27,6 +27,7 @@ from octo_like.model.policy import Policy
 from octo_like.training import exits, provenance, sharding
 from octo_like.training.checkpoint import Checkpointer, NonFiniteState
 from octo_like.training.distributed import Preemption, fingerprint_across_hosts, is_main
+from octo_like.training.early_stopping import EarlyStopping
 from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
 from octo_like.training.flops import step_flops
 from octo_like.training.metrics import (
@@ -101,7 +102,8 @@ def run_loop(run: Run) -> int:
         ) as checkpointer,
         Preemption() as preemption,
     ):
-        state, clock = _resume(run, checkpointer, workdir, state, shardings)
+        state, clock, saved = _resume(run, checkpointer, workdir, state, shardings)
+        stopping = EarlyStopping(config.early_stopping.patience, config.checkpoint.best_mode, saved)
         # Hosts that index other files, or derive other blocks, would make batches that do not belong together.
         fingerprint_across_hosts(json.loads(json.dumps(stream.order_spec)), "the data or its order")
         if is_main():
@@ -110,7 +112,7 @@ def run_loop(run: Run) -> int:
             for name, text in run.documents.items():
                 (workdir.local / name).write_text(text)
         try:
-            return _train(run, workdir, checkpointer, preemption, ranking, step_fn, state, clock)
+            return _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, state, clock)
         except (TooManyBadSteps, NonFiniteState) as error:
             log.error("%s", error)
             return exits.NOT_FINITE
@@ -118,7 +120,7 @@ def run_loop(run: Run) -> int:
             stream.close()
 
 
-def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: TrainState, clock: Clock) -> int:
+def _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, state: TrainState, clock: Clock) -> int:
     config, stream, num_steps = run.config, run.inputs.stream, run.config.num_steps
     wandb = dict(config.wandb) if config.wandb.project else None
     start = step = int(jax.device_get(state.step))
@@ -153,7 +155,9 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
         def evaluate() -> dict[str, float]:
             finished.drain()
             with clock.section("eval"), watchdog.longer():
-                return evaluator(step, state)
+                scores = evaluator(step, state)
+            stopping.update(step, ranking.metric(scores))
+            return scores
 
         def save(scores: dict[str, float] | None = None) -> None:
             with clock.section("checkpoint"):
@@ -161,6 +165,7 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
                     "position": stream.position,
                     "order_spec": json.loads(json.dumps(stream.order_spec)),
                     "clock": clock.state(),
+                    "early_stopping": stopping.state(),
                 }
                 score = ranking.metric(scores)
                 checkpointer.save(step, state, extra, metric=score)
@@ -169,7 +174,8 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
             # This one is being written; the one before is complete.
             report_progress(start, max((s for s in checkpointer.all_steps() if s != step), default=None))
 
-        while step < num_steps:
+        scores = None
+        while step < num_steps and not stopping.stopped:
             with meter.waiting():
                 batch = sharding.put_batch(next(stream), run.mesh)
             profile.before(step + 1)
@@ -194,12 +200,15 @@ def _train(run, workdir, checkpointer, preemption, ranking, step_fn, state: Trai
                 log.warning("stopped at step %d as asked; run the same command to continue", step)
                 return exits.PREEMPTED
         finished.drain()
-        evaluate_last = config.eval.every is not None
+        if stopping.stopped:
+            log.warning("stopped early at step %d: %s; that one is in export_best", step, stopping)
+        evaluate_last = config.eval.every is not None and not stopping.stopped  # then it has just been evaluated
         # Saved before anything else can go wrong, unless the evaluation decides whether it is kept.
         rank = ranking.enabled and evaluate_last
         if not rank:
             save()
-        scores = evaluate() if evaluate_last else None
+        if evaluate_last:
+            scores = evaluate()
         if rank:
             save(scores)
         with clock.section("export"), watchdog.longer():
@@ -220,10 +229,10 @@ def _export(run: Run, workdir: Workdir, state: TrainState, name: str) -> None:
 
 def _resume(
     run: Run, checkpointer: Checkpointer, workdir: Workdir, state: TrainState, shardings
-) -> tuple[TrainState, Clock]:
-    """State, data position and clock of the newest good checkpoint, or those of a new run."""
+) -> tuple[TrainState, Clock, dict[str, Any] | None]:
+    """State, clock and early stopping of the newest good checkpoint, or those of a new run; moves the data there."""
     if checkpointer.latest_step() is None:
-        return state, Clock.resume(None)
+        return state, Clock.resume(None), None
     saved = checkpointer.read()
     for change in check_resume(comparable(saved.metadata["config"]), comparable(to_dict(run.config))):
         log.warning("resumed with %s", change)
@@ -234,7 +243,8 @@ def _resume(
     run.inputs.resume(extra["order_spec"], extra["position"])
     log.info("resumed from step %d", int(jax.device_get(state.step)))
     rows = read_metrics(workdir.local) if (workdir.local / METRICS_FILE).exists() else []
-    return state, Clock.resume(extra.get("clock"), last_seen=rows[-1]["time"] if rows else None)
+    clock = Clock.resume(extra.get("clock"), last_seen=rows[-1]["time"] if rows else None)
+    return state, clock, extra.get("early_stopping")
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +255,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
       more steps, which a resume may ask for, do not silently stretch the schedule of a run that is under way.
     """
     config = {**default_config().to_dict(), **config}
-    for group in ("checkpoint", "eval", "optimizer", "watchdog", "data", "mesh"):
+    for group in ("checkpoint", "early_stopping", "eval", "optimizer", "watchdog", "data", "mesh"):
         config[group] = {**default_config()[group].to_dict(), **config[group]}
     opt = config["optimizer"]
     decay = (opt["decay_steps"] or config["num_steps"]) if opt["schedule"] == "cosine" else None
@@ -276,6 +286,11 @@ class Ranking:
             raise ConfigError(
                 f"checkpoint.keep_best: evaluation every {every} steps and checkpoints every {options.every} seldom "
                 "meet; make one a multiple of the other"
+            )
+        if config.early_stopping.patience is not None and not (options.keep_best and every):
+            raise ConfigError(
+                "early_stopping.patience counts evaluations and leaves the best policy behind: it needs eval.every of "
+                f"at least 1 (now {every}) and checkpoint.keep_best of at least 1 (now {options.keep_best})"
             )
         return cls(options.best_metric, bool(options.keep_best))
 

@@ -346,7 +346,11 @@ def test_datasets_without_validation_are_left_out(toy, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "change,options,message",
     [
-        (dict(action_dim=3), {}, "toy: action has 4 dimensions, but batches hold 3; set the action_dim of its head"),
+        (
+            dict(action_dim=3),
+            {},
+            "toy: action has 4 dimensions, but batches hold 3; widen its head, model.heads.action.action_dim=4",
+        ),
         (dict(proprio_dim=3), {}, "toy: observation/proprio has 4 dimensions, but batches hold 3"),
         (dict(heads=("action",)), {}, "wide: no action head 'other'.*valid: action"),
         (dict(image_sizes={"overhead": (8, 8)}, goal_images=()), {}, "camera 'primary' has no size.*overhead"),

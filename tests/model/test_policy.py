@@ -11,7 +11,8 @@ from octo_like.common.schema import synthetic_batch
 from octo_like.common.text import TextTokenizer
 from octo_like.model.octo import build_model
 from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.pretrained import PretrainedError, merge_params, replace_parts
+from octo_like.model.pretrained import PretrainedError, merge_params
+from octo_like.model.surgery import operate
 from tests.model import tiny
 
 
@@ -151,7 +152,7 @@ def test_directories_that_are_not_policies(policy, tmp_path):
 
 
 def test_merge_reports_every_parameter(policy):
-    config = replace_parts(
+    config = operate(
         policy.config["model"],
         {"heads": {"action": tiny.diffusion() | dict(action_dim=2)}, "observation_tokenizers": {"wrist": None}},
     )
@@ -172,4 +173,4 @@ def test_merge_reports_every_parameter(policy):
     with pytest.raises(PretrainedError, match="no parameter of the checkpoint fits"):
         merge_params(target, {"other": {"x": np.zeros(3)}})
     with pytest.raises(PretrainedError, match="removes"):
-        replace_parts(config, {"heads": {"nothing": None}})
+        operate(config, {"heads": {"nothing": None}})

@@ -141,7 +141,9 @@ def test_adaptation_to_another_robot(trained, data_dir, tmp_path):
     adapted = tmp_path / "adapted"
     done = run("finetune.py", *common, "--workdir", adapted, f"--config.pretrained={trained / 'export'}")
     report = (adapted / "weights.txt").read_text()
-    assert re.search(r"new +heads_action/diffusion_model/reverse_network/Dense_1/kernel: shape", report), report
+    assert re.search(r"resized +heads_action/diffusion_model/reverse_network/Dense_1/kernel: 32x12 to 32x18", report), (
+        report
+    )
     assert "loaded" in done.stderr and "frozen" in done.stderr
     before, after = params_of(trained), params_of(adapted)
     assert after["heads_action/diffusion_model/reverse_network/Dense_1/kernel"].shape == (32, 18)

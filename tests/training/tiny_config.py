@@ -4,7 +4,7 @@ The argument is a comma-separated list of words: "synthetic" needs no data, "fin
 "smallest" leaves little to trace and to compile, for tests that start many processes.
 """
 
-from octo_like.common.defaults import default_config
+from octo_like.common.defaults import adaptation_config, default_config
 
 
 def dataset(name="toy_buttons", action_dim=4):
@@ -54,7 +54,7 @@ def head(action_dim):
 
 
 def get_config(words: str = ""):
-    config = default_config()
+    config = adaptation_config() if "finetune" in words.split(",") else default_config()
     config.num_steps = 8
     config.batch_size = 16
     config.window_size = 2
@@ -75,9 +75,7 @@ def get_config(words: str = ""):
         if word == "synthetic":
             config.data.kind = "synthetic"
         elif word == "finetune":
-            config.pretrained = None
-            config.surgery = dict(task_tokenizers=dict(), observation_tokenizers=dict(), readouts=dict(), heads=dict())
-            config.reinitialize = ()
+            config.conditioning = "both"
             config.data.num_demos = 5
         elif word == "smallest":
             config.image_sizes, config.goal_images, config.augmentation = dict(), (), dict()

@@ -1,0 +1,335 @@
+"""What finetune.py does before the loop: the run's config completed, the weights put in place, and what is trained.
+
+Every function takes values and returns values; `finetune.py` is the order in which they are called.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from octo_like.common.config import ConfigError, freeze, to_dict
+from octo_like.common.defaults import batch_spec
+from octo_like.common.schema import BatchSpec, flatten
+from octo_like.common.text import TextTokenizer
+from octo_like.model import lora, surgery
+from octo_like.model.heads import check_datasets
+from octo_like.model.octo import OctoModel, init_params
+from octo_like.model.policy import Policy
+from octo_like.model.pretrained import LoadReport, PretrainedError, load_t5, merge_params, with_t5
+from octo_like.training.checkpoint import FOLDER, Checkpointer
+from octo_like.training.warm_start import load_params
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What adaptation takes from a pretrained policy.
+
+    Attributes:
+      model: its model config.
+      params: its parameters.
+      batch_spec: what its batches looked like.
+      text_tokenizer: None when it takes no language, or came without a vocabulary.
+    """
+
+    model: Mapping[str, Any]
+    params: Mapping[str, Any]
+    batch_spec: BatchSpec
+    text_tokenizer: TextTokenizer | None
+
+
+def load_pretrained(location: str) -> Pretrained:
+    """Reads an exported policy or a released Octo checkpoint (see `Policy.load_pretrained`), or the averaged parameters
+    in a pretraining run's checkpoints: WORKDIR/checkpoints (the newest) or WORKDIR/checkpoints/STEP.
+
+    Raises:
+      PretrainedError, LocationError, CheckpointError: there is none of these, or it is damaged.
+    """
+    *_, parent, last = ["", "", *str(location).rstrip("/").split("/")]
+    if last != FOLDER and not (last.isdigit() and parent == FOLDER):
+        policy = Policy.load_pretrained(location)
+        return Pretrained(policy.config["model"], policy.params, policy.batch_spec, policy.text_tokenizer)
+    saved = Checkpointer(location, read_only=True).read().metadata["config"]
+    if saved.get("pretrained"):
+        raise PretrainedError(
+            f"{location} belongs to an adaptation of {saved['pretrained']}; start from that run's export instead"
+        )
+    run = freeze(saved)
+    tokenizer = TextTokenizer.load(run.text.model, run.text.max_length) if run.text.model else None
+    params, source = load_params(location)
+    log.info("read %s", source)
+    return Pretrained(to_dict(run)["model"], params, batch_spec(run), tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+
+def with_inputs(
+    config: Any, model: Mapping[str, Any], goal_images: tuple[str, ...], pretrained: BatchSpec | None
+) -> FrozenConfigDict:
+    """The config with the cameras, their sizes and the kind of task that the run is going to have.
+
+    Args:
+      model: config of the model after surgery.
+      goal_images: from `surgery.condition`.
+      pretrained: spec of the pretrained policy.
+
+    Raises:
+      ConfigError: a camera of unknown size, or of a size its pretrained tokenizer was not trained at.
+    """
+    tree = to_dict(config)
+    known = dict(pretrained.image_sizes) if pretrained else {}
+    if not tree["image_sizes"]:
+        slots = _cameras(tree["data"])
+        slots = tuple(known) if slots is None else slots
+        if unknown := [slot for slot in slots if slot not in known]:
+            has = f"the pretrained policy has {sorted(known)}" if pretrained else "there is no pretrained policy"
+            raise ConfigError(
+                f"image_sizes is empty and {has}: give the size of camera {unknown[0]!r}, and of all others, e.g. "
+                f"--config.image_sizes.{unknown[0]}=128,128"
+            )
+        tree["image_sizes"] = {slot: tuple(known[slot]) for slot in slots}
+    if tree["proprio_dim"] is None and tree["data"]["kind"] == "rlds":
+        for name, fields in tree["data"]["datasets"].items():
+            if fields.get("proprio_keys"):
+                raise ConfigError(
+                    f"data.datasets.{name}.proprio_keys is {tuple(fields['proprio_keys'])}, but proprio_dim is None: "
+                    "set --config.proprio_dim to the number of their entries, or proprio_keys to ()"
+                )
+    replaced = {
+        name
+        for name, entry in tree["surgery"].get("observation_tokenizers", {}).items()
+        if isinstance(entry, Mapping) and ("kind" in entry or "stem" in entry)
+    }
+    for slot, size in tree["image_sizes"].items():
+        readers = surgery.readers(model["observation_tokenizers"], "obs_keys", f"image_{slot}")
+        if slot in known and tuple(size) != tuple(known[slot]) and set(readers) - replaced:
+            raise ConfigError(
+                f"image_sizes.{slot} is {tuple(size)}, but the pretrained tokenizer {readers[0]!r} was trained at "
+                f"{tuple(known[slot])}. Stored images are resized when they are read, whatever their size: leave "
+                f"image_sizes.{slot} out, or replace the tokenizer by surgery"
+            )
+    tree["goal_images"] = goal_images
+    tree["augmentation"] = {slot: entry for slot, entry in tree["augmentation"].items() if slot in tree["image_sizes"]}
+    if config.conditioning == "goal_image":
+        tree["text"]["model"] = None
+    elif tree["text"]["model"] is None:
+        tree["text"]["model"] = "builtin"  # and with it the pretrained policy's own, see `text_tokenizer`
+    return freeze(tree)
+
+
+def _cameras(data: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Camera slots that the datasets of a run name; None when they are not said here (mixtures, synthetic data)."""
+    if data["kind"] != "rlds" or data["mix"] or not data["datasets"]:
+        return None
+    entries = [fields.get("image_keys") for fields in data["datasets"].values()]
+    if not all(isinstance(keys, Mapping) and keys for keys in entries):
+        return None
+    return tuple(dict.fromkeys(slot for keys in entries for slot, key in keys.items() if key is not None))
+
+
+def text_tokenizer(config: Any, model: Mapping[str, Any], pretrained: Pretrained | None) -> TextTokenizer | None:
+    """The text tokenizer of the run: the pretrained policy's own, unless the config names the file of another one.
+
+    Raises:
+      ConfigError: a T5 encoder came without its vocabulary and none is named.
+      PretrainedError: the model takes precomputed sentence embeddings, which the data do not hold.
+    """
+    tasks = (model.get("task_tokenizers") or {}).items()
+    embedded = [name for name, entry in tasks if entry.get("encoder") == "embedding"]
+    if embedded and config.text.model is not None:
+        raise PretrainedError(
+            f"task tokenizer {embedded[0]!r} takes precomputed sentence embeddings, and datasets hold texts: replace "
+            f"it (--config.surgery.task_tokenizers.{embedded[0]}=...) or use conditioning 'goal_image'"
+        )
+    if config.text.model is None:
+        return None
+    if config.text.model == "builtin":
+        if pretrained is not None and pretrained.text_tokenizer is not None:
+            return pretrained.text_tokenizer
+        if any(entry.get("encoder") == "t5" for _, entry in tasks):
+            raise ConfigError(
+                "the language encoder is T5, whose vocabulary the checkpoint does not bring: "
+                "set --config.text.model=PATH of T5's spiece.model"
+            )
+    length = config.text.max_length
+    if pretrained is not None and pretrained.batch_spec.language_length is not None:
+        length = pretrained.batch_spec.language_length  # position embeddings of words have this length
+    return TextTokenizer.load(config.text.model, length)
+
+
+def with_schedule(config: Any, transitions: int, *, validated: bool = True) -> FrozenConfigDict:
+    """The config with the numbers of steps that follow from the amount of data.
+
+    num_steps = passes * transitions / batch_size, within min_steps and max_steps: every step of every demonstration is
+    seen `passes` times. warmup_steps = num_steps / 20. ema_decay = 1 - 10 / num_steps, within 0.9 and 0.9999: an
+    average over the last tenth of the run or so. What the config gives is left as it is.
+
+    Args:
+      transitions: steps of all training demonstrations.
+      validated: whether any demonstration is held out; without, there is nothing to rank checkpoints by.
+
+    Raises:
+      ConfigError: num_steps is to be derived and there is nothing to derive it from; early stopping without held-out
+        demonstrations.
+    """
+    tree = to_dict(config)
+    steps = tree["num_steps"]
+    if steps is None:
+        recipe = tree["recipe"]
+        if not transitions:
+            raise ConfigError("num_steps is None and there are no demonstrations to derive it from: set it")
+        wanted = round(recipe["passes"] * transitions / tree["batch_size"])
+        steps = tree["num_steps"] = min(max(wanted, recipe["min_steps"]), recipe["max_steps"])
+        log.info(
+            "num_steps %d: %g passes over %d transitions in batches of %d, within %d and %d",
+            *(steps, recipe["passes"], transitions, tree["batch_size"], recipe["min_steps"], recipe["max_steps"]),
+        )
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ConfigError(f"num_steps must be a whole number of at least 1, or None; got {steps!r}")
+    if tree["optimizer"]["warmup_steps"] is None:
+        tree["optimizer"]["warmup_steps"] = steps // 20
+    if tree["ema_decay"] is None:
+        tree["ema_decay"] = round(min(max(1 - 10 / steps, 0.9), 0.9999), 6)
+    by_rollouts = tree["checkpoint"]["best_metric"].startswith("rollout/") and tree["eval"]["rollouts"]
+    if tree["eval"]["every"] is None or not (validated or by_rollouts):
+        if tree["early_stopping"]["patience"] is not None:
+            raise ConfigError(
+                "early_stopping.patience needs evaluations on held-out demonstrations: set val_fraction or val_split "
+                "of a dataset, and eval.every"
+            )
+        if tree["checkpoint"]["keep_best"]:
+            log.warning(
+                "nothing is evaluated on held-out demonstrations: the newest checkpoints are kept, not the best"
+            )
+            tree["checkpoint"]["keep_best"] = 0
+    return freeze(tree)
+
+
+def check_actions(model: OctoModel, statistics: Mapping[str, Mapping]) -> list[str]:
+    """`check_datasets`, with the flags of finetune.py that help. Returns the heads that no dataset trains.
+
+    Raises:
+      ConfigError: a dataset has more action dimensions than its head.
+    """
+    for dataset, entry in statistics.items():
+        head, width = entry.get("head"), len(entry["action"]["mean"])
+        if head in model.heads and width > model.heads[head].action_dim:
+            raise ConfigError(
+                f"{dataset}: its actions have {width} dimensions, but its head {head!r} has "
+                f"{model.heads[head].action_dim}. Widen it, which keeps what it knows of the first ones: "
+                f"--config.surgery.heads.{head}.action_dim={width}; or give the dataset a head of its own "
+                f"(--config.surgery.heads.NAME.copy_of={head} and --config.data.datasets.{dataset}.head=NAME)"
+            )
+    return check_datasets(model.heads, statistics)
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Where training starts, and what it may change.
+
+    Attributes:
+      params: the whole tree, NumPy; in mode "lora" with factors beside adapted kernels.
+      frozen: paths that keep their values.
+      report: what became of every parameter; None from scratch.
+      adapters: of mode "lora", else None.
+    """
+
+    params: dict[str, Any]
+    frozen: frozenset[str]
+    report: LoadReport | None
+    adapters: lora.LoraSpec | None = None
+
+    def model(self, model: OctoModel) -> Any:
+        """The model that computes with `params`."""
+        return model if self.adapters is None else lora.AdaptedModel(model, self.adapters)
+
+    def merged(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Parameters as `model` itself knows them, for export."""
+        return params if self.adapters is None else _merge(params, self.adapters)
+
+    def documents(self) -> dict[str, str]:
+        """The report as files of the run's directory."""
+        if self.report is None:
+            return {}
+        return {"weights.json": json.dumps(self.report.to_dict(), indent=1), "weights.txt": f"{self.report}\n"}
+
+
+_merge = jax.jit(lora.merge, static_argnums=1)
+
+
+def make_weights(
+    config: Any,
+    model: OctoModel,
+    model_config: Mapping[str, Any],
+    spec: BatchSpec,
+    pretrained: Pretrained | None,
+    *,
+    vocab_size: int = 0,
+    untrained_heads: list[str] = (),
+) -> Weights:
+    """Initial parameters, with those of the pretrained policy where they fit, and what is frozen of them.
+
+    Raises:
+      PretrainedError, ConfigError, ValueError: nothing fits, a regex matches nothing, or nothing is left to train.
+    """
+    rng = jax.random.key(config.seed)
+    params = jax.tree.map(np.asarray, jax.device_get(init_params(model, spec, rng)))
+    if config.text.t5_weights:
+        params = with_t5(params, load_t5(config.text.t5_weights))
+    surgery.check_word(config.mode, tuple(surgery.MODES), "mode")
+    patterns = tuple(config.optimizer.freeze)
+    paths = [path for path, _ in flatten(params)]
+    encoders = surgery.never_trained(model_config, paths)
+    if pretrained is None:
+        if config.mode != "full":
+            raise ConfigError(f"mode {config.mode!r} keeps pretrained weights, but config.pretrained is not set")
+        frozen = surgery.frozen_by_mode("full", patterns, dict.fromkeys(paths, True), untrained_heads)
+        _check_encoders(encoders, (), config.text.t5_weights)
+        return Weights(params, frozen | encoders, None)
+
+    rules = surgery.carry(pretrained.model, model_config, to_dict(config)["surgery"])
+    source = dict(flatten(jax.device_get(pretrained.params)))
+    if config.text.t5_weights:
+        source |= {path: leaf for path, leaf in flatten(params) if path in encoders}
+    params, report = merge_params(
+        params, source, reinitialize=tuple(config.reinitialize), copies=rules.copies, resize=rules.resize
+    )
+    if vocab_size:
+        surgery.check_vocabulary(params, vocab_size)
+    loaded = {path: status == "loaded" for path, status in report.status.items()}
+    _check_encoders(encoders, report.paths("loaded"), None)
+    frozen = surgery.frozen_by_mode(config.mode, patterns, loaded, untrained_heads) | encoders
+    report = dataclasses.replace(report, frozen=frozen)
+    if config.mode != "lora":
+        return Weights(params, frozen, report)
+
+    adapters = lora.LoraSpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    targets = lora.find_targets(params, adapters)
+    if unreached := [path for path in targets if path in encoders]:
+        raise ConfigError(f"lora.targets match {unreached[0]}, but no gradient reaches a frozen language encoder")
+    # A kernel that is new is trained itself; a loaded one keeps its values and learns through its factors.
+    targets = tuple(path for path in targets if loaded[path])
+    if not targets:
+        raise ConfigError("lora.targets match only kernels that are new in this model; these are trained whole anyway")
+    params = jax.tree.map(np.asarray, lora.add_adapters(params, targets, adapters, jax.random.fold_in(rng, 1)))
+    report = dataclasses.replace(report, frozen=frozen | set(targets)).with_adapters(params)
+    return Weights(params, report.frozen, report, adapters)
+
+
+def _check_encoders(encoders: frozenset[str], loaded, t5_weights) -> None:
+    if not t5_weights and (missing := sorted(encoders - set(loaded))):
+        raise ConfigError(
+            f"{missing[0]} belongs to a language encoder that is not trained, and it is not in the checkpoint: set "
+            "--config.text.t5_weights to a folder with its safetensors"
+        )

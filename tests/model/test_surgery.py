@@ -1,0 +1,303 @@
+"""Surgery: which parts a model gets, how weights reach them, what stays frozen."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from octo_like.common.schema import flatten
+from octo_like.model import surgery
+from octo_like.model.describe import abstract_params
+from octo_like.model.octo import build_model
+from octo_like.model.pretrained import PretrainedError, merge_params
+from tests.model import light, tiny
+
+BASE = tiny.config()
+
+
+def shapes_of(config, spec=tiny.SPEC):
+    return abstract_params(build_model(config), spec)
+
+
+def merged(old_config, new_config, changes, *, old_spec=tiny.SPEC, new_spec=tiny.SPEC, **kwargs):
+    """(old params, initial new params, merged params, report), all flat."""
+    old = tiny.random_values(shapes_of(old_config, old_spec), seed=1)
+    new = tiny.random_values(shapes_of(new_config, new_spec), seed=2)
+    rules = surgery.carry(old_config, new_config, changes)
+    tree, report = merge_params(new, old, copies=rules.copies, resize=rules.resize, **kwargs)
+    return dict(flatten(old)), dict(flatten(new)), dict(flatten(tree)), report
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_fields_of_a_part_are_changed_without_repeating_the_others():
+    new = surgery.operate(BASE, {"heads": {"action": {"action_dim": 14}}})
+    assert new["heads"]["action"] == BASE["heads"]["action"] | {"action_dim": 14}
+    assert BASE["heads"]["action"]["action_dim"] == 4, "the pretrained config is left alone"
+    assert surgery.operate(BASE, {"max_window": None})["max_window"] == 4
+    assert surgery.operate(BASE, {"max_window": 9})["max_window"] == 9
+    assert surgery.operate(BASE, {"readouts": {"extra": 2}})["readouts"] == {"action": 1, "extra": 2}
+
+
+def test_a_copied_camera_starts_from_the_weights_of_the_other():
+    changes = {"observation_tokenizers": {"secondary": {"copy_of": "primary"}}}
+    new = surgery.operate(BASE, changes)
+    assert new["observation_tokenizers"]["secondary"]["obs_keys"] == ("image_secondary",)
+    assert new["observation_tokenizers"]["secondary"]["goal_keys"] == ("image_secondary",)
+    sizes = {**tiny.SPEC.image_sizes, "secondary": (32, 32)}
+    spec = dataclasses.replace(tiny.SPEC, image_sizes=sizes)
+    old, _, tree, report = merged(BASE, new, changes, new_spec=spec)
+    pairs = {path: path.replace("secondary", "primary") for path in tree if "secondary" in path}
+    assert len(pairs) == len([path for path in tree if "primary" in path]) > 5
+    for path, origin in pairs.items():
+        np.testing.assert_array_equal(tree[path], old[origin])
+        assert report.status[path] == "loaded" and origin in report.notes[path]
+    assert not report.unused
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"tokenizers": {}}, ["tokenizers", "observation_tokenizers"]),
+        ({"heads": {"arm": None}}, ["removes heads.arm", "action"]),
+        ({"heads": {"arm": {"action_dim": 3}}}, ["heads.arm", "kind", "action"]),
+        ({"observation_tokenizers": {"top": {"copy_of": "front"}}}, ["front", "primary", "wrist"]),
+    ],
+)
+def test_surgery_on_what_is_not_there(changes, words):
+    with pytest.raises(PretrainedError) as error:
+        surgery.operate(BASE, changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ resizing
+
+HEADS = {
+    "diffusion": tiny.diffusion(),
+    "flow": light.FLOW,
+    "regression": dict(kind="regression", readout="readout_action", action_horizon=3, action_dim=4),
+    "map": dict(kind="regression", readout="obs", use_map=True, action_horizon=3, action_dim=4),
+    "chunk": dict(kind="discrete", readout="readout_action", token_per="", action_horizon=3, action_dim=4, num_bins=5),
+    "step": dict(kind="discrete", readout="obs", use_map=True, token_per="action_horizon", action_horizon=3,
+                 action_dim=4, num_bins=5),
+    "entry": dict(kind="discrete", readout="obs", use_map=True, action_horizon=3, action_dim=4, num_bins=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(5, 6), (2, 3), (3, 14)])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_resized_head_predicts_what_it_did_for_what_it_knew(kind, size):
+    """New dimensions and steps do not disturb the old ones: the outputs for those are equal."""
+    before = light.HeadAlone(HEADS[kind], seed=1)
+    entry = HEADS[kind] | dict(action_horizon=size[0], action_dim=size[1])
+    after = light.HeadAlone(entry, seed=2)
+    after.groups = before.groups
+    rules = surgery.carry({"heads": {"action": HEADS[kind]}}, {"heads": {"action": entry}}, {})
+    other = {"x": np.zeros(2, np.float32)}  # something has to be loaded whole
+    tree, report = merge_params(
+        {"heads_action": after.params, "other": other},
+        {"heads_action": before.params, "other": other},
+        resize=rules.resize,
+    )
+    params = tree["heads_action"]
+    resized = [path for path, status in report.status.items() if status == "resized"]
+    assert resized and "new" not in report.status.values()
+    h, a = min(3, size[0]), min(4, size[1])
+
+    def outputs(head, params, horizon, dim):
+        if kind in ("diffusion", "flow"):
+            noisy = np.zeros((2, horizon, dim), np.float32)
+            noisy[:, :h, :a] = np.random.default_rng(0).normal(size=(2, 3, 4))[:, :h, :a]
+            embedding = np.random.default_rng(1).normal(size=(2, 16)).astype(np.float32)
+            network = "diffusion_model" if kind == "diffusion" else "flow_model"
+            out = head.apply(
+                method=lambda m: getattr(m, network)(embedding, noisy.reshape(2, -1), np.full((2, 1), 2)), params=params
+            )
+            return out.reshape(2, horizon, dim)
+        if kind in ("regression", "map"):
+            return head.apply(head.groups, method="predict", params=params)
+        return head.apply(head.groups, method="logits", params=params)
+
+    one = np.asarray(outputs(before, before.params, 3, 4))
+    other = np.asarray(outputs(after, params, *size))
+    index = (
+        (slice(None),) * (one.ndim - 2) if kind in ("diffusion", "flow", "regression", "map") else (slice(None),) * 2
+    )
+    np.testing.assert_allclose(one[(*index, slice(h), slice(a))], other[(*index, slice(h), slice(a))], atol=1e-5)
+
+
+def test_heads_of_another_kind_or_with_other_bins_are_new():
+    for changed in (HEADS["regression"], HEADS["chunk"] | {"num_bins": 6}):
+        rules = surgery.carry({"heads": {"action": HEADS["chunk"]}}, {"heads": {"action": changed}}, {})
+        assert rules.resize("heads_action/vocab_proj/kernel", np.ones((16, 60)), np.ones((16, 72))) is None
+
+
+def test_a_goal_image_is_added_to_a_camera_and_taken_away():
+    """The channels of the observed image keep their weights; those of the goal begin anew, or are cut off."""
+    plain = surgery.operate(BASE, {"observation_tokenizers": {"primary": {"goal_keys": ()}}})
+    path = "octo_transformer/observation_tokenizers_primary/SmallStem16_0/StdConv_0/kernel"
+    no_goal = dataclasses.replace(tiny.SPEC, goal_images=())
+    for before, after, specs in ((plain, BASE, (no_goal, tiny.SPEC)), (BASE, plain, (tiny.SPEC, no_goal))):
+        old, new, tree, report = merged(before, after, {}, old_spec=specs[0], new_spec=specs[1])
+        assert report.status[path] == "resized" and report.count("new") == (0, 0)
+        np.testing.assert_array_equal(tree[path][:, :, :3], old[path][:, :, :3])
+        np.testing.assert_array_equal(tree[path][:, :, 3:], new[path][:, :, 3:])
+
+
+def test_a_longer_window_keeps_the_rows_it_had():
+    new = surgery.operate(BASE, {"max_window": 7})
+    old, initial, tree, report = merged(BASE, new, {})
+    resized = report.paths("resized")
+    assert sorted(path.split("/")[1] for path in resized) == sorted(
+        f"{name}_pos_embedding" for name in ("obs_primary", "obs_wrist", "obs_proprio", "readout_action")
+    )
+    for path in resized:
+        np.testing.assert_array_equal(tree[path][:, :4], old[path])
+        np.testing.assert_array_equal(tree[path][:, 4:], initial[path][:, 4:])
+    with pytest.raises(PretrainedError, match=r"window_size=7.*at most 4.*surgery.max_window=7"):
+        surgery.check_inputs(BASE, dataclasses.replace(tiny.SPEC, window_size=7))
+    surgery.check_inputs(new, dataclasses.replace(tiny.SPEC, window_size=7))
+
+
+def test_a_readout_and_a_head_are_added():
+    changes = {"readouts": {"other": 2}, "heads": {"other": tiny.diffusion() | dict(readout="readout_other")}}
+    new = surgery.operate(BASE, changes)
+    spec = dataclasses.replace(tiny.SPEC, heads=("action", "other"))
+    old, _, tree, report = merged(BASE, new, changes, new_spec=spec)
+    assert {path.split("/")[0] for path in report.paths("new")} == {"octo_transformer", "heads_other"}
+    assert [path for path in report.paths("new") if path.startswith("octo")] == [
+        "octo_transformer/readout_other_pos_embedding"
+    ]
+    assert all(np.array_equal(tree[path], leaf) for path, leaf in old.items())
+
+
+def test_report_counts_equal_the_tree():
+    changes = {"heads": {"action": {"action_dim": 9}}, "observation_tokenizers": {"wrist": None}}
+    new = surgery.operate(BASE, changes)
+    spec = dataclasses.replace(tiny.SPEC, action_dim=9, image_sizes={"primary": (32, 32)})
+    _, _, tree, report = merged(BASE, new, changes, new_spec=spec, reinitialize=(".*obs_proprio_projection",))
+    loaded = {path: status == "loaded" for path, status in report.status.items()}
+    frozen = surgery.frozen_by_mode("head_only", (), loaded)
+    report = dataclasses.replace(report, frozen=frozen)
+    document = report.to_dict()["summary"]
+    for columns in (("loaded", "resized", "new"), ("frozen", "trained")):
+        assert sum(document[c]["arrays"] for c in columns) == len(tree)
+        assert sum(document[c]["parameters"] for c in columns) == sum(leaf.size for leaf in tree.values())
+        assert sum(document[c]["bytes"] for c in columns) == sum(leaf.nbytes for leaf in tree.values())
+    assert document["frozen"]["parameters"] == sum(tree[path].size for path in frozen)
+    assert "octo_transformer/obs_proprio_projection/bias" not in frozen, "new arrays are trained in every mode"
+    assert report.unused and all("wrist" in path for path in report.unused)
+    assert "wrist" in str(report) and "not in the checkpoint" not in str(report)
+
+
+# -------------------------------------------------------------------------------------------------------- conditioning
+
+
+def test_conditioning():
+    assert surgery.condition(BASE, "language") == (BASE, ())
+    model, goals = surgery.condition(BASE, "both")
+    assert goals == ("primary",) and model["task_tokenizers"] == BASE["task_tokenizers"]
+    wrist = {"observation_tokenizers": {"wrist": {"film_keys": (), "stem": dict(kind="conv", layers=((4, 4, 8),))}}}
+    model, goals = surgery.condition(surgery.operate(BASE, wrist), "goal_image", ("primary", "wrist"))
+    assert goals == ("primary", "wrist") and not model["task_tokenizers"]
+    assert model["observation_tokenizers"]["wrist"]["goal_keys"] == ("image_wrist",)
+    assert "goal_keys" not in BASE["observation_tokenizers"]["wrist"]
+    shapes_of(model, dataclasses.replace(tiny.SPEC, goal_images=goals, language_length=None))
+
+
+@pytest.mark.parametrize(
+    "changes,conditioning,goals,words",
+    [
+        ({}, "goals", (), ["goals", "language, goal_image, both"]),
+        ({}, "langage", (), ["did you mean 'language'"]),
+        ({}, "language", ("primary",), ["goal_images", "both"]),
+        ({}, "both", ("front",), ["image_front"]),
+        ({}, "goal_image", (), ["wrist", "film_keys", "both"]),
+        ({"task_tokenizers": {"language": None}}, "both", (), ["language tokenizer", "goal_image"]),
+        ({"observation_tokenizers": {"primary": {"goal_keys": ()}}}, "both", (), ["no goal inputs", "goal_images"]),
+        (
+            {"observation_tokenizers": {"wrist": {"film_keys": ("language_instruction",)}}},
+            "language",
+            (),
+            ["embeddings"],
+        ),
+    ],
+)
+def test_conditioning_that_the_model_cannot_have(changes, conditioning, goals, words):
+    with pytest.raises(PretrainedError) as error:
+        surgery.condition(surgery.operate(BASE, changes), conditioning, goals)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_inputs_that_nothing_reads():
+    more = {**tiny.SPEC.image_sizes, "secondary": (32, 32)}
+    with pytest.raises(PretrainedError, match=r"image_secondary.*surgery.observation_tokenizers.secondary.copy_of"):
+        surgery.check_inputs(BASE, dataclasses.replace(tiny.SPEC, image_sizes=more))
+    blind = surgery.operate(BASE, {"observation_tokenizers": {"proprio": None}})
+    with pytest.raises(PretrainedError, match=r"observation/proprio.*lowdim"):
+        surgery.check_inputs(blind, tiny.SPEC)
+    surgery.check_inputs(BASE, tiny.SPEC)
+
+
+# --------------------------------------------------------------------------------------------------------------- frozen
+
+MAP = tiny.config(heads=dict(action=tiny.diffusion(use_map=True)))
+
+
+@pytest.mark.parametrize("mode", surgery.MODES)
+def test_what_every_mode_trains(mode):
+    paths = [path for path, _ in flatten(shapes_of(MAP))]
+    new = "octo_transformer/obs_wrist_projection/kernel"
+    loaded = {path: path != new for path in paths}
+    frozen = surgery.frozen_by_mode(mode, (), loaded)
+
+    def expected(path):
+        attention = "map_head/probe" in path or "map_head/MultiHeadDotProductAttention_0" in path
+        if path.startswith("octo_transformer/obs_wrist_projection/"):
+            return False  # its kernel is new
+        return {
+            "full": False,
+            "frozen_transformer": "/BlockTransformer_0/" in path,
+            "head_only": path.startswith("octo_transformer/"),
+            "head_mlp_only": path.startswith("octo_transformer/") or attention,
+            "lora": path.startswith("octo_transformer/"),
+        }[mode]
+
+    assert frozen == {path for path in paths if expected(path)}
+    assert any("map_head/MlpBlock" in path for path in paths), "what head_mlp_only leaves to train"
+
+
+def test_freezing_further_parts_and_nothing_left():
+    loaded = {path: True for path, _ in flatten(shapes_of(BASE))}
+    both = surgery.frozen_by_mode("frozen_transformer", ("obs_wrist", "^heads_action/.*Dense_1"), loaded)
+    assert any("reverse_network/Dense_1" in path for path in both) and any("BlockTransformer" in path for path in both)
+    untrained = surgery.frozen_by_mode("full", (), loaded, ["action"])
+    assert untrained == {path for path in loaded if path.startswith("heads_action/")}
+    with pytest.raises(PretrainedError, match="matches no parameter.*octo_transformer"):
+        surgery.frozen_by_mode("full", ("nonsense",), loaded)
+    with pytest.raises(PretrainedError, match="nothing to train"):
+        surgery.frozen_by_mode("head_only", ("^heads",), loaded)
+    with pytest.raises(PretrainedError, match="did you mean 'head_only'"):
+        surgery.frozen_by_mode("heads_only", (), loaded)
+
+
+def test_an_encoder_that_no_gradient_reaches_is_never_trained():
+    t5 = dict(
+        kind="language", encoder="t5", t5=dict(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    for finetune in (False, True):
+        config = tiny.config(task_tokenizers=dict(language=t5 | dict(finetune_encoder=finetune)))
+        paths = [path for path, _ in flatten(shapes_of(config))]
+        kept = surgery.never_trained(config, paths)
+        assert kept == {path for path in paths if "/hf_model/" in path and not finetune}
+    assert surgery.never_trained(BASE, ["octo_transformer/task_tokenizers_language/embedding/embedding"]) == frozenset()
+
+
+def test_a_vocabulary_that_the_encoder_does_not_have():
+    params = tiny.random_values(shapes_of(BASE))
+    surgery.check_vocabulary(params, tiny.VOCAB)
+    with pytest.raises(PretrainedError, match=rf"{tiny.VOCAB + 1} pieces.*{tiny.VOCAB} rows"):
+        surgery.check_vocabulary(params, tiny.VOCAB + 1)

@@ -1,0 +1,426 @@
+"""finetune.py: what it starts from, what it changes, what it leaves alone, and how it goes on after a SIGKILL."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import finetune
+from octo_like.common.config import ConfigError, load_config
+from octo_like.common.defaults import LORA_TARGETS, adaptation_config
+from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
+from octo_like.common.text import BUILTIN, TextTokenizer
+from octo_like.model.lora import LoraSpec, is_adapter
+from octo_like.model.octo import build_model
+from octo_like.model.policy import Policy, spec_to_json
+from octo_like.model.surgery import CONDITIONINGS, MODES
+from octo_like.training import adaptation
+from octo_like.training.adaptation import with_schedule
+from octo_like.training.checkpoint import Checkpointer
+from octo_like.training.metrics import read_metrics
+from tests.data.conftest import build, make_episodes
+from tests.model import tiny
+from tests.model.test_loading import other  # noqa: F401  a fixture
+from tests.training import tiny_config
+from tests.training.test_scripts import ROOT, run
+
+CONFIG = f"{ROOT}/tests/training/tiny_config.py:finetune"
+SYNTHETIC = ("--config.data.kind=synthetic", "--config.optimizer.warmup_steps=1")
+WIDER = "--config.surgery.heads.action.action_dim=6"
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A pretrained policy for cameras, proprio, language and goal images, with random weights everywhere."""
+    tokenizer = TextTokenizer.load("builtin", 8)
+    spec = BatchSpec(
+        window_size=2,
+        action_horizon=3,
+        action_dim=4,
+        image_sizes={"primary": (32, 40), "wrist": (16, 16)},
+        goal_images=("primary",),
+        proprio_dim=4,
+        language_length=8,
+    )
+    config = tiny_config.model()
+    params = tiny.random_params(build_model(config, vocab_size=tokenizer.vocab_size), spec)
+    path = tmp_path_factory.mktemp("pretrained") / "export"
+    Policy({"model": config, "batch_spec": spec_to_json(spec)}, params, {}, tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def prepared(monkeypatch, tmp_path):
+    """Runs finetune.py up to the loop; returns what the loop was given."""
+    found = {}
+    monkeypatch.setattr(finetune.distributed, "start", lambda flags, config: None)
+    monkeypatch.setattr(finetune, "run_loop", lambda given: found.update(run=given) or 0)
+    # Random values in place of the model's own: nothing has to be compiled.
+    monkeypatch.setattr(adaptation, "init_params", lambda model, spec, rng: tiny.random_params(model, spec, seed=9))
+
+    def call(*arguments, config=CONFIG):
+        status = finetune.main(["--config", config, "--workdir", str(tmp_path / "run"), *map(str, arguments)])
+        assert status == 0
+        return found["run"]
+
+    return call
+
+
+def finetuned(workdir, *arguments, **kwargs):
+    return run("finetune.py", "--config", CONFIG, "--workdir", workdir, *arguments, **kwargs)
+
+
+def final_sums(workdir):
+    """Exact checksums of every array of the newest checkpoint: parameters, factors, optimizer, average."""
+    manifest = Checkpointer(workdir, read_only=True).read()
+    return manifest.step, {name: leaf["sums"] for name, leaf in manifest.leaves.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    build(folder, "toy_wide", {"train": make_episodes(12, seed=5, action_dim=6)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(data_dir, export, tmp_path_factory):
+    """(arguments, workdir) of an uninterrupted adaptation by LoRA to six action dimensions."""
+    arguments = (
+        f"--config.data.data_dir={data_dir}",
+        "--config.data.datasets.toy.name=toy_wide",
+        f"--config.pretrained={export}",
+        "--config.mode=lora",
+        "--config.lora.rank=4",
+        WIDER,
+        "--config.num_steps=60",
+    )
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    finetuned(workdir, *arguments)
+    return arguments, workdir
+
+
+def test_lora_trains_what_it_says_and_exports_a_policy(lora_run, export):
+    _, workdir = lora_run
+    before = dict(flatten(Policy.load_pretrained(export).params))
+    policy = Policy.load_pretrained(workdir / "export")
+    after = dict(flatten(policy.params))
+    assert not any(is_adapter(path) for path in after), "merged"
+    moved = {path for path in before if before[path].shape != after[path].shape or np.any(before[path] != after[path])}
+    kernels = {path for path in before if "BlockTransformer_0" in path and path.endswith("kernel")}
+    expected = {
+        p for p in kernels if any(f"/{n}/" in p for n in ("query", "key", "value", "out", "Dense_0", "Dense_1"))
+    }
+    assert {path for path in moved if not path.startswith("heads_")} == expected
+    assert {path for path in moved if path.startswith("heads_")} == {p for p in after if p.startswith("heads_")}
+    spec, sums = policy.batch_spec, final_sums(workdir)[1]
+    assert spec.action_dim == 6
+    of_optimizer = [name for name in sums if name.startswith("opt_state") and "BlockTransformer" in name]
+    assert of_optimizer and all("lora_" in name for name in of_optimizer)
+    batch = synthetic_batch(spec, 2)
+    tasks = policy.create_tasks(texts=["press the red button", ""])
+    actions = policy.sample_actions(batch["observation"], tasks, rng=jax.random.key(0), unnormalize="toy")
+    assert actions.shape == (2, 3, 6) and np.all(np.isfinite(actions))
+    report = (workdir / "weights.txt").read_text()
+    assert "resized  heads_action/diffusion_model/reverse_network/Dense_1/kernel: 32x12 to 32x18" in report
+    assert (workdir / "weights.json").exists()
+
+
+def test_lora_continues_after_a_kill_as_if_nothing_had_been(lora_run, tmp_path):
+    arguments, whole = lora_run
+    workdir = tmp_path / "killed"
+    command = [sys.executable, "finetune.py", "--config", CONFIG, "--workdir", str(workdir), *arguments]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not (workdir / "checkpoints" / "8").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-3000:]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (workdir / "export").exists()
+    process.stderr.close()
+    done = finetuned(workdir, *arguments)
+    assert "resumed from step" in done.stderr and "resumed from step 0" not in done.stderr
+    assert final_sums(workdir) == final_sums(whole)
+    one, two = (dict(flatten(Policy.load_pretrained(w / "export").params)) for w in (whole, workdir))
+    assert all(np.array_equal(one[path], two[path]) for path in one)
+
+
+def test_lora_on_eight_devices(export, tmp_path):
+    """Factors, frozen kernels and batch sharded or not: the same losses."""
+    losses = {}
+    common = (*SYNTHETIC, f"--config.pretrained={export}", "--config.mode=lora", "--config.num_steps=12", WIDER)
+    for devices in (1, 8):
+        mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4") if devices == 8 else ()
+        finetuned(tmp_path / str(devices), *common, *mesh, devices=devices)
+        rows = read_metrics(tmp_path / str(devices))
+        losses[devices] = np.array([row["train/loss"] for row in rows if "train/loss" in row])
+    assert len(losses[1]) == 12 and losses[1][-1] != losses[1][0]
+    np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5)
+
+
+def test_an_octo_release_with_t5_is_adapted(shared, tmp_path):
+    """The golden release: language through a frozen T5, goal channels that stay empty, LoRA; the export acts."""
+    release = shared / "golden" / "octo_tiny_diffusion"
+    workdir = tmp_path / "release"
+    arguments = (f"--config.pretrained={release}", f"--config.text.model={BUILTIN}", "--config.num_steps=3")
+    config = f"{ROOT}/configs/finetune.py:lora,language"
+    more = (
+        "--config.batch_size=4",
+        "--config.log_every=1",
+        "--config.eval.every=None",
+        "--config.checkpoint.keep_best=0",
+        *SYNTHETIC,
+    )
+    run("finetune.py", "--config", config, "--workdir", workdir, *arguments, *more)
+    before = dict(flatten(Policy.load_pretrained(release).params))
+    policy = Policy.load_pretrained(workdir / "export")
+    after = dict(flatten(policy.params))
+    t5 = [path for path in after if "/hf_model/" in path]
+    assert t5 and all(np.array_equal(before[path], after[path]) for path in t5)
+    assert after.keys() == before.keys() and policy.config["model"]["octo_compat"]
+    assert policy.batch_spec.goal_images == () and policy.batch_spec.image_sizes == {
+        "primary": (64, 64),
+        "wrist": (32, 32),
+    }
+    batch = synthetic_batch(policy.batch_spec, 1)
+    actions = policy.sample_actions(batch["observation"], policy.create_tasks(texts=["go"]), rng=jax.random.key(0))
+    assert actions.shape == (1, 4, 7) and np.all(np.isfinite(actions))
+
+
+def test_a_pretraining_run_s_checkpoint(tmp_path, prepared):
+    """checkpoints/STEP serves as well as an export does: averaged parameters, config and tokenizer of the run."""
+    workdir = tmp_path / "pretrain"
+    run("train.py", "--config", CONFIG.replace("finetune", "synthetic"), "--workdir", workdir, "--config.num_steps=5")
+    exported = dict(flatten(Policy.load_pretrained(workdir / "export").params))
+    for location in (workdir / "checkpoints", workdir / "checkpoints" / "5"):
+        given = prepared(*SYNTHETIC, f"--config.pretrained={location}", "--config.num_steps=2")
+        start = dict(flatten(given.init_from))
+        assert start.keys() == exported.keys()
+        assert all(np.array_equal(start[path], leaf) for path, leaf in exported.items())
+    step4 = prepared(*SYNTHETIC, f"--config.pretrained={workdir / 'checkpoints' / '4'}", "--config.num_steps=2")
+    assert any(not np.array_equal(leaf, exported[path]) for path, leaf in flatten(step4.init_from))
+
+
+def test_early_stopping(export, tmp_path):
+    """The largest loss is called the best, so none beats the first: stopped after `patience` more evaluations."""
+    common = (*SYNTHETIC, f"--config.pretrained={export}", "--config.num_steps=40", "--config.mode=head_only")
+    rounds = ("--config.eval.every=3", "--config.checkpoint.every=3", "--config.early_stopping.patience=2")
+    done = finetuned(tmp_path / "run", *common, *rounds, "--config.checkpoint.best_mode=max")
+    assert "stopped early at step 9: 2 evaluations without a better score" in done.stderr
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 9
+    reader = Checkpointer(tmp_path / "run", read_only=True)
+    assert reader.all_steps() == [3, 6, 9] and reader.read(9).extra["early_stopping"]["without"] == 2
+    best, last = (dict(flatten(Policy.load_pretrained(tmp_path / "run" / e).params)) for e in ("export_best", "export"))
+    average = reader.load_arrays(3, "ema/")
+    assert all(np.array_equal(best[path], leaf) for path, leaf in average.items())
+    assert any(not np.array_equal(best[path], last[path]) for path in average)
+
+
+# ----------------------------------------------------------------------------------------------- up to the loop, no run
+
+
+def test_surgery_from_the_command_line(export, prepared):
+    """No wrist camera, a second scene camera that starts as a copy, a longer window, another proprioception."""
+    given = prepared(
+        *SYNTHETIC,
+        f"--config.pretrained={export}",
+        "--config.image_sizes={'primary': (32, 40), 'side': (32, 40)}",
+        "--config.surgery.observation_tokenizers.side.copy_of=primary",
+        "--config.surgery.max_window=6",
+        "--config.window_size=5",
+        "--config.proprio_dim=9",
+        "--config.num_steps=2",
+        "--config.mode=head_only",
+    )
+    params, policy = dict(flatten(given.init_from)), dict(flatten(Policy.load_pretrained(export).params))
+    prefix = "octo_transformer/observation_tokenizers_{}/ConvStem_0/Conv_0/kernel"
+    np.testing.assert_array_equal(params[prefix.format("side")], policy[prefix.format("primary")])
+    assert prefix.format("wrist") not in params and "wrist" in given.documents["weights.txt"]
+    assert params["octo_transformer/obs_primary_pos_embedding"].shape[1] == 6
+    trained = {path for path in params if path not in given.frozen and not path.startswith("heads_")}
+    assert trained == {
+        "octo_transformer/obs_primary_pos_embedding",
+        "octo_transformer/obs_side_pos_embedding",
+        "octo_transformer/obs_proprio_pos_embedding",
+        "octo_transformer/readout_action_pos_embedding",
+        "octo_transformer/obs_proprio_projection/kernel",
+        "octo_transformer/obs_proprio_projection/bias",
+    }, "what is new or has new rows, and nothing else"
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_conditioning_decides_what_a_batch_holds(export, prepared, conditioning):
+    stem = {"film_keys": (), "stem": {"kind": "conv", "layers": ((8, 8, 16),)}}  # not steered by words
+    plain = f"--config.surgery.observation_tokenizers={dict(primary=stem, wrist=stem)}"
+    given = prepared(
+        *SYNTHETIC,
+        f"--config.pretrained={export}",
+        f"--config.conditioning={conditioning}",
+        "--config.goal_images=()",
+        "--config.num_steps=2",
+        plain,
+    )
+    spec = given.inputs.stream.batch_spec
+    assert spec.goal_images == (() if conditioning == "language" else ("primary",))
+    assert spec.language_length == (None if conditioning == "goal_image" else 8)
+    assert any("task_language" in path for path, _ in flatten(given.init_from)) == (conditioning != "goal_image")
+    policy = given.make_policy(given.init_from)
+    assert (policy.text_tokenizer is None) == (conditioning == "goal_image")
+
+
+def test_the_other_golden_release_with_its_sentence_embeddings_replaced(shared, prepared):
+    """FiLM on precomputed sentences cannot be fed by datasets; told so, one replaces it and keeps the transformer."""
+    release = shared / "golden" / "octo_tiny_film_map"
+    common = (*SYNTHETIC, f"--config.pretrained={release}", "--config.num_steps=2")
+    config = f"{ROOT}/configs/finetune.py:head_mlp_only,language"
+    with pytest.raises(ValueError, match="sentence embeddings"):
+        prepared(*common, config=config)
+    base = Policy.load_pretrained(release)
+    cameras = {
+        name: {"film_keys": ("task",)}
+        for name, entry in base.config["model"]["observation_tokenizers"].items()
+        if entry.get("film_keys")
+    }
+    given = prepared(
+        *common,
+        f"--config.surgery.observation_tokenizers={cameras}",
+        "--config.surgery.task_tokenizers.language={'kind': 'language', 'encoder': 'small', 'dim': 16, 'pool': True}",
+        f"--config.proprio_dim={base.batch_spec.proprio_dim}",
+        config=config,
+    )
+    loaded = {path for path, _ in flatten(base.params)} & given.frozen
+    assert any("BlockTransformer_0" in path for path in loaded)
+    assert any("map_head/probe" in path for path in loaded) and not any("map_head/MlpBlock" in p for p in loaded)
+    assert not any(path.startswith("octo_transformer/task_") for path in given.frozen), "new, so it is trained"
+
+
+def test_a_made_up_release(other, prepared):  # noqa: F811
+    """Other tokenizers, heads and widths; no language that datasets hold. Its transformer and heads carry over."""
+    path, source = other
+    given = prepared(
+        *SYNTHETIC,
+        f"--config.pretrained={path}",
+        "--config.num_steps=2",
+        "--config.window_size=2",
+        "--config.proprio_dim=6",
+        "--config.surgery.observation_tokenizers.front=None",
+        "--config.surgery.task_tokenizers.language={'kind': 'language', 'encoder': 'small', 'dim': 16, 'pool': True}",
+        config=f"{ROOT}/configs/finetune.py:frozen_transformer,both",
+    )
+    spec = given.inputs.stream.batch_spec
+    assert spec.goal_images == ("wrist",) and spec.image_sizes == {"primary": (32, 32), "wrist": (32, 32)}
+    start, source = dict(flatten(given.init_from)), dict(flatten(source))
+    kept = [name for name in source if name.startswith(("heads_", "octo_transformer/BlockTransformer_0/"))]
+    assert kept and all(np.array_equal(start[name], source[name]) for name in kept)
+    assert given.frozen == {name for name in kept if not name.startswith("heads_")}
+    assert "unused   observation_tokenizers_front" in given.documents["weights.txt"]
+
+
+def test_what_is_derived_from_the_number_of_demonstrations():
+    config = adaptation_config()
+    config.batch_size = 50
+    derived = with_schedule(config, 1200)
+    assert (derived.num_steps, derived.optimizer.warmup_steps, derived.ema_decay) == (2400, 120, 0.995833)
+    assert with_schedule(config, 10).num_steps == 500 and with_schedule(config, 10**7).num_steps == 50_000
+    config.num_steps = 40
+    short = with_schedule(config, 0)
+    assert (short.num_steps, short.optimizer.warmup_steps, short.ema_decay) == (40, 2, 0.9)
+    config.optimizer.warmup_steps, config.ema_decay = 0, 0.5
+    assert (with_schedule(config, 0).optimizer.warmup_steps, with_schedule(config, 0).ema_decay) == (0, 0.5)
+    assert with_schedule(config, 0).checkpoint.keep_best == 1
+    assert with_schedule(config, 0, validated=False).checkpoint.keep_best == 0
+    config.early_stopping.patience = 3
+    with pytest.raises(ConfigError, match="held-out"):
+        with_schedule(config, 0, validated=False)
+    config.num_steps = None
+    with pytest.raises(ConfigError, match="num_steps"):
+        with_schedule(config, 0)
+
+
+def test_words_of_the_config():
+    path = f"{ROOT}/configs/finetune.py"
+    config = load_config(f"{path}:lora,goal_image")
+    assert (config.mode, config.conditioning) == ("lora", "goal_image")
+    assert load_config(path).mode == "full" and load_config(f"{path}:tabletop").conditioning == "language"
+    from configs import finetune as module
+
+    assert module.MODES == tuple(MODES) and module.CONDITIONINGS == CONDITIONINGS
+    assert LoraSpec().targets == LORA_TARGETS and LoraSpec().rank == adaptation_config().lora.rank
+    for words, expected in (
+        ("lora,full", "exclude each other"),
+        ("language,both", "exclude each other"),
+        ("lorra", "head_mlp_only.*goal_image.*tabletop"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            load_config(f"{path}:{words}")
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--config.window_size=9"], ["window_size=9", "at most 4", "surgery.max_window=9"]),
+        (["--config.mode=lora", "--config.lora.targets=attn"], ["'attn'", "matches no parameter", "query"]),
+        (["--config.mode=lora", "--config.lora.targets=pos_embed"], ["matches no kernel", "kernels are at"]),
+        (["--config.mode=lora", "--config.lora.rank=64"], ["rank=64", "at most 32"]),
+        (["--config.mode=lorra"], ["lorra", "did you mean 'lora'"]),
+        (["--config.conditioning=text"], ["text", "goal_image"]),
+        (["--config.optimizer.freeze=nonsense"], ["nonsense", "octo_transformer"]),
+        (["--config.reinitialize=nonsense"], ["nonsense", "heads_action"]),
+        (["--config.reinitialize=.*"], ["no parameter of the checkpoint fits"]),
+        (["--config.surgery.heads.arm.action_dim=3"], ["heads.arm", "action"]),
+        (["--config.image_sizes.side=(32, 40)"], ["image_side", "copy_of"]),
+        (["--config.image_sizes.primary=(64, 64)"], ["(64, 64)", "(32, 40)", "leave"]),
+        (["--config.image_sizes={}", "--config.data.kind=rlds", "--config.data.datasets.toy.image_keys.top=x"],
+         ["image_sizes.top"]),
+        (["--config.proprio_dim=None", "--config.data.kind=rlds"], ["proprio_keys", "proprio_dim"]),
+        (["--config.num_steps=None"], ["num_steps"]),
+        (["--config.num_steps=0"], ["num_steps", "at least 1"]),
+        (["--config.text.t5_weights=nowhere"], ["nowhere"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_error(export, prepared, arguments, words):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        prepared(*SYNTHETIC, f"--config.pretrained={export}", *arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_bimanual_robot_needs_a_wider_head(export, prepared, monkeypatch, tmp_path):
+    folder = tmp_path / "data"
+    build(folder, "toy_bimanual", {"train": make_episodes(4, seed=5, action_dim=14)})
+    common = (
+        f"--config.pretrained={export}",
+        f"--config.data.data_dir={folder}",
+        "--config.data.datasets.toy.name=toy_bimanual",
+        "--config.data.num_demos=2",
+    )
+    with pytest.raises(ValueError, match=r"14 dimensions.*hold 4.*surgery.heads.action.action_dim=14"):
+        prepared(*common)
+    given = prepared(*common, "--config.surgery.heads.action.action_dim=14")
+    assert given.model.heads["action"].action_dim == 14 and given.config.num_steps == 8
+    # A head of its own, and the one that nothing trains now is left alone.
+    own = ("--config.surgery.heads.both.copy_of=action", "--config.surgery.heads.both.action_dim=14")
+    given = prepared(*common, *own, "--config.data.datasets.toy.head=both")
+    assert any(path.startswith("heads_action/") for path in given.frozen)
+    assert not any(path.startswith("heads_both/") for path in given.frozen)
+
+
+def test_wrong_paths(export, prepared, tmp_path):
+    with pytest.raises(ValueError, match="not a directory"):
+        prepared(*SYNTHETIC, f"--config.pretrained={tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="did you mean"):
+        prepared(*SYNTHETIC, f"--config.pretrained={export.parent}")
+    with pytest.raises(ConfigError, match="mode 'lora'.*config.pretrained"):
+        prepared(*SYNTHETIC, "--config.mode=lora", "--config.num_steps=2")
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
