@@ -8,6 +8,7 @@ What stands after the colon are words separated by commas:
     full       train everything (the default)
     head_only  train the action head and whatever is new; the rest is frozen
     tabletop   the settings of `make demo`: the held-out robot of the built-in world
+    robot=FILE your robot's description (configs/robots/my_robot.py is an example): data, sizes, window and head from it
 
 Your robot is described by `data.datasets.target` (keys of its cameras, proprio, actions and language), `image_sizes`,
 `proprio_dim` and `surgery` (which tokenizers and heads are replaced or added). Topology: one device upwards.
@@ -16,6 +17,7 @@ Your robot is described by `data.datasets.target` (keys of its cameras, proprio,
 from configs import tabletop
 from octo_like.common.config import ConfigError
 from octo_like.common.defaults import AUGMENTATION_PRIMARY, default_config
+from octo_like.common.robot import load_robot
 
 MODES = ("full", "head_only", "tabletop")
 
@@ -23,8 +25,8 @@ MODES = ("full", "head_only", "tabletop")
 def get_config(words: str = "full"):
     chosen = words.split(",")
     for word in chosen:
-        if word not in MODES:
-            raise ConfigError(f"configs/finetune.py: unknown word {word!r}; valid: {', '.join(MODES)}")
+        if word not in MODES and not word.startswith("robot="):
+            raise ConfigError(f"configs/finetune.py: unknown word {word!r}; valid: {', '.join(MODES)}, robot=FILE")
     config = default_config()
     config.pretrained = None  # directory of an exported policy
     config.model = None  # without `pretrained`: the model to train from scratch
@@ -41,6 +43,9 @@ def get_config(words: str = "full"):
     config.augmentation = dict(primary=AUGMENTATION_PRIMARY)
     if "tabletop" in chosen:
         _tabletop(config)
+    for word in chosen:
+        if word.startswith("robot="):
+            load_robot(word.removeprefix("robot=")).apply(config)
     if "head_only" in chosen:
         config.optimizer.freeze = (r"^octo_transformer/(?!obs_proprio|.*wrist)",)
     return config
