@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from octo_like.common import pages
+from octo_like.common.pages import Finding, findings_text
 from octo_like.common.robot import Description
 from octo_like.data import check_frames, report, rlds
-from octo_like.data.check_numbers import LAGS, Finding, Numbers, Relation, check, idle_steps
+from octo_like.data.check_numbers import LAGS, Numbers, Relation, check, idle_steps
 from octo_like.data.index import PreparedDataset, training_values
 from octo_like.data.spec import DataError
 
@@ -130,7 +132,7 @@ def relation_table(checked: Checked) -> str:
         kind = n.kind(r.action) or "-"
         looks = "-" if n.is_gripper(r.action) else r.looks or "unclear"
         rows.append([n.name(r.action), kind, f"proprio[{r.proprio}]", f"{r.level:.2f}", f"{r.change:.2f}", lag, looks])
-    return report.text_table(rows)
+    return pages.text_table(rows)
 
 
 def summary(checked: Checked) -> str:
@@ -146,12 +148,6 @@ def summary(checked: Checked) -> str:
     parts.append(report.instruction_table(prepared))
     parts.append(findings_text(checked.findings))
     return "\n\n".join(parts)
-
-
-def findings_text(findings: Sequence[Finding]) -> str:
-    """One line per finding, and how many warnings there are."""
-    warnings = sum(finding.warning for finding in findings)
-    return "\n".join([*map(str, findings), f"{warnings} warning(s)" if warnings else "no warnings"])
 
 
 def lag_plot(checked: Checked, path: str) -> bool:
@@ -183,18 +179,18 @@ def write_page(checked: Checked, folder: str, *, episodes: int = 6) -> str:
     report.action_histograms(prepared, prepared.train, pictures[1])
     if lag_plot(checked, f"{stem}_lag.png"):
         pictures.append(f"{stem}_lag.png")
-    sections = [("", report.html_findings([(f.warning, f.code, f.message) for f in checked.findings]))]
-    sections.append(("What it is", report.html_table([["", ""], *map(list, checked.facts)])))
+    sections = [("", pages.html_findings(checked.findings))]
+    sections.append(("What it is", pages.html_table([["", ""], *map(list, checked.facts)])))
     if prepared.spec.robot is not None:
         text = Description.from_json(prepared.spec.robot).describe()
-        sections.append(("What its numbers mean", report.html_text(text)))
-    sections.append(("Episodes", report.html_picture(pictures[0])))
-    sections.append(("Ranges", report.html_text(report.range_table(prepared)) + report.html_picture(pictures[1])))
+        sections.append(("What its numbers mean", pages.html_text(text)))
+    sections.append(("Episodes", pages.html_picture(pictures[0])))
+    sections.append(("Ranges", pages.html_text(report.range_table(prepared)) + pages.html_picture(pictures[1])))
     if checked.relations:
-        body = report.html_text(relation_table(checked)) + "".join(map(report.html_picture, pictures[2:]))
+        body = pages.html_text(relation_table(checked)) + "".join(map(pages.html_picture, pictures[2:]))
         sections.append(("Actions and what they move", body))
-    sections.append(("Instructions", report.html_text(report.instruction_table(prepared, limit=50))))
+    sections.append(("Instructions", pages.html_text(report.instruction_table(prepared, limit=50))))
     path = f"{stem}.html"
     with open(path, "w", encoding="utf-8") as file:
-        file.write(report.html_document(f"Demonstrations: {prepared.key} {prepared.version}", sections))
+        file.write(pages.html_document(f"Demonstrations: {prepared.key} {prepared.version}", sections))
     return path

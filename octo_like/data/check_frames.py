@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from octo_like.common.pages import Finding
 from octo_like.data import frames, rlds
-from octo_like.data.check_numbers import Finding
 from octo_like.data.episodes import load_episode
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.rlds import RldsSplit

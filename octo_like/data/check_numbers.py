@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from octo_like.common.pages import Finding
 from octo_like.common.robot import UNITS, Action, Description
 
 FEW_DEMOS = 10
@@ -19,24 +20,6 @@ SIMILAR = 0.6  # correlation with which a dimension has a say in the lag
 MAX_LAG_S, MIN_LAG_STEPS = 0.3, 3  # how far the motion may follow the command
 LAGS = np.arange(-6, 13)  # steps
 MAX_EPISODES = 300  # looked at for correlations, spread over the data
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One thing that was found.
-
-    Attributes:
-      code: short name of the check.
-      message: what, where, and what to do.
-      warning: False for a note.
-    """
-
-    code: str
-    message: str
-    warning: bool = True
-
-    def __str__(self) -> str:
-        return f"{'WARNING' if self.warning else 'note'} {self.code}: {self.message}"
 
 
 @dataclasses.dataclass(frozen=True)

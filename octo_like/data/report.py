@@ -9,19 +9,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from octo_like.common import normalization
+from octo_like.common.pages import STYLE, text_table
 from octo_like.data import frames
 from octo_like.data.episodes import load_episode
 from octo_like.data.index import Index, PreparedDataset
 
 COLUMNS = ("min", "p01", "mean", "std", "p99", "max")
-
-
-def text_table(rows: list[list[str]]) -> str:
-    """Rows of text in columns; the first is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-             for row in rows]  # fmt: skip
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def mixture_rows(
@@ -194,19 +187,6 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
     figure.savefig(path, dpi=90)
 
 
-_STYLE = (
-    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 8px;text-align:right;"
-    "border-bottom:1px solid #ccc}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-)
-
-
-_FINDINGS = (
-    "ul.findings{list-style:none;padding:0}.findings li{padding:6px 10px;margin:4px 0;border-left:5px solid #888;"
-    "background:#f6f6f6}.findings li.warn{border-color:#d1242f;background:#fff1f0}"
-    ".findings li.good{border-color:#1a7f37}"
-)
-
-
 def html_page(
     datasets: Mapping[str, PreparedDataset], pictures: Mapping[str, Sequence[str]], samples: int | None = None
 ) -> str:
@@ -217,7 +197,7 @@ def html_page(
       samples: see `mixture_rows`.
     """
     header, rows = mixture_rows(datasets, samples)
-    parts = [f"<!doctype html><meta charset=utf-8><title>datasets</title><style>{_STYLE}</style><h1>Mixture</h1>"]
+    parts = [f"<!doctype html><meta charset=utf-8><title>datasets</title><style>{STYLE}</style><h1>Mixture</h1>"]
     cells = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
              for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
     parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
@@ -232,43 +212,3 @@ def html_page(
         parts.append(f"<pre>{html.escape(range_table(prepared))}</pre>")
         parts.append(f"<pre>{html.escape(instruction_table(prepared))}</pre>")
     return "\n".join(parts) + "\n"
-
-
-# ---------------------------------------------------------------- pieces of pages
-
-
-def html_document(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A page of (heading, HTML) sections."""
-    title = html.escape(title)
-    parts = [
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}{_FINDINGS}</style><h1>{title}</h1>"
-    ]
-    parts += [(f"<h2>{html.escape(heading)}</h2>" if heading else "") + body for heading, body in sections]
-    return "\n".join(parts) + "\n"
-
-
-def html_text(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the header."""
-    cells = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
-             for tag, row in [("th", rows[0]), *(("td", row) for row in rows[1:])]]  # fmt: skip
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def html_picture(path: str) -> str:
-    """A PNG put into the page."""
-    with open(path, "rb") as file:
-        content = base64.b64encode(file.read()).decode()
-    return f'<p><img alt="" src="data:image/png;base64,{content}">'
-
-
-def html_findings(findings: Sequence[tuple[bool, str, str]]) -> str:
-    """(is a warning, code, message) as a list; says so when there are no warnings."""
-    lines = [f'<li class={"warn" if warning else "note"}><b>{html.escape(code)}</b> {html.escape(message)}'
-             for warning, code, message in findings]  # fmt: skip
-    if not any(warning for warning, _, _ in findings):
-        lines.insert(0, "<li class=good>no warnings")
-    return f"<ul class=findings>{''.join(lines)}</ul>"

@@ -130,7 +130,7 @@ FIRST = simulate("delta")[1][0][0, 0]
         ("gripper_range", lambda: numbers(data=changed("delta", put(2, lambda a, p: 2 * a[:, 2] - 1)))),
         ("gripper_range", lambda: numbers(data=changed("delta", put(2, lambda a, p: 0.04 * a[:, 2])))),
         ("idle", lambda: numbers(data=changed("delta", lambda a, p: a * (np.arange(len(a)) < 15)[:, None]))),
-        ("saturated", lambda: numbers(data=changed("delta", lambda a, p: np.clip(a, [-0.01, -0.01, 0], [0.01, 0.01, 1])))),
+        ("saturated", lambda: numbers(data=changed("delta", lambda a, p: a.clip([-0.01, -0.01, 0], [0.01, 0.01, 1])))),
         ("outlier", lambda: numbers(data=changed("delta", spike))),
         ("few_demos", lambda: numbers(data=simulate("delta", episodes=6))),
         ("short_demos", lambda: dataclasses.replace(numbers(), horizon=50)),
