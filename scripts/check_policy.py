@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--control_hz", type=float, help="control rate (default: the robot's)")
     parser.add_argument("--calls", type=int, default=100, help="timed calls (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit status 2 when there are warnings")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # datasets may stand behind options
 
     from octo_like.common.robot import Description
     from octo_like.data.index import prepare_dataset
