@@ -21,6 +21,7 @@ CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-colle
 # Extra: the modules it brings and what they are for.
 EXTRAS = {
     "data": (("tensorflow", "tensorflow_datasets"), "reading RLDS datasets, needed for training"),
+    "demos": (("av", "h5py", "pyarrow"), "converting recordings"),
     "serve": (("websockets",), "serving a policy to a robot"),
     "wandb": (("wandb",), "logging to Weights & Biases"),
     "notebook": (("ipykernel",), "notebooks"),
