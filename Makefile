@@ -69,7 +69,7 @@ test: $(READY) ## the test suite without what is marked slow
 test-all: $(READY) ## the whole test suite
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-lerobot: $(READY) ## converts datasets that the real lerobot writes (installs it in .venv-lerobot, about 6 GB)
+test-lerobot: $(READY) ## converts datasets that the real lerobot writes (installs it in .venv-lerobot, about 8 GB)
 	@[ -x .venv-lerobot/bin/python ] || $(PYTHON) -m venv .venv-lerobot
 	@.venv-lerobot/bin/python -c "import lerobot" 2>/dev/null || .venv-lerobot/bin/pip install --quiet lerobot==0.4.4
 	@OCTO_LEROBOT_PYTHON=$(CURDIR)/.venv-lerobot/bin/python $(PY) -m pytest tests/data/test_convert_lerobot.py $(ARGS)

@@ -1,13 +1,16 @@
 """The description of a robot: what it refuses, what it becomes in a config, that it survives JSON and exports."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
 from octo_like.common.config import ConfigError, load_config
 from octo_like.common.robot import Action, Camera, Description, Robot, RobotError, absolute, delta, gripper, load_robot
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.model.describe import model_card
+from octo_like.model.octo import init_params
 from tests.robot.tiny import tiny_policy
 
 ACTIONS = (
@@ -114,3 +117,11 @@ def test_exports_carry_it(tmp_path):
     assert Description.from_json(loaded.statistics["mine"]["robot"]) == robot().description()
     assert "## Robot of mine" in model_card(loaded) and "action[1] q: absolute [rad]" in model_card(loaded)
     assert "## Robot" not in model_card(tiny_policy("mine", 3, None))
+
+
+def test_a_window_that_the_model_does_not_have():
+    """What finetune.py says when a robot asks for more history than the pretrained model was built for."""
+    policy = tiny_policy("mine", 3, None)
+    spec = dataclasses.replace(policy.batch_spec, window_size=2)
+    with pytest.raises(ValueError, match="window of 2 observations, but this model was built for at most 1"):
+        jax.eval_shape(lambda: init_params(policy.model, spec, jax.random.key(0)))

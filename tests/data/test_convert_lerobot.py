@@ -1,4 +1,4 @@
-"""Datasets that the real lerobot package writes. `make test-lerobot` installs it (about 6 GB) and runs these."""
+"""Datasets that the real lerobot package writes. `make test-lerobot` installs it (about 8 GB) and runs these."""
 
 import json
 import os
