@@ -230,4 +230,4 @@ def test_command(tmp_path, repository, monkeypatch, capsys):
     ):
         assert main(*common, *arguments) == 1
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and message in error, error
+        assert "Traceback" not in error and "error: " in error and message in error, error
