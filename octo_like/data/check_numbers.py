@@ -13,7 +13,7 @@ from octo_like.common.robot import UNITS, Action, Description
 
 FEW_DEMOS = 10
 SATURATED, IDLE = 0.25, 0.3  # shares of the steps
-SHORT = 0.05  # share of the episodes
+SHORT = 0.1  # share of the episodes
 OUTLIER = 20.0  # standard deviations
 SURE = 0.85  # correlation that tells an absolute action or a change from noise
 SIMILAR = 0.6  # correlation with which a dimension has a say in the lag
