@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-faults aot test-aot demo lint lock doctor clean
+.PHONY: help setup test test-all test-faults aot test-aot test-lerobot demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -88,6 +88,11 @@ $(AOT_READY): $(READY)
 test-aot: $(AOT_READY) ## compiles for TPU topologies that are not here
 	@PYTHONPATH=$(CURDIR)/$(AOT) JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m aot tests/aot $(ARGS)
 
+test-lerobot: $(READY) ## converts datasets that the real lerobot writes (installs it in .venv-lerobot, about 8 GB)
+	@[ -x .venv-lerobot/bin/python ] || $(PYTHON) -m venv .venv-lerobot
+	@.venv-lerobot/bin/python -c "import lerobot" 2>/dev/null || .venv-lerobot/bin/pip install --quiet lerobot==0.4.4
+	@OCTO_LEROBOT_PYTHON=$(CURDIR)/.venv-lerobot/bin/python $(PY) -m pytest tests/data/test_convert_lerobot.py $(ARGS)
+
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)
 
@@ -100,9 +105,9 @@ doctor: $(READY) ## checks this machine: versions, storage, devices, collectives
 	@$(PY) scripts/doctor.py $(ARGS)
 
 lock: ## renews the lock from setup.py (needs uv)
-	@$(UV) pip compile setup.py --extra data --extra serve --extra notebook --extra dev --upgrade --quiet \
+	@$(UV) pip compile setup.py --extra data --extra demos --extra serve --extra notebook --extra dev --upgrade --quiet \
 		--python-version 3.11 --universal --fork-strategy fewest --no-annotate --no-header --output-file $(LOCK).tmp
-	@{ echo "# Exact versions of the CPU set-up: the core and the extras data, serve, notebook, dev. Renewed by \`make lock\`."; \
+	@{ echo "# Exact versions of the CPU set-up: the core and the extras data, demos, serve, notebook, dev. Renewed by \`make lock\`."; \
 		cat $(LOCK).tmp; } > $(LOCK) && rm $(LOCK).tmp
 
 clean: ## removes the environment and caches; runs/ stays

@@ -35,6 +35,8 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.9",
         "importlib-resources",  # TFDS needs it for builders in packages and does not ask for it
     ],
+    # Reading recordings in LeRobot's format (parquet and mp4) and in HDF5, for scripts/convert_demos.py.
+    "demos": ["av>=14", "h5py", "pyarrow"],
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     # The same for machines without a TPU, of which only the compiler is used (scripts/aot_compile.py).

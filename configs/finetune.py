@@ -8,6 +8,7 @@ What stands after the colon are words separated by commas, at most one of each g
     what is trained     full (the default), frozen_transformer, head_only, head_mlp_only, lora
     what says the task  language (the default), goal_image, both
     settings            tabletop: those of `make demo`, for the held-out robot of the built-in world
+    robot=FILE          your robot's description (configs/robots/my_robot.py is an example): data, sizes, window and head
 
 Your robot is described by `data.datasets.target` (keys of its cameras, proprio, actions and language), `proprio_dim`
 and `surgery` (which parts of the pretrained model are changed, replaced, added or removed). What each mode trains, and
@@ -17,6 +18,7 @@ how the values that are None are derived, is in docs/finetune.md. Topology: one 
 from configs import tabletop
 from octo_like.common.config import ConfigError
 from octo_like.common.defaults import AUGMENTATION_PRIMARY, AUGMENTATION_WRIST, adaptation_config
+from octo_like.common.robot import load_robot
 
 MODES = ("full", "frozen_transformer", "head_only", "head_mlp_only", "lora")
 CONDITIONINGS = ("language", "goal_image", "both")
@@ -26,16 +28,19 @@ SETTINGS = ("tabletop",)
 def get_config(words: str = "full"):
     chosen = [word.strip() for word in words.split(",")]
     for word in chosen:
-        if word not in MODES + CONDITIONINGS + SETTINGS:
+        if word not in MODES + CONDITIONINGS + SETTINGS and not word.startswith("robot="):
             raise ConfigError(
-                f"unknown word {word!r}; valid: one of {', '.join(MODES)}; one of {', '.join(CONDITIONINGS)}; "
-                f"and {', '.join(SETTINGS)}"
+                f"configs/finetune.py: unknown word {word!r}; valid: one of {', '.join(MODES)}; one of "
+                f"{', '.join(CONDITIONINGS)}; {', '.join(SETTINGS)}; robot=FILE"
             )
     config = adaptation_config()
     config.data.datasets = dict(target=_target())
     config.augmentation = dict(primary=AUGMENTATION_PRIMARY, secondary=AUGMENTATION_PRIMARY, wrist=AUGMENTATION_WRIST)
     if "tabletop" in chosen:
         _tabletop(config)
+    for word in chosen:
+        if word.startswith("robot="):
+            load_robot(word.removeprefix("robot=")).apply(config)
     config.mode = _one_of(chosen, MODES) or config.mode
     config.conditioning = _one_of(chosen, CONDITIONINGS) or config.conditioning
     if config.mode == "lora":

@@ -31,7 +31,8 @@ from doctor_report import CLOCK_SECONDS, Report, gather, show
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections", "sentencepiece", "gymnasium")
 # Extra: the modules it brings and what they are for.
 EXTRAS = {
-    "data": (("tensorflow", "tensorflow_datasets"), "reading datasets, needed for training"),
+    "data": (("tensorflow", "tensorflow_datasets"), "reading RLDS datasets, needed for training"),
+    "demos": (("av", "h5py", "pyarrow"), "converting recordings"),
     "serve": (("websockets",), "serving a policy to a robot"),
     "wandb": (("wandb",), "logging to Weights & Biases"),
     "notebook": (("ipykernel",), "notebooks"),

@@ -22,7 +22,7 @@ ARROWS = {
     "envs": set(),
 }
 # `training -> robot` is for closed-loop evaluation during training, and for nothing else.
-ARROW_EXCEPTIONS = {("training", "robot"): {"training/evaluation.py"}}
+ARROW_EXCEPTIONS = {("training", "robot"): {"training/evaluation.py", "training/policy_check.py"}}
 
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_cpu", "tfds")
 
@@ -198,9 +198,9 @@ def test_core_needs_no_tensorflow_and_every_extra_exists():
     core, extras = setup_lists()
     names = {re.match(r"[\w-]+", line)[0].lower() for line in core}
     assert not names & {"tensorflow", "tensorflow-cpu", "tensorflow-datasets", "torch", "wandb", "websockets"}
-    assert set(extras) == {"data", "cuda", "tpu", "aot", "sim", "serve", "hub", "wandb", "notebook", "dev"}
+    assert set(extras) == {"data", "demos", "cuda", "tpu", "aot", "sim", "serve", "hub", "wandb", "notebook", "dev"}
     pinned = requirements((ROOT / "requirements" / "cpu.lock").read_text())
-    locked = [line for extra in ("data", "serve", "notebook", "dev") for line in extras[extra]]
+    locked = [line for extra in ("data", "demos", "serve", "notebook", "dev") for line in extras[extra]]
     needed = {re.match(r"[\w-]+", line)[0].lower() for line in [*core, *locked]}
     assert needed <= set(pinned)
 

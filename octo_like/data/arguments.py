@@ -5,6 +5,7 @@ import importlib.util
 import json
 from typing import Any
 
+from octo_like.common.robot import Robot, RobotError, load_robot
 from octo_like.data.oxe import mixes, registry
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 
@@ -17,6 +18,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
         "datasets", nargs="*", metavar="DATASET", help="names below DATA_DIR; known ones use the registry"
     )
     parser.add_argument("--config", help="use the datasets of this config file instead")
+    parser.add_argument("--robot", metavar="FILE", help="use the dataset of a robot's description instead")
     parser.add_argument(
         "--mix", help=f"use a named mixture, or the DATASETs of it that are named: {', '.join(mixes.MIXES)}"
     )
@@ -31,17 +33,28 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
     """{name: DatasetSpec} of parsed arguments. Raises DataError naming the argument that is wrong."""
-    given = [bool(args.datasets or args.mix), bool(args.config)]
+    given = [bool(args.datasets or args.mix), bool(args.config), bool(args.robot)]
     if sum(given) != 1:
-        raise DataError("name datasets or a --mix, or give --config: exactly one of them")
-    if args.config:
-        datasets: dict[str, Any] = mixes.datasets_from_config(load_config_file(args.config).data)
+        raise DataError("name datasets or a --mix, or give --config or --robot: exactly one of them")
+    if args.robot:
+        robot = robot_from_file(args.robot)
+        datasets: dict[str, Any] = {robot.name: robot.dataset_fields()}
+    elif args.config:
+        datasets = mixes.datasets_from_config(load_config_file(args.config).data)
     elif args.mix:
         datasets = mixes.mix(args.mix, args.datasets)
     else:
         datasets = {name: {"standardize": name} if name in registry.REGISTRY else {} for name in args.datasets}
     changes = dict(_field(item) for item in args.set)
     return specs_from_config({name: {**fields, **changes} for name, fields in datasets.items()})
+
+
+def robot_from_file(path: str) -> Robot:
+    """The robot that a file describes. Raises DataError for what `octo_like.common.robot.load_robot` refuses."""
+    try:
+        return load_robot(path)
+    except RobotError as error:
+        raise DataError(str(error)) from error
 
 
 def load_config_file(path: str) -> Any:

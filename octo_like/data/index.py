@@ -86,6 +86,7 @@ def prepare_dataset(
     split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=max_bad_fraction)
     _caution(key, spec, split)
     function = EpisodeFunction(spec, split.features)
+    _check_robot(key, spec, function)
     whole = load_index(split, function, cache_dir, progress, **options)
     index, val_whole = whole.index, whole
     instructions = collections.Counter(whole.instructions)
@@ -146,6 +147,37 @@ def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
             spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots
         ):
             logging.warning("%s: %s", key, said)
+
+
+def _check_robot(key: str, spec: DatasetSpec, function: EpisodeFunction) -> None:
+    """Raises DataError when the robot's description has other dimensions than the data."""
+    if spec.robot is None:
+        return
+    for part, names, width in (
+        ("action", spec.robot["action_name"], function.action_dim),
+        ("proprio", spec.robot["proprio_names"], function.proprio_dim or 0),
+    ):
+        if names and len(names) != width:
+            raise DataError(
+                f"{key}: the robot's description has {len(names)} {part} dimensions ({', '.join(names)}), the data has "
+                f"{width}"
+            )
+
+
+def training_values(
+    prepared: PreparedDataset, data_dir: str, cache_dir: str | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(action (T, A) or (T, N, A), proprio (T, P)) of each training episode, physical units, read from the index.
+
+    No record is read and no image decoded. P is 0 without proprioception.
+    """
+    spec = prepared.spec
+    split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=1.0)
+    whole = load_index(split, prepared.function, cache_dir, False, max_bad_fraction=1.0)
+    chosen = np.isin(whole.index.record_hash, prepared.train.record_hash)
+    for number, rows in enumerate(_episodes(whole)):
+        if chosen[number]:
+            yield _values(rows, prepared.function)
 
 
 def _values(rows: np.ndarray, function: EpisodeFunction) -> tuple[np.ndarray, np.ndarray]:

@@ -123,7 +123,12 @@ def inputs_from_config(
         **shared,
     )
     statistics = {
-        name: {**stats, "normalization": specs[name].normalization, "head": specs[name].head}
+        name: {
+            **stats,
+            "normalization": specs[name].normalization,
+            "head": specs[name].head,
+            **({} if specs[name].robot is None else {"robot": specs[name].robot}),
+        }
         for name, stats in stream.statistics.items()
     }
     environments = {name: one.env for name, one in specs.items() if one.env is not None}

@@ -9,18 +9,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from octo_like.common import normalization
+from octo_like.common.pages import STYLE, text_table
 from octo_like.data import frames
 from octo_like.data.episodes import load_episode
 from octo_like.data.index import Index, PreparedDataset
 
 COLUMNS = ("min", "p01", "mean", "std", "p99", "max")
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-             for row in rows]  # fmt: skip
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def mixture_rows(
@@ -57,7 +51,7 @@ def mixture_rows(
 def mixture_table(datasets: Mapping[str, PreparedDataset], samples: int | None = None) -> str:
     """`mixture_rows` as text."""
     header, rows = mixture_rows(datasets, samples)
-    return _table([header, *rows])
+    return text_table([header, *rows])
 
 
 def range_table(prepared: PreparedDataset) -> str:
@@ -71,7 +65,7 @@ def range_table(prepared: PreparedDataset) -> str:
             how = prepared.spec.normalization if stats["mask"][d] else "no"
             how = "constant" if stats["mask"][d] and stats["min"][d] == stats["max"][d] else how
             rows.append([f"{key}[{d}]", *(f"{stats[c][d]:.4g}" for c in COLUMNS), how])
-    return _table(rows)
+    return text_table(rows)
 
 
 def instruction_table(prepared: PreparedDataset, limit: int = 10) -> str:
@@ -193,12 +187,6 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
     figure.savefig(path, dpi=90)
 
 
-_STYLE = (
-    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 8px;text-align:right;"
-    "border-bottom:1px solid #ccc}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-)
-
-
 def html_page(
     datasets: Mapping[str, PreparedDataset], pictures: Mapping[str, Sequence[str]], samples: int | None = None
 ) -> str:
@@ -209,7 +197,7 @@ def html_page(
       samples: see `mixture_rows`.
     """
     header, rows = mixture_rows(datasets, samples)
-    parts = [f"<!doctype html><meta charset=utf-8><title>datasets</title><style>{_STYLE}</style><h1>Mixture</h1>"]
+    parts = [f"<!doctype html><meta charset=utf-8><title>datasets</title><style>{STYLE}</style><h1>Mixture</h1>"]
     cells = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
              for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
     parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")

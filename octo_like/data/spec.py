@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from octo_like.common.normalization import KINDS
+from octo_like.common.robot import Description, RobotError
 
 IDLE_OF = ("action", "change")
 
@@ -80,6 +81,8 @@ class DatasetSpec:
         `octo_like.data.approximate`.
       compat: reading of a registry dataset: None (with our corrections), "octo" or "openvla" (theirs, see docs/oxe.md).
       blank_text: whether a registry dataset's instructions are dropped; None: as the registry says.
+      robot: what the numbers mean, control rate and names, as `octo_like.common.robot.Description.to_json` writes it,
+        or None. Nothing that is learned depends on it; checks, reports and the policy's card use it.
     """
 
     name: str
@@ -114,6 +117,7 @@ class DatasetSpec:
     source: str | None = None
     compat: str | None = None
     blank_text: bool | None = None
+    robot: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if self.normalization not in KINDS:
@@ -217,6 +221,11 @@ class DatasetSpec:
         data["bgr_slots"] = tuple(data.get("bgr_slots") or ())
         mask = data.get("action_normalization_mask")
         data["action_normalization_mask"] = None if mask is None else tuple(bool(m) for m in mask)
+        if data.get("robot") is not None:
+            try:
+                data["robot"] = Description.from_json(data["robot"]).to_json()
+            except RobotError as error:
+                raise DataError(f"{data['name']}: {error}") from error
         for field in ("frame_slice", "relative_to"):
             data[field] = None if data.get(field) is None else tuple(data[field])
         return cls(**data)

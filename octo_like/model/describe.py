@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from octo_like.common.robot import Description
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.model.attention import GroupLayout, may_attend
 from octo_like.model.backbone import layout
@@ -189,6 +190,11 @@ def model_card(policy) -> str:
         f"{len(entry['action']['mean'])} | {entry.get('normalization', 'normal')} |\n"
         for name, entry in sorted(policy.statistics.items())
     )
+    robots = "".join(
+        f"\n## Robot of {name}\n\n```\n{Description.from_json(entry['robot']).describe()}\n```\n"
+        for name, entry in sorted(policy.statistics.items())
+        if entry.get("robot")
+    )
     language = policy.batch_spec.language_length is not None and policy.text_tokenizer is not None
     task = 'texts=["..."]' if language else 'goals={"image_...": image}'
     compat = policy.config["model"].get("octo_compat", False)
@@ -217,7 +223,7 @@ actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnorm
 
 | dataset (name for `unnormalize`) | trajectories | transitions | action dimensions | normalisation |
 |---|---|---|---|---|
-{datasets}
+{datasets}{robots}
 ## Inputs, outputs and parts
 
 ```
