@@ -1,4 +1,4 @@
-"""Demonstrations of the simulators' scripted experts, as RLDS episodes. No TensorFlow, and no simulator in this process.
+"""Demonstrations of the simulators' scripted experts, as RLDS episodes. No TensorFlow here, no simulator either.
 
 Seeds: task k (counted over all groups in the order of `GROUPS`) uses 1e6 k + i for training and 5e8 + 1e6 k + i for
 validation, i = 0, 1, 2... Evaluation uses seeds of 1e9 and above. The first n episodes of a task are the same whatever

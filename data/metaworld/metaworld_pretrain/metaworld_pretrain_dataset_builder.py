@@ -1,4 +1,7 @@
-"""RLDS demonstrations of the Meta-World tasks that the small policy is pretrained on. Built by `tfds build` here, or by data/sims/build.py."""
+"""RLDS demonstrations of the Meta-World tasks that the small policy is pretrained on.
+
+Built by `tfds build` here, or by data/sims/build.py.
+"""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""Environments whose simulator runs in another process, as ordinary gymnasium environments. NumPy and the standard library.
+"""Environments whose simulator runs in another process, as ordinary gymnasium environments.
 
 Several environments share a process, and `SimulatorPool` has several processes: `octo_like.robot.rollout.evaluate` with
 `threads` steps them side by side. What an episode looks like depends on its seed alone, not on where it runs.
@@ -24,7 +24,7 @@ DEFAULT_PROCESSES = "OCTO_LIKE_SIM_PROCESSES"
 
 
 class SimulatorError(RuntimeError):
-    """A simulator process ended, or failed in a way that is no mistake of the caller; the message holds its own words."""
+    """A simulator process ended, or failed by no mistake of the caller; the message holds its own words."""
 
 
 class SimulatorProcess:

@@ -1,4 +1,4 @@
-"""What the simulated robots may be asked to do: names, words, and which environment judges. Plain data, no simulator."""
+"""What the simulated robots may be asked to do: names, words, which environment judges. Plain data, no simulator."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ METAWORLD_HELDOUT: Mapping[str, SimTask] = _by_name(
 FETCH: Mapping[str, SimTask] = _by_name(
     SimTask("reach", "FetchReach", ("reach the red ball", "move the gripper to the red ball")),
     SimTask("push", "FetchPush", ("push the block to the red ball", "slide the block to the red ball")),
-    SimTask("pick-and-place", "FetchPickAndPlace", ("lift the block to the red ball", "pick up the block for the ball")),
+    SimTask("pick-and-place", "FetchPickAndPlace", ("lift the block to the ball", "pick up the block for the ball")),
 )
 # What a registered environment or a dataset holds: name of the group -> (simulator, tasks).
 GROUPS: Mapping[str, tuple[str, Mapping[str, SimTask]]] = {
