@@ -1,4 +1,4 @@
-"""How much does pretraining help a robot that it has never seen? The adaptation benchmark, end to end, in two simulators.
+"""How much does pretraining help a robot that it has never seen? The adaptation benchmark, end to end.
 
     python scripts/benchmark_adaptation.py                      # everything, below runs/adaptation
     python scripts/benchmark_adaptation.py --demos 50 --groups fetch --modes full lora
@@ -333,10 +333,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plan(settings: Settings, groups: Sequence[str]) -> list[list[Cell]]:
-    """Cells in the order of importance, in units: a grid from scratch is one, its test (the last) comes when it is known.
-
-    Every unit is a list of cells; a unit of several cells is a grid, whose best is then tested.
-    """
+    """Cells in units, in the order of importance; a unit of several cells is a grid, whose best is then tested."""
     units: list[list[Cell]] = [[cell] for cell in base_cells(settings)]
     first, *others = settings.modes
     for number in settings.demos:
@@ -350,7 +347,7 @@ def plan(settings: Settings, groups: Sequence[str]) -> list[list[Cell]]:
 
 
 def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
-    """Runs every cell of the plan that is not finished, with a bar over all of them, and renews the report after each."""
+    """Runs every cell of the plan that is not finished, with a bar over all, and renews the report after each."""
     from tqdm import tqdm
 
     units = plan(benchmark.settings, groups)
