@@ -38,7 +38,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     # Physics simulators for closed-loop evaluation; newer MuJoCo does not work with them yet.
-    "sim": ["gymnasium-robotics>=1.4", "mujoco>=3.3,<4"],
+    "sim": ["gymnasium-robotics>=1.4", "metaworld>=3.0", "mujoco>=3.3,<4"],
     "serve": ["websockets>=14"],
     "hub": ["huggingface_hub"],
     "wandb": ["wandb"],

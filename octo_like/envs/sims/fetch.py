@@ -117,10 +117,10 @@ class Expert:
         offset = block - hand
         aside = float(np.linalg.norm(offset[:2]))
         width = float(state["observation"][9:11].sum())
+        if 0.03 < width < 0.056 and aside < 0.03 and abs(offset[2]) < 0.03:
+            return goal, -1.0  # the fingers hold its 5 cm
         if aside < 0.015 and abs(offset[2]) < 0.015:
-            if width > 0.055:
-                return hand, -1.0  # closing; the block is 5 cm wide
-            return goal, -1.0
+            return hand, -1.0
         if aside < 0.02:
             return block, 1.0
         return np.append(block[:2], max(hand[2], block[2] + self.ABOVE)), 1.0
