@@ -20,7 +20,9 @@ class Echo:
         return sorted(name for name in ("tensorflow", "jax", "mujoco") if name in sys.modules)
 
     def fail(self, kind, message):
-        raise {"ValueError": ValueError, "KeyError": KeyError, "ModuleNotFoundError": ModuleNotFoundError}[kind](message)
+        raise {"ValueError": ValueError, "KeyError": KeyError, "ModuleNotFoundError": ModuleNotFoundError}[kind](
+            message
+        )
 
     def die(self):
         print("last words", file=sys.stderr, flush=True)

@@ -182,9 +182,7 @@ env = gymnasium.make("octo_like/Fetch-v0")
 observation, info = env.reset(seed=1)
 print(observation["image_primary"].shape, info["task"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=repository
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=repository)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "(64, 64, 3)" in done.stdout
 

@@ -15,6 +15,10 @@ from octo_like.envs.sims.camera import Camera, View
 from octo_like.envs.sims.tasks import SimTask, find_task
 
 RESET_OPTIONS = ("task",)
+CAMERAS_OPEN = 8  # each holds the model's meshes and textures: 80 MB
+
+_IDLE: dict[tuple[str, str], list[Any]] = defaultdict(list)  # (simulator, task) -> environments that no episode uses
+_CAMERAS: dict[tuple[str, str, str, int], Camera] = {}  # (simulator, task, slot, size), in the order of use
 
 
 class Simulation(gymnasium.Env, abc.ABC):
@@ -31,7 +35,7 @@ class Simulation(gymnasium.Env, abc.ABC):
       image_sizes: camera slot -> pixels, for other than the default sizes.
 
     A subclass implements the four methods at the end. Environments of a task are kept and used again by later episodes;
-    cameras are shared by all environments of a task in this process.
+    cameras are shared by all environments of a task in this process, and the CAMERAS_OPEN used last are kept open.
     """
 
     ACTION: tuple[str, ...]
@@ -40,9 +44,6 @@ class Simulation(gymnasium.Env, abc.ABC):
     IMAGE_SIZES: Mapping[str, int]
     ACTION_REPEAT: int
     MAX_STEPS: int
-
-    _idle: Any = None  # (simulator, task) -> environments that no episode uses
-    _cameras: Any = None  # (simulator, task, slot, size) -> Camera
 
     def __init__(self, tasks: Mapping[str, SimTask], image_sizes: Mapping[str, int] | None = None):
         self.tasks = dict(tasks)
@@ -80,7 +81,7 @@ class Simulation(gymnasium.Env, abc.ABC):
         self._release()
         self.task = task
         self.instruction = task.instructions[int(rng.integers(len(task.instructions)))]
-        idle = _idle_environments()[type(self).__name__, task.name]
+        idle = _IDLE[type(self).__name__, task.name]
         self._env = idle.pop() if idle else self._make(task)
         self._start(self._env, episode_seed)
         self.success, self._steps, self._done = False, 0, False
@@ -117,7 +118,7 @@ class Simulation(gymnasium.Env, abc.ABC):
 
     def _release(self) -> None:
         if self._env is not None:
-            _idle_environments()[type(self).__name__, self.task.name].append(self._env)
+            _IDLE[type(self).__name__, self.task.name].append(self._env)
             self._env, self._done = None, True
 
     def _observation(self) -> dict[str, np.ndarray]:
@@ -125,10 +126,12 @@ class Simulation(gymnasium.Env, abc.ABC):
         return {**images, "proprio": np.asarray(self._proprio(self._env), np.float32)}
 
     def _picture(self, slot: str, size: int) -> np.ndarray:
-        cameras, key = _cameras(), (type(self).__name__, self.task.name, slot, size)
-        if key not in cameras:
-            cameras[key] = Camera(self._env.model, self.VIEWS[slot], size)
-        return cameras[key].render(self._env.data)
+        key = (type(self).__name__, self.task.name, slot, size)
+        camera = _CAMERAS.pop(key, None) or Camera(self._env.model, self.VIEWS[slot], size)
+        _CAMERAS[key] = camera  # last in the order of use
+        if len(_CAMERAS) > CAMERAS_OPEN:
+            _CAMERAS.pop(next(iter(_CAMERAS))).close()
+        return camera.render(self._env.data)
 
     def _info(self) -> dict[str, Any]:
         return {"instruction": self.instruction, "task": self.task.name, "success": bool(self.success)}
@@ -152,18 +155,6 @@ class Simulation(gymnasium.Env, abc.ABC):
     @abc.abstractmethod
     def expert_action(self) -> np.ndarray:
         """What a scripted expert, which sees the true state, would command now: (4,), clipped."""
-
-
-_IDLE: dict[tuple[str, str], list[Any]] = defaultdict(list)
-_CAMERAS: dict[tuple[str, str, str, int], Camera] = {}
-
-
-def _idle_environments() -> dict[tuple[str, str], list[Any]]:
-    return _IDLE
-
-
-def _cameras() -> dict[tuple[str, str, str, int], Camera]:
-    return _CAMERAS
 
 
 def demonstrate(simulation: Simulation, task: str, seed: int, noise: float = 0.0) -> dict[str, Any]:
