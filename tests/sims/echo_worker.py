@@ -1,4 +1,4 @@
-"""A stand-in for the simulators' worker: speaks the same protocol, has no simulator. `python -m tests.sims.echo_worker FD`."""
+"""A stand-in for the simulators' worker (`python -m tests.sims.echo_worker FD`): the same protocol, no simulator."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Bookkeeping of the adaptation benchmark: cells, keys, resuming, selection, table. Policies and simulators are made up."""
+"""Bookkeeping of the adaptation benchmark: cells, keys, resuming, selection, table. Policies are made up."""
 
 import dataclasses
 import importlib.util
