@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import mujoco
 import numpy as np
 
 
@@ -29,9 +28,15 @@ class Camera:
     """Renders square pictures of any simulation of one model (or of models made from the same file).
 
     Shadows, reflections and multisampling are off: in software they cost ten times the rest.
+
+    Args:
+      model: `mujoco.MjModel`.
+      size: pixels.
     """
 
-    def __init__(self, model: mujoco.MjModel, view: View, size: int):
+    def __init__(self, model: Any, view: View, size: int):
+        import mujoco  # here and not above: modules of the package can be imported without the extra
+
         model.vis.quality.shadowsize = 0
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
@@ -46,8 +51,8 @@ class Camera:
             self._camera.distance = view.distance
             self._camera.azimuth, self._camera.elevation = view.azimuth, view.elevation
 
-    def render(self, data: mujoco.MjData) -> np.ndarray:
-        """The picture (size, size, 3) uint8 of a simulation."""
+    def render(self, data: Any) -> np.ndarray:
+        """The picture (size, size, 3) uint8 of a simulation (`mujoco.MjData`)."""
         self._renderer.update_scene(data, camera=self._camera)
         return self._renderer.render()
 

@@ -3,19 +3,11 @@
 from typing import Any
 
 import numpy as np
-from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlaceEnv
-from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv
-from gymnasium_robotics.envs.fetch.reach import MujocoFetchReachEnv
 
 from octo_like.envs.sims.camera import View
 from octo_like.envs.sims.simulation import Simulation
 from octo_like.envs.sims.tasks import SimTask
 
-CLASSES = {
-    "FetchReach": MujocoFetchReachEnv,
-    "FetchPush": MujocoFetchPushEnv,
-    "FetchPickAndPlace": MujocoFetchPickAndPlaceEnv,
-}
 HOLD = 4  # steps of the environment for which it must find the goal reached: passing by is not enough
 METRES = 0.05  # of one unit of action
 
@@ -38,7 +30,16 @@ class Fetch(Simulation):
     MAX_STEPS = 25
 
     def _make(self, task: SimTask) -> Any:
-        return CLASSES[task.env](reward_type="sparse")
+        from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlaceEnv
+        from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv
+        from gymnasium_robotics.envs.fetch.reach import MujocoFetchReachEnv
+
+        classes = {
+            "FetchReach": MujocoFetchReachEnv,
+            "FetchPush": MujocoFetchPushEnv,
+            "FetchPickAndPlace": MujocoFetchPickAndPlaceEnv,
+        }
+        return classes[task.env](reward_type="sparse")
 
     def _start(self, env: Any, seed: int) -> None:
         self._state, _ = env.reset(seed=seed)

@@ -4,8 +4,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from metaworld import policies
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from octo_like.envs.sims.camera import View
 from octo_like.envs.sims.simulation import Simulation
@@ -27,6 +25,9 @@ class MetaWorld(Simulation):
     MAX_STEPS = 40
 
     def _make(self, task: SimTask) -> Any:
+        from metaworld import policies
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
         env = ALL_V3_ENVIRONMENTS[task.env]()
         # What the package's own set_task does, but with the scene drawn from the environment's seeded generator: its
         # 50 pickled scenes a task would leave too few for demonstrations and evaluation.

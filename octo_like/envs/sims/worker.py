@@ -60,6 +60,8 @@ class Worker:
 def _simulation(group: str, image_sizes: Mapping[str, int] | None):
     if group not in GROUPS:
         raise ValueError(f"unknown group of tasks {group!r}; valid: {', '.join(GROUPS)}")
+    import mujoco  # noqa: F401  (an extra that is missing is told of now, not at the first reset)
+
     simulator, tasks = GROUPS[group]
     if simulator == "fetch":
         from octo_like.envs.sims.fetch import Fetch as Simulation
