@@ -337,9 +337,8 @@ def plan(settings: Settings, groups: Sequence[str]) -> list[list[Cell]]:
     units: list[list[Cell]] = [[cell] for cell in base_cells(settings)]
     first, *others = settings.modes
     for number in settings.demos:
-        for group in groups:
-            units.append([adapted_cell(settings, group, number, first)])
-            units.append(scratch_grid(settings, group, number))
+        units += [[adapted_cell(settings, group, number, first)] for group in groups]
+        units += [scratch_grid(settings, group, number) for group in groups]
     for number in settings.demos:
         for group in groups:
             units += [[adapted_cell(settings, group, number, mode)] for mode in others]
