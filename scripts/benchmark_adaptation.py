@@ -351,25 +351,29 @@ def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
 
     units = plan(benchmark.settings, groups)
     is_open = lambda cell: benchmark.result(cell) is None  # noqa: E731
-    total = sum(cell.cost for unit in units for cell in unit if is_open(cell))
+    total = 0.0
+    for unit in units:
+        waiting = [cell for cell in unit if is_open(cell)]
+        total += sum(cell.cost for cell in waiting)
+        if len(unit) > 1 and waiting:  # and then the test of the grid's best, which costs no training
+            total += dataclasses.replace(unit[0], steps=0, episodes=benchmark.settings.tests).cost
     with tqdm(total=round(total), bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}<{remaining} {desc}") as bar:
-        for unit in units:
-            results = {}
-            for cell in unit:
-                known = not is_open(cell)
-                bar.set_description_str(cell.name)
-                results[cell] = benchmark.run(cell)
-                if not known:
-                    bar.write(f"{cell.name}: {success(results[cell]):.0%}  {results[cell]['seconds']}")
-                    bar.update(round(cell.cost))
-            if len(unit) > 1:
-                cell = best_of(unit, results, benchmark.settings)
-                bar.set_description_str(cell.name)
-                known = not is_open(cell)
-                result = benchmark.run(cell)
-                if not known:
-                    bar.write(f"{cell.name}: {success(result):.0%}  {result['seconds']}")
+
+        def run(cell: Cell) -> dict[str, Any]:
+            if not is_open(cell):
+                return benchmark.run(cell)
+            bar.set_description_str(cell.name)
+            result = benchmark.run(cell)
+            bar.write(f"{cell.name}: {success(result):.0%}  {result['seconds']}")
+            bar.update(round(cell.cost))
             write_report(benchmark, groups)
+            return result
+
+        for unit in units:
+            results = {cell: run(cell) for cell in unit}
+            if len(unit) > 1:
+                run(best_of(unit, results, benchmark.settings))
+    write_report(benchmark, groups)
 
 
 def write_report(benchmark: Benchmark, groups: Sequence[str]) -> None:

@@ -98,7 +98,13 @@ def test_the_best_of_a_grid(bench):
     assert (equal.rate, equal.steps) == (1e-3, 400), "among equals the one with fewer steps"
 
 
-def test_finished_cells_are_not_run_again_and_lost_ones_are(bench, made_up):
+@pytest.fixture
+def no_report(bench, monkeypatch):
+    """Drawing fifty figures is not what these tests are about."""
+    monkeypatch.setattr(bench, "write_report", lambda benchmark, groups: None)
+
+
+def test_finished_cells_are_not_run_again_and_lost_ones_are(bench, made_up, no_report):
     bench.run_all(made_up(), bench.TARGETS)
     first = trained(made_up.log)
     # 2 groups x 2 numbers x (3 modes + 6 candidates + the test of the best, whose training is found by `train`)
@@ -114,7 +120,7 @@ def test_finished_cells_are_not_run_again_and_lost_ones_are(bench, made_up):
     assert trained(made_up.log) == [lost]
 
 
-def test_an_interruption_costs_one_cell(bench, made_up, monkeypatch):
+def test_an_interruption_costs_one_cell(bench, made_up, monkeypatch, no_report):
     benchmark = made_up()
     original, seen = type(benchmark).evaluate, []
 

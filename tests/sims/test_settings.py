@@ -61,11 +61,8 @@ def test_the_configs_read_what_the_environments_show(words, group):
 def test_pretraining_and_adaptation_share_the_network():
     base = to_dict(metaworld.get_config())
     assert to_dict(adapt_sim.get_config("fetch"))["model"] == base["model"]
-    assert (
-        base["text"]["max_length"]
-        == metaworld.TEXT_LENGTH
-        == base["model"]["task_tokenizers"]["language"]["max_length"]
-    )
+    language = base["model"]["task_tokenizers"]["language"]
+    assert base["text"]["max_length"] == metaworld.TEXT_LENGTH == language["max_length"]
 
 
 def test_unknown_words_are_refused_with_the_valid_ones():
