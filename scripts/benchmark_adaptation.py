@@ -334,11 +334,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def plan(settings: Settings, groups: Sequence[str]) -> list[list[Cell]]:
     """Cells in units, in the order of importance; a unit of several cells is a grid, whose best is then tested."""
-    units: list[list[Cell]] = [[cell] for cell in base_cells(settings)]
+    learned, held_out = base_cells(settings)
+    units: list[list[Cell]] = [[learned]]
     first, *others = settings.modes
     for number in settings.demos:
         units += [[adapted_cell(settings, group, number, first)] for group in groups]
         units += [scratch_grid(settings, group, number) for group in groups]
+    units.append([held_out])
     for number in settings.demos:
         for group in groups:
             units += [[adapted_cell(settings, group, number, mode)] for mode in others]
