@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-faults aot test-aot test-lerobot demo lint lock doctor clean
+.PHONY: help setup test test-all test-faults aot test-aot test-lerobot test-sim demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -66,7 +66,7 @@ $(CUDA_READY): $(READY)
 endif
 
 test: $(READY) ## the test suite without what is marked slow
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not sim" $(ARGS)
 
 test-all: $(READY) ## the whole test suite
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
@@ -92,6 +92,15 @@ test-lerobot: $(READY) ## converts datasets that the real lerobot writes (instal
 	@[ -x .venv-lerobot/bin/python ] || $(PYTHON) -m venv .venv-lerobot
 	@.venv-lerobot/bin/python -c "import lerobot" 2>/dev/null || .venv-lerobot/bin/pip install --quiet lerobot==0.4.4
 	@OCTO_LEROBOT_PYTHON=$(CURDIR)/.venv-lerobot/bin/python $(PY) -m pytest tests/data/test_convert_lerobot.py $(ARGS)
+
+SIM_READY := $(READY)-sim
+
+$(SIM_READY): $(READY)
+	@$(INSTALL) --editable ".[sim]" --constraint $(LOCK)
+	@touch $@
+
+test-sim: $(SIM_READY) ## the tests of the simulators; installs the extra `sim` into .venv
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "sim and not slow" $(ARGS)
 
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)

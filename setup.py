@@ -42,7 +42,7 @@ EXTRAS = {
     # The same for machines without a TPU, of which only the compiler is used (scripts/aot_compile.py).
     "aot": ["jax[tpu]>=0.10,<0.12"],
     # Physics simulators for closed-loop evaluation; newer MuJoCo does not work with them yet.
-    "sim": ["gymnasium-robotics>=1.4", "mujoco>=3.3,<4"],
+    "sim": ["gymnasium-robotics>=1.4", "metaworld>=3.0", "mujoco>=3.3,<4"],
     "serve": ["websockets>=14"],
     "hub": ["huggingface_hub"],
     "wandb": ["wandb"],

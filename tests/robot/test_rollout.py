@@ -212,3 +212,25 @@ def test_paired_difference_uses_the_pairs():
     assert difference_interval(a, a) == (0.0, 0.0)
     with pytest.raises(ValueError, match="paired"):
         difference_interval(a, b[:-1])
+
+
+def test_threads_change_nothing():
+    reference = evaluate(LinePolicy(), LineEnv, SEEDS, batch_size=4)
+    for one, other in zip(reference, evaluate(LinePolicy(), LineEnv, SEEDS, batch_size=4, threads=3), strict=True):
+        assert_same(one, other)
+
+
+def test_an_environment_that_fails_in_a_thread_is_heard_of_and_all_are_closed():
+    made = []
+
+    class Broken(LineEnv):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+        def step(self, action):
+            raise OSError("the cable is out")
+
+    with pytest.raises(OSError, match="the cable is out"):
+        evaluate(LinePolicy(), Broken, SEEDS, batch_size=4, threads=2)
+    assert len(made) == 4 and all(env.closed for env in made)

@@ -1,0 +1,86 @@
+"""One small policy for fourteen Meta-World tasks, told in words which one: the base of the adaptation benchmark.
+
+    pip install -e '.[data,sim]'
+    python data/sims/build.py --data_dir runs/sims/data --episodes metaworld_pretrain=150+2
+    python train.py --config configs/metaworld.py --workdir runs/sims/pretrain --config.data.data_dir=runs/sims/data
+
+Topology: 2 CPU cores, no accelerator. Expected time and success: docs/adaptation.md.
+"""
+
+from octo_like.common.defaults import default_config
+from octo_like.envs.sims import ENVIRONMENTS
+
+ACTION_DIM = 4
+TEXT_LENGTH = 20
+
+
+def dataset(group: str, cameras: dict | None = None) -> dict:
+    """DatasetSpec fields of a group of simulated tasks (see data/sims)."""
+    return dict(
+        image_keys=cameras or dict(primary="image"),
+        proprio_keys=("state",),
+        val_split="val",
+        env=ENVIRONMENTS[group],
+    )
+
+
+def camera(slot: str) -> dict:
+    """Key points that the instruction chooses: where things are, in one token."""
+    return dict(
+        kind="image",
+        stem=dict(kind="keypoints", layers=((4, 4, 32), (3, 2, 64)), num_keypoints=48, use_film=True),
+        obs_keys=(f"image_{slot}",),
+        film_keys=("task",),
+    )
+
+
+def model() -> dict:
+    """The network of configs/tabletop.py with four action dimensions and longer sentences."""
+    return dict(
+        token_dim=96,
+        max_window=2,
+        repeat_task_tokens=False,
+        dtype="float32",
+        octo_compat=False,
+        transformer=dict(
+            num_layers=2, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat="none"
+        ),
+        task_tokenizers=dict(
+            language=dict(kind="language", encoder="small", dim=256, num_layers=0, max_length=TEXT_LENGTH, pool=True)
+        ),
+        observation_tokenizers=dict(
+            primary=camera("primary"),
+            proprio=dict(kind="lowdim", obs_keys=("proprio",), per="vector"),
+        ),
+        readouts=dict(action=1),
+        heads=dict(
+            action=dict(
+                kind="diffusion",
+                readout="readout_action",
+                action_horizon=4,
+                action_dim=ACTION_DIM,
+                prediction="action",
+                num_samples=4,
+                hidden_dim=128,
+            )
+        ),
+    )
+
+
+def get_config():
+    config = default_config()
+    config.num_steps = 3000
+    config.batch_size = 128
+    config.window_size = 1
+    config.image_sizes = dict(primary=(64, 64))
+    config.proprio_dim = 4
+    config.text.max_length = TEXT_LENGTH
+    config.data.datasets = dict(metaworld_pretrain=dataset("metaworld_pretrain"))
+    config.data.decode = "fast"
+    config.data.episodes_mixed = 512
+    config.model = model()
+    config.optimizer.update(schedule="cosine", peak=2e-3, warmup_steps=100, weight_decay=0.02, b2=0.99)
+    config.ema_decay = 0.998
+    config.checkpoint.every = 1000
+    config.eval.update(every=0, batches=2, rollouts=0, exec_horizon=2)
+    return config

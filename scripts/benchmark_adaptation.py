@@ -1,0 +1,451 @@
+"""How much does pretraining help a robot that it has never seen? The adaptation benchmark, end to end.
+
+    python scripts/benchmark_adaptation.py                      # everything, below runs/adaptation
+    python scripts/benchmark_adaptation.py --demos 50 --groups fetch --modes full lora
+    python scripts/benchmark_adaptation.py --report             # table and figure of what is there
+    python scripts/benchmark_adaptation.py --quick              # minutes: shows that everything works, learns nothing
+
+One policy is pretrained on fourteen Meta-World tasks. It adapts with n demonstrations of every task to (a) Meta-World
+tasks that were held out and (b) the Fetch robot; each mode of configs/finetune.py is one cell. The same network is
+trained from scratch on the same demonstrations with every learning rate and number of steps of a grid; the best of the
+grid, chosen on seeds of its own, is what adaptation is compared with. All policies are tested on the same seeds.
+
+A cell is data, training and closed-loop evaluation. Its result is a JSON file in the workdir, keyed by everything that
+was asked for; a finished cell is not run again, an interrupted one continues from its checkpoint. (The key does not
+cover the code: after changing that, use a new --workdir.) Needs the extras `data` and `sim`.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+for _path in (ROOT, ROOT / "scripts"):
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+
+from octo_like.envs import EVALUATION_SEEDS  # noqa: E402
+from octo_like.envs.sims import GROUPS  # noqa: E402
+
+TARGETS = ("metaworld_heldout", "fetch")
+PRETRAINING = "metaworld_pretrain"
+SELECTION_SEEDS = EVALUATION_SEEDS + 500_000  # what the best of a grid is chosen on; tests use EVALUATION_SEEDS + i
+BATCH_SIZE = 30  # environments in lock-step
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Sizes of the benchmark.
+
+    Attributes:
+      pretrain_episodes: demonstrations of every pretraining task.
+      pretrain_steps: of pretraining, with the batch size of configs/metaworld.py.
+      demos: demonstrations of every target task, in the order in which cells are run.
+      modes: of adaptation.
+      steps: of adaptation.
+      scratch_rates, scratch_factors: peak learning rates and multiples of `steps` of the grid from scratch.
+      tests, selections: episodes of every task by which a policy is tested, and by which the best of a grid is chosen.
+      overrides: of all training configs.
+    """
+
+    pretrain_episodes: int = 150
+    pretrain_steps: int = 3000
+    demos: tuple[int, ...] = (50, 10, 5, 25)
+    modes: tuple[str, ...] = ("full", "lora", "head_only")
+    steps: int = 400
+    scratch_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    scratch_factors: tuple[int, ...] = (1, 4)
+    tests: int = 40
+    selections: int = 10
+    overrides: tuple[str, ...] = ()
+
+
+QUICK = Settings(
+    pretrain_episodes=2,
+    pretrain_steps=4,
+    demos=(2,),
+    modes=("full",),
+    steps=2,
+    scratch_rates=(1e-3,),
+    scratch_factors=(1, 2),
+    tests=1,
+    selections=1,
+    overrides=("--config.batch_size=8", "--config.optimizer.warmup_steps=1", "--config.log_every=1"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One policy: how it is trained, and by how many episodes of every task it is judged.
+
+    Attributes:
+      group: of tasks.
+      demos: demonstrations of every task.
+      mode: of configs/finetune.py, "scratch" or "pretrained" (as it is, nothing is trained).
+      rate: peak learning rate; None: that of the config.
+      steps: of training; 0: none.
+      purpose: "test" or "select".
+      episodes: of every task.
+    """
+
+    group: str
+    demos: int
+    mode: str
+    rate: float | None
+    steps: int
+    purpose: str
+    episodes: int
+
+    @property
+    def name(self) -> str:
+        """For people: "fetch n50 scratch 0.001 x 400 test"."""
+        rate = "" if self.rate is None else f" {self.rate:g}"
+        steps = f" x {self.steps}" if self.steps else ""
+        return f"{self.group} n{self.demos} {self.mode}{rate}{steps} {self.purpose}"
+
+    @property
+    def cost(self) -> float:
+        """What the progress bar counts: roughly seconds on one core."""
+        return 30 + 0.12 * self.steps + 0.5 * self.episodes * len(GROUPS[self.group][1])
+
+
+def digest(value: Any) -> str:
+    """Short hash of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def base_cells(settings: Settings) -> list[Cell]:
+    """The pretrained policy as it is: on the tasks it has learned, and on those held out."""
+    return [
+        Cell(PRETRAINING, 0, "pretrained", None, 0, "test", settings.selections),
+        Cell(TARGETS[0], 0, "pretrained", None, 0, "test", settings.tests),
+    ]
+
+
+def adapted_cell(settings: Settings, group: str, demos: int, mode: str) -> Cell:
+    return Cell(group, demos, mode, None, settings.steps, "test", settings.tests)
+
+
+def scratch_grid(settings: Settings, group: str, demos: int) -> list[Cell]:
+    """The candidates from scratch, each judged on the selection seeds."""
+    return [
+        Cell(group, demos, "scratch", rate, factor * settings.steps, "select", settings.selections)
+        for factor in settings.scratch_factors
+        for rate in settings.scratch_rates
+    ]
+
+
+def best_of(candidates: Sequence[Cell], results: Mapping[Cell, Mapping], settings: Settings) -> Cell:
+    """The test of the most successful candidate; among equals, of the one that took fewer steps, then of the first."""
+    best = max(candidates, key=lambda cell: (success(results[cell]), -cell.steps))
+    return dataclasses.replace(best, purpose="test", episodes=settings.tests)
+
+
+def success(result: Mapping[str, Any]) -> float:
+    """Share of successful episodes of a cell's result."""
+    return sum(episode["success"] for episode in result["episodes"]) / len(result["episodes"])
+
+
+def seeds_of(cell: Cell) -> list[tuple[int, str]]:
+    """(seed, task) of a cell's episodes, all tasks of a seed together; equal for all cells of a group and purpose."""
+    first = EVALUATION_SEEDS if cell.purpose == "test" else SELECTION_SEEDS
+    return [(first + i, task) for i in range(cell.episodes) for task in GROUPS[cell.group][1]]
+
+
+class Benchmark:
+    """Runs cells below a workdir; what is finished is read from there.
+
+    Args:
+      workdir: of the benchmark.
+      settings: sizes.
+      processes: that simulate.
+    """
+
+    def __init__(self, workdir: Path, settings: Settings, processes: int = 1):
+        self.workdir, self.settings, self.processes = workdir, settings, processes
+        self._pool = None
+        self.pretrain_key = digest(
+            ["pretrain", settings.pretrain_episodes, settings.pretrain_steps, list(settings.overrides)]
+        )
+
+    # What a cell depends on, and where it is kept
+
+    def key(self, cell: Cell, *, training_only: bool = False) -> str:
+        """Hash of all that decides a cell's result, or its training."""
+        asked = dataclasses.asdict(cell)
+        if training_only:
+            for field in ("purpose", "episodes"):
+                del asked[field]
+        pretrained = None if cell.mode == "scratch" else self.pretrain_key
+        return digest([asked, pretrained, list(self.settings.overrides)])
+
+    def result_path(self, cell: Cell) -> Path:
+        name = f"{cell.group}-n{cell.demos}-{cell.mode}-{cell.purpose}-{self.key(cell)}.json"
+        return self.workdir / "results" / name
+
+    def training_path(self, cell: Cell) -> Path:
+        return (
+            self.workdir / "training" / f"{cell.group}-n{cell.demos}-{cell.mode}-{self.key(cell, training_only=True)}"
+        )
+
+    @property
+    def pretrained(self) -> Path:
+        """The exported base policy."""
+        return self.workdir / f"pretrain-{self.pretrain_key}" / "export"
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell's result, or None."""
+        path = self.result_path(cell)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    # Doing
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """The cell's result, from its file or by making it."""
+        if (known := self.result(cell)) is not None:
+            return known
+        if cell.mode != "scratch":
+            self.pretrain()
+        begun = time.monotonic()
+        export = self.pretrained if cell.mode == "pretrained" else self.train(cell)
+        trained = time.monotonic()
+        episodes = self.evaluate(export, cell)
+        seconds = {"train": round(trained - begun, 1), "evaluate": round(time.monotonic() - trained, 1)}
+        result = {"cell": dataclasses.asdict(cell), "seconds": seconds, "episodes": episodes}
+        write_json(self.result_path(cell), result)
+        return result
+
+    def pretrain(self) -> None:
+        """Demonstrations of the pretraining tasks and the base policy, unless they are there."""
+        if (self.pretrained / "config.json").exists():
+            return
+        settings, data = self.settings, self.workdir / "data" / f"pretrain{self.settings.pretrain_episodes}"
+        self.data(data, f"{PRETRAINING}={settings.pretrain_episodes}+2")
+        execute(
+            [
+                *("train.py", "--config", "configs/metaworld.py", "--workdir", str(self.pretrained.parent)),
+                f"--config.data.data_dir={data}",
+                f"--config.num_steps={settings.pretrain_steps}",
+                *settings.overrides,
+            ],
+            self.workdir / "logs" / "pretrain.log",
+        )
+
+    def data(self, folder: Path, *requests: str) -> None:
+        command = ["data/sims/build.py", "--data_dir", str(folder), "--workers", str(self.processes)]
+        execute([*command, "--episodes", *requests], self.workdir / "logs" / f"data-{folder.name}.log")
+
+    def train(self, cell: Cell) -> Path:
+        """Trains a cell's policy; returns its export."""
+        folder, data = self.training_path(cell), self.workdir / "data" / f"n{cell.demos}"
+        if (folder / "export" / "config.json").exists():
+            return folder / "export"
+        if not (data / cell.group).exists():
+            self.data(data, f"{cell.group}={cell.demos}+2")
+        mode = "full" if cell.mode == "scratch" else cell.mode
+        execute(
+            [
+                *("finetune.py", "--config", f"configs/adapt_sim.py:{cell.group},{mode}", "--workdir", str(folder)),
+                f"--config.data.data_dir={data}",
+                f"--config.num_steps={cell.steps}",
+                *(() if cell.rate is None else (f"--config.optimizer.peak={cell.rate}",)),
+                *(() if cell.mode == "scratch" else (f"--config.pretrained={self.pretrained}",)),
+                *self.settings.overrides,
+            ],
+            self.workdir / "logs" / f"{folder.name}.log",
+        )
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the export is what is evaluated
+        return folder / "export"
+
+    def evaluate(self, export: Path, cell: Cell) -> list[dict[str, Any]]:
+        """Episodes of a cell as dicts: seed, task, success, steps. Records an animation of one seed of tests."""
+        import functools
+
+        from octo_like.envs.sims.remote import RemoteEnv, SimulatorPool
+        from octo_like.model.policy import Policy
+        from octo_like.robot import rollout
+        from octo_like.robot.record import write_gif
+
+        if self._pool is None:
+            self._pool = SimulatorPool(self.processes)
+        policy = Policy.load_pretrained(export)
+        seeds = seeds_of(cell)
+        episodes = rollout.evaluate(
+            policy,
+            functools.partial(RemoteEnv, cell.group, pool=self._pool),
+            [seed for seed, _ in seeds],
+            options=[{"task": task} for _, task in seeds],
+            unnormalize=PRETRAINING if cell.mode == "pretrained" else cell.group,
+            exec_horizon=2,
+            batch_size=BATCH_SIZE,
+            threads=self.processes,
+            record=len(GROUPS[cell.group][1]) if cell.purpose == "test" else 0,
+        )
+        for episode in episodes:
+            if episode.frames is not None:
+                folder = self.workdir / "gifs" / self.result_path(cell).stem
+                write_gif(folder / f"{episode.task}.gif", episode.frames, episode.instruction, episode.success, scale=2)
+        fields = ("seed", "task", "success", "steps")
+        return [{field: episode.summary()[field] for field in fields} for episode in episodes]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+class CommandFailed(RuntimeError):
+    """A stage of a cell ended with an error; the message holds the command and the end of its log."""
+
+
+def execute(command: Sequence[str], log: Path) -> None:
+    """Runs a Python script of the repository in a process of its own, its output in `log`.
+
+    Raises:
+      CommandFailed: it ended with an error.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with log.open("a") as file:
+        status = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    if status:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise CommandFailed(f"status {status} from\n  python {' '.join(command)}\nThe end of {log}:\n{end}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps(value, indent=1))
+    staging.replace(path)
+
+
+def plan(settings: Settings, groups: Sequence[str]) -> list[list[Cell]]:
+    """Cells in units, in the order of importance; a unit of several cells is a grid, whose best is then tested."""
+    learned, held_out = base_cells(settings)
+    units: list[list[Cell]] = [[learned]]
+    first, *others = settings.modes
+    for number in settings.demos:
+        units += [[adapted_cell(settings, group, number, first)] for group in groups]
+        units += [scratch_grid(settings, group, number) for group in groups]
+    units.append([held_out])
+    for number in settings.demos:
+        for group in groups:
+            units += [[adapted_cell(settings, group, number, mode)] for mode in others]
+    return units
+
+
+def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
+    """Runs every cell of the plan that is not finished, with a bar over all, and renews the report after each."""
+    from tqdm import tqdm
+
+    units = plan(benchmark.settings, groups)
+    is_open = lambda cell: benchmark.result(cell) is None  # noqa: E731
+    total = 0.0
+    for unit in units:
+        waiting = [cell for cell in unit if is_open(cell)]
+        total += sum(cell.cost for cell in waiting)
+        if len(unit) > 1 and waiting:  # and then the test of the grid's best, which costs no training
+            total += dataclasses.replace(unit[0], steps=0, episodes=benchmark.settings.tests).cost
+    with tqdm(total=round(total), bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}<{remaining} {desc}") as bar:
+
+        def run(cell: Cell) -> dict[str, Any]:
+            if not is_open(cell):
+                return benchmark.run(cell)
+            bar.set_description_str(cell.name)
+            result = benchmark.run(cell)
+            bar.write(f"{cell.name}: {success(result):.0%}  {result['seconds']}")
+            bar.update(round(cell.cost))
+            write_report(benchmark, groups)
+            return result
+
+        for unit in units:
+            results = {cell: run(cell) for cell in unit}
+            if len(unit) > 1:
+                run(best_of(unit, results, benchmark.settings))
+    write_report(benchmark, groups)
+
+
+def write_report(benchmark: Benchmark, groups: Sequence[str]) -> None:
+    """results.json, table.md and curve.png below the workdir, of the cells that are finished."""
+    import adaptation_report
+
+    collected = collect(benchmark, groups)
+    write_json(benchmark.workdir / "results.json", collected)
+    (benchmark.workdir / "table.md").write_text(adaptation_report.table(collected))
+    adaptation_report.draw_curve(collected, benchmark.workdir / "curve.png")
+
+
+def collect(benchmark: Benchmark, groups: Sequence[str]) -> dict[str, Any]:
+    """Everything a report needs: finished results, None for cells that were not run.
+
+    {"settings", "base": {group: result}, "groups": {group: {demos: {mode: result}}}}; "scratch" is the best of its
+    grid, with the grid's selection under "grid".
+    """
+    settings = benchmark.settings
+    collected: dict[str, Any] = {"settings": dataclasses.asdict(settings), "groups": {}}
+    collected["base"] = {cell.group: benchmark.result(cell) for cell in base_cells(settings)}
+    for group in groups:
+        of_group = collected["groups"][group] = {}
+        for number in sorted(settings.demos):
+            row = {mode: benchmark.result(adapted_cell(settings, group, number, mode)) for mode in settings.modes}
+            candidates = scratch_grid(settings, group, number)
+            found = {cell: result for cell in candidates if (result := benchmark.result(cell)) is not None}
+            row["scratch"] = None
+            if len(found) == len(candidates):
+                tested = benchmark.result(best_of(candidates, found, settings))
+                if tested is not None:
+                    grid = [{"rate": c.rate, "steps": c.steps, "success": success(r)} for c, r in found.items()]
+                    row["scratch"] = {**tested, "grid": grid}
+            of_group[str(number)] = row
+    return collected
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, help="default: runs/adaptation, or runs/adaptation_quick with --quick")
+    parser.add_argument("--groups", nargs="+", choices=TARGETS, default=TARGETS, help="what is adapted to")
+    parser.add_argument("--demos", nargs="+", type=int, help="numbers of demonstrations, in the order of running")
+    parser.add_argument("--modes", nargs="+", help="modes of configs/finetune.py; the first is run before the others")
+    parser.add_argument("--processes", type=int, default=1, help="simulator processes")
+    parser.add_argument("--report", action="store_true", help="only table and figure of what is there")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    args = parser.parse_args()
+    workdir = args.workdir or ROOT / "runs" / ("adaptation_quick" if args.quick else "adaptation")
+    given = {"demos": args.demos, "modes": args.modes}
+    settings = dataclasses.replace(
+        QUICK if args.quick else Settings(), **{key: tuple(value) for key, value in given.items() if value}
+    )
+    benchmark = Benchmark(workdir.resolve(), settings, args.processes)
+    try:
+        if args.report:
+            write_report(benchmark, args.groups)
+        else:
+            from octo_like.training.distributed import setup_compilation_cache
+
+            setup_compilation_cache()
+            run_all(benchmark, args.groups)
+    except CommandFailed as error:
+        print(f"benchmark_adaptation.py: error: {error}", file=sys.stderr)
+        print("Run the same command again to continue from here.", file=sys.stderr)
+        return 1
+    finally:
+        benchmark.close()
+    print((benchmark.workdir / "table.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
