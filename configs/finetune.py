@@ -8,7 +8,7 @@ What stands after the colon are words separated by commas, at most one of each g
     what is trained     full (the default), frozen_transformer, head_only, head_mlp_only, lora
     what says the task  language (the default), goal_image, both
     settings            tabletop: those of `make demo`, for the held-out robot of the built-in world
-    robot=FILE          your robot's description (configs/robots/my_robot.py is an example): data, sizes, window and head
+    robot=FILE          your robot's description (as configs/robots/my_robot.py): data, sizes, window, head
 
 Your robot is described by `data.datasets.target` (keys of its cameras, proprio, actions and language), `proprio_dim`
 and `surgery` (which parts of the pretrained model are changed, replaced, added or removed). What each mode trains, and
