@@ -38,21 +38,6 @@ EXTRAS = {
     "notebook": (("ipykernel",), "notebooks"),
 }
 FREE_GB, OPEN_FILES, MEMORY_GB = 5, 4096, 4
-# Dense bfloat16 TFLOP/s of one chip, as published by the makers. A v2, v3 device is half a chip.
-PEAK_TFLOPS = {
-    "TPU v2": 23,
-    "TPU v3": 61,
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5p": 459,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-    "NVIDIA A100": 312,
-    "NVIDIA H100": 989,
-    "NVIDIA H200": 989,
-}
 
 # ---------------------------------------------------------------------------------------------------------- software
 
@@ -309,6 +294,8 @@ def check_speed(report: Report) -> None:
     import jax
     import jax.numpy as jnp
 
+    from octo_like.training.metrics import peak_flops
+
     on_cpu = jax.default_backend() == "cpu"
     n, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
     device = jax.local_devices()[0]
@@ -320,14 +307,14 @@ def check_speed(report: Report) -> None:
         return
     rate = 2 * n**3 / _seconds(lambda: multiply(a)) / 1e12
     finding = f"{rate:.3g} TFLOP/s, {n} x {n} {jnp.dtype(dtype).name} on one device"
-    kind = max((k for k in PEAK_TFLOPS if device.device_kind.startswith(k)), key=len, default=None)
-    if kind is None:
+    peak = (peak_flops(device) or 0.0) / 1e12
+    if not peak:
         report.ok("matrix product", finding)
-    elif rate < 0.5 * PEAK_TFLOPS[kind]:
+    elif rate < 0.5 * peak:
         remedy = "is another process using the device, or is it throttled?"
-        report.warn("matrix product", f"{finding}; {kind} can do {PEAK_TFLOPS[kind]}", remedy)
+        report.warn("matrix product", f"{finding}; {device.device_kind} can do {peak:.0f}", remedy)
     else:
-        report.ok("matrix product", f"{finding} ({rate / PEAK_TFLOPS[kind]:.0%} of {kind}'s peak)")
+        report.ok("matrix product", f"{finding} ({rate / peak:.0%} of the peak of {device.device_kind})")
 
 
 # ------------------------------------------------------------------------------------------------------------ program
