@@ -120,11 +120,10 @@ class Stream:
             return
         count = self._process[1]
         need = self._plan.stored_bytes(order) + self._plan.batch_bytes
-        if derived and need > self._host.memory_gb * memory.STORED * 2**30:
+        room = self._host.memory_gb * memory.STORED * 2**30
+        if derived and need > room:
             most = order.num_lanes
-            fits = next(
-                (p for p in (2**i for i in range(20)) if p >= count * need / self._host.memory_gb / 2**30), most
-            )
+            fits = next((p for p in (2**i for i in range(20)) if p >= count * need / room), most)
             raise DataError(
                 f"this run was planned for fewer lanes per process: {order.num_lanes} lanes on {count} process(es) "
                 f"take {need / 2**30:.3g} GB each, but host_memory_gb is {self._host.memory_gb:g}; use "
