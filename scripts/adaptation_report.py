@@ -7,6 +7,7 @@ from typing import Any
 from octo_like.robot.intervals import difference_interval, success_interval, success_rate
 
 LEVEL = 0.95
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NAMES = {
     "full": "adapted: full",
     "lora": "adapted: LoRA",
@@ -62,6 +63,19 @@ def table(collected: Mapping[str, Any]) -> str:
                 rows.append([number, NAMES.get(mode, mode), *_cells(mode, row, tasks)])
         parts.append(_markdown(head, rows))
     return "\n".join(parts)
+
+
+def between_marks(page: str, text: str) -> str:
+    """The page with what stands between the lines BEGIN and END replaced by `text`.
+
+    Raises:
+      ValueError: it lacks one of them.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page needs a line {BEGIN!r} and, below it, a line {END!r}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def _base_table(base: Mapping[str, Any]) -> str:

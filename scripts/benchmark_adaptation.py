@@ -3,6 +3,7 @@
     python scripts/benchmark_adaptation.py                      # everything, below runs/adaptation
     python scripts/benchmark_adaptation.py --demos 50 --groups fetch --modes full lora
     python scripts/benchmark_adaptation.py --report             # table and figure of what is there
+    python scripts/benchmark_adaptation.py --report --page docs/adaptation.md      # and into the documentation
     python scripts/benchmark_adaptation.py --quick              # minutes: shows that everything works, learns nothing
 
 One policy is pretrained on fourteen Meta-World tasks. It adapts with n demonstrations of every task to (a) Meta-World
@@ -388,6 +389,39 @@ def write_report(benchmark: Benchmark, groups: Sequence[str]) -> None:
     adaptation_report.draw_curve(collected, benchmark.workdir / "curve.png")
 
 
+def write_page(benchmark: Benchmark, groups: Sequence[str], page: Path) -> None:
+    """Puts the results into a page of the documentation, and figure and animations into the folder of its name.
+
+    Raises:
+      ValueError: the page has no lines that mark where the results go.
+    """
+    import adaptation_report
+
+    write_report(benchmark, groups)
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    shutil.copy(benchmark.workdir / "curve.png", folder / "curve.png")
+    shown = []
+    for group in groups:
+        tested = [
+            adapted_cell(benchmark.settings, group, number, benchmark.settings.modes[0])
+            for number in sorted(benchmark.settings.demos, reverse=True)
+        ]
+        best_known = next((cell for cell in tested if benchmark.result(cell) is not None), None)
+        if best_known is None:
+            continue
+        for animation in sorted((benchmark.workdir / "gifs" / benchmark.result_path(best_known).stem).glob("*.gif")):
+            target = folder / f"{group}_{animation.stem}.gif"
+            shutil.copy(animation, target)
+            shown.append(f"![{group}: {animation.stem}]({folder.name}/{target.name})")
+    text = adaptation_report.table(json.loads((benchmark.workdir / "results.json").read_text()))
+    figure = f"![Success over the number of demonstrations]({folder.name}/curve.png)"
+    parts = [text.strip(), figure]
+    if shown:
+        parts += ["Adapted policies in scenes of the test (green frame: success), one of each task:", " ".join(shown)]
+    page.write_text(adaptation_report.between_marks(page.read_text(), "\n\n".join(parts)))
+
+
 def collect(benchmark: Benchmark, groups: Sequence[str]) -> dict[str, Any]:
     """Everything a report needs: finished results, None for cells that were not run.
 
@@ -421,6 +455,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", help="modes of configs/finetune.py; the first is run before the others")
     parser.add_argument("--processes", type=int, default=1, help="simulator processes")
     parser.add_argument("--report", action="store_true", help="only table and figure of what is there")
+    parser.add_argument("--page", type=Path, help="with --report: puts the results into this page of the documentation")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     workdir = args.workdir or ROOT / "runs" / ("adaptation_quick" if args.quick else "adaptation")
@@ -430,7 +465,9 @@ def main() -> int:
     )
     benchmark = Benchmark(workdir.resolve(), settings, args.processes)
     try:
-        if args.report:
+        if args.report and args.page is not None:
+            write_page(benchmark, args.groups, args.page)
+        elif args.report:
             write_report(benchmark, args.groups)
         else:
             from octo_like.training.distributed import setup_compilation_cache

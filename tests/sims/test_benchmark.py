@@ -176,6 +176,32 @@ def test_the_report_has_honest_differences_and_says_what_was_not_run(bench, made
     assert (benchmark.workdir / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_results_go_into_the_page_between_its_marks(bench, made_up, tmp_path, repository):
+    benchmark = made_up()
+    benchmark.run(bench.adapted_cell(benchmark.settings, "fetch", 10, "full"))
+    gifs = (
+        benchmark.workdir
+        / "gifs"
+        / benchmark.result_path(bench.adapted_cell(benchmark.settings, "fetch", 10, "full")).stem
+    )
+    gifs.mkdir(parents=True)
+    (gifs / "push.gif").write_bytes(b"GIF89a")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    for _ in range(2):  # the second time it replaces its own words
+        bench.write_page(benchmark, bench.TARGETS, page)
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        assert text.count("not run") == 17 and text.count("page/curve.png") == 1
+        assert "page/fetch_push.gif" in text and (tmp_path / "page" / "fetch_push.gif").read_bytes() == b"GIF89a"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="needs a line '<!-- results -->'"):
+        bench.write_page(benchmark, bench.TARGETS, page)
+    import adaptation_report
+
+    assert adaptation_report.between_marks((repository / "docs" / "adaptation.md").read_text(), "x")
+
+
 def test_policies_tested_on_other_episodes_are_not_compared(bench):
     import adaptation_report
 
