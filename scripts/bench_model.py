@@ -77,6 +77,11 @@ class Ceiling:
         return best
 
 
+def significant(value: float) -> float:
+    """Three significant digits: shares of tiny programs are small, not nothing."""
+    return float(f"{value:.3g}")
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("small", "base"), default="small", help="of Octo, when no --config is given")
@@ -181,17 +186,17 @@ def main(argv=None) -> int:
         "compile_s": round(compile_s, 2),
         "sample_trace_and_compile_s": round(sample_compile_s, 2),
         "step_s": round(step_s[0], 4),
-        "step_share_of_ceiling": round(step_share[0], 3),
+        "step_share_of_ceiling": significant(step_share[0]),
         "sample_p50_s": round(np.quantile(calls_s, 0.5), 4),
         "sample_p99_s": round(np.quantile(calls_s, 0.99), 4),
-        "sample_share_of_ceiling": round(sample_share[0], 3),
+        "sample_share_of_ceiling": significant(sample_share[0]),
     }
     if jax.default_backend() == "cpu":
         result |= {
             "trace_cpu_s": round(trace_cpu_s, 2),
             "ceiling_gflop_per_cpu_s": round(ceiling_now[1] / 1e9, 1),
-            "step_share_by_cpu_time": round(step_share[1], 3),
-            "sample_share_by_cpu_time": round(sample_share[1], 3),
+            "step_share_by_cpu_time": significant(step_share[1]),
+            "sample_share_by_cpu_time": significant(sample_share[1]),
         }
     for name, value in result.items():
         print(f"{name:<28}{value}")

@@ -1,5 +1,7 @@
 """Who attends to whom: the block-causal rule as one static mask, and masked dot-product attention."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -281,11 +283,21 @@ def _splash(q, k, v, mask, *, interpret=False):
     return out[:, :, :rows, :head_dim].transpose(0, 2, 1, 3).astype(v.dtype)
 
 
-def _by_rows(function):
-    """Lets every device compute its own rows. XLA cannot split a kernel that it did not write; what the axes of the
-    mesh are called, only the caller knows, but a batch is spread over all of them. Without a mesh: the function."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function
-    rows = jax.sharding.PartitionSpec(mesh.axis_names)
-    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+_split: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("how_kernels_are_split", default=None)
+
+
+@contextlib.contextmanager
+def kernels_split_by(split: Callable[[Callable], Callable] | None):
+    """While this is open, kernels that XLA did not write, and so cannot divide among devices, are traced as
+    `split(kernel)`: it lets every device run the kernel on its own rows (the first dimension of all arguments and
+    results). The model knows no mesh; its caller does."""
+    token = _split.set(split)
+    try:
+        yield
+    finally:
+        _split.reset(token)
+
+
+def _by_rows(kernel):
+    split = _split.get()
+    return kernel if split is None else split(kernel)

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from octo_like.common.schema import BatchSpec, flatten, unflatten
+from octo_like.model.attention import kernels_split_by
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -214,12 +215,16 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
 
 
 def traced_on(mesh: Mesh, function):
-    """`function`, traced with `mesh` as the ambient one: kernels that the compiler cannot split read from it where the
-    rows of a batch are."""
+    """`function`, traced so that kernels which the compiler cannot divide run on every device's own rows."""
+    rows = P(BATCH_AXES)
+
+    def by_rows(kernel):
+        return jax.shard_map(kernel, in_specs=rows, out_specs=rows, check_vma=False)
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        # The ambient mesh also keeps apart what inner jitted functions trace for one mesh and for another.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), kernels_split_by(by_rows if mesh.size > 1 else None):
             return function(*args, **kwargs)
 
     return wrapped

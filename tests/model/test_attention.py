@@ -15,8 +15,8 @@ from octo_like.model.describe import matmul_flops
 from octo_like.model.octo import build_model, init_params
 from octo_like.model.stems import convolve
 from octo_like.training import sharding
-from octo_like.training.loop import jit_train_step
 from octo_like.training.optimizer import make_optimizer, make_schedule
+from octo_like.training.program import jit_train_step
 from octo_like.training.state import create_state
 from octo_like.training.step import StepConfig, make_train_step
 from tests.model import light, tiny
