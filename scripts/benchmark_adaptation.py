@@ -398,10 +398,13 @@ def write_page(benchmark: Benchmark, groups: Sequence[str], page: Path) -> None:
     import adaptation_report
 
     write_report(benchmark, groups)
-    folder = page.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    shutil.copy(benchmark.workdir / "curve.png", folder / "curve.png")
-    shown = []
+    collected = json.loads((benchmark.workdir / "results.json").read_text())
+    parts = [adaptation_report.table(collected).strip()]
+    folder, shown = page.with_suffix(""), []
+    if any(result for numbers in collected["groups"].values() for row in numbers.values() for result in row.values()):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(benchmark.workdir / "curve.png", folder / "curve.png")
+        parts.append(f"![Success over the number of demonstrations]({folder.name}/curve.png)")
     for group in groups:
         tested = [
             adapted_cell(benchmark.settings, group, number, benchmark.settings.modes[0])
@@ -414,9 +417,6 @@ def write_page(benchmark: Benchmark, groups: Sequence[str], page: Path) -> None:
             target = folder / f"{group}_{animation.stem}.gif"
             shutil.copy(animation, target)
             shown.append(f"![{group}: {animation.stem}]({folder.name}/{target.name})")
-    text = adaptation_report.table(json.loads((benchmark.workdir / "results.json").read_text()))
-    figure = f"![Success over the number of demonstrations]({folder.name}/curve.png)"
-    parts = [text.strip(), figure]
     if shown:
         parts += ["Adapted policies in scenes of the test (green frame: success), one of each task:", " ".join(shown)]
     page.write_text(adaptation_report.between_marks(page.read_text(), "\n\n".join(parts)))
