@@ -207,8 +207,8 @@ class Robot:
       normalization: "normal" or "bounds"; grippers are left as they are.
       language: key of the instruction, or None.
       dataset: any other field of `octo_like.data.spec.DatasetSpec`, e.g. dict(num_demos=50, standardize="mine:f").
-      surgery: parts of the pretrained model to replace or add, as `config.surgery`. A diffusion head of this robot's
-        sizes, named `action`, is made unless it says otherwise.
+      surgery: parts of the pretrained model to change, replace or add, as `config.surgery`. Its head `action` is resized
+        to this robot's actions and keeps everything else, unless it says otherwise.
     """
 
     name: str
@@ -262,12 +262,7 @@ class Robot:
         if self.language is None:
             config.text.model = None
         config.data.datasets = {self.name: self.dataset_fields()}
-        head = dict(
-            kind="diffusion",
-            readout="readout_action",
-            action_horizon=self.action_horizon,
-            action_dim=len(self.actions),
-        )
+        head = dict(action_horizon=self.action_horizon, action_dim=len(self.actions))
         given = {group: dict(parts) for group, parts in self.surgery.items()}
         given["heads"] = {"action": head, **given.get("heads", {})}
         config.surgery = {**config.surgery.to_dict(), **given}
