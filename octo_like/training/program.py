@@ -9,6 +9,7 @@ proven or measured is what runs.
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,11 @@ class Program:
 
     def place(self, source: Any) -> TrainState:
         """The initial state, made on the devices where it will live."""
-        return jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
+        state = jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
+        # What exists by now stays: the garbage collector need not go through it again and again while the step is traced.
+        gc.collect()
+        gc.freeze()
+        return state
 
 
 def build_program(
