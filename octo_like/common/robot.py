@@ -207,8 +207,8 @@ class Robot:
       normalization: "normal" or "bounds"; grippers are left as they are.
       language: key of the instruction, or None.
       dataset: any other field of `octo_like.data.spec.DatasetSpec`, e.g. dict(num_demos=50, standardize="mine:f").
-      surgery: parts of the pretrained model to change, replace or add, as `config.surgery`. Unless it says otherwise the
-        head `action` is resized to this robot's actions and keeps everything else.
+      surgery: parts of the pretrained model to change, replace or add, as `config.surgery`. Unless it says
+        otherwise the head `action` is resized to this robot's actions and keeps everything else.
     """
 
     name: str

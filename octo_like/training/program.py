@@ -96,7 +96,7 @@ class Program:
     def place(self, source: Any) -> TrainState:
         """The initial state, made on the devices where it will live."""
         state = jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
-        # What exists by now stays: the garbage collector need not go through it again and again while the step is traced.
+        # What exists by now stays: the garbage collector need not go through it again while the step is traced.
         gc.collect()
         gc.freeze()
         return state
