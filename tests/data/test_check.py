@@ -227,8 +227,9 @@ def _drop(arrays, number):
     "code,changes",
     [
         ("bgr", dict(front=lambda a, n: a["front"][..., ::-1])),
-        ("camera_black", dict(front=lambda a, n: a["front"] * (n != 3))),
-        ("camera_missing", dict(wrist=lambda a, n: None if n == 5 else a["front"])),
+        # Two episodes: one of the twelve is held out, and not looked at.
+        ("camera_black", dict(front=lambda a, n: a["front"] * (n not in (3, 7)))),
+        ("camera_missing", dict(wrist=lambda a, n: None if n in (5, 9) else a["front"])),
         ("repeated_frames", dict(front=lambda a, n: a["front"][np.arange(len(a["front"])) // 2 * 2])),
         ("dropped_frames", dict(timestamp=_drop)),
         ("control_rate", dict(timestamp=lambda a, n: a["timestamp"] / 3)),
