@@ -86,7 +86,7 @@ $(AOT_READY): $(READY)
 	@touch $@
 
 test-aot: $(AOT_READY) ## compiles for TPU topologies that are not here
-	@PYTHONPATH=$(CURDIR)/$(AOT) JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m aot tests/aot $(ARGS)
+	@PYTHONPATH=$(CURDIR)/$(AOT) JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m aot tests/aot tests/model/test_attention.py $(ARGS)
 
 test-lerobot: $(READY) ## converts datasets that the real lerobot writes (installs it in .venv-lerobot, about 8 GB)
 	@[ -x .venv-lerobot/bin/python ] || $(PYTHON) -m venv .venv-lerobot

@@ -12,14 +12,16 @@ all meet the same machine; the median ratio to "full" is printed. The table is M
 
 import argparse
 import json
+import pathlib
 import statistics
 import sys
 import time
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from configs.octo_small import get_config as octo_config
+from octo_like.common.config import load_config
 from octo_like.common.defaults import LORA_TARGETS, batch_spec
 from octo_like.common.schema import flatten, synthetic_batch
 from octo_like.model import lora, surgery
@@ -29,6 +31,7 @@ from octo_like.training import sharding
 from octo_like.training.flops import step_flops
 from octo_like.training.program import build_program
 
+OCTO = pathlib.Path(__file__).resolve().parent.parent / "configs" / "octo_small.py"
 MODES = ("full", "frozen_transformer", "head_only", "lora")
 
 
@@ -41,7 +44,7 @@ class Adaptation:
     """
 
     def __init__(self, size: str, mode: str, batch_size: int, rank: int, dtype: str):
-        config = octo_config(size)
+        config = ConfigDict(load_config(f"{OCTO}:{size}").to_dict())
         config.batch_size, config.window_size = batch_size, 1
         config.model.dtype = dtype
         self._mesh = sharding.make_mesh(1, 1, jax.devices()[:1])

@@ -15,6 +15,7 @@ those of matrix products and convolutions, read off the traced program. "Without
 import argparse
 import dataclasses
 import json
+import pathlib
 import sys
 import time
 
@@ -23,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.octo_small import get_config as octo_config
 from octo_like.common.config import load_config
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec, synthetic_batch
@@ -94,7 +94,8 @@ def main(argv=None) -> int:
     parser.add_argument("--samples-per-round", type=int, default=10, help="sample_actions calls in a round")
     flags = parser.parse_args(argv)
 
-    config = ConfigDict(load_config(flags.config).to_dict()) if flags.config else octo_config(flags.size)
+    octo = pathlib.Path(__file__).resolve().parent.parent / "configs" / "octo_small.py"
+    config = ConfigDict(load_config(flags.config or f"{octo}:{flags.size}").to_dict())
     with config.unlocked():
         config.batch_size, config.model.dtype = flags.batch_size, flags.dtype
         if flags.attention:

@@ -252,3 +252,9 @@ def test_readme_names_only_what_exists():
     assert not sorted(name for name in names if not (ROOT / name).exists())
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", text)) <= targets
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_scripts_import_what_an_installation_has(script):
+    """Beside the script itself only the package is importable: configs are files, which `load_config` reads."""
+    assert not {name for name in imports(script) if name.split(".")[0] in ("configs", "data", "tests")}
