@@ -8,6 +8,7 @@ import numpy as np
 
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.data import indices
+from octo_like.data.buffers import Buffers
 from octo_like.data.damage import DamageLog
 from octo_like.data.episodes import Episode, EpisodeStore
 from octo_like.data.gather import FrameGatherer
@@ -120,10 +121,11 @@ class Assembler:
         task: TaskOptions,
         decode: str,
         threads: int,
+        buffers: Buffers,
     ):
         self._sources, self._spec, self._store, self._table = sources, spec, store, table
         self._task, self._damage = task, damage
-        self._frames = FrameGatherer(sources, spec, pool, decode, threads)
+        self._frames = FrameGatherer(sources, spec, pool, decode, threads, buffers)
         if task.image_dropout_keep is not None and task.image_dropout_keep not in spec.image_sizes:
             keep = task.image_dropout_keep
             raise DataError(f"image_dropout_keep: no camera {keep!r}; {suggest(keep, spec.image_sizes)}")

@@ -12,6 +12,7 @@ A frame that already has the wanted size is never resampled. Depth takes the nea
 wall behind it is a surface that is not there.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,6 +86,7 @@ def encoded_frames(contents: tf.Tensor) -> list[EncodedFrame]:
     return [EncodedFrame(c, t) for c, t in zip(contents.numpy().tolist(), tf.unstack(contents), strict=True)]
 
 
+@functools.lru_cache(maxsize=1024)
 def reduction(raw: tuple[int, int] | None, size: tuple[int, int]) -> int:
     """1, 2, 4 or 8: the largest reduction at which a JPEG of `raw` size is still decoded no smaller than `size`."""
     if raw is None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.data import frames
+from octo_like.data.buffers import Buffers
 from octo_like.data.episodes import Episode
 from octo_like.data.index import Index, PreparedDataset
 
@@ -47,8 +48,10 @@ class FrameGatherer:
         pool: concurrent.futures.Executor,
         decode: str,
         threads: int,
+        buffers: Buffers,
     ):
         self._sources, self._spec, self._pool, self._decode, self._threads = sources, spec, pool, decode, threads
+        self._buffers = buffers
         # Frames that cannot be decoded, {(slot, depth, dataset, episode, step): why}: known ones are not tried again.
         self._bad: dict[tuple[str, bool, int, int, int], str] = {}
 
@@ -78,11 +81,11 @@ class FrameGatherer:
         for slot, depth, size in views:
             name = f"depth_{slot}" if depth else f"image_{slot}"
             shape, dtype = ((*size, 1), np.float32) if depth else ((*size, 3), np.uint8)
-            result.observed[name] = observed = np.zeros((*window.shape, *shape), dtype)
+            result.observed[name] = observed = self._buffers.take((*window.shape, *shape), dtype)
             result.masks[name] = mask = np.zeros(window.shape, bool)
             with_goal = slot in spec.goal_images and not depth
             if with_goal:
-                result.goals[name] = goal_image = np.zeros((N, *shape), dtype)
+                result.goals[name] = goal_image = self._buffers.take((N, *shape), dtype)
                 result.goal_masks[name] = goal_mask = np.zeros(N, bool)
             for row, one in enumerate(episodes):
                 stored = (one.depths if depth else one.images).get(slot)
@@ -103,6 +106,10 @@ class FrameGatherer:
                         jobs[key] = _Job(*key, stored[step], [], [])
                     jobs[key].targets.append(target)
                     jobs[key].rows.append(row)
+            # What no frame is decoded into.
+            observed[~mask] = 0
+            if with_goal:
+                goal_image[~goal_mask] = 0
         for key in self._bad.keys() & jobs.keys():
             result.bad.update(dict.fromkeys(jobs.pop(key).rows, self._bad[key]))
         for job in self._run(list(jobs.values())):

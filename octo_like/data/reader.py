@@ -10,6 +10,7 @@ from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
 from octo_like.data import memory
 from octo_like.data.assemble import Assembler, TaskOptions, check_spec
+from octo_like.data.buffers import Buffers
 from octo_like.data.damage import DamageLog
 from octo_like.data.episodes import EpisodeStore
 from octo_like.data.frames import MODES
@@ -101,6 +102,7 @@ class Reader:
             task=task,
             decode=decode,
             threads=host.threads,
+            buffers=Buffers(host.prefetch + 2),  # made ahead, being made, and in use
         )
 
     def close(self) -> None:
