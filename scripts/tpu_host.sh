@@ -13,6 +13,8 @@
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/shell.sh
+source "$repository/scripts/shell.sh"
 venv=${OCTO_VENV:-$HOME/octo_venv}
 logs=${OCTO_LOGS:-$HOME/octo_logs}
 session=${OCTO_SESSION:-octo}
@@ -26,24 +28,6 @@ die() {
 }
 
 say() { echo "[$(hostname)] $*"; }
-
-# Words as one line of shell, single-quoted where needed.
-quote() {
-  local word flag out="" escaped="'\\''"
-  for word in "$@"; do
-    flag=""
-    if [[ $word =~ ^--[a-z_-]+= ]]; then # --command='a b' reads better than '--command=a b'
-      flag=${BASH_REMATCH[0]}
-      word=${word#"$flag"}
-    fi
-    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      out+=" $flag$word"
-    else
-      out+=" $flag'${word//\'/$escaped}'"
-    fi
-  done
-  printf '%s' "${out# }"
-}
 
 # TPU VMs have sudo without a password; containers often have no sudo, and are root already.
 as_root() {

@@ -32,6 +32,8 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$here")
+# shellcheck source=scripts/shell.sh
+source "$here/shell.sh"
 
 name=${TPU_NAME:-}
 project=${TPU_PROJECT:-}
@@ -64,24 +66,6 @@ die() {
 }
 
 note() { echo "# $*" >&2; }
-
-# Words as one line of shell, single-quoted where needed.
-quote() {
-  local word flag out="" escaped="'\\''"
-  for word in "$@"; do
-    flag=""
-    if [[ $word =~ ^--[a-z_-]+= ]]; then # --command='a b' reads better than '--command=a b'
-      flag=${BASH_REMATCH[0]}
-      word=${word#"$flag"}
-    fi
-    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      out+=" $flag$word"
-    else
-      out+=" $flag'${word//\'/$escaped}'"
-    fi
-  done
-  printf '%s' "${out# }"
-}
 
 # Runs a command, or prints it so that it can be pasted into a shell.
 run() {

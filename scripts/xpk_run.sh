@@ -25,6 +25,8 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$here")
+# shellcheck source=scripts/shell.sh
+source "$here/shell.sh"
 
 cluster=${XPK_CLUSTER:-}
 workload=${XPK_WORKLOAD:-}
@@ -46,23 +48,6 @@ command=()
 die() {
   echo "xpk_run.sh: error: $*" >&2
   exit 2
-}
-
-quote() {
-  local word flag out="" escaped="'\\''"
-  for word in "$@"; do
-    flag=""
-    if [[ $word =~ ^--[a-z_-]+= ]]; then # --command='a b' reads better than '--command=a b'
-      flag=${BASH_REMATCH[0]}
-      word=${word#"$flag"}
-    fi
-    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      out+=" $flag$word"
-    else
-      out+=" $flag'${word//\'/$escaped}'"
-    fi
-  done
-  printf '%s' "${out# }"
 }
 
 run() {

