@@ -19,7 +19,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from octo_like.common.config import ConfigDict, freeze, parse_command_line, to_dict  # noqa: E402
-from octo_like.training import aot  # noqa: E402
+from octo_like.training import aot, aot_report  # noqa: E402
 from octo_like.training.chips import parse_topology  # noqa: E402
 
 
@@ -69,9 +69,12 @@ def main(argv=None) -> int:
             print(f"{reports[-1]}\n", flush=True)
 
     if flags.sweep:
-        best = aot.recommend(reports)
+        best = aot_report.recommend(reports)
         if best is None:
-            print(f"recommended: none of these leaves {aot.WANTED_HEADROOM:.0%}; try --accumulates, --remats, --fsdps")
+            print(
+                f"recommended: none of these leaves {aot_report.WANTED_HEADROOM:.0%}; "
+                "try --accumulates, --remats, --fsdps"
+            )
         else:
             print(
                 f"recommended: --config.batch_size={best.batch_size} --config.accumulate={best.accumulate} "

@@ -17,7 +17,7 @@ import jax  # noqa: E402
 
 from octo_like.common.config import load_config  # noqa: E402
 from octo_like.training import scaling  # noqa: E402
-from octo_like.training.aot import Report  # noqa: E402
+from octo_like.training.aot_report import Report  # noqa: E402
 from octo_like.training.aot_table import read, replace_between  # noqa: E402
 from octo_like.training.chips import parse_topology  # noqa: E402
 

@@ -10,7 +10,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from octo_like.common.config import load_config
-from octo_like.training.aot import GIB, Report, prove_training
+from octo_like.training.aot import prove_training
+from octo_like.training.aot_report import GIB, Report
 from octo_like.training.chips import parse_topology
 
 

@@ -11,7 +11,6 @@ read back for hashing; the checksums of the arrays hold for them as well. When t
 `restore(None, ...)` says so and falls back to the newest good one.
 """
 
-import collections
 import logging
 import math
 import os
@@ -19,7 +18,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -39,6 +37,16 @@ from octo_like.training.integrity import (
     verify_files,
     write_manifest,
 )
+from octo_like.training.leaves import (
+    abstract_data,
+    cast_to,
+    check_structure,
+    data_struct,
+    describe_state,
+    from_data,
+    leaf_entry,
+    named_leaves,
+)
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
@@ -51,10 +59,6 @@ log = logging.getLogger(__name__)
 
 class CheckpointNotFound(CheckpointError):
     """There is no checkpoint where one was expected."""
-
-
-class StateMismatch(CheckpointError):
-    """The checkpoint is sound, but holds other arrays than the state to be filled."""
 
 
 class NonFiniteState(CheckpointError):
@@ -186,11 +190,11 @@ class Checkpointer:
             log.info("checkpoint %d exists already; not saved again", step)
             return False
         with jax.transfer_guard("allow"):
-            leaves, tree = _describe(state)
+            leaves, tree = describe_state(state)
             sums, bad = checksums(tree)
             if bad:
                 raise NonFiniteState(f"step {step} was not saved: not finite in {some(bad)}")
-            described = {name: _leaf_entry(leaf, tree[name], sums[name]) for name, leaf in leaves.items()}
+            described = {name: leaf_entry(leaf, tree[name], sums[name]) for name, leaf in leaves.items()}
             metric = None if metric is None or not math.isfinite(metric) else float(metric)
             self._saving = {"step": step, "leaves": described, "extra": extra, "metadata": metadata, "metric": metric}
             self._metrics[step] = metric
@@ -289,15 +293,15 @@ class Checkpointer:
         problem = _agree(problem)
         if problem is not None:
             return None, problem
-        names, treedef = _names(abstract_state)
-        _check_structure(names, manifest, self.directory / str(step), cast)
+        names, treedef = named_leaves(abstract_state)
+        check_structure(names, manifest, self.directory / str(step), cast)
         try:
             with jax.transfer_guard("allow"):
                 arrays = _load(self.directory / str(step), names, manifest)
                 _verify_arrays(arrays, manifest)
                 if cast:
-                    arrays = {name: _cast(array, names[name]) for name, array in arrays.items()}
-            leaves = [_from_data(arrays[name], manifest.leaves[name]) for name in names]
+                    arrays = {name: cast_to(array, names[name]) for name, array in arrays.items()}
+            leaves = [from_data(arrays[name], manifest.leaves[name]) for name in names]
             result = (jax.tree_util.tree_unflatten(treedef, leaves), manifest.extra)
         except CheckpointDamaged as error:
             problem = str(error)
@@ -315,7 +319,7 @@ class Checkpointer:
         """
         folder = self.directory / str(step)
         manifest = self.read(step)
-        names = {name: _data_struct(entry) for name, entry in manifest.leaves.items() if name.startswith(prefix)}
+        names = {name: data_struct(entry) for name, entry in manifest.leaves.items() if name.startswith(prefix)}
         if not names:
             tops = sorted({name.split("/")[0] for name in manifest.leaves})
             raise CheckpointNotFound(f"{folder} has no array under {prefix!r}; it holds {', '.join(tops)}")
@@ -377,7 +381,7 @@ class Checkpointer:
         except CheckpointDamaged as error:
             problems.append(str(error))
         try:
-            names = {name: _data_struct(entry) for name, entry in manifest.leaves.items()}
+            names = {name: data_struct(entry) for name, entry in manifest.leaves.items()}
             _verify_arrays(_load(folder, names, manifest), manifest)
         except CheckpointDamaged as error:
             problems.append(str(error))
@@ -437,97 +441,11 @@ def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     raise CheckpointNotFound(f"{root} is not a checkpoint: it holds {contents(root)}; {expected}")
 
 
-# --------------------------------------------------------------------------------------------------------------- arrays
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "state"
-
-
-def _names(tree: Any) -> tuple[dict[str, Any], Any]:
-    """({array name: leaf}, treedef). Names are pytree paths: params/head/kernel, opt_state/0/mu/head/kernel."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    counts = collections.Counter(_name(path) for path, _ in paths)
-    double = [name for name, count in counts.items() if count > 1]
-    if double:
-        raise CheckpointError(f"two leaves of the state have the same name: {some(double)}")
-    return {_name(path): leaf for path, leaf in paths}, treedef
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(state: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """({name: array}, {name: plain array to write}); refuses what would not come back as it was."""
-    leaves, _ = _names(state)
-    for name, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array):
-            raise CheckpointError(f"{name} is a {type(leaf).__name__}; the state must consist of jax.Arrays")
-        if leaf.size == 0:
-            raise CheckpointError(f"{name} has shape {leaf.shape}: arrays without elements cannot be saved")
-    return leaves, {name: jax.random.key_data(x) if _is_key(x) else x for name, x in leaves.items()}
-
-
-def _from_data(array: jax.Array, entry: dict[str, Any]) -> jax.Array:
-    return jax.random.wrap_key_data(array, impl=entry["key_impl"]) if entry["key_impl"] else array
-
-
-def _leaf_entry(leaf: jax.Array, data: jax.Array, sums: tuple[int, int]) -> dict[str, Any]:
-    impl = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
-    return {"shape": list(data.shape), "dtype": data.dtype.name, "key_impl": impl, "sums": list(sums)}
-
-
-def _data_struct(entry: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
-
-
-def _abstract_data(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of the plain array behind a leaf; a key array's sharding holds for its data too."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        if jax.process_count() > 1:
-            raise CheckpointError("restore needs shardings in abstract_state when there is more than one process")
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    data = jax.eval_shape(jax.random.key_data, struct) if _is_key(leaf) else struct
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-
-
-def _cast(array: jax.Array, wanted: Any) -> jax.Array:
-    same = _is_key(wanted) or array.dtype == wanted.dtype
-    return array if same else jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=array.sharding)(array)
-
-
-def _check_structure(names: dict[str, Any], manifest: Manifest, where: epath.Path, cast: bool) -> None:
-    problems = []
-    missing = [name for name in names if name not in manifest.leaves]
-    extra = [name for name in manifest.leaves if name not in names]
-    if missing:
-        problems.append(f"not in the checkpoint: {some(missing)}")
-    if extra:
-        problems.append(f"only in the checkpoint: {some(extra)}")
-    differing = []
-    for name in sorted(names.keys() & manifest.leaves.keys()):
-        want, have = _abstract_data(names[name]), _data_struct(manifest.leaves[name])
-        floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (want, have))
-        if want.shape != have.shape or (want.dtype != have.dtype and not (cast and floats)):
-            differing.append(
-                f"{name} is {have.dtype.name}{list(have.shape)}, expected {want.dtype.name}{list(want.shape)}"
-            )
-    if differing:
-        problems.append(f"of another shape or dtype: {some(differing)}")
-    if problems:
-        raise StateMismatch(
-            f"{where} holds another state than this run's model and optimizer:\n  " + "\n  ".join(problems)
-        )
-
-
 def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest) -> dict[str, jax.Array]:
     abstract = {}
     for name, leaf in names.items():
         # As it was saved: what is verified are the saved bits, whatever dtype is wanted in the end.
-        data, saved = _abstract_data(leaf), _data_struct(manifest.leaves[name])
+        data, saved = abstract_data(leaf), data_struct(manifest.leaves[name])
         abstract[name] = jax.ShapeDtypeStruct(data.shape, saved.dtype, sharding=data.sharding)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from octo_like.model.describe import matmul_flops
-from octo_like.training.aot import GIB, Report, training_program
+from octo_like.training.aot import training_program
+from octo_like.training.aot_report import GIB, Report
 from octo_like.training.chips import CHIPS, Topology
 
 # Google Cloud's list prices of a chip-hour on demand, in USD, of 2025: to be checked before money is spent, and

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from octo_like.common.config import load_config
-from octo_like.training import aot, program, sharding
+from octo_like.training import aot, aot_report, program, sharding
 from octo_like.training.chips import parse_topology
 
 pytestmark = [
@@ -153,7 +153,7 @@ def test_real_program():
     """Octo-small with T5, as published, for the smallest of the recommended topologies' hosts: four chips."""
     config = load_config("configs/octo_small.py", [("batch_size", "64")])
     report = aot.prove_training(config, parse_topology("v5e:2x2"), name="octo_small")
-    assert report.fits and report.headroom > aot.WANTED_HEADROOM
+    assert report.fits and report.headroom > aot_report.WANTED_HEADROOM
     assert report.activation_gathers == []
     assert 25e6 < report.trained_parameters < 30e6 and report.parameters - report.trained_parameters > 100e6
     # Two frames and a goal of 256x256 and 128x128, 12 blocks of 384: about 0.1 TFLOP a sample.

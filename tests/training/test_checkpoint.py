@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from octo_like.training import checkpoint, integrity
+from octo_like.training import checkpoint, integrity, leaves
 
 
 @flax.struct.dataclass
@@ -148,7 +148,7 @@ class TestRoundTrip:
         save(tmp_path, 1)
         wanted = abstract(make_state(0, dtype=jnp.bfloat16))
         reader = checkpoint.Checkpointer(tmp_path, read_only=True)
-        with pytest.raises(checkpoint.StateMismatch, match="kernel is float32.*expected bfloat16"):
+        with pytest.raises(leaves.StateMismatch, match="kernel is float32.*expected bfloat16"):
             reader.restore(1, wanted)
         restored, _ = reader.restore(1, wanted, cast=True)
         kernel = restored.params["head"]["kernel"]
@@ -156,7 +156,7 @@ class TestRoundTrip:
         np.testing.assert_array_equal(kernel, make_state(1).params["head"]["kernel"].astype(jnp.bfloat16))
         # An integer is no float: there is nothing to convert.
         counts = wanted.replace(step=jax.ShapeDtypeStruct((), jnp.float32, sharding=wanted.step.sharding))
-        with pytest.raises(checkpoint.StateMismatch, match="step is int32"):
+        with pytest.raises(leaves.StateMismatch, match="step is int32"):
             reader.restore(1, counts, cast=True)
 
     def test_the_same_step_twice_is_saved_once(self, tmp_path):
@@ -204,7 +204,7 @@ class TestRefusals:
         wanted.params["new"] = jnp.zeros(2)
         del wanted.params["half"]
         with checkpoint.Checkpointer(tmp_path) as saver:
-            with pytest.raises(checkpoint.StateMismatch) as error:
+            with pytest.raises(leaves.StateMismatch) as error:
                 saver.restore(None, abstract(wanted))
             # A sound checkpoint is not set aside because of a config.
             assert saver.all_steps() == [1]

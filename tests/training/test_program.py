@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from octo_like.common.config import ConfigError, load_config
-from octo_like.training import aot
+from octo_like.training import aot, aot_report
 from octo_like.training.program import network_from_config
 
 # train.py itself, with the jitted step watched, and then the objects that the proof makes of the same command line.
@@ -122,7 +122,7 @@ def fake_report(**fields):
         parameters=1,
         trained_parameters=1,
     )
-    return aot.Report(**(values | fields))
+    return aot_report.Report(**(values | fields))
 
 
 def test_times_are_calculated_from_the_data_sheet():
@@ -130,18 +130,18 @@ def test_times_are_calculated_from_the_data_sheet():
     assert report.compute_seconds(1.0) == pytest.approx(1.0) and report.compute_seconds(0.4) == pytest.approx(2.5)
     assert report.memory_seconds() == pytest.approx(1.0) and report.interconnect_seconds() == pytest.approx(1.0)
     assert report.fits and report.headroom == pytest.approx(7 / 16)
-    assert aot.Report.from_dict(report.to_dict()) == report
+    assert aot_report.Report.from_dict(report.to_dict()) == report
 
 
 def test_recommendation():
     big, small, tight = dict(batch_size=4096), dict(batch_size=1024), dict(total=15 * 2**30)
-    assert aot.recommend([fake_report(**small), fake_report(**big)]).batch_size == 4096
-    assert aot.recommend([fake_report(**big, **tight), fake_report(**small)]).batch_size == 1024
+    assert aot_report.recommend([fake_report(**small), fake_report(**big)]).batch_size == 4096
+    assert aot_report.recommend([fake_report(**big, **tight), fake_report(**small)]).batch_size == 1024
     # Recomputing costs FLOPs, accumulation only smaller products.
-    assert aot.recommend([fake_report(remat="full"), fake_report(accumulate=2)]).accumulate == 2
-    assert aot.recommend([fake_report(accumulate=4), fake_report(accumulate=2)]).accumulate == 2
-    assert aot.recommend([fake_report(error="no memory", **big), fake_report()]).batch_size == 2048
-    assert aot.recommend([fake_report(**tight)]) is None
+    assert aot_report.recommend([fake_report(remat="full"), fake_report(accumulate=2)]).accumulate == 2
+    assert aot_report.recommend([fake_report(accumulate=4), fake_report(accumulate=2)]).accumulate == 2
+    assert aot_report.recommend([fake_report(error="no memory", **big), fake_report()]).batch_size == 2048
+    assert aot_report.recommend([fake_report(**tight)]) is None
 
 
 def test_sweep_has_every_combination():
