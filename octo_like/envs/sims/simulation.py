@@ -15,7 +15,7 @@ from octo_like.envs.sims.camera import Camera, View
 from octo_like.envs.sims.tasks import SimTask, find_task
 
 RESET_OPTIONS = ("task",)
-CAMERAS_OPEN = 8  # each holds the model's meshes and textures: 80 MB
+CAMERAS_OPEN = 16  # each holds the model's meshes and textures: 80 MB; opening one takes as long as 50 pictures
 
 _IDLE: dict[tuple[str, str], list[Any]] = defaultdict(list)  # (simulator, task) -> environments that no episode uses
 _CAMERAS: dict[tuple[str, str, str, int], Camera] = {}  # (simulator, task, slot, size), in the order of use
