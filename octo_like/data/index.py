@@ -90,7 +90,9 @@ def prepare_dataset(
     whole = load_index(split, function, cache_dir, progress, **options)
     index, val_whole = whole.index, whole
     instructions = collections.Counter(whole.instructions)
-    everything = np.flatnonzero((index.frames > 0) | (index.steps == 0))  # all that the user's filter did not refuse
+    # What the user's filter refused and what has no step is as if it were not there: an empty episode would take a
+    # place in validation or among num_demos and show nothing.
+    everything = np.flatnonzero(index.frames > 0)
     if spec.val_split is not None:
         val_files = rlds.open_split(
             spec.name, data_dir, spec.version, spec.val_split, max_bad_fraction=max_bad_fraction
@@ -98,14 +100,14 @@ def prepare_dataset(
         val_whole = load_index(val_files, function, cache_dir, progress, **options)
         instructions.update(val_whole.instructions)
         chosen = everything
-        held = np.flatnonzero((val_whole.index.frames > 0) | (val_whole.index.steps == 0))
+        held = np.flatnonzero(val_whole.index.frames > 0)
     else:
         held = everything[hold_out(index.record_hash[everything], spec.val_fraction)] if len(everything) else everything
         chosen = np.setdiff1d(everything, held)
         if len(everything) and not len(chosen):
             raise DataError(
-                f"{key}: split {spec.split!r} has {len(everything)} episode(s), none left to train on after holding "
-                "out validation; set val_fraction=0 or name a val_split"
+                f"{key}: split {spec.split!r} has {len(everything)} episode(s) with usable steps, none left to train "
+                "on after holding out validation; set val_fraction=0 or name a val_split"
             )
     if spec.num_demos is not None:
         if spec.num_demos > len(chosen):
@@ -114,7 +116,7 @@ def prepare_dataset(
     if not index.steps[chosen].sum():
         left = f" after filter={spec.filter!r}" if spec.filter else ""
         raise DataError(
-            f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(chosen)} episodes{left}"
+            f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(index)} episodes{left}"
         )
     statistics = _statistics(key, spec, function, whole, chosen)
     train = _filtered(spec, function, whole, statistics).take(chosen)
