@@ -198,15 +198,20 @@ class EpisodeStore:
     def _load(self, key: tuple[int, int]) -> Episode:
         dataset, number = key
         prepared, index = self._sources[dataset]
-        size = 0
+        size, lasting = 0, False
         try:
             episode = load_episode(prepared, index, number, self._slots, self._table, self.text_lock, self._depth_slots)
-            size = episode.nbytes
+            size, lasting = episode.nbytes, True
             return episode
+        except DamagedRecord:
+            lasting = True
+            raise
         finally:
             with self._lock:
                 self.nbytes += size
                 self._loading.pop(key, None)
+                if not lasting:  # other errors may pass: who asks again gets another read
+                    self._entries.pop(key, None)
 
     def _evict(self) -> None:
         """Forgets the least recently used episodes while there are too many bytes."""

@@ -381,6 +381,30 @@ def test_a_storage_that_refuses_is_asked_again(prepared, tokenizer, monkeypatch,
             next(stream)
 
 
+def test_after_an_outage_a_seek_helps(prepared, tokenizer, monkeypatch, clean):
+    """The storage fails for a while, for what is needed and for what is read ahead; then it works again."""
+    real, out = prepared.function.from_file, threading.Event()
+    monkeypatch.setattr(episodes_module.time, "sleep", lambda seconds: None)
+
+    def failing(path, offset):
+        if out.is_set():
+            raise tf.errors.UnavailableError(None, None, "try later")
+        return real(path, offset)
+
+    monkeypatch.setattr(prepared.function, "from_file", failing)
+    with stream_of(prepared, tokenizer) as stream:
+        out.set()
+        with pytest.raises(DataError, match=r"episode \d+: cannot be read: try later"):
+            next(stream)
+        with pytest.raises(RuntimeError, match="seek"):
+            next(stream)
+        out.clear()
+        stream.seek(0)
+        for number in range(BATCHES):
+            assert equal_rows(next(stream), clean[0][number]).all()
+        assert stream.bad_counts == {"toy": 0}
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.5])
 def test_bad_fractions(copied, fraction):
     with pytest.raises(DataError, match=r"max_bad_fraction must be in \[0, 1\]"):
