@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,9 +117,9 @@ def prepare_dataset(
         raise DataError(
             f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(index)} episodes{left}"
         )
-    statistics = _statistics(key, spec, function, whole, chosen)
-    train = _filtered(spec, function, whole, statistics).take(chosen)
-    val = _filtered(spec, function, val_whole, statistics).take(held)
+    statistics = _statistics(key, spec, function, whole, chosen, process_index)
+    train = _filtered(key, spec, function, whole, statistics, process_index).take(chosen)
+    val = _filtered(key, spec, function, val_whole, statistics, process_index).take(held)
     if not train.frames.sum():
         used = {name: value for name, value in spec.filter_fields().items() if value not in (None, False)}
         raise DataError(
@@ -192,7 +191,7 @@ def _values(rows: np.ndarray, function: EpisodeFunction) -> tuple[np.ndarray, np
 
 
 def _statistics(
-    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray
+    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray, process_index: int
 ) -> dict[str, Any]:
     index, mask = whole.index, spec.action_normalization_mask
     if mask is not None and len(mask) != function.action_dim:
@@ -219,7 +218,8 @@ def _statistics(
         return arrays
 
     digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
-    arrays = cached(os.path.join(whole.folder, f"statistics-{digest}.npz"), make)
+    what = f"statistics of {key}"
+    arrays = cached(whole, f"statistics-{digest}.npz", make, what=what, process_index=process_index)
     statistics: dict[str, Any] = {
         part: {k.removeprefix(f"{part}_"): v for k, v in arrays.items() if k.startswith(f"{part}_")}
         for part in ("action", "proprio")
@@ -233,7 +233,14 @@ def _statistics(
     return statistics
 
 
-def _filtered(spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, statistics: dict[str, Any]) -> Index:
+def _filtered(
+    key: str,
+    spec: DatasetSpec,
+    function: EpisodeFunction,
+    whole: SplitIndex,
+    statistics: dict[str, Any],
+    process_index: int,
+) -> Index:
     """The index of the whole split with the steps that the spec's filters leave."""
     index = whole.index
     if not filters.has_filters(spec):
@@ -253,8 +260,8 @@ def _filtered(spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, s
             usable[start : start + len(rows)] = filters.usable_steps(spec, statistics, action, proprio, labeled)
         return {"bits": np.packbits(usable)}
 
-    path = os.path.join(whole.folder, f"usable-{digest_of(definition, *numbers)}.npz")
-    bits = cached(path, make)["bits"]
+    file = f"usable-{digest_of(definition, *numbers)}.npz"
+    bits = cached(whole, file, make, what=f"filtered steps of {key}", process_index=process_index)["bits"]
     if index.bits is not None:
         bits = bits & index.bits
     usable = np.unpackbits(bits)[: int(index.steps.sum(dtype=np.int64))].astype(bool)

@@ -120,12 +120,14 @@ class SplitIndex:
       folder: of the cache.
       instructions: every instruction and the number of episodes that have it.
       damaged: one message per record that cannot be read; these are not in `index`.
+      shared: folder that processes share as a whole or not at all (see `lock.build_once`).
     """
 
     index: Index
     folder: str
     instructions: dict[str, int]
     damaged: tuple[str, ...]
+    shared: str
 
     @property
     def rows_path(self) -> str:
@@ -137,6 +139,11 @@ class SplitIndex:
 
 def cache_folder(split: RldsSplit, function: EpisodeFunction, cache_dir: str | None) -> str:
     """Where the index of a split is kept. Beside the data, or in `cache_dir`, or in ~/.cache when that is read-only."""
+    return _cache_place(split, function, cache_dir)[0]
+
+
+def _cache_place(split: RldsSplit, function: EpisodeFunction, cache_dir: str | None) -> tuple[str, str]:
+    """(folder of the index, folder of all caches that lie in the same place)."""
     description = {
         "format": FORMAT,
         "name": split.name,
@@ -145,13 +152,13 @@ def cache_folder(split: RldsSplit, function: EpisodeFunction, cache_dir: str | N
         "definition": function.definition,
     }
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:20]
-    if cache_dir is not None:
-        root = os.path.join(os.path.expanduser(cache_dir), split.name, split.version)
-    elif _writable(split.directory):
+    if cache_dir is None and _writable(split.directory):
+        shared = os.path.dirname(os.path.dirname(split.directory))  # data_dir/name/version
         root = os.path.join(split.directory, CACHE_FOLDER)
     else:
-        root = os.path.join(os.path.expanduser("~/.cache/octo_like"), split.name, split.version)
-    return os.path.join(root, f"{split.split.replace('+', '-')}-{key}")
+        shared = os.path.expanduser("~/.cache/octo_like" if cache_dir is None else cache_dir)
+        root = os.path.join(shared, split.name, split.version)
+    return os.path.join(root, f"{split.split.replace('+', '-')}-{key}"), shared
 
 
 def _writable(directory: str) -> bool:
@@ -198,13 +205,19 @@ def _load(path: str) -> dict[str, Any]:
         ) from error
 
 
-def cached(path: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Arrays of a small file, made and written when it is not there. Each is a function of its name."""
-    if tf.io.gfile.exists(path):
-        return _load(path)
-    arrays = make()
-    _save(path, arrays)
-    return arrays
+def cached(
+    whole: SplitIndex, file: str, make: Callable[[], dict[str, Any]], *, what: str, process_index: int = 0
+) -> dict[str, Any]:
+    """Arrays of a small file beside the index; made, by one process of those that share it, when it is not there.
+
+    Args:
+      file: its name, which contains a hash of all that the arrays depend on.
+      what: a few words for messages.
+    """
+    path = os.path.join(whole.folder, file)
+    if not tf.io.gfile.exists(path):
+        build_once(path, lambda: _save(path, make()), what=what, process_index=process_index, root=whole.shared)
+    return _load(path)
 
 
 def digest_of(*parts: Any) -> str:
@@ -343,7 +356,7 @@ def load_index(
       DataError: too much damage, non-finite actions or proprioception, leaves of unequal length.
     """
     function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
-    folder = cache_folder(split, function, cache_dir)
+    folder, shared = _cache_place(split, function, cache_dir)
     path = os.path.join(folder, "index.npz")
     if not tf.io.gfile.exists(path):
         workers = workers or min(8, os.cpu_count() or 1)
@@ -353,6 +366,7 @@ def load_index(
             lambda: _build(split, function, folder, progress, workers, max_bad_fraction),
             what=f"index of {split.name} {split.split}",
             process_index=process_index,
+            root=shared,
         )
     arrays = _load(path)
     text = json.loads(str(arrays.pop("text")))
@@ -377,7 +391,7 @@ def load_index(
     )
     if len(bits):
         index = with_usable(index, np.unpackbits(bits)[: int(arrays["steps"].sum())].astype(bool), {})
-    return SplitIndex(index, folder, text["instructions"], damaged)
+    return SplitIndex(index, folder, text["instructions"], damaged, shared)
 
 
 def with_usable(index: Index, usable: np.ndarray, definition: dict[str, Any]) -> Index:
