@@ -35,6 +35,7 @@ from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.scan import COLUMNS, FileSummary, scan_file, traced_summary
 from octo_like.data.spec import DataError
+from octo_like.data.stall import StallWatch
 from octo_like.data.statistics import RowWriter
 from octo_like.data.tf import tf
 
@@ -263,13 +264,15 @@ def _build(
             bar.update(count)
 
     def scan(number: int) -> tuple[int, FileSummary | None]:
-        summary = scan_file(split, number, function, advance)
+        with watch.reading(split.files[number]) as moved:
+            summary = scan_file(split, number, function, lambda count: (moved(), advance(count)))
         if summary.damaged:
             return number, summary
         _write_atomically(part[number], summary.to_bytes())
         return number, None
 
-    with bar, concurrent.futures.ThreadPoolExecutor(workers, "octo_like-index") as pool:
+    watch = StallWatch(f"index of {split.name} {split.split}")
+    with bar, watch, concurrent.futures.ThreadPoolExecutor(workers, "octo_like-index") as pool:
         try:
             futures = [pool.submit(scan, number) for number in numbers if number not in set(finished)]
             for future in concurrent.futures.as_completed(futures):
