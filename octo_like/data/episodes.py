@@ -82,7 +82,10 @@ def load_episode(
             log.warning("%s: reading failed (%s), trying again", index.where(episode), error.message)
             time.sleep(2.0**attempt)
     if int(raw["hash"]) != index.record_hash[episode]:
-        raise DataError(f"{index.where(episode)}: the record is not the one that was indexed; delete the cached index")
+        raise DataError(
+            f"{index.where(episode)}: the record is not the one that was indexed: {prepared.key} has been written anew "
+            f"since. Stop what writes it, delete {index.folder} and start again"
+        )
     statistics, kind = prepared.statistics, prepared.spec.normalization
     action = normalization.normalize(raw["action"].numpy(), statistics["action"], kind)
     proprio = None

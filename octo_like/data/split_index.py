@@ -7,9 +7,10 @@
       usable-*.npz          steps that one set of filters leaves (see `filters.py`)
       parts/                of an unfinished pass: one file per TFRecord file, so that a killed pass goes on
 
-The folder's name contains a hash of the files (names and sizes), the version and everything that defines the episodes,
-so a changed dataset or function never meets old numbers. Memory holds a few numbers per episode and one file's rows for
-each thread, whatever the size of the dataset.
+The folder's name contains a hash of the files (names and sizes), the version and everything that defines the episodes.
+What that does not see, a few records do that are read again at every start (`spot_check.py`): an index that is not as
+they are is built anew. Memory holds a few numbers per episode and one file's rows for each thread, whatever the size of
+the dataset.
 """
 
 import collections
@@ -35,6 +36,7 @@ from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.scan import COLUMNS, FileSummary, scan_file, traced_summary
 from octo_like.data.spec import DataError
+from octo_like.data.spot_check import find_stale
 from octo_like.data.stall import StallWatch
 from octo_like.data.statistics import RowWriter
 from octo_like.data.tf import tf
@@ -60,6 +62,7 @@ class Index:
       first: number of the episode's first step among all steps of the split.
       bits: packed bits of all steps of the split, 1 for those that may be samples; None: all may.
       definition_hash: of everything that defines the episodes and the choice of their steps.
+      folder: of the cache, for messages.
     """
 
     files: tuple[str, ...]
@@ -75,6 +78,7 @@ class Index:
     first: np.ndarray  # int64
     bits: np.ndarray | None
     definition_hash: str
+    folder: str = ""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -361,17 +365,66 @@ def load_index(
     function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
     folder, shared = _cache_place(split, function, cache_dir)
     path = os.path.join(folder, "index.npz")
-    if not tf.io.gfile.exists(path):
-        workers = workers or min(8, os.cpu_count() or 1)
-        tf.io.gfile.makedirs(folder)
-        build_once(
-            path,
-            lambda: _build(split, function, folder, progress, workers, max_bad_fraction),
-            what=f"index of {split.name} {split.split}",
-            process_index=process_index,
-            root=shared,
-        )
-    arrays = _load(path)
+    workers = workers or min(8, os.cpu_count() or 1)
+    found = None
+    for _ in range(3):
+        if not tf.io.gfile.exists(path):
+            tf.io.gfile.makedirs(folder)
+            build_once(
+                path,
+                lambda: _build(split, function, folder, progress, workers, max_bad_fraction),
+                what=f"index of {split.name} {split.split}",
+                process_index=process_index,
+                root=shared,
+            )
+        try:
+            made, arrays = tf.io.gfile.stat(path).mtime_nsec, _load(path)
+        except tf.errors.NotFoundError:  # another process has just found it stale
+            continue
+        whole = _split_index(split, function, folder, shared, max_bad_fraction, arrays)
+        stale = find_stale(whole.index, whole.rows_path, function)
+        if stale is None:
+            return whole
+        if found is not None:
+            break
+        found = stale
+        log.warning("%s %s: %s. Its index and statistics are made anew: %s", split.name, split.split, stale, folder)
+        _discard(folder, made)
+    raise DataError(
+        f"{found or path}: still so after the index was made anew. The files are being written at the moment, or the "
+        f"functions of {split.name} do not give the same values twice. Mend that, then delete {folder}"
+    )
+
+
+def _discard(folder: str, made: int) -> None:
+    """Removes the index that was made at `made` (ns) and what was derived from it, unless another process has.
+
+    Raises:
+      DataError: this user may not.
+    """
+    path = os.path.join(folder, "index.npz")
+    try:
+        if tf.io.gfile.stat(path).mtime_nsec != made:
+            return
+        for file in tf.io.gfile.listdir(folder):
+            if file.startswith(("statistics-", "usable-")) and file.endswith(".npz"):
+                tf.io.gfile.remove(os.path.join(folder, file))
+        tf.io.gfile.remove(path)  # last: who is killed before begins again
+    except tf.errors.NotFoundError:
+        pass  # by another process
+    except tf.errors.PermissionDeniedError as error:
+        raise DataError(f"{folder}: out of date, and cannot be removed here ({error.message}); remove it") from error
+
+
+def _split_index(
+    split: RldsSplit,
+    function: EpisodeFunction,
+    folder: str,
+    shared: str,
+    max_bad_fraction: float,
+    arrays: dict[str, Any],
+) -> SplitIndex:
+    """The index of a split from the arrays of its file; names what was damaged."""
     text = json.loads(str(arrays.pop("text")))
     damaged = tuple(text["damaged"])
     if damaged:
@@ -390,7 +443,12 @@ def load_index(
     bits = arrays.pop("bits")
     arrays["first"] = np.cumsum(arrays["steps"], dtype=np.int64) - arrays["steps"]
     index = Index(
-        files=split.files, frames=arrays["steps"], bits=None, definition_hash=digest_of(function.definition), **arrays
+        files=split.files,
+        frames=arrays["steps"],
+        bits=None,
+        definition_hash=digest_of(function.definition),
+        folder=folder,
+        **arrays,
     )
     if len(bits):
         index = with_usable(index, np.unpackbits(bits)[: int(arrays["steps"].sum())].astype(bool), {})
