@@ -12,8 +12,8 @@ are, their goals and everything else drawn by key remain exact, and so do the sa
 resume the source begins anew. `order_spec["approximate"]` and the log name it.
 
 Statistics come from its first `STATISTICS_TRAJECTORIES` trajectories, once at each start (they may differ between
-starts when the source shuffles; give it a seed). It has no validation episodes. Each process takes every P-th
-trajectory.
+starts when the source shuffles; give it a seed). Hosts of a run compare them at its start, and refuse to normalise the
+same source differently. It has no validation episodes. Each process takes every P-th trajectory.
 """
 
 import collections

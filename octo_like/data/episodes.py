@@ -82,7 +82,10 @@ def load_episode(
             log.warning("%s: reading failed (%s), trying again", index.where(episode), error.message)
             time.sleep(2.0**attempt)
     if int(raw["hash"]) != index.record_hash[episode]:
-        raise DataError(f"{index.where(episode)}: the record is not the one that was indexed; delete the cached index")
+        raise DataError(
+            f"{index.where(episode)}: the record is not the one that was indexed: {prepared.key} has been written anew "
+            f"since. Stop what writes it, delete {index.folder} and start again"
+        )
     statistics, kind = prepared.statistics, prepared.spec.normalization
     action = normalization.normalize(raw["action"].numpy(), statistics["action"], kind)
     proprio = None
@@ -198,15 +201,20 @@ class EpisodeStore:
     def _load(self, key: tuple[int, int]) -> Episode:
         dataset, number = key
         prepared, index = self._sources[dataset]
-        size = 0
+        size, lasting = 0, False
         try:
             episode = load_episode(prepared, index, number, self._slots, self._table, self.text_lock, self._depth_slots)
-            size = episode.nbytes
+            size, lasting = episode.nbytes, True
             return episode
+        except DamagedRecord:
+            lasting = True
+            raise
         finally:
             with self._lock:
                 self.nbytes += size
                 self._loading.pop(key, None)
+                if not lasting:  # other errors may pass: who asks again gets another read
+                    self._entries.pop(key, None)
 
     def _evict(self) -> None:
         """Forgets the least recently used episodes while there are too many bytes."""

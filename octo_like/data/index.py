@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,7 +89,9 @@ def prepare_dataset(
     whole = load_index(split, function, cache_dir, progress, **options)
     index, val_whole = whole.index, whole
     instructions = collections.Counter(whole.instructions)
-    everything = np.flatnonzero((index.frames > 0) | (index.steps == 0))  # all that the user's filter did not refuse
+    # What the user's filter refused and what has no step is as if it were not there: an empty episode would take a
+    # place in validation or among num_demos and show nothing.
+    everything = np.flatnonzero(index.frames > 0)
     if spec.val_split is not None:
         val_files = rlds.open_split(
             spec.name, data_dir, spec.version, spec.val_split, max_bad_fraction=max_bad_fraction
@@ -98,14 +99,14 @@ def prepare_dataset(
         val_whole = load_index(val_files, function, cache_dir, progress, **options)
         instructions.update(val_whole.instructions)
         chosen = everything
-        held = np.flatnonzero((val_whole.index.frames > 0) | (val_whole.index.steps == 0))
+        held = np.flatnonzero(val_whole.index.frames > 0)
     else:
         held = everything[hold_out(index.record_hash[everything], spec.val_fraction)] if len(everything) else everything
         chosen = np.setdiff1d(everything, held)
         if len(everything) and not len(chosen):
             raise DataError(
-                f"{key}: split {spec.split!r} has {len(everything)} episode(s), none left to train on after holding "
-                "out validation; set val_fraction=0 or name a val_split"
+                f"{key}: split {spec.split!r} has {len(everything)} episode(s) with usable steps, none left to train "
+                "on after holding out validation; set val_fraction=0 or name a val_split"
             )
     if spec.num_demos is not None:
         if spec.num_demos > len(chosen):
@@ -114,11 +115,11 @@ def prepare_dataset(
     if not index.steps[chosen].sum():
         left = f" after filter={spec.filter!r}" if spec.filter else ""
         raise DataError(
-            f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(chosen)} episodes{left}"
+            f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(index)} episodes{left}"
         )
-    statistics = _statistics(key, spec, function, whole, chosen)
-    train = _filtered(spec, function, whole, statistics).take(chosen)
-    val = _filtered(spec, function, val_whole, statistics).take(held)
+    statistics = _statistics(key, spec, function, whole, chosen, process_index)
+    train = _filtered(key, spec, function, whole, statistics, process_index).take(chosen)
+    val = _filtered(key, spec, function, val_whole, statistics, process_index).take(held)
     if not train.frames.sum():
         used = {name: value for name, value in spec.filter_fields().items() if value not in (None, False)}
         raise DataError(
@@ -190,7 +191,7 @@ def _values(rows: np.ndarray, function: EpisodeFunction) -> tuple[np.ndarray, np
 
 
 def _statistics(
-    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray
+    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray, process_index: int
 ) -> dict[str, Any]:
     index, mask = whole.index, spec.action_normalization_mask
     if mask is not None and len(mask) != function.action_dim:
@@ -217,7 +218,8 @@ def _statistics(
         return arrays
 
     digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
-    arrays = cached(os.path.join(whole.folder, f"statistics-{digest}.npz"), make)
+    what = f"statistics of {key}"
+    arrays = cached(whole, f"statistics-{digest}.npz", make, what=what, process_index=process_index)
     statistics: dict[str, Any] = {
         part: {k.removeprefix(f"{part}_"): v for k, v in arrays.items() if k.startswith(f"{part}_")}
         for part in ("action", "proprio")
@@ -231,7 +233,14 @@ def _statistics(
     return statistics
 
 
-def _filtered(spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, statistics: dict[str, Any]) -> Index:
+def _filtered(
+    key: str,
+    spec: DatasetSpec,
+    function: EpisodeFunction,
+    whole: SplitIndex,
+    statistics: dict[str, Any],
+    process_index: int,
+) -> Index:
     """The index of the whole split with the steps that the spec's filters leave."""
     index = whole.index
     if not filters.has_filters(spec):
@@ -251,8 +260,8 @@ def _filtered(spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, s
             usable[start : start + len(rows)] = filters.usable_steps(spec, statistics, action, proprio, labeled)
         return {"bits": np.packbits(usable)}
 
-    path = os.path.join(whole.folder, f"usable-{digest_of(definition, *numbers)}.npz")
-    bits = cached(path, make)["bits"]
+    file = f"usable-{digest_of(definition, *numbers)}.npz"
+    bits = cached(whole, file, make, what=f"filtered steps of {key}", process_index=process_index)["bits"]
     if index.bits is not None:
         bits = bits & index.bits
     usable = np.unpackbits(bits)[: int(index.steps.sum(dtype=np.int64))].astype(bool)

@@ -22,6 +22,9 @@ STALE_SECONDS = 60.0  # without a pulse for this long it is taken for dead
 REPORT_SECONDS = 30.0
 HOLDER_SECONDS = 20.0  # how long other processes let process 0 be the first to take the lock
 
+# Caches below which this process has waited HOLDER_SECONDS and seen nothing of process 0: it waits there no more.
+_without_process_0: set[str] = set()
+
 
 def _create(path: str, content: str) -> bool:
     """Whether this call made the file."""
@@ -67,8 +70,7 @@ def _break(lock: str, seen: str) -> None:
 
 def _is_dead(holder: str) -> bool:
     """Whether the holder was a process of this machine that is no more: nobody has to wait for its pulse to fail."""
-    host, _, rest = holder.partition(":")
-    pid = rest.partition(":")[0]
+    host, pid, *_ = [*holder.split(":"), ""]
     if host != socket.gethostname() or not pid.isdigit():
         return False
     try:
@@ -113,6 +115,7 @@ def build_once(
     *,
     what: str,
     process_index: int = 0,
+    root: str | None = None,
     wait_seconds: float = 24 * 3600.0,
 ) -> None:
     """Returns when the file `target` exists: made by `build()` here, or by another process that shares the folder.
@@ -122,18 +125,25 @@ def build_once(
       what: a few words for messages.
       process_index: process 0 goes first. Others that see neither the file nor a builder for a while take it that they
         do not share a disk with process 0, and build for themselves.
+      root: folder (or any name) of all that is shared or not shared together: below it that while is waited once.
+        Forgotten when process 0 turns up there after all. None: that of the target.
       wait_seconds: how long to wait for another process.
 
     Raises:
       DataError: it is not there after `wait_seconds`; says who was building it.
     """
     lock = f"{target}.lock"
-    name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+    name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}:{process_index}"
+    root = os.path.dirname(target) if root is None else root
     start = changed = reported = time.monotonic()
     seen: str | None = None
+    may_build, met_process_0 = process_index == 0 or root in _without_process_0, False
     while not tf.io.gfile.exists(target):
-        first = process_index == 0 or time.monotonic() - start > HOLDER_SECONDS
-        if first and _create(lock, name):
+        if not may_build and time.monotonic() - start > HOLDER_SECONDS:
+            may_build = True
+            if not met_process_0:
+                _without_process_0.add(root)
+        if may_build and _create(lock, name):
             with _Pulse(lock, name):
                 # Another process may have finished between the look and the lock.
                 if not tf.io.gfile.exists(target):
@@ -143,10 +153,13 @@ def build_once(
         if content != seen:
             seen, changed = content, now
         holder = (seen or "another process").split(" ")[0]
+        if process_index and holder.count(":") == 3 and holder.endswith(":0"):
+            met_process_0 = True
+            _without_process_0.discard(root)
         if seen is not None and (now - changed > STALE_SECONDS or _is_dead(holder)):
             log.warning("%s: %s is dead or has been silent for %.0f s; building here", what, holder, now - changed)
             _break(lock, seen)
-            start -= HOLDER_SECONDS
+            may_build = True
             continue
         if now - start > wait_seconds:
             raise DataError(

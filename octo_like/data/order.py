@@ -263,9 +263,11 @@ class Order:
     def batch_rows(self, batch: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
         """Sample numbers of a process's rows of a global batch, int64."""
         if self.num_lanes % process_count:
+            possible = ", ".join(str(1 << i) for i in range(self.num_lanes.bit_length()))
             raise ValueError(
-                f"{process_count} processes do not divide {self.num_lanes} lanes; set num_lanes to a multiple of "
-                f"{process_count} at the first start"
+                f"{process_count} processes do not divide {self.num_lanes} lanes; possible numbers of processes: "
+                f"{possible}. More lanes allow more (num_lanes at the first start: a power of two that divides the "
+                f"batch size {self.batch_size}), but always powers of two"
             )
         local = self.batch_size // process_count
         return batch * self.batch_size + process_index * local + np.arange(local, dtype=np.int64)

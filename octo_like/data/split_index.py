@@ -7,9 +7,10 @@
       usable-*.npz          steps that one set of filters leaves (see `filters.py`)
       parts/                of an unfinished pass: one file per TFRecord file, so that a killed pass goes on
 
-The folder's name contains a hash of the files (names and sizes), the version and everything that defines the episodes,
-so a changed dataset or function never meets old numbers. Memory holds a few numbers per episode and one file's rows for
-each thread, whatever the size of the dataset.
+The folder's name contains a hash of the files (names and sizes), the version and everything that defines the episodes.
+What that does not see, a few records do that are read again at every start (`spot_check.py`): an index that is not as
+they are is built anew. Memory holds a few numbers per episode and one file's rows for each thread, whatever the size of
+the dataset.
 """
 
 import collections
@@ -35,6 +36,8 @@ from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.scan import COLUMNS, FileSummary, scan_file, traced_summary
 from octo_like.data.spec import DataError
+from octo_like.data.spot_check import find_stale
+from octo_like.data.stall import StallWatch
 from octo_like.data.statistics import RowWriter
 from octo_like.data.tf import tf
 
@@ -59,6 +62,7 @@ class Index:
       first: number of the episode's first step among all steps of the split.
       bits: packed bits of all steps of the split, 1 for those that may be samples; None: all may.
       definition_hash: of everything that defines the episodes and the choice of their steps.
+      folder: of the cache, for messages.
     """
 
     files: tuple[str, ...]
@@ -74,6 +78,7 @@ class Index:
     first: np.ndarray  # int64
     bits: np.ndarray | None
     definition_hash: str
+    folder: str = ""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -120,12 +125,14 @@ class SplitIndex:
       folder: of the cache.
       instructions: every instruction and the number of episodes that have it.
       damaged: one message per record that cannot be read; these are not in `index`.
+      shared: folder that processes share as a whole or not at all (see `lock.build_once`).
     """
 
     index: Index
     folder: str
     instructions: dict[str, int]
     damaged: tuple[str, ...]
+    shared: str
 
     @property
     def rows_path(self) -> str:
@@ -137,6 +144,11 @@ class SplitIndex:
 
 def cache_folder(split: RldsSplit, function: EpisodeFunction, cache_dir: str | None) -> str:
     """Where the index of a split is kept. Beside the data, or in `cache_dir`, or in ~/.cache when that is read-only."""
+    return _cache_place(split, function, cache_dir)[0]
+
+
+def _cache_place(split: RldsSplit, function: EpisodeFunction, cache_dir: str | None) -> tuple[str, str]:
+    """(folder of the index, folder of all caches that lie in the same place)."""
     description = {
         "format": FORMAT,
         "name": split.name,
@@ -145,13 +157,13 @@ def cache_folder(split: RldsSplit, function: EpisodeFunction, cache_dir: str | N
         "definition": function.definition,
     }
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:20]
-    if cache_dir is not None:
-        root = os.path.join(os.path.expanduser(cache_dir), split.name, split.version)
-    elif _writable(split.directory):
+    if cache_dir is None and _writable(split.directory):
+        shared = os.path.dirname(os.path.dirname(split.directory))  # data_dir/name/version
         root = os.path.join(split.directory, CACHE_FOLDER)
     else:
-        root = os.path.join(os.path.expanduser("~/.cache/octo_like"), split.name, split.version)
-    return os.path.join(root, f"{split.split.replace('+', '-')}-{key}")
+        shared = os.path.expanduser("~/.cache/octo_like" if cache_dir is None else cache_dir)
+        root = os.path.join(shared, split.name, split.version)
+    return os.path.join(root, f"{split.split.replace('+', '-')}-{key}"), shared
 
 
 def _writable(directory: str) -> bool:
@@ -198,13 +210,19 @@ def _load(path: str) -> dict[str, Any]:
         ) from error
 
 
-def cached(path: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Arrays of a small file, made and written when it is not there. Each is a function of its name."""
-    if tf.io.gfile.exists(path):
-        return _load(path)
-    arrays = make()
-    _save(path, arrays)
-    return arrays
+def cached(
+    whole: SplitIndex, file: str, make: Callable[[], dict[str, Any]], *, what: str, process_index: int = 0
+) -> dict[str, Any]:
+    """Arrays of a small file beside the index; made, by one process of those that share it, when it is not there.
+
+    Args:
+      file: its name, which contains a hash of all that the arrays depend on.
+      what: a few words for messages.
+    """
+    path = os.path.join(whole.folder, file)
+    if not tf.io.gfile.exists(path):
+        build_once(path, lambda: _save(path, make()), what=what, process_index=process_index, root=whole.shared)
+    return _load(path)
 
 
 def digest_of(*parts: Any) -> str:
@@ -250,13 +268,15 @@ def _build(
             bar.update(count)
 
     def scan(number: int) -> tuple[int, FileSummary | None]:
-        summary = scan_file(split, number, function, advance)
+        with watch.reading(split.files[number]) as moved:
+            summary = scan_file(split, number, function, lambda count: (moved(), advance(count)))
         if summary.damaged:
             return number, summary
         _write_atomically(part[number], summary.to_bytes())
         return number, None
 
-    with bar, concurrent.futures.ThreadPoolExecutor(workers, "octo_like-index") as pool:
+    watch = StallWatch(f"index of {split.name} {split.split}")
+    with bar, watch, concurrent.futures.ThreadPoolExecutor(workers, "octo_like-index") as pool:
         try:
             futures = [pool.submit(scan, number) for number in numbers if number not in set(finished)]
             for future in concurrent.futures.as_completed(futures):
@@ -343,18 +363,68 @@ def load_index(
       DataError: too much damage, non-finite actions or proprioception, leaves of unequal length.
     """
     function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
-    folder = cache_folder(split, function, cache_dir)
+    folder, shared = _cache_place(split, function, cache_dir)
     path = os.path.join(folder, "index.npz")
-    if not tf.io.gfile.exists(path):
-        workers = workers or min(8, os.cpu_count() or 1)
-        tf.io.gfile.makedirs(folder)
-        build_once(
-            path,
-            lambda: _build(split, function, folder, progress, workers, max_bad_fraction),
-            what=f"index of {split.name} {split.split}",
-            process_index=process_index,
-        )
-    arrays = _load(path)
+    workers = workers or min(8, os.cpu_count() or 1)
+    found = None
+    for _ in range(3):
+        if not tf.io.gfile.exists(path):
+            tf.io.gfile.makedirs(folder)
+            build_once(
+                path,
+                lambda: _build(split, function, folder, progress, workers, max_bad_fraction),
+                what=f"index of {split.name} {split.split}",
+                process_index=process_index,
+                root=shared,
+            )
+        try:
+            made, arrays = tf.io.gfile.stat(path).mtime_nsec, _load(path)
+        except tf.errors.NotFoundError:  # another process has just found it stale
+            continue
+        whole = _split_index(split, function, folder, shared, max_bad_fraction, arrays)
+        stale = find_stale(whole.index, whole.rows_path, function)
+        if stale is None:
+            return whole
+        if found is not None:
+            break
+        found = stale
+        log.warning("%s %s: %s. Its index and statistics are made anew: %s", split.name, split.split, stale, folder)
+        _discard(folder, made)
+    raise DataError(
+        f"{found or path}: still so after the index was made anew. The files are being written at the moment, or the "
+        f"functions of {split.name} do not give the same values twice. Mend that, then delete {folder}"
+    )
+
+
+def _discard(folder: str, made: int) -> None:
+    """Removes the index that was made at `made` (ns) and what was derived from it, unless another process has.
+
+    Raises:
+      DataError: this user may not.
+    """
+    path = os.path.join(folder, "index.npz")
+    try:
+        if tf.io.gfile.stat(path).mtime_nsec != made:
+            return
+        for file in tf.io.gfile.listdir(folder):
+            if file.startswith(("statistics-", "usable-")) and file.endswith(".npz"):
+                tf.io.gfile.remove(os.path.join(folder, file))
+        tf.io.gfile.remove(path)  # last: who is killed before begins again
+    except tf.errors.NotFoundError:
+        pass  # by another process
+    except tf.errors.PermissionDeniedError as error:
+        raise DataError(f"{folder}: out of date, and cannot be removed here ({error.message}); remove it") from error
+
+
+def _split_index(
+    split: RldsSplit,
+    function: EpisodeFunction,
+    folder: str,
+    shared: str,
+    max_bad_fraction: float,
+    arrays: dict[str, Any],
+) -> SplitIndex:
+    """The index of a split from the arrays of its file; names what was damaged."""
     text = json.loads(str(arrays.pop("text")))
     damaged = tuple(text["damaged"])
     if damaged:
@@ -373,11 +443,16 @@ def load_index(
     bits = arrays.pop("bits")
     arrays["first"] = np.cumsum(arrays["steps"], dtype=np.int64) - arrays["steps"]
     index = Index(
-        files=split.files, frames=arrays["steps"], bits=None, definition_hash=digest_of(function.definition), **arrays
+        files=split.files,
+        frames=arrays["steps"],
+        bits=None,
+        definition_hash=digest_of(function.definition),
+        folder=folder,
+        **arrays,
     )
     if len(bits):
         index = with_usable(index, np.unpackbits(bits)[: int(arrays["steps"].sum())].astype(bool), {})
-    return SplitIndex(index, folder, text["instructions"], damaged)
+    return SplitIndex(index, folder, text["instructions"], damaged, shared)
 
 
 def with_usable(index: Index, usable: np.ndarray, definition: dict[str, Any]) -> Index:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.data.sources import source_hash
 from octo_like.data.spec import DataError, suggest
 from octo_like.data.tf import tf
 
@@ -401,9 +402,8 @@ def resolve(
         function = registry.standardizer(name, compat, blank_text)
         return function, hashlib.sha256(repr(function).encode()).hexdigest()[:16]
     function = load(name)
-    # The whole module counts: helper functions change the result as much as the function does.
-    module = importlib.import_module(name.partition(":")[0])
-    return function, hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:16]
+    # The whole module counts, and what it imports: helpers change the result as much as the function does.
+    return function, source_hash(importlib.import_module(name.partition(":")[0]))
 
 
 def load(name: str) -> Any:

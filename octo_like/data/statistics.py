@@ -8,6 +8,7 @@ the lower 16 bits within those bins. So nothing is sampled, sketched or sorted, 
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,18 +48,39 @@ def read_rows(path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, 
       DataError: the file is shorter than its header says.
     """
     with tf.io.gfile.GFile(path, "rb") as file:
-        start = file.read(10)
-        header = start + file.read(int.from_bytes(start[8:10], "little"))
-        stream = io.BytesIO(header)
-        np.lib.format.read_magic(stream)
-        (rows, width), _, dtype = np.lib.format.read_array_header_1_0(stream)
+        rows, width, dtype, _ = _read_header(file)
         count = max(1, chunk_bytes // max(1, width * dtype.itemsize))
         for first in range(0, rows, count):
-            n = min(count, rows - first)
-            content = file.read(n * width * dtype.itemsize)
-            if len(content) != n * width * dtype.itemsize:
-                raise DataError(f"{path}: shorter than its header says; delete it and it is built again")
-            yield first, np.frombuffer(content, dtype).reshape(n, width)
+            yield first, _read_rows(file, path, min(count, rows - first), width, dtype)
+
+
+def row_range(path: str, first: int, count: int) -> np.ndarray:
+    """Rows `first` to `first + count` of such a file, (count, width).
+
+    Raises:
+      DataError: the file is shorter than that.
+    """
+    with tf.io.gfile.GFile(path, "rb") as file:
+        _, width, dtype, start = _read_header(file)
+        file.seek(start + first * width * dtype.itemsize)
+        return _read_rows(file, path, count, width, dtype)
+
+
+def _read_header(file: Any) -> tuple[int, int, np.dtype, int]:
+    """(rows, width, dtype, bytes of the header)."""
+    start = file.read(10)
+    header = start + file.read(int.from_bytes(start[8:10], "little"))
+    stream = io.BytesIO(header)
+    np.lib.format.read_magic(stream)
+    (rows, width), _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return rows, width, dtype, len(header)
+
+
+def _read_rows(file: Any, path: str, count: int, width: int, dtype: np.dtype) -> np.ndarray:
+    content = file.read(count * width * dtype.itemsize)
+    if len(content) != count * width * dtype.itemsize:
+        raise DataError(f"{path}: shorter than its header says; delete its folder and it is built again")
+    return np.frombuffer(content, dtype).reshape(count, width)
 
 
 # ---------------------------------------------------------------- statistics

@@ -20,6 +20,7 @@ import numpy as np
 from octo_like.common.config import ConfigError, check_resume, to_dict
 from octo_like.common.config import save as save_config
 from octo_like.common.defaults import default_config
+from octo_like.common.normalization import to_json
 from octo_like.common.schema import check_batch, flatten
 from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel
@@ -104,8 +105,7 @@ def run_loop(run: Run) -> int:
     ):
         state, clock, saved = _resume(run, checkpointer, workdir, state, shardings)
         stopping = EarlyStopping(config.early_stopping.patience, config.checkpoint.best_mode, saved)
-        # Hosts that index other files, or derive other blocks, would make batches that do not belong together.
-        fingerprint_across_hosts(json.loads(json.dumps(stream.order_spec)), "the data or its order")
+        check_hosts(stream.order_spec, run.inputs.statistics)
         if is_main():
             workdir.local.mkdir(parents=True, exist_ok=True)
             save_config(config, workdir.local / "config.json")
@@ -118,6 +118,22 @@ def run_loop(run: Run) -> int:
             return exits.NOT_FINITE
         finally:
             stream.close()
+
+
+def check_hosts(order_spec: Mapping[str, Any], statistics: Mapping[str, Any]) -> None:
+    """Compares data, order and statistics of all processes.
+
+    Hosts that index other files, or derive other blocks, would make batches that do not belong together; with other
+    statistics (of a tf.data source that shuffles without a seed) the same action would mean something else on each.
+
+    Raises:
+      RuntimeError: they differ; names what, and the processes that differ from process 0.
+    """
+    fingerprint_across_hosts(json.loads(json.dumps(order_spec)), "the data or its order")
+    approximate = order_spec.get("approximate", ())
+    for name, of_dataset in sorted(to_json(statistics).items()):
+        hint = " (a source must begin with the same trajectories on all hosts: give what it shuffles a seed)"
+        fingerprint_across_hosts(of_dataset, f"the statistics of {name!r}{hint if name in approximate else ''}")
 
 
 def _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, state: TrainState, clock: Clock) -> int:

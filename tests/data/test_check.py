@@ -310,7 +310,7 @@ def test_too_few_episodes(tmp_path):
     """One demonstration: an error that says what to do, not a run without validation."""
     write_rlds(Npz(str(recordings(tmp_path / "raw", count=1))), str(tmp_path), "toy")
     spec = DatasetSpec.from_dict(ROBOT.dataset_fields(), "toy")
-    with pytest.raises(DataError, match=r"1 episode\(s\), none left to train on .*val_fraction=0"):
+    with pytest.raises(DataError, match=r"1 episode\(s\) with usable steps, none left to train on .*val_fraction=0"):
         prepare_dataset("toy", spec, str(tmp_path), progress=False)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no .*npz files"):

@@ -4,7 +4,9 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -152,8 +154,6 @@ def test_zero_length_episodes_and_empty_instructions(make_toy, episodes_like, tm
     def without_first_steps(trajectory):
         return tf.nest.map_structure(lambda x: x[4:], trajectory)
 
-    import sys
-
     sys.modules["cutting"] = module = type(sys)("cutting")
     module.cut = without_first_steps
     toy = make_toy(tmp_path, "toy_short", episodes_like(12, min_steps=2, max_steps=8))
@@ -163,8 +163,8 @@ def test_zero_length_episodes_and_empty_instructions(make_toy, episodes_like, tm
     del sys.modules["cutting"]
     steps = [max(0, len(episode) - 4) for episode in toy.episodes]
     assert 0 in steps
-    np.testing.assert_array_equal(prepared.train.steps, steps)
-    labeled = [bool(e[0]["task_text"]) and n > 0 for e, n in zip(toy.episodes, steps, strict=True)]
+    np.testing.assert_array_equal(prepared.train.steps, [n for n in steps if n])  # empty ones are as if not there
+    labeled = [bool(e[0]["task_text"]) for e, n in zip(toy.episodes, steps, strict=True) if n]
     np.testing.assert_array_equal(prepared.train.frames > 0, labeled)
     with stream_of(prepared, tokenizer, batch_size=8) as stream:
         batch = next(stream)
@@ -172,6 +172,27 @@ def test_zero_length_episodes_and_empty_instructions(make_toy, episodes_like, tm
     assert (
         batch["task"]["pad_mask_dict"]["language_instruction"] ^ batch["task"]["pad_mask_dict"]["image_primary"]
     ).all()
+
+
+def test_empty_episodes_take_no_place(make_toy, episodes_like, tmp_path, monkeypatch):
+    """Of 12 episodes two have steps left: validation gets one of these, whatever the keys of the empty ones are."""
+
+    def without_first_steps(trajectory):
+        return tf.nest.map_structure(lambda x: x[4:], trajectory)
+
+    module = types.ModuleType("cutting_most")
+    module.cut = without_first_steps
+    monkeypatch.setitem(sys.modules, "cutting_most", module)
+    monkeypatch.setattr("inspect.getsource", lambda module: "cut most")
+    long, short = episodes_like(2, min_steps=8), episodes_like(10, seed=1, min_steps=2, max_steps=4)
+    toy = make_toy(tmp_path, "toy_mostly_short", long + short)
+    cut = "cutting_most:cut"
+    prepared = prepare(toy, standardize=cut, val_fraction=0.05)
+    assert len(prepared.train) == len(prepared.val) == 1 and prepared.val.frames.min() > 0
+    assert prepared.statistics["num_trajectories"] == 1
+    assert prepare(toy, standardize=cut, num_demos=2).train.frames.min() > 0
+    with pytest.raises(DataError, match="num_demos=3, but only 2 training episodes"):
+        prepare(toy, standardize=cut, num_demos=3)
 
 
 # ---------------------------------------------------------------- while training
@@ -358,6 +379,30 @@ def test_a_storage_that_refuses_is_asked_again(prepared, tokenizer, monkeypatch,
     with stream_of(prepared, tokenizer) as stream:
         with pytest.raises(DataError, match=r"episode \d+: cannot be read: try later"):
             next(stream)
+
+
+def test_after_an_outage_a_seek_helps(prepared, tokenizer, monkeypatch, clean):
+    """The storage fails for a while, for what is needed and for what is read ahead; then it works again."""
+    real, out = prepared.function.from_file, threading.Event()
+    monkeypatch.setattr(episodes_module.time, "sleep", lambda seconds: None)
+
+    def failing(path, offset):
+        if out.is_set():
+            raise tf.errors.UnavailableError(None, None, "try later")
+        return real(path, offset)
+
+    monkeypatch.setattr(prepared.function, "from_file", failing)
+    with stream_of(prepared, tokenizer) as stream:
+        out.set()
+        with pytest.raises(DataError, match=r"episode \d+: cannot be read: try later"):
+            next(stream)
+        with pytest.raises(RuntimeError, match="seek"):
+            next(stream)
+        out.clear()
+        stream.seek(0)
+        for number in range(BATCHES):
+            assert equal_rows(next(stream), clean[0][number]).all()
+        assert stream.bad_counts == {"toy": 0}
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5])

@@ -1,6 +1,8 @@
 """Building an index: several files at a time, after a kill, once for several processes, on the command line."""
 
+import functools
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -11,7 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from octo_like.data import lock, rlds, scan, split_index
+from octo_like.data import index as index_module
+from octo_like.data import lock, rlds, scan, split_index, stall
 from octo_like.data.index import prepare_dataset
 from octo_like.data.rlds import EpisodeFunction
 from octo_like.data.spec import DataError, DatasetSpec
@@ -94,6 +97,38 @@ def test_a_killed_pass_goes_on(toy, tmp_path, monkeypatch, repository):
     assert prepared.train.hash == fresh.train.hash
     for key, value in fresh.statistics["action"].items():
         np.testing.assert_array_equal(prepared.statistics["action"][key], value)
+
+
+def test_a_file_that_does_not_answer_is_named(toy, copied, tmp_path, monkeypatch, caplog):
+    """A FIFO in place of a file: opening it waits until somebody writes, as a hung mount does."""
+    monkeypatch.setattr(stall, "STALL_SECONDS", 0.5)
+    split, function = opened(copied)
+    path = pathlib.Path(split.files[1])
+    kept = path.rename(tmp_path / "kept")
+    os.mkfifo(path)
+    options = dict(progress=False, workers=3, max_bad_fraction=1.0)
+    load = threading.Thread(target=load_index, args=(split, function, str(tmp_path)), kwargs=options, daemon=True)
+    load.start()
+
+    def complaints():
+        lines = [record.getMessage() for record in caplog.records if "nothing is being read from" in record.message]
+        return [line for line in lines if path.name in line]
+
+    start = time.monotonic()
+    while len(complaints()) < 3 and time.monotonic() - start < 60:
+        time.sleep(0.05)
+    # The storage answers again. What was opened is still the FIFO, which cannot be read at an offset: damage.
+    fifo = path.rename(tmp_path / "fifo")
+    kept.rename(path)
+    os.close(os.open(fifo, os.O_WRONLY))
+    load.join(60)
+    assert not load.is_alive()
+    waits = [float(line.rpartition("(")[2].split()[0]) for line in complaints()]
+    assert len(waits) >= 3 and "index of toy_buttons train" in complaints()[0]
+    other = pathlib.Path(split.files[0]).name
+    assert not any(other in line for line in complaints())
+    times = [record.created for record in caplog.records if record.getMessage() in complaints()]
+    assert times[2] - times[1] > 1.5 * (times[1] - times[0])
 
 
 # ---------------------------------------------------------------- one builder
@@ -187,6 +222,45 @@ def test_four_processes_at_once(toy, tmp_path, repository, dies):
     assert not list(tmp_path.rglob("*.lock*"))
 
 
+def test_statistics_and_filters_are_computed_once(toy, tmp_path, monkeypatch):
+    """Four threads in place of hosts share a cache whose index is built: process 0 computes, the others read."""
+    spec = DatasetSpec.from_dict(toy.fields(max_action=5.0))
+    split, function = opened(toy)
+    load_index(split, function, str(tmp_path), progress=False)
+    computed, real = [], index_module.streamed_statistics
+    filtered, usable = [], index_module.filters.usable_steps
+
+    def statistics(rows):
+        computed.append(threading.current_thread().name)
+        time.sleep(0.3)  # the others have looked by then
+        return real(rows)
+
+    def usable_steps(*arguments):
+        filtered.append(threading.current_thread().name)
+        return usable(*arguments)
+
+    monkeypatch.setattr(index_module, "streamed_statistics", statistics)
+    monkeypatch.setattr(index_module.filters, "usable_steps", usable_steps)
+    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.1)
+    prepared = {}
+
+    def host(number):
+        options = dict(progress=False, process_index=number)
+        prepared[number] = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), **options)
+
+    threads = [threading.Thread(target=host, args=(number,), name=str(number)) for number in (3, 2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert computed == ["0", "0"] and set(filtered) == {"0"}  # actions and proprioception
+    assert len({prepared[number].train.hash for number in range(4)}) == 1
+    for number in range(4):
+        np.testing.assert_array_equal(
+            prepared[number].statistics["action"]["mean"], prepared[0].statistics["action"]["mean"]
+        )
+
+
 def test_a_lock_that_has_a_new_holder_is_not_broken(tmp_path):
     path = tmp_path / "index.npz.lock"
     path.write_text("host:2:b 0")
@@ -219,6 +293,46 @@ def test_hosts_that_share_no_disk_build_for_themselves(tmp_path, monkeypatch):
     target = tmp_path / "index.npz"
     lock.build_once(str(target), lambda: target.write_text("done"), what="it", process_index=3)
     assert target.exists()
+
+
+def test_hosts_without_process_0_wait_once(tmp_path, monkeypatch):
+    """Of three splits on a disk of its own, a process waits for process 0 at the first."""
+    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "HOLDER_SECONDS", 1.0)
+    start = time.monotonic()
+    for number in range(3):
+        target = tmp_path / f"{number}.npz"
+        build = functools.partial(target.write_text, "done")
+        lock.build_once(str(target), build, what="it", process_index=3, root=str(tmp_path / "disk"))
+        assert target.exists()
+    assert 1.0 < time.monotonic() - start < 2.0
+    # Elsewhere process 0 may well be seen.
+    start, target = time.monotonic(), tmp_path / "else.npz"
+    lock.build_once(str(target), lambda: target.write_text("done"), what="it", process_index=3, root="elsewhere")
+    assert time.monotonic() - start > 1.0
+
+
+def test_process_0_that_turns_up_late_is_waited_for_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
+    root = str(tmp_path)
+    monkeypatch.setattr(lock, "_without_process_0", {root})
+    target, started = tmp_path / "index.npz", threading.Event()
+
+    def build():
+        started.set()
+        while not looked:
+            time.sleep(0.01)
+        target.write_text("by process 0")
+
+    looked = []
+    look = lock._look
+    monkeypatch.setattr(lock, "_look", lambda path: looked.append(path) or look(path))
+    zero = threading.Thread(target=lock.build_once, args=(str(target), build), kwargs=dict(what="it", root=root))
+    zero.start()
+    assert started.wait(60)
+    lock.build_once(str(target), lambda: target.write_text("by process 3"), what="it", process_index=3, root=root)
+    zero.join(60)
+    assert target.read_text() == "by process 0" and lock._without_process_0 == set()
 
 
 def test_a_failing_build_frees_the_lock(tmp_path):

@@ -294,4 +294,5 @@ def test_resident_memory_is_bounded_with_many_datasets(make_toy, tmp_path, repos
     got = json.loads(done.stdout)
     assert got["whole"] > 100 << 20  # without a bound there would be this much
     assert got["stored"] <= 60 << 20  # the limit, and the episodes of one batch
-    assert got["peak"] - got["base"] <= 100 << 20, got
+    # Measured 41 to 47 MB of 52: the episodes are within the knob, the rest is a batch and what malloc keeps.
+    assert got["peak"] <= got["base"] + 1.15 * knob * 2**30 + (4 << 20), got

@@ -359,7 +359,12 @@ def test_datasets_without_validation_are_left_out(toy, tokenizer, tmp_path):
         ({}, dict(keep_goal_prob=1.5), "keep_goal_prob"),
         ({}, dict(max_goal_distance=0), "max_goal_distance"),
         ({}, dict(num_lanes=3), "power of two"),
-        ({}, dict(num_lanes=1, process_count=2), "2 processes do not divide 1 lanes"),
+        (
+            {},
+            dict(num_lanes=1, process_count=2),
+            "2 processes do not divide 1 lanes; possible numbers of processes: 1\\.",
+        ),
+        ({}, dict(process_count=3), r"3 processes do not divide 4 lanes; possible numbers of processes: 1, 2, 4\."),
         ({}, dict(host_threads=0), "threads"),
     ],
 )

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from octo_like.training import distributed
+from octo_like.training.loop import check_hosts
 
 
 def test_flags_fit_initialize():
@@ -46,6 +48,33 @@ def test_fingerprint():
     assert distributed.fingerprint({"a": 1, "b": [2, None]}) == distributed.fingerprint({"b": [2, None], "a": 1})
     assert distributed.fingerprint({"a": 1}) != distributed.fingerprint({"a": 2})
     assert distributed.fingerprint_across_hosts([1]) == distributed.fingerprint([1])
+
+
+def test_hosts_compare_the_statistics_too(monkeypatch):
+    """Every process has the same order, but a source without a seed gave process 1 other statistics."""
+    statistics = {
+        name: {"action": {"mean": np.zeros(2, np.float32), "mask": np.ones(2, bool)}, "num_transitions": 5}
+        for name in ("bridge", "mine")
+    }
+    other = {**statistics, "mine": {**statistics["mine"], "action": {"mean": np.float32([0, 1e-7])}}}
+    order_spec, words, calls = {"approximate": ["mine"]}, [], []
+
+    def allgather(mine):
+        words.append(mine)
+        calls.append(None)
+        return np.stack([mine, theirs[len(calls) - 1] if theirs else mine])
+
+    theirs = []
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", allgather)
+    check_hosts(order_spec, other)
+    assert len(words) == 3
+    theirs, calls = list(words), []
+    check_hosts(order_spec, other)
+    calls.clear()
+    message = r"statistics of 'mine' \(a source must .* give what it shuffles a seed\) differs .*processes \[1\]"
+    with pytest.raises(RuntimeError, match=message):
+        check_hosts(order_spec, statistics)
 
 
 COMPILE = """
