@@ -124,8 +124,8 @@ def test_a_leaf_too_many_or_too_few_is_noticed(excerpt):
 
 def test_removed_leaves_are_those_of_the_reference(shared):
     datasets = json.loads((shared / "oxe" / "oxe_datasets.json").read_text())["datasets"]
-    for variant in (lambda record: record, lambda record: record.get("openvla", {})):
-        removes = {name: set(variant(r).get("standardize", {}).get("removes", ())) for name, r in datasets.items()}
+    for variants in (datasets, {name: record.get("openvla", {}) for name, record in datasets.items()}):
+        removes = {name: set(v.get("standardize", {}).get("removes", ())) for name, v in variants.items()}
         assert {name: paths for name, paths in removes.items() if paths} == oxe_golden.REMOVED
 
 
@@ -201,15 +201,14 @@ def test_bgr_cameras_are_those_of_the_reference(shared):
     datasets = json.loads((shared / "oxe" / "oxe_datasets.json").read_text())["datasets"]
     assert sorted(datasets) == sorted(registry.REGISTRY)
     for name, record in datasets.items():
-        notes = json.dumps(record["image_notes"])
-        if "unverified" in notes:  # a guess from its converter: the user is told to look
+        if "unverified" in json.dumps(record["image_notes"]):  # a guess from its converter: the user is told to look
             assert record["needs_channel_flip"] and "channels" in registry.REGISTRY[name].caution, name
             assert registry.bgr_keys(name) == set()
             continue
         assert registry.bgr_keys(name) == set(record["needs_channel_flip"] or ()), name
         assert registry.bgr_keys(name, "octo") == set()
-        slots = registry.spec_fields(name)["bgr_slots"]
-        assert [s for s, key in registry.REGISTRY[name].images.items() if key in registry.bgr_keys(name)] == list(slots)
+        shown = [slot for slot, key in registry.get(name).images.items() if key in registry.bgr_keys(name)]
+        assert list(registry.spec_fields(name)["bgr_slots"]) == shown
 
 
 def test_bgr_names_keys_and_not_slots():
