@@ -110,6 +110,11 @@ def _file_bytes(path: str) -> int:
         return -1
 
 
+def _sizes(files: Sequence[str]) -> list[int]:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each look at a file of a bucket is a round trip
+        return list(pool.map(_file_bytes, files))
+
+
 def _builder(directory: str) -> Any:
     """The TFDS builder of a dataset version. Raises DataError when its description cannot be read."""
     import tensorflow_datasets as tfds
@@ -157,8 +162,7 @@ def open_split(
         lengths += list(info.shard_lengths)
     if not sum(lengths):
         raise DataError(f"{directory}: split {split!r} is empty")
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each look at a file of a bucket is a round trip
-        sizes = list(pool.map(_file_bytes, files))
+    sizes = _sizes(files)
     missing = [path for path, size in zip(files, sizes, strict=True) if size < 0]
     lost = sum(length for length, size in zip(lengths, sizes, strict=True) if size < 0)
     if missing and lost > max_bad_fraction * sum(lengths):
@@ -181,7 +185,7 @@ def split_parts(builder: Any, split: Any) -> tuple[Any, list[tuple[str, int, int
       (features, [(file, records to skip, records to take)]), at least one.
 
     Raises:
-      DataError: no such dataset or split, not RLDS, or no episode in the split.
+      DataError: no such dataset or split, not RLDS, missing files, or no episode in the split.
     """
     if isinstance(builder, str | os.PathLike):
         root, version = os.path.split(os.path.expanduser(os.fspath(builder)).rstrip("/"))
@@ -204,6 +208,13 @@ def split_parts(builder: Any, split: Any) -> tuple[Any, list[tuple[str, int, int
     parts = [(os.fspath(part.filename), part.skip, part.take) for part in found if part.take]
     if not parts:
         raise DataError(f"{directory}: split {split!r} is empty")
+    missing = [
+        path for (path, _, _), size in zip(parts, _sizes([path for path, _, _ in parts]), strict=True) if size < 0
+    ]
+    if missing:
+        raise DataError(
+            f"{directory}: {len(missing)} of {len(parts)} files of split {split!r} are missing: {missing[0]}"
+        )
     return builder.info.features, parts
 
 

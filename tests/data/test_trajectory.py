@@ -362,6 +362,13 @@ def test_misuse_is_named(toy, trajectories):
         TrajectoryDataset.from_rlds(str(toy.path), "test")
 
 
+def test_a_missing_file_is_named(copied):
+    path = sorted(copied.path.glob("*tfrecord*"))[1]
+    path.unlink()
+    with pytest.raises(DataError, match=f"1 of 3 files of split 'train' are missing: .*{path.name}"):
+        TrajectoryDataset.from_rlds(str(copied.path))
+
+
 def test_errors_can_be_left_out(trajectories):
     def fail_on_short(trajectory):
         with tf.control_dependencies([tf.debugging.assert_greater(tf.shape(trajectory["control"])[0], 5)]):
