@@ -54,6 +54,12 @@ def main() -> int:
         left_out = int(prepared.train.steps.sum()) - int(prepared.train.frames.sum())
         if left_out:
             print(f"\nfilters leave out {left_out:,} of {int(prepared.train.steps.sum()):,} training steps")
+        empty, total = report.empty_episodes(prepared, args.data_dir, args.cache_dir)
+        if empty:
+            print(f"\n{len(empty):,} of {total:,} episodes have no steps:")
+            print("\n".join(f"  {message}" for message in empty[:20]))
+            if len(empty) > 20:
+                print(f"  and {len(empty) - 20:,} more")
         if prepared.damaged:
             print(f"\n{len(prepared.damaged)} damaged records are left out:")
             print("\n".join(f"  {message}" for message in prepared.damaged[:20]))

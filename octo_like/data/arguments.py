@@ -1,6 +1,7 @@
 """Datasets named on a command line: by a config file, a mixture, a registry entry, or key by key."""
 
 import argparse
+import collections
 import importlib.util
 import json
 from typing import Any
@@ -36,6 +37,9 @@ def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
     given = [bool(args.datasets or args.mix), bool(args.config), bool(args.robot)]
     if sum(given) != 1:
         raise DataError("name datasets or a --mix, or give --config or --robot: exactly one of them")
+    twice = [name for name, count in collections.Counter(args.datasets).items() if count > 1]
+    if twice:
+        raise DataError(f"dataset {twice[0]!r} is named twice; name it once, and give weights in a config")
     if args.robot:
         robot = robot_from_file(args.robot)
         datasets: dict[str, Any] = {robot.name: robot.dataset_fields()}

@@ -218,6 +218,8 @@ def _decode_depth(contents: bytes) -> np.ndarray:
     """(h, w) of the stored kind."""
     if contents[:4] != b"\x89PNG":
         return np.asarray(tf.io.decode_image(contents, channels=1, expand_animations=False))[..., 0]
+    if len(contents) < 26:  # signature, length and name of the first chunk, size, bits, colour type
+        raise FrameError(0, f"not a depth map: a PNG cut off after {len(contents)} bytes")
     bits, colour = contents[24], contents[25]
     if (bits, colour) == (8, 6):
         values = np.asarray(tf.io.decode_png(contents, channels=4))

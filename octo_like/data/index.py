@@ -77,6 +77,8 @@ def prepare_dataset(
     """
     if not 0 <= max_bad_fraction <= 1:
         raise DataError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers must be at least 1, or None for up to 8, got {workers}")
     if spec.source is not None:
         from octo_like.data.approximate import prepare_source
 
@@ -145,7 +147,7 @@ def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
     """Logs what the registry knows about a dataset's traps."""
     if spec.from_registry:
         for said in registry.cautions(
-            spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots
+            spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots, spec.image_keys
         ):
             logging.warning("%s: %s", key, said)
 

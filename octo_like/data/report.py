@@ -10,11 +10,31 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.common.pages import STYLE, text_table
-from octo_like.data import frames
+from octo_like.data import frames, rlds
 from octo_like.data.episodes import load_episode
 from octo_like.data.index import Index, PreparedDataset
+from octo_like.data.split_index import load_index
 
 COLUMNS = ("min", "p01", "mean", "std", "p99", "max")
+
+
+def empty_episodes(prepared: PreparedDataset, data_dir: str, cache_dir: str | None = None) -> tuple[list[str], int]:
+    """(one "file: episode k" per episode without steps, number of all episodes) of a prepared dataset's splits.
+
+    Episodes of which the standardize function leaves nothing are among them, and say so. Read from the index.
+    """
+    spec = prepared.spec
+    if spec.source is not None:
+        return [], 0
+    messages, total = [], 0
+    for name in dict.fromkeys([spec.split, *([spec.val_split] if spec.val_split is not None else [])]):
+        split = rlds.open_split(spec.name, data_dir, spec.version, name, max_bad_fraction=1.0)
+        index = load_index(split, prepared.function, cache_dir, False, max_bad_fraction=1.0).index
+        total += len(index)
+        for number in np.flatnonzero(index.steps == 0):
+            left = f" ({index.raw_steps[number]} recorded, none after standardize)" if index.raw_steps[number] else ""
+            messages.append(f"{index.files[index.file[number]]}: episode {index.record[number]}{left}")
+    return messages, total
 
 
 def mixture_rows(

@@ -110,6 +110,35 @@ def _file_bytes(path: str) -> int:
         return -1
 
 
+def _sizes(files: Sequence[str]) -> list[int]:
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each look at a file of a bucket is a round trip
+        return list(pool.map(_file_bytes, files))
+
+
+def _builder(directory: str) -> Any:
+    """The TFDS builder of a dataset version. Raises DataError when its description cannot be read."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # TFDS and its JSON and protobuf readers raise many kinds
+        raise DataError(f"{directory}: cannot read {INFO_FILE} and features.json: {error}") from error
+
+
+def _checked(builder: Any, directory: str) -> Any:
+    """The builder. Raises DataError when its data is not RLDS in TFRecord files."""
+    if "steps" not in builder.info.features:
+        raise DataError(
+            f"{directory}: not an RLDS dataset: no `steps`, features are {', '.join(builder.info.features)}"
+        )
+    file_format = builder.info.file_format.value
+    if file_format != "tfrecord":
+        raise DataError(
+            f"{directory}: files are {file_format}, only tfrecord can be read; build it with file_format=tfrecord"
+        )
+    return builder
+
+
 def open_split(
     name: str, data_dir: str, version: str | None = None, split: str = "train", *, max_bad_fraction: float = 0.0
 ) -> RldsSplit:
@@ -121,22 +150,8 @@ def open_split(
     Raises:
       DataError: no such dataset, version or split; not RLDS; missing files; an empty split.
     """
-    import tensorflow_datasets as tfds
-
     directory = find_dataset(name, data_dir, version)
-    try:
-        builder = tfds.builder_from_directory(directory)
-    except Exception as error:  # TFDS and its JSON and protobuf readers raise many kinds
-        raise DataError(f"{directory}: cannot read {INFO_FILE} and features.json: {error}") from error
-    if "steps" not in builder.info.features:
-        raise DataError(
-            f"{directory}: not an RLDS dataset: no `steps`, features are {', '.join(builder.info.features)}"
-        )
-    file_format = builder.info.file_format.value
-    if file_format != "tfrecord":
-        raise DataError(
-            f"{directory}: files are {file_format}, only tfrecord can be read; build it with file_format=tfrecord"
-        )
+    builder = _checked(_builder(directory), directory)
     files, lengths = [], []
     for part in split.split("+"):
         if part not in builder.info.splits:
@@ -147,8 +162,7 @@ def open_split(
         lengths += list(info.shard_lengths)
     if not sum(lengths):
         raise DataError(f"{directory}: split {split!r} is empty")
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each look at a file of a bucket is a round trip
-        sizes = list(pool.map(_file_bytes, files))
+    sizes = _sizes(files)
     missing = [path for path, size in zip(files, sizes, strict=True) if size < 0]
     lost = sum(length for length, size in zip(lengths, sizes, strict=True) if size < 0)
     if missing and lost > max_bad_fraction * sum(lengths):
@@ -158,6 +172,50 @@ def open_split(
     version = os.path.basename(directory)
     features = builder.info.features
     return RldsSplit(name, version, split, directory, tuple(files), tuple(lengths), tuple(sizes), features)
+
+
+def split_parts(builder: Any, split: Any) -> tuple[Any, list[tuple[str, int, int]]]:
+    """The features of an RLDS dataset and the parts of its files that a split is, resolved by TFDS.
+
+    Args:
+      builder: a TFDS builder, or the path of a dataset version.
+      split: a name, "a+b", a slice ("train[:95%]"), "all", a `tfds.core.ReadInstruction` or another split of TFDS.
+
+    Returns:
+      (features, [(file, records to skip, records to take)]), at least one.
+
+    Raises:
+      DataError: no such dataset or split, not RLDS, missing files, or no episode in the split.
+    """
+    if isinstance(builder, str | os.PathLike):
+        root, version = os.path.split(os.path.expanduser(os.fspath(builder)).rstrip("/"))
+        data_dir, name = os.path.split(root)
+        directory = find_dataset(name, data_dir, version)
+        builder = _builder(directory)
+    else:
+        directory = os.fspath(builder.data_path)
+    _checked(builder, directory)
+    splits = builder.info.splits
+    try:
+        found = splits[split].file_instructions
+    except Exception as error:  # TFDS raises several kinds
+        names = re.findall(r"[A-Za-z_][\w-]*", re.sub(r"\[[^]]*\]?", "", str(split)))
+        wrong = next((part for part in names if part not in splits), None)
+        problem = f"no split {wrong!r}" if wrong else f"split {split!r} is not one that TFDS can read ({error})"
+        raise DataError(
+            f"{directory}: {problem}; {suggest(wrong or str(split), splits)}, slices and sums of them"
+        ) from error
+    parts = [(os.fspath(part.filename), part.skip, part.take) for part in found if part.take]
+    if not parts:
+        raise DataError(f"{directory}: split {split!r} is empty")
+    missing = [
+        path for (path, _, _), size in zip(parts, _sizes([path for path, _, _ in parts]), strict=True) if size < 0
+    ]
+    if missing:
+        raise DataError(
+            f"{directory}: {len(missing)} of {len(parts)} files of split {split!r} are missing: {missing[0]}"
+        )
+    return builder.info.features, parts
 
 
 # ---------------------------------------------------------------- record -> trajectory -> episode

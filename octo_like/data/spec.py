@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import logging
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,6 +122,7 @@ class DatasetSpec:
     robot: Mapping[str, Any] | None = None
 
     def __post_init__(self):
+        self._check_numbers()
         if self.normalization not in KINDS:
             raise DataError(f"{self.name}: normalization {self.normalization!r}; {suggest(self.normalization, KINDS)}")
         if not 0 <= self.val_fraction < 1:
@@ -150,6 +153,18 @@ class DatasetSpec:
             raise DataError(f"{self.name}: relative_to needs proprio_keys, whose dimensions it names")
         if self.chunk_length is not None and self.chunk_length < 1:
             raise DataError(f"{self.name}: chunk_length must be at least 1, got {self.chunk_length}")
+
+    def _check_numbers(self) -> None:
+        whole, required = ("num_demos", "subsample_length", "chunk_length"), ("weight", "val_fraction")
+        for field in (*required, *whole, "depth_scale", "max_action", "max_proprio", "idle_threshold"):
+            value, kind = getattr(self, field), numbers.Integral if field in whole else numbers.Real
+            if value is None and field not in required:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind):
+                what = "an integer" if field in whole else "a number"
+                raise DataError(
+                    f"{self.name}: {field} must be {what}{'' if field in required else ' or None'}, got {value!r}"
+                )
 
     def _check_source(self) -> None:
         if ":" not in self.source:
@@ -210,7 +225,11 @@ class DatasetSpec:
             data = {**registry.spec_fields(given["standardize"], given.get("compat")), **given}
             if "image_keys" in given and "bgr_slots" not in given:
                 swapped = registry.bgr_keys(given["standardize"], given.get("compat"))
-                data["bgr_slots"] = [slot for slot, key in (given["image_keys"] or {}).items() if key in swapped]
+                data["bgr_slots"] = [
+                    slot
+                    for slot, key in (given["image_keys"] or {}).items()
+                    if key is not None and key.removeprefix("observation/") in swapped
+                ]
         if not data.get("name"):
             if not name:
                 raise DataError("a dataset needs a name")
@@ -267,4 +286,22 @@ def specs_from_config(datasets: Mapping[str, Any]) -> dict[str, DatasetSpec]:
     """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another."""
     if not datasets:
         raise DataError("the mixture is empty: `datasets` needs at least one entry, or name a `mix`")
-    return {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}
+    specs = {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}
+    _warn_of_twins(specs)
+    return specs
+
+
+def _warn_of_twins(specs: Mapping[str, DatasetSpec]) -> None:
+    """Logs which datasets of a mixture read the same episodes for the same head."""
+    seen: dict[tuple, str] = {}
+    for key, spec in specs.items():
+        # Another filter may well be another part of the files.
+        what = (spec.name, spec.version, spec.split) if spec.source is None else (spec.source,)
+        other = seen.setdefault((*what, spec.filter, spec.head), key)
+        if other != key:
+            read = f"split {spec.split!r} of {spec.name!r}" if spec.source is None else f"source {spec.source!r}"
+            logging.warning(
+                "%s and %s are both %s for head %r: the same episodes count twice in the mixture, with weights %g and "
+                "%g",
+                *(other, key, read, spec.head, specs[other].weight, spec.weight),
+            )

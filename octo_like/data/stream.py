@@ -355,11 +355,13 @@ def make_train_stream(
     weights = {name: d.spec.weight for name, d in datasets.items()}
     if balance_weights:
         sizes = [int(d.train.frames.sum(dtype=np.int64)) for d in datasets.values()]
-        try:
-            balanced = order_lib.balanced_weights(list(weights.values()), sizes).tolist()
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        if not any(weight * size for weight, size in zip(weights.values(), sizes, strict=True)):
+            counted = ", ".join(f"{name}: {w:g} x {n:,}" for (name, w), n in zip(weights.items(), sizes, strict=True))
+            raise DataError(f"balance_weights: weight times usable training steps is 0 for all datasets ({counted})")
+        balanced = order_lib.balanced_weights(list(weights.values()), sizes).tolist()
         weights = dict(zip(weights, balanced, strict=True))
+    if not any(weights.values()):
+        raise DataError(f"the weight of every dataset is 0 ({', '.join(weights)}); at least one must be positive")
     plan = OrderPlan(
         datasets=datasets,
         weights=weights,

@@ -1,4 +1,4 @@
-"""Reference trajectories of Open X-Embodiment datasets, as arrays in one compressed file.
+"""Reference trajectories of Open X-Embodiment datasets, as arrays in one compressed file, and their comparison.
 
     python tests/data/oxe_golden.py ../shared/oxe tests/golden/oxe/cases.xz      # makes the excerpt in the repository
 
@@ -9,6 +9,7 @@ its own folder. It also holds the facts about each dataset and the mixtures.
 import json
 import lzma
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -76,6 +77,52 @@ def unpack(path: pathlib.Path) -> tuple[dict, dict]:
         start += array.nbytes
         files.setdefault(name, {}).setdefault(case, {}).setdefault(side, {})[leaf] = array
     return facts, files
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def compare(got, want, where, euler=None):
+    if want.dtype.kind == "S":
+        assert [bytes(x).rstrip(b"\0") for x in got.tolist()] == [bytes(x) for x in want.tolist()], where
+        return
+    a, b = got.astype(np.float32), want.astype(np.float32)
+    assert a.shape == b.shape, where
+    if euler is not None:
+        a = a.copy()
+        difference = (a[:, euler] - b[:, euler] + np.pi) % (2 * np.pi) - np.pi
+        np.testing.assert_allclose(difference, 0, atol=1e-5, err_msg=where)
+        a[:, euler] = b[:, euler]
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7, err_msg=where)
+
+
+# Leaves that the reference removes. Its files say so of images only: of other leaves they hold no untouched ones.
+REMOVED = {"berkeley_autolab_ur5": {"observation/image_with_depth"}}
+# Leaves that the reference does not have, because its code cannot make them; the entries do.
+REPAIRED = {"utokyo_xarm_pick_and_place_converted_externally_to_rlds": {"observation/proprio"}}
+
+
+def is_image(leaf):
+    """Whether a reference's leaf is of images: each is a tag, f00, f01, ..."""
+    return leaf.dtype.kind == "S" and all(re.fullmatch(rb"f\d\d", tag) for tag in leaf.reshape(-1).tolist())
+
+
+def check_the_rest(name, where, got, sides):
+    """What is not among the reference's outputs must be there, as it was in the data, unless the reference removes it.
+
+    Images are always among the outputs: one that is not was removed.
+    """
+    outputs = sides["out"]
+    removed = REMOVED.get(name, set()) | {
+        path for path, leaf in sides["in"].items() if is_image(leaf) and path not in outputs
+    }
+    # Below a path that is itself an output there is nothing any more: `action/world_vector` of an `action`.
+    replaced = {path for path in sides["in"] if any(path.startswith(f"{output}/") for output in outputs)}
+    missing = sides["in"].keys() - got.keys() - replaced
+    assert missing == removed, f"{where}: {sorted(missing ^ removed)} should be there, or should not"
+    for path in got.keys() - outputs.keys() - REPAIRED.get(name, set()):
+        assert path in sides["in"], f"{where}: {path} is in no output of the reference"
+        compare(got[path], sides["in"][path][outputs["_frame_index"]], f"{where} {path}")
 
 
 if __name__ == "__main__":

@@ -204,3 +204,26 @@ def test_a_truncated_jpeg_is_found():
 def test_unknown_mode():
     with pytest.raises(DataError, match="'quick'.*fast, parity"):
         frames.decode_frames([], (8, 8), "quick")
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_a_depth_png_cut_anywhere_is_one_error(kind):
+    """No truncation of a PNG, however short, is another error than FrameError, or is taken for a whole image."""
+    depth = np.random.default_rng(0).integers(0, 200, (5, 4))
+    if kind == "float32":
+        picture = Image.fromarray(depth.astype("<f4").view(np.uint8).reshape(5, 4, 4), "RGBA")
+    else:
+        picture = Image.fromarray(depth.astype(kind))
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    whole = buffer.getvalue()
+    want = frames.decode_depth(whole, (5, 4), 1.0)
+    pixels_end = whole.index(b"IEND") - 4
+    for length in range(len(whole)):
+        try:
+            got = frames.decode_depth(whole[:length], (5, 4), 1.0)
+        except frames.FrameError as error:
+            assert "not a d" in str(error)
+        else:
+            assert length >= pixels_end - 4  # all pixels are there
+            np.testing.assert_array_equal(got, want)

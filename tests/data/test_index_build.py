@@ -1,5 +1,6 @@
 """Building an index: several files at a time, after a kill, once for several processes, on the command line."""
 
+import argparse
 import functools
 import json
 import os
@@ -13,8 +14,8 @@ import time
 import numpy as np
 import pytest
 
+from octo_like.data import arguments, lock, report, rlds, scan, split_index, stall
 from octo_like.data import index as index_module
-from octo_like.data import lock, rlds, scan, split_index, stall
 from octo_like.data.index import prepare_dataset
 from octo_like.data.rlds import EpisodeFunction
 from octo_like.data.spec import DataError, DatasetSpec
@@ -373,3 +374,78 @@ def test_prepare_data_on_the_command_line(toy, tmp_path, repository):
     )
     assert done.returncode == 0, done.stderr.decode()
     assert b"filters leave out" in done.stdout and list(tmp_path.rglob("index.npz"))
+
+
+def prepare_data(repository, toy, cache, *arguments):
+    command = [sys.executable, "scripts/prepare_data.py", "--data_dir", toy.data_dir, "--cache_dir", str(cache)]
+    fields = {key: value for key, value in toy.fields().items() if key != "name"}
+    settings = ["--set", *(f"{key}={json.dumps(value)}" for key, value in fields.items())]
+    done = subprocess.run([*command, *arguments, *settings], cwd=repository, capture_output=True, timeout=300)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_a_wrong_number_of_workers_is_one_line(toy, tmp_path, repository):
+    code, _, said = prepare_data(repository, toy, tmp_path, "toy_buttons", "--workers", "-1")
+    assert code == 1 and "error: workers must be at least 1, or None for up to 8, got -1" in said
+    assert "Traceback" not in said
+    with pytest.raises(DataError, match="workers must be at least 1"):
+        prepare_dataset("toy", DatasetSpec.from_dict(toy.fields()), toy.data_dir, str(tmp_path), workers=0)
+
+
+@pytest.mark.parametrize(
+    "given,twice", [(["toy", "other", "toy"], "toy"), (["--mix", "rtx", "--", "kuka", "toto", "kuka"], "kuka")]
+)
+def test_a_dataset_named_twice_is_an_error(given, twice):
+    parser = argparse.ArgumentParser()
+    arguments.add_dataset_arguments(parser)
+    args = parser.parse_args(["--data_dir", "data", *given])
+    with pytest.raises(DataError, match=f"dataset '{twice}' is named twice"):
+        arguments.specs_from_arguments(args)
+    args.datasets = args.datasets[:2]
+    assert list(arguments.specs_from_arguments(args)) == args.datasets
+
+
+def test_prepare_data_lists_episodes_without_steps(make_toy, episodes_like, tmp_path, repository):
+    """Real records of no steps, in two files and both splits; and none where there is none."""
+    train, val = episodes_like(12), episodes_like(4, seed=1)
+    empty = [1, 5, 6, 10]
+    for number in empty:
+        train[number] = []
+    val[2] = []
+    toy = make_toy(tmp_path / "data", "holes", {"train": train, "spare": val}, num_shards=2)
+    lengths = [len(episode) for episode in toy.episodes]
+    # On disk, by reading the files themselves.
+    want, number = [], 0
+    for path in sorted(toy.path.glob("*train*tfrecord*")):
+        for record, _ in enumerate(rlds.tf.data.TFRecordDataset(str(path))):
+            if not lengths[number]:
+                want.append(f"{path}: episode {record}")
+            number += 1
+    assert number == 12 and len(want) == 4
+    code, said, errors = prepare_data(repository, toy, tmp_path / "cache", "holes")
+    assert code == 0, errors
+    assert "4 of 12 episodes have no steps:\n" + "\n".join(f"  {line}" for line in want) in said
+    spec = DatasetSpec.from_dict(toy.fields(val_split="spare"))
+    prepared = prepare_dataset("holes", spec, toy.data_dir, str(tmp_path / "cache"), progress=False)
+    found, total = report.empty_episodes(prepared, toy.data_dir, str(tmp_path / "cache"))
+    assert found[:4] == want and len(found) == 5 and "spare" in found[4] and total == 16
+
+
+def test_episodes_that_standardize_empties_are_listed_too(make_toy, episodes_like, tmp_path, monkeypatch):
+    (tmp_path / "cutting.py").write_text(
+        "import tensorflow as tf\n"
+        "def cut(t):\n"
+        "    keep = tf.where(t['_len'][0] > 4, t['_len'][0], 0)\n"
+        "    return tf.nest.map_structure(lambda x: x[:keep], t)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    toy = make_toy(tmp_path / "data", "shorts", episodes_like(12))
+    short = [(k, len(e)) for k, e in enumerate(toy.episodes) if len(e) <= 4]
+    assert short
+    spec = DatasetSpec.from_dict(toy.fields(standardize="cutting:cut"))
+    prepared = prepare_dataset("shorts", spec, toy.data_dir, str(tmp_path), progress=False)
+    found, total = report.empty_episodes(prepared, toy.data_dir, str(tmp_path))
+    assert [line.split(": ")[1] for line in found] == [
+        f"episode {k} ({steps} recorded, none after standardize)" for k, steps in short
+    ]
+    assert total == 12

@@ -125,8 +125,10 @@ def test_channel_order_follows_the_key(data_dir):
     """Cameras named by the config are swapped by what they show, in whatever slot."""
     fields = dict(standardize=FOOD, image_keys={"primary": "finger_vision_1"})
     assert DatasetSpec.from_dict(fields, FOOD).bgr_slots == ("primary",)
-    fields = dict(standardize=FOOD, image_keys={"primary": "finger_vision_2"})
-    assert DatasetSpec.from_dict(fields, FOOD).bgr_slots == ()
+    fields = dict(standardize=FOOD, image_keys={"primary": "image", "secondary": "observation/finger_vision_2"})
+    assert DatasetSpec.from_dict(fields, FOOD).bgr_slots == ("primary", "secondary")
+    fields = dict(standardize="berkeley_autolab_ur5", image_keys={"wrist": "image", "primary": None})
+    assert DatasetSpec.from_dict(fields, "berkeley_autolab_ur5").bgr_slots == ()
     config = config_for(data_dir, datasets={FOOD: dict(standardize=FOOD)})
     batch, _, _ = run_inputs(config)
     assert batch["observation"]["image_wrist"][0, -1, 5, 5].tolist() == list(TRUE)
@@ -143,13 +145,31 @@ def test_what_is_known_about_a_copy_is_logged(data_dir, tmp_path, caplog):
     other = dataclasses.replace(spec, bgr_slots=(), compat="octo")
     with caplog.at_level(logging.WARNING):
         prepare_dataset(FOOD, other, str(data_dir), str(tmp_path), progress=False)
-    assert "swapped" not in caplog.text
+    assert "are swapped" not in caplog.text
+    assert "raw frames of primary, wrist are BGR, and compat='octo' does not swap them" in caplog.text
+    assert "bgr_slots=('primary', 'wrist')" in caplog.text
     # The same files under the name of an entry that describes version 0.1.0, with other leaves.
     caplog.clear()
     wrong = DatasetSpec.from_dict(dict(standardize="bridge_oxe", name=FOOD), FOOD)
     with caplog.at_level(logging.WARNING), pytest.raises(DataError, match="version 0.1.0; .*'bridge_dataset'"):
         prepare_dataset(FOOD, wrong, str(data_dir), str(tmp_path), progress=False)
     assert "the registry describes version 0.1.0, this is 1.0.0" in caplog.text
+
+
+@pytest.mark.parametrize("compat", ["octo", "openvla"])
+def test_readings_that_leave_bgr_frames_say_so(compat):
+    from octo_like.data.oxe import registry
+
+    (said,) = registry.cautions("utaustin_mutex", compat, "0.1.0", 1500, ())
+    assert f"raw frames of primary, wrist are BGR, and compat={compat!r} does not swap them" in said
+    assert "set bgr_slots=('primary', 'wrist')" in said
+    (said,) = registry.cautions("utaustin_mutex", compat, "0.1.0", 1500, (), {"wrist": "observation/image"})
+    assert "frames of wrist are BGR" in said
+    (said,) = registry.cautions("utaustin_mutex", compat, "0.1.0", 1500, ("primary", "wrist"))
+    assert "are swapped" in said  # the user chose the swap, and is told of it
+    assert registry.cautions("bridge_dataset", compat, "1.0.0", 1500, ()) == []
+    # In our reading `bgr_slots=()` says that the copy was repaired.
+    assert registry.cautions("utaustin_mutex", None, "0.1.0", 1500, ()) == []
 
 
 def test_unfiltered_copies_are_noticed():

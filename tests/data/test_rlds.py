@@ -276,6 +276,46 @@ def test_empty_mixture():
         specs_from_config({})
 
 
+@pytest.mark.parametrize(
+    "field,value,valid",
+    [
+        ("weight", "1", "a number, got '1'"),
+        ("weight", None, "a number, got None"),
+        ("weight", True, "a number, got True"),
+        ("val_fraction", "0.1", "a number"),
+        ("num_demos", 2.5, "an integer or None"),
+        ("chunk_length", "4", "an integer or None"),
+        ("max_action", "3", "a number or None"),
+        ("depth_scale", "mm", "a number or None"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_its_dataset(field, value, valid):
+    with pytest.raises(DataError, match=f"mine: {field} must be {valid}"):
+        DatasetSpec.from_dict({field: value}, "mine")
+
+
+def test_numbers_of_numpy_are_numbers():
+    spec = DatasetSpec.from_dict(dict(weight=np.float32(0.5), num_demos=np.int64(3)), "mine")
+    assert spec.weight == 0.5 and spec.num_demos == 3
+
+
+def test_episodes_that_count_twice_are_noticed(caplog):
+    """Two keys with the same files and head; not with another split, version, filter or head."""
+    one = dict(name="bridge", weight=2.0)
+    specs_from_config({"a": one, "b": dict(name="bridge", image_keys={"primary": "image"})})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "a and b are both split 'train' of 'bridge' for head 'action'" in record.getMessage()
+    assert "count twice in the mixture, with weights 2 and 1" in record.getMessage()
+    caplog.clear()
+    changes = (dict(split="more"), dict(version="2.0.0"), dict(filter="my:good"), dict(head="other"))
+    specs_from_config({"a": one} | {f"b{n}": one | change for n, change in enumerate(changes)})
+    specs_from_config({"s": dict(source="my:live"), "t": dict(source="my:other"), "a": one})
+    assert not caplog.records
+    specs_from_config({"s": dict(source="my:live"), "t": dict(source="my:live")})
+    assert "s and t are both source 'my:live'" in caplog.text
+
+
 def test_truncated_file_names_file_episode_and_byte(copied):
     path = sorted(copied.path.glob("*tfrecord*"))[1]
     path.write_bytes(path.read_bytes()[:-10])

@@ -193,6 +193,18 @@ def test_bad_options(prepared, tokenizer, options, message):
         stream_of(prepared, tokenizer, **options)
 
 
+def test_weights_that_are_all_zero_name_the_datasets(toy, prepared, cache, tokenizer):
+    """With balancing and without; a zero beside another weight is fine."""
+    none = {"a": prepare(toy, cache, weight=0.0), "b": prepare(toy, cache, weight=0)}
+    options = dict(seed=3, batch_size=32, episodes_mixed=6, host_threads=2)
+    with pytest.raises(DataError, match=r"weight of every dataset is 0 \(a, b\); at least one must be positive"):
+        make_train_stream(none, SPEC, tokenizer, balance_weights=False, **options)
+    with pytest.raises(DataError, match=r"balance_weights: .* is 0 for all datasets \(a: 0 x \d+, b: 0 x \d+\)"):
+        make_train_stream(none, SPEC, tokenizer, balance_weights=True, **options)
+    for balance in (False, True):
+        make_train_stream(none | {"c": prepared}, SPEC, tokenizer, balance_weights=balance, **options).close()
+
+
 # ---------------------------------------------------------------- actions that are relative, or come in chunks
 
 

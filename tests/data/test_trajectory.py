@@ -95,40 +95,213 @@ def decode(frame):
         frame[key] = tf.io.decode_png(frame[key])
     return frame
 
-def make(builder, weights):
+def make(builder, weights, split="train", parallel=1, shuffle=False):
     def one(split):
         return (
-            dl.DLataset.from_rlds(builder, split=split, shuffle=False, num_parallel_reads=1)
-            .traj_map(standardize, num_parallel_calls=1)
+            dl.DLataset.from_rlds(builder, split=split, shuffle=shuffle, num_parallel_reads=parallel)
+            .traj_map(standardize, num_parallel_calls=parallel, deterministic=True)
             .filter(lambda traj: tf.math.reduce_max(traj["_len"]) > 3)
-            .traj_map(add_goal)
+            .traj_map(add_goal, parallel)
             .traj_map(restructure)
-            .flatten(num_parallel_calls=1)
+            .frame_map(lambda frame: {**frame, "seen": True}, parallel, deterministic=True)
+            .flatten(num_parallel_calls=parallel)
         )
-    merged = dl.DLataset.sample_from_datasets([one("train").repeat(), one("train").repeat()], weights)
-    merged = merged.shuffle(50).frame_map(decode, num_parallel_calls=1).batch(16, drop_remainder=True).enumerate()
-    return merged.map(lambda number, batch: {**batch, "number": number}).take(3).prefetch(1).with_ram_budget(1)
+    merged = dl.DLataset.sample_from_datasets([one(split).repeat(), one(split).repeat()], weights)
+    merged = merged.shuffle(50).frame_map(decode, num_parallel_calls=parallel).batch(16, drop_remainder=True)
+    merged = merged.enumerate().map(lambda number, batch: {**batch, "number": number}, num_parallel_calls=parallel)
+    return merged.take(3).prefetch(1).with_ram_budget(1)
 """
 
+READS = ["train", "all", "train[:95%]", "train[2:9]+train[-3:]"]
 
-def test_a_dlimp_script_runs_with_only_its_import_changed(toy):
+
+@pytest.mark.parametrize("parallel,split,shuffle", [(1, "train", False), (2, "all", True), (4, "train[:95%]", True)])
+def test_a_dlimp_script_runs_with_only_its_import_changed(toy, parallel, split, shuffle):
     """Everything in the vocabulary at once; what comes out is compared with what was written, frame by frame."""
     import tensorflow_datasets as tfds
 
     changed = PIPELINE.replace("import dlimp as dl", "from octo_like.data import trajectory as dl")
     script = {}
     exec(compile(changed, "pipeline", "exec"), script)  # noqa: S102 - our own text, above
-    batches = list(script["make"](tfds.builder_from_directory(str(toy.path)), [0.7, 0.3]).iterator())
+    builder = tfds.builder_from_directory(str(toy.path))
+    batches = list(script["make"](builder, [0.7, 0.3], split, parallel, shuffle).iterator())
     assert [int(batch["number"]) for batch in batches] == [0, 1, 2]
     for batch in batches:
         assert batch["image"].shape == batch["goal"].shape == (16, 40, 52, 3) and batch["action"].shape == (16, 4)
         for row in range(16):
-            episode = toy.episodes[batch["traj"][row]]
+            # By its action: `_traj_index` counts in the order of reading.
+            (episode,) = (
+                e for e in toy.episodes if any((s["control"][:3] == batch["action"][row, :3]).all() for s in e)
+            )
             step = episode[batch["step"][row]]
+            assert shuffle or episode is toy.episodes[batch["traj"][row]]
             assert len(episode) > 3 and batch["text"][row].decode() == step["task_text"]
             np.testing.assert_array_equal(batch["image"][row], step["observation"]["front_rgb"])
             np.testing.assert_array_equal(batch["goal"][row], episode[-1]["observation"]["front_rgb"])
             np.testing.assert_array_equal(batch["action"][row], np.append(step["control"][:3], step["control"][-1:]))
+
+
+def numbers(dataset):
+    """Which episodes of the toy these are, in order."""
+    return [int(item["traj_metadata"]["episode_metadata"]["number"][0]) for item in dataset.iterator()]
+
+
+def test_splits_are_those_of_tfds(toy):
+    """Names, slices, sums and TFDS's own split objects, of a builder or a path, give the episodes that TFDS gives."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(toy.path))
+    half = tfds.core.ReadInstruction("train", from_=50, to=100, unit="%")
+    first, second = tfds.even_splits("train", n=2)
+    for split in (*READS, half, first, second):
+        read = builder.as_dataset(split=split, read_config=tfds.ReadConfig(interleave_cycle_length=1))
+        want = [int(item["episode_metadata"]["number"]) for item in read]
+        for source in (builder, str(toy.path)):
+            assert numbers(TrajectoryDataset.from_rlds(source, split, shuffle=False)) == want, split
+    assert len(want) == 11
+    for parallel in (None, 1, 2, 4):
+        assert sorted(numbers(TrajectoryDataset.from_rlds(builder, second, True, parallel))) == sorted(want)
+    with pytest.raises(DataError, match="no split 'tst'; .*valid: train"):
+        TrajectoryDataset.from_rlds(builder, "train[:2]+tst[:5]")
+    with pytest.raises(DataError, match="'train.:2' is not one that TFDS can read"):
+        TrajectoryDataset.from_rlds(builder, "train[:2")
+    with pytest.raises(DataError, match="split 'train.:0.' is empty"):
+        TrajectoryDataset.from_rlds(builder, "train[:0]")
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 4, 16])
+def test_flatten_takes_as_many_trajectories_in_turns(parallel):
+    steps = [[(n, k) for k in range(3)] for n in range(8)]
+    dataset = TrajectoryDataset.from_tensor_slices(np.int64(steps))
+    got = [tuple(row) for row in dataset.flatten(num_parallel_calls=parallel).iterator()]
+    groups = [steps[first : first + parallel] for first in range(0, 8, parallel)]
+    assert got == [row for group in groups for rows in zip(*group, strict=True) for row in rows]
+    in_order = [tuple(row) for row in dataset.flatten().iterator()]
+    assert in_order == [row for episode in steps for row in episode]
+
+
+def test_it_is_a_dataset_of_tf_data(trajectories):
+    """Every operation of tf.data gives a TrajectoryDataset again, with what it knows; class methods too."""
+    frames = trajectories.flatten()
+    for dataset, flat in ((trajectories, False), (frames, True)):
+        for made in (
+            dataset,
+            dataset.take(2),
+            dataset.cache(),
+            dataset.enumerate(),
+            dataset.apply(lambda d: d.skip(1)),
+        ):
+            assert isinstance(made, tf.data.Dataset) and isinstance(made, TrajectoryDataset)
+            assert made.is_flattened == flat
+    assert trajectories.take(2).cardinality().numpy() == tf.data.UNKNOWN_CARDINALITY
+    assert TrajectoryDataset.range(5).cardinality().numpy() == 5 == len(TrajectoryDataset.range(5))
+    slices = TrajectoryDataset.from_tensor_slices({"x": np.arange(6).reshape(3, 2)})
+    assert [item["x"].tolist() for item in slices.flatten().batch(2).iterator()] == [[0, 1], [2, 3], [4, 5]]
+    assert TrajectoryDataset.zip((frames, frames)).is_flattened
+    assert sum(1 for _ in tf.data.Dataset.range(3).concatenate(TrajectoryDataset.range(2))) == 5
+    chosen = TrajectoryDataset.choose_from_datasets([slices, slices], TrajectoryDataset.range(2))
+    assert len(list(chosen)) == 2 and not chosen.is_flattened
+
+    @tf.function
+    def total(dataset):
+        return dataset.reduce(tf.constant(0, tf.int64), lambda a, b: a + b)
+
+    assert total(TrajectoryDataset.range(5)).numpy() == 10
+    assert TrajectoryDataset.range(5).with_ram_budget(1).options().autotune.ram_budget == 2**30
+
+
+@pytest.mark.parametrize("parallel", [None, 1, 2, 4])
+def test_from_tfrecords(tmp_path, parallel):
+    def feature(value):
+        contents = value if isinstance(value, bytes) else tf.io.serialize_tensor(value).numpy()
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[contents]))
+
+    for name, lengths in (("a", (4, 1)), ("b", (3,))):
+        with tf.io.TFRecordWriter(str(tmp_path / f"{name}.tfrecord")) as writer:
+            for length in lengths:
+                features = {
+                    "x": feature(np.arange(length * 2, dtype=np.float32).reshape(length, 2)),
+                    "task": feature(np.int32(length)),
+                    "one": feature(np.array([name])),
+                    "text": feature(b"pick it up"),
+                }
+                example = tf.train.Example(features=tf.train.Features(feature=features))
+                writer.write(example.SerializeToString())
+    items = list(TrajectoryDataset.from_tfrecords(str(tmp_path), shuffle=False).iterator())
+    assert [len(item["x"]) for item in items] == [4, 1, 3]
+    for number, item in enumerate(items):
+        T = len(item["x"])
+        assert item["task"].tolist() == [T] * T and item["text"].tolist() == [b"pick it up"] * T
+        assert item["one"].tolist() == [b"b" if number == 2 else b"a"] * T
+        assert item["_len"].tolist() == [T] * T and item["_frame_index"].tolist() == list(range(T))
+        assert item["_traj_index"].tolist() == [number] * T
+    paths = [str(tmp_path / "b.tfrecord"), str(tmp_path / "a.tfrecord")]
+    shuffled = TrajectoryDataset.from_tfrecords(paths, True, parallel).iterator()
+    assert sorted(len(item["x"]) for item in shuffled) == [1, 3, 4]
+    with pytest.raises(DataError, match="no TFRecord files"):
+        TrajectoryDataset.from_tfrecords(str(tmp_path / "none"))
+
+
+def test_transforms_have_the_names_of_dlimp(toy):
+    """`dl.transforms`: decode, resize, augment, and functions on nested dicts."""
+    from octo_like.data import trajectory as dl
+
+    image = toy.episodes[0][0]["observation"]["front_rgb"]
+    frame = {"observation": {"image_front": tf.io.encode_png(image), "text": tf.constant("x")}, "_traj_index": 3}
+    decoded = dl.transforms.decode_images(frame)
+    np.testing.assert_array_equal(decoded["observation"]["image_front"], image)
+    assert decoded["observation"]["text"].numpy() == b"x" and decoded["_traj_index"] == 3
+    frame = {"observation": {"image_front": tf.constant(image), "depth": tf.ones([8, 6]), "image_mask": tf.ones([4])}}
+    resized = dl.transforms.resize_images(frame, size=(20, 26))["observation"]
+    whole = tf.image.resize(image, (20, 26), method="lanczos3", antialias=True)
+    assert np.abs(resized["image_front"].numpy() - np.clip(whole, 0, 255)).max() <= 0.5
+    assert resized["image_mask"].shape == (4,)
+    assert dl.transforms.resize_depth_images(frame, size=(4, 3))["observation"]["depth"].shape == (4, 3)
+    assert dl.transforms.resize_depth_image(tf.ones([8, 6, 1]), (4, 3)).shape == (4, 3, 1)
+    with pytest.raises(DataError, match="resize_image needs uint8, got float32"):
+        dl.transforms.resize_image(tf.ones([2, 2, 3]), size=(1, 1))
+
+    tree = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert dl.transforms.flatten_dict(tree) == {"a/b": 1, "a/c": 2, "d": 3}
+    assert dl.transforms.unflatten_dict({"a/b": 1, "a/c": 2, "d": 3}) == tree
+    assert dl.transforms.selective_tree_map(tree, ["a/b", "d"], str) == {"a": {"b": "1", "c": 2}, "d": "3"}
+    assert dl.transforms.selective_tree_map(tree, "*c", str) == {"a": {"b": 1, "c": "2"}, "d": 3}
+    assert dl.transforms.selective_tree_map(tree, lambda path, x: x > 1, str)["a"] == {"b": 1, "c": "2"}
+    moved = dl.transforms.add_next_obs({"obs": {"x": tf.range(3)}, "action": tf.range(3)})
+    assert moved["next_obs"]["x"].numpy().tolist() == [1, 2] and moved["action"].numpy().tolist() == [0, 1]
+    assert dl.parallel_vmap(lambda x: x + 1)(tf.range(3)).numpy().tolist() == [1, 2, 3]
+
+
+def test_augment_image():
+    from octo_like.data import trajectory as dl
+
+    image = tf.cast(tf.random.stateless_uniform([32, 24, 3], [1, 2], 0, 256, tf.int32), tf.uint8)
+    arguments = dict(
+        random_resized_crop=dict(scale=[0.5, 0.9], ratio=[0.9, 1.1]),
+        random_brightness=[0.2],
+        random_contrast=[0.8, 1.2],
+        random_saturation=[0.8, 1.2],
+        random_hue=[0.1],
+    )
+    arguments["augment_order"] = list(arguments)
+    one, again, other = (dl.transforms.augment_image(image, seed=[5, n], **arguments).numpy() for n in (1, 1, 2))
+    assert one.shape == (32, 24, 3) and one.dtype == np.uint8
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).mean() > 0.5 and (one != image.numpy()).mean() > 0.5
+    np.testing.assert_array_equal(dl.transforms.augment_image(image, augment_order=[]), image)
+    whole = dict(augment_order=["random_resized_crop"], random_resized_crop=dict(scale=[1, 1], ratio=[1, 1]))
+    np.testing.assert_array_equal(dl.transforms.augment_image(image, seed=[0, 0], **whole), image)
+    with pytest.raises(DataError, match="no operation 'random_huge'; did you mean 'random_hue'"):
+        dl.transforms.augment_image(image, augment_order=["random_huge"])
+    with pytest.raises(DataError, match="'random_hue' is not in augment_order"):
+        dl.transforms.augment_image(image, random_hue=[0.1], augment_order=[])
+    # In a pipeline: alike for the frames of a trajectory.
+    frames = dl.DLataset.from_tensor_slices({"image": tf.stack([[image] * 2] * 3)}).enumerate()
+    frames = frames.map(lambda n, x: {**x, "_traj_index": tf.repeat(n, 2)})
+    frames = frames.frame_map(lambda x: dl.transforms.augment(x, augment_kwargs=arguments))
+    first, second, _ = [item["image"] for item in frames.iterator()]
+    np.testing.assert_array_equal(first[0], first[1])
+    assert (first != second).any()
 
 
 def test_other_operations_of_tf_data(trajectories):
@@ -162,7 +335,7 @@ def test_sizes(trajectories):
     assert len(list(trajectories.take(2).repeat(3).cache().iterator())) == 6
     assert len(list(trajectories.take(2).concatenate(trajectories.take(1)).iterator())) == 3
     assert trajectories.apply(lambda d: d.enumerate()).map(lambda i, t: i).take(2).iterator().__next__() == 0
-    assert trajectories.take(2).repeat().cardinality() < 0
+    assert trajectories.take(2).repeat().cardinality().numpy() < 0
     assert "observation" in trajectories.element_spec
 
 
@@ -187,6 +360,13 @@ def test_misuse_is_named(toy, trajectories):
         flat.concatenate(trajectories)
     with pytest.raises(DataError, match="no split 'test'.*valid: train"):
         TrajectoryDataset.from_rlds(str(toy.path), "test")
+
+
+def test_a_missing_file_is_named(copied):
+    path = sorted(copied.path.glob("*tfrecord*"))[1]
+    path.unlink()
+    with pytest.raises(DataError, match=f"1 of 3 files of split 'train' are missing: .*{path.name}"):
+        TrajectoryDataset.from_rlds(str(copied.path))
 
 
 def test_errors_can_be_left_out(trajectories):

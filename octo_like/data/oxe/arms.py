@@ -165,7 +165,7 @@ ENTRIES: dict[str, Entry] = {
     # The gripper is taken from the state of the same step.
     "berkeley_fanuc_manipulation": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
-        bgr=("primary", "wrist"),
+        bgr=("image", "wrist_image"),
         action=s.concat(ACTION, s.invert_gripper(STATE[6:7])),
         proprio=STATE[0:7],
         openvla=OpenVLA(

@@ -82,7 +82,7 @@ class Entry:
       swap: (path, path, probability): see `standardize.Standardize`.
       depth: camera slot -> key below `observation` of its depth map.
       depth_scale: metres per unit of the stored depth; None: not documented.
-      bgr: camera slots whose raw frames are stored as BGR.
+      bgr: keys below `observation` whose raw frames are stored as BGR, in `images` or not.
       upstream: fields that differ in Octo's reading (in OpenVLA's too).
       openvla: OpenVLA's reading, or None when it has none; `only_openvla`: Octo has none.
       version: the TFDS version that this describes, or None where that is not known.
@@ -114,6 +114,13 @@ class Entry:
     unfiltered: int | None = None
     beware: str = ""
     caution: str = ""
+
+    def __post_init__(self):
+        for key in self.bgr:
+            if key in self.images and key not in self.images.values():
+                raise DataError(
+                    f"bgr names keys below `observation`, not camera slots: {self.images[key]!r} in place of {key!r}"
+                )
 
     def read_as(self, compat: str | None) -> "Entry":
         """The entry with the fields of one reading.

@@ -75,7 +75,7 @@ def _libero() -> Entry:
 ENTRIES: dict[str, Entry] = {
     "stanford_hydra_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
-        bgr=("primary", "wrist"),
+        bgr=("image", "wrist_image"),
         action=s.concat(ACTION[0:6], s.invert_gripper(ACTION[-1:])),
         proprio=s.concat(HYDRA_EEF, HYDRA_GRIPPER),
         blank=True,
@@ -170,7 +170,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "utaustin_mutex": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
-        bgr=("primary", "wrist"),
+        bgr=("image", "wrist_image"),
         action=ROBOSUITE,
         proprio=STATE[0:8],
         blank=True,
@@ -179,7 +179,7 @@ ENTRIES: dict[str, Entry] = {
     # The quaternion has w first. The state is forces and torques.
     "cmu_playing_with_food": oxe(
         images={"primary": "image", "wrist": "finger_vision_1"},
-        bgr=("primary", "wrist"),
+        bgr=("image", "finger_vision_1", "finger_vision_2"),
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "wxyz"), ACTION[-1:]),
         upstream=dict(action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "xyzw"), ACTION[-1:])),
         version="1.0.0",

@@ -6,6 +6,7 @@ dataset's spec that the config does not give itself. `compat` chooses the readin
 docs/oxe.md lists what our reading corrects.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octo_like.data import standardize as s
@@ -55,7 +56,7 @@ def spec_fields(name: str, compat: str | None = None) -> dict[str, Any]:
         "image_keys": dict(entry.images),
         "depth_keys": dict(entry.depth),
         "depth_scale": entry.depth_scale,
-        "bgr_slots": entry.bgr,
+        "bgr_slots": tuple(slot for slot, key in entry.images.items() if key in entry.bgr),
         "proprio_keys": () if entry.proprio is None else ("proprio",),
         "language_key": "language_instruction",
         "action_normalization_mask": entry.action_mask,
@@ -64,8 +65,11 @@ def spec_fields(name: str, compat: str | None = None) -> dict[str, Any]:
 
 def bgr_keys(name: str, compat: str | None = None) -> set[str]:
     """Keys below `observation` whose raw frames are BGR, whatever camera slot they are put into."""
-    entry = get(name, compat)
-    return {entry.images[slot] for slot in entry.bgr}
+    return set(get(name, compat).bgr)
+
+
+def _bare(key: str | None) -> str | None:
+    return None if key is None else key.removeprefix("observation/")
 
 
 def standardizer(name: str, compat: str | None = None, blank_text: bool | None = None) -> s.Standardize:
@@ -73,13 +77,21 @@ def standardizer(name: str, compat: str | None = None, blank_text: bool | None =
     return get(name, compat).standardize(blank_text)
 
 
-def cautions(name: str, compat: str | None, version: str, num_episodes: int, bgr_slots: tuple[str, ...]) -> list[str]:
+def cautions(
+    name: str,
+    compat: str | None,
+    version: str,
+    num_episodes: int,
+    bgr_slots: Sequence[str],
+    image_keys: Mapping[str, str | None] | None = None,
+) -> list[str]:
     """What to tell the user of a dataset about the copy that was found, one sentence each.
 
     Args:
       version: TFDS version of the copy.
       num_episodes: episodes of its split.
       bgr_slots: cameras whose channels will be swapped.
+      image_keys: camera slot -> key below `observation`; None: the entry's.
     """
     entry = get(name, compat)
     said = [entry.caution] if entry.caution else []
@@ -92,4 +104,15 @@ def cautions(name: str, compat: str | None, version: str, num_episodes: int, bgr
             f"channels of {', '.join(bgr_slots)} are swapped: the raw frames are BGR. If your copy was repaired when "
             "it was downloaded, set bgr_slots=()"
         )
+    # Our reading swaps by itself: a camera of it that is not swapped was named by the user, who has read the above.
+    if compat is not None:
+        known = bgr_keys(name)
+        cameras = (entry.images if image_keys is None else image_keys).items()
+        stored = [slot for slot, key in cameras if _bare(key) in known and slot not in bgr_slots]
+        if stored:
+            said.append(
+                f"the raw frames of {', '.join(stored)} are BGR, and compat={compat!r} does not swap them, as "
+                f"{'Octo' if compat == 'octo' else 'OpenVLA'} trains on a copy that was repaired when it was "
+                f"downloaded. If yours was not, set bgr_slots={tuple(stored)!r}"
+            )
     return said

@@ -143,7 +143,7 @@ ENTRIES: dict[str, Entry] = {
     "berkeley_autolab_ur5": oxe(
         images={"primary": "image", "wrist": "hand_image"},
         depth={"primary": "depth"},
-        bgr=("wrist",),
+        bgr=("hand_image",),
         action=s.concat(WORLD, ROTATION, s.expand(s.rel_to_abs_gripper(CLOSEDNESS))),
         proprio=UR5_STATE,
         text=TEXT,
