@@ -1,4 +1,4 @@
-"""Compiles the Octo configs for the topologies of docs/aot.md and writes the table there.
+"""Compiles the Octo configs for the topologies of the table in docs/aot.md and docs/tpu.md, and writes it there.
 
     python scripts/aot_table.py                      # what has not been compiled with its present settings
     python scripts/aot_table.py --again              # everything
@@ -21,6 +21,7 @@ from octo_like.training import aot, aot_report  # noqa: E402
 from octo_like.training.aot_table import Row, markdown, prove, read, replace_between, report_of  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "docs" / "aot.md", ROOT / "docs" / "tpu.md")
 SMALL, BASE, LARGE, HUGE = (f"configs/octo_{name}" for name in ("small.py", "base.py", "base.py:300m", "base.py:1b"))
 
 
@@ -51,7 +52,7 @@ def main(argv=None) -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose 'config topology slices' matches")
     parser.add_argument("--again", action="store_true", help="also what is in docs/aot.json already")
     parser.add_argument("--render", action="store_true", help="compile nothing")
-    parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs" / "aot.md")
+    parser.add_argument("--pages", nargs="+", type=pathlib.Path, default=PAGES)
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / "docs" / "aot.json")
     flags = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -63,7 +64,8 @@ def main(argv=None) -> int:
             (report,) = prove([row], flags.data)
             print(f"{report}\n", flush=True)
     kept = read(flags.data)
-    flags.page.write_text(replace_between(flags.page.read_text(), markdown(ROWS, kept)))
+    for page in flags.pages:
+        page.write_text(replace_between(page.read_text(), markdown(ROWS, kept)))
     reports = [report_of(kept, row) for row in ROWS]
     return 0 if all(one and one.fits and one.headroom >= aot_report.WANTED_HEADROOM for one in reports) else 1
 

@@ -46,7 +46,7 @@ class Assumptions:
     """
 
     mfu: float = 0.4
-    loader_rate: float = 197.0
+    loader_rate: float = 345.0
     loader_share: float = 0.75
     goodput: float = 0.95
     steps: int = 300_000

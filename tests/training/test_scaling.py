@@ -1,6 +1,9 @@
 """Estimates against figures worked out by hand, and the table that feeds them."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -83,3 +86,15 @@ def test_tables(tmp_path):
         [("c", FACTS, estimate(FACTS, V5E, 2048, Assumptions()), False)], Assumptions()
     ).splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1 and "| compute |" in lines[4]
+
+
+def test_the_pages_show_what_was_compiled(repository, tmp_path):
+    """docs/aot.md and docs/tpu.md hold the table that docs/aot.json gives, and every row of it fits."""
+    pages = [tmp_path / name for name in ("aot.md", "tpu.md")]
+    for page in pages:
+        shutil.copy(repository / "docs" / page.name, page)
+    command = [sys.executable, "scripts/aot_table.py", "--render", "--pages", *map(str, pages)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in pages:
+        assert page.read_text() == (repository / "docs" / page.name).read_text(), f"run {' '.join(command[1:3])}"
