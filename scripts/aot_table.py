@@ -43,7 +43,7 @@ ROWS = (
     Row(BASE, "v5p-64"),
     Row(BASE, "v6e-64"),
     Row(BASE, "v5p-128"),
-    Row(BASE, "v5e-16", 2, _settings(accumulate=4)),
+    Row(BASE, "v5e-16", 2, _settings(accumulate=8)),
 )
 
 

@@ -95,3 +95,18 @@ def test_what_is_not_a_parameter_is_an_activation(shape, is_activation):
     )
     found = hlo.activation_gathers(hlo.collectives(line), parameters, batch_size=32)
     assert bool(found) == is_activation
+
+
+@pytest.mark.parametrize(
+    ("shape", "source", "is_activation"),
+    [
+        ("f32[48,8,128]", "", False),  # small gradients of two slices, packed in tiles
+        ("f32[48,8,128]", ', metadata={op_name="jit(step)/attention"}', True),
+        ("bf16[48,8,128]", "", True),
+        ("f32[48,16,128]", "", True),
+    ],
+)
+def test_packed_gradients_between_slices_are_no_activations(shape, source, is_activation):
+    line = f"ENTRY %m (p: f32[1]) -> f32[1] {{\n  %g = {shape}{{0}} all-gather(%p), channel_id=1{source}\n}}"
+    found = hlo.activation_gathers(hlo.collectives(line), [(384, 1536)], batch_size=32)
+    assert bool(found) == is_activation
