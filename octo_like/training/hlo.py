@@ -124,7 +124,7 @@ def activation_gathers(
     """All-gathers and all-to-alls of something that is not a parameter.
 
     With the batch split over all chips and parameters gathered where they are used there is no reason for one. Between
-    slices the compiler sums gradients in three parts: reduce-scatter within a slice, transfer between hosts, all-gather.
+    slices the compiler sums gradients in parts: reduce-scatter in a slice, transfer between hosts, all-gather.
     Small gradients go together, as one array of whole tiles (n, 8, 128); that no line of the program is named as its
     source tells such a gather from one of an activation.
 
