@@ -25,6 +25,7 @@ tuples, so that a config is equal to itself after a round trip through JSON.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -34,7 +35,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -117,23 +118,37 @@ def _run_config_file(spec: str) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"config file {path_text} is not a Python file (expected a name ending in .py)")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if get_config is None:
-        raise ConfigError(f"{path_text} has no function get_config()")
-    takes_argument = bool(inspect.signature(get_config).parameters)
-    if arg and not takes_argument:
-        raise ConfigError(f"{path_text} takes no argument, but got :{arg}")
-    try:
-        config = get_config(arg) if arg else get_config()
-    except ValueError as error:
-        raise ConfigError(f"{spec}: {error}") from error
+    with _importable(path.resolve().parent.parent, pathlib.Path.cwd()):
+        module_spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise ConfigError(f"{path_text} has no function get_config()")
+        takes_argument = bool(inspect.signature(get_config).parameters)
+        if arg and not takes_argument:
+            raise ConfigError(f"{path_text} takes no argument, but got :{arg}")
+        try:
+            config = get_config(arg) if arg else get_config()
+        except ValueError as error:
+            raise ConfigError(f"{spec}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"get_config() of {path_text} returned {type(config).__name__}, expected an ml_collections.ConfigDict"
         )
     # A thawed copy without field references: an override changes the field it names and no other.
     return ConfigDict(_canonical(config.to_dict()))
+
+
+@contextlib.contextmanager
+def _importable(*folders: pathlib.Path) -> Iterator[None]:
+    """Packages in these folders can be imported: configs build on each other (`from configs import octo_small`),
+    whatever folder the program lies in that loads them."""
+    added = [str(folder) for folder in folders if str(folder) not in sys.path]
+    sys.path.extend(added)
+    try:
+        yield
+    finally:
+        for folder in added:
+            sys.path.remove(folder)
 
 
 def _canonical(value: Any) -> Any:

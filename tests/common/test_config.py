@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -310,3 +311,22 @@ class TestDiff:
         assert [c.key for c in error.value.changes] == ["optimizer.lr"]
         assert "num_steps" not in str(error.value).split("A resumed run may change")[0]
         assert len(cfg.check_resume(old, new, allow=("num_steps", "optimizer.*"))) == 2
+
+
+@pytest.mark.parametrize("config", ["octo_base.py", "octo_base.py:300m", "finetune.py", "adapt_sim.py", "metaworld.py"])
+def test_configs_that_build_on_others_load_from_any_program(config, repository, tmp_path):
+    """As in scripts/: the program's folder is on the path, the repository is not."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom octo_like.common.config import load_config\nbefore = list(sys.path)\n"
+        "load_config(sys.argv[1])\nassert sys.path == before\n"
+    )
+    # The package itself comes from a folder of links: of the repository alone it is on no path.
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "octo_like").symlink_to(repository / "octo_like")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "JAX_PLATFORMS": "cpu"}
+    for cwd, path in ((repository, f"configs/{config}"), (tmp_path, f"{repository}/configs/{config}")):
+        done = subprocess.run(
+            [sys.executable, str(program), path], cwd=cwd, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
