@@ -156,6 +156,7 @@ def test_lora_continues_after_a_kill_as_if_nothing_had_been(lora_run, tmp_path):
     assert all(np.array_equal(one[path], two[path]) for path in one)
 
 
+@pytest.mark.slow  # two minutes; eight devices of pretraining are in test_scripts.py
 def test_lora_on_eight_devices(export, tmp_path):
     """Factors, frozen kernels and batch sharded or not: the same losses."""
     losses = {}
