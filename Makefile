@@ -66,10 +66,10 @@ $(CUDA_READY): $(READY)
 endif
 
 test: $(READY) ## the test suite without what is marked slow
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not sim" $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not sim" $(ARGS)
 
 test-all: $(READY) ## the whole test suite
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(READY) ## real processes killed, preempted and moved to other topologies (slow tests of tests/multiprocess)
 	@$(PY) -m pytest -v tests/multiprocess $(ARGS)
@@ -100,7 +100,7 @@ $(SIM_READY): $(READY)
 	@touch $@
 
 test-sim: $(SIM_READY) ## the tests of the simulators; installs the extra `sim` into .venv
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "sim and not slow" $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "sim and not slow" $(ARGS)
 
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)

@@ -36,3 +36,20 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no reference data: {path.name}/ beside the repository is missing (or set OCTO_SHARED)")
     return path
+
+
+# Files that take minutes come first, so that no worker is left alone with one of them in the end. A file is one worker's.
+LONGEST = (
+    "multiprocess/test_faults.py",
+    "training/test_adaptation.py",
+    "training/test_scripts.py",
+    "training/test_step.py",
+    "multiprocess/test_two_processes.py",
+    "training/test_from_recordings.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files; the tests of a file stay as they are."""
+    rank = {REPOSITORY / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
