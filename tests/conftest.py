@@ -38,7 +38,7 @@ def shared() -> pathlib.Path:
     return path
 
 
-# Files that take minutes come first, so that no worker is left alone with one of them in the end. A file is one worker's.
+# Files that take minutes come first, so that no worker is alone with one of them in the end (a file is one worker's).
 LONGEST = (
     "multiprocess/test_faults.py",
     "training/test_adaptation.py",
