@@ -5,7 +5,7 @@
     python scripts/aot_table.py --only "octo_small.*v5e"
     python scripts/aot_table.py --render             # the table alone, from docs/aot.json
 
-A row takes two to five minutes.
+A row takes four to ten minutes of a core.
 """
 
 import argparse
