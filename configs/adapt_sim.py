@@ -11,34 +11,29 @@ Expected time and success: docs/adaptation.md.
 from configs import finetune, metaworld
 from octo_like.common.config import ConfigError
 
-# Of one robot after another: image key of each camera, and the width of proprioception.
-ROBOTS = {
-    "metaworld_heldout": (dict(primary="image"), 4),
-    "fetch": (dict(primary="image", secondary="secondary_image"), 5),
-}
+PROPRIO = {"metaworld_heldout": 4, "fetch": 5}  # width of each robot's proprioception
 LORA_PEAK = 3  # factors that begin at no change want a larger step than whole kernels
 
 
 def get_config(words: str = "fetch,full"):
     robot, _, mode = words.partition(",")
-    if robot not in ROBOTS:
-        raise ConfigError(f"configs/adapt_sim.py: unknown dataset {robot!r}; valid: {', '.join(ROBOTS)}")
+    if robot not in PROPRIO:
+        raise ConfigError(f"configs/adapt_sim.py: unknown dataset {robot!r}; valid: {', '.join(PROPRIO)}")
     mode = mode or "full"
     config = finetune.get_config(mode)
-    cameras, proprio_dim = ROBOTS[robot]
     config.model = metaworld.model()
-    config.image_sizes = {slot: (64, 64) for slot in cameras}
-    config.proprio_dim = proprio_dim
+    config.image_sizes = {slot: (64, 64) for slot in metaworld.CAMERAS}
+    config.proprio_dim = PROPRIO[robot]
     config.text.max_length = metaworld.TEXT_LENGTH
-    config.data.datasets = {robot: metaworld.dataset(robot, cameras)}
+    config.data.datasets = {robot: metaworld.dataset(robot)}
     config.data.decode = "fast"
     if robot == "fetch":
-        # A second camera, and a hand pose that means something else: new tokenizers. The action head is kept: its four
-        # dimensions are again three directions and a gripper, of other size and sign.
-        config.surgery.observation_tokenizers = dict(secondary=metaworld.camera("secondary"))
+        # Two fingers instead of one opening: a new projection. The action head is kept: its four dimensions are again
+        # three directions and a gripper, of other size and sign.
+        config.surgery.observation_tokenizers = dict(proprio=metaworld.proprio(entries=(3, 4)))
         config.reinitialize = (r"octo_transformer/obs_proprio",)
     config.num_steps = 400
-    config.batch_size = 64
+    config.batch_size = 32
     config.optimizer.update(
         schedule="cosine",
         peak=1e-3 * (LORA_PEAK if mode.split(",")[0] == "lora" else 1),

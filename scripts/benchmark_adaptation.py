@@ -59,7 +59,7 @@ class Settings:
     """
 
     pretrain_episodes: int = 150
-    pretrain_steps: int = 3000
+    pretrain_steps: int = 6000
     demos: tuple[int, ...] = (50, 10, 5, 25)
     modes: tuple[str, ...] = ("full", "lora", "head_only")
     steps: int = 400

@@ -99,7 +99,7 @@ class SimulatorBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class MetaWorldBuilder(SimulatorBuilder, skip_registration=True):
     """The Sawyer arm of Meta-World; see `octo_like.envs.sims.metaworld`."""
 
-    CAMERAS = {"primary": 64}
+    CAMERAS = {"primary": 64, "secondary": 64}
     ACTION = ("dx", "dy", "dz", "gripper effort")
     PROPRIO = ("x", "y", "z", "gripper opening")
 

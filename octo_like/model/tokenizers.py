@@ -244,6 +244,8 @@ class LowdimTokenizer(nn.Module):
       obs_keys: regexes of (B, W, d) observations, concatenated.
       per: "scalar" gives one token per entry, "vector" one token for all (entries and their validity).
       discretize: one-hot bins instead of the value ("scalar" only).
+      entries: which entries of the concatenated vector are read; None: all. In demonstrations the hand's own place
+        tells where the expert is going; a policy that reads it learns to go on instead of to look. Leave it out.
     """
 
     obs_keys: tuple[str, ...]
@@ -255,6 +257,7 @@ class LowdimTokenizer(nn.Module):
     high: float = 1.0
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
+    entries: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, observation, task, task_summary=None):
@@ -273,6 +276,10 @@ class LowdimTokenizer(nn.Module):
                 [self._valid(observation, key, v.shape) for key, v in zip(keys, values, strict=True)], -1
             )
             x = jnp.where(valid, x, 0.0)
+        if self.entries is not None:
+            if not all(0 <= entry < x.shape[-1] for entry in self.entries):
+                raise ValueError(f"entries {self.entries} of {', '.join(keys)}: there are {x.shape[-1]}, counted from 0")
+            x, valid = x[..., self.entries], valid[..., self.entries]
         if self.per == "vector":
             tokens = jnp.concatenate([x, valid.astype(x.dtype)], axis=-1)[..., None, :]
             return TokenGroup(tokens, valid.any(-1, keepdims=True))

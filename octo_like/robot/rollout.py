@@ -21,7 +21,7 @@ import numpy as np
 from octo_like.common.schema import BatchSpec
 from octo_like.robot.images import resize_images
 from octo_like.robot.record import join_views
-from octo_like.robot.wrappers import ActionChunkWrapper, HistoryWrapper
+from octo_like.robot.wrappers import HistoryWrapper
 
 BLIND = ("vision", "language")
 
@@ -96,7 +96,8 @@ def evaluate(
 
     Args:
       policy: see `PolicyLike`.
-      make_env: makes an environment with Dict observations (`image_{slot}` uint8, `proprio` in physical units) whose
+      make_env: makes an environment (one with an attribute `looks` is told which pictures nobody looks at, see
+        `octo_like.envs.sims.remote.RemoteEnv`) with Dict observations (`image_{slot}` uint8, `proprio` in physical units) whose
         info holds `instruction` and, in the end, `success`. Images of another size than the policy's are resized.
       seeds: of the episodes, each >= 0.
       options: reset options for all episodes, or one entry per episode.
@@ -232,6 +233,11 @@ class _PolicyView(gym.ObservationWrapper):
         )
         self.seen: list[np.ndarray] | None = None
 
+    def look(self, needed: bool) -> None:
+        """Tells an environment that can leave out pictures (it has an attribute `looks`) whether the next is needed."""
+        if hasattr(self.env, "looks"):
+            self.env.looks = needed
+
     def observation(self, observation):
         if self.seen is not None:
             cameras = sorted(key for key in observation if key.startswith("image_"))
@@ -244,12 +250,14 @@ class _Slot:
 
     def __init__(self, make_env: Callable[[], gym.Env], spec: BatchSpec, exec_horizon: int):
         self.view = _PolicyView(make_env(), spec)
-        self.env = ActionChunkWrapper(HistoryWrapper(self.view, spec.window_size), exec_horizon)
+        self.env = HistoryWrapper(self.view, spec.window_size)
+        self.exec_horizon, self.window_size = exec_horizon, spec.window_size
         self.index: int | None = None
 
     def start(self, index: int, seed: int, options: Mapping[str, Any] | None, keep_frames: bool) -> None:
         self.index, self.seed, self.steps, self.reward, self.actions = index, seed, 0, 0.0, []
         self.view.seen = [] if keep_frames else None
+        self.view.look(True)
         self.observation, self.info = self.env.reset(seed=seed, options=None if options is None else dict(options))
         if "instruction" not in self.info:
             raise ValueError(f"the environment's info must hold 'instruction' at reset, got {sorted(self.info)}")
@@ -258,12 +266,16 @@ class _Slot:
 
     def execute(self, chunk: np.ndarray, max_steps: int) -> bool:
         """Executes the first actions of the chunk (H, A); True when the episode has ended."""
-        self.observation, reward, terminated, truncated, self.info = self.env.step(chunk)
-        executed = len(self.info["rewards"])
-        self.steps += executed
-        self.reward += reward
-        self.actions.append(chunk[:executed])
-        return terminated or truncated or self.steps >= max_steps
+        for i, action in enumerate(chunk[: self.exec_horizon]):
+            # Only the last `window_size` observations of a chunk reach the policy.
+            self.view.look(self.view.seen is not None or i + self.window_size >= self.exec_horizon)
+            self.observation, reward, terminated, truncated, self.info = self.env.step(action)
+            self.steps += 1
+            self.reward += float(reward)
+            self.actions.append(action)
+            if terminated or truncated:
+                return True
+        return self.steps >= max_steps
 
     def finish(self) -> Episode:
         if "success" not in self.info:
@@ -276,7 +288,7 @@ class _Slot:
             steps=self.steps,
             reward=self.reward,
             flags={key: bool(value) for key, value in self.info.items() if isinstance(value, bool | np.bool_)},
-            actions=np.concatenate(self.actions),
+            actions=np.stack(self.actions),
             frames=self.view.seen,
         )
 

@@ -20,6 +20,9 @@ from octo_like.robot.history import History
 BATCH = 16  # steps predicted at once when replaying; latency is measured with one
 OUTSIDE = 0.01  # share of commands that may be outside the limits
 ROUGH = 3.0  # times the demonstrations' second differences
+SAME_TASK = 3  # episodes of one instruction from which their first actions are compared with their mean
+LOOKS = 0.9  # of that constant's error: a policy above it has not seen what differs between the scenes
+DIFFERS = 0.25  # standard deviations of the actions by which first actions must differ to tell anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,9 @@ class PolicyCheck:
       names: of the action dimensions. units: of them, "" where unknown.
       hz: control rate, or None. exec_horizon: actions executed of each chunk.
       outside: (A,) share of the executed commands outside `limits` (2, A).
+      start: (2, A) mean absolute error of the first action of an episode, of the policy and of the mean first action of
+        the episodes with that instruction; NaN where no instruction has SAME_TASK episodes.
+      std: (A,) of the training actions.
       roughness: (A,) mean second difference of the executed commands over that of the demonstrations; NaN where the
         demonstrations have none.
       disagreement: (A,) mean difference of two consecutive chunks on the steps that both predict, over the standard
@@ -100,6 +106,8 @@ class PolicyCheck:
     limits: np.ndarray
     declared_limits: bool
     outside: np.ndarray
+    start: np.ndarray
+    std: np.ndarray
     roughness: np.ndarray
     disagreement: np.ndarray
     findings: list[Finding]
@@ -179,6 +187,27 @@ def action_errors(replays: Sequence[Replay], mean: np.ndarray) -> Errors:
     return Errors(**{key: total / per for key, total in sums.items()}, count=count.astype(int))
 
 
+def start_errors(replays: Sequence[Replay]) -> np.ndarray:
+    """(2, A): error of the first action, of the policy and of the mean first action of the instruction's episodes.
+
+    Before the robot has moved only the pictures tell one scene from another. Later its own motion tells where a
+    demonstration is going, and a policy that reads this has a low error and fails alone (de Haan et al. 2019, causal
+    confusion).
+    """
+    groups: dict[str, list[Replay]] = {}
+    for one in replays:
+        groups.setdefault(one.demo.instruction, []).append(one)
+    parts = []
+    for group in groups.values():
+        if len(group) >= SAME_TASK:
+            true = np.stack([one.true[0, 0] for one in group])
+            predicted = np.stack([one.predicted[0, 0] for one in group])
+            parts.append(np.stack([np.abs(predicted - true), np.abs(true.mean(0) - true)], axis=1))
+    if not parts:
+        return np.full((2, replays[0].true.shape[-1]), np.nan)
+    return np.concatenate(parts).mean(0)
+
+
 def measure_latency(policy: Any, demo: Demo, dataset: str, *, calls: int = 50) -> Latency:
     """Times `sample_actions` on one observation at a time, as on a robot: until the numbers are on the host."""
     rows, task = observations(demo, policy), task_of(policy, demo, 1)
@@ -247,6 +276,8 @@ def check_policy(
         limits=limits,
         declared_limits=description is not None and any(action.limits for action in description.actions),
         outside=outside,
+        start=start_errors(replays),
+        std=np.asarray(stats["std"]),
         roughness=roughness(replays, exec_horizon),
         disagreement=disagreement(replays, np.asarray(stats["std"]), exec_horizon),
         findings=[],
@@ -304,6 +335,20 @@ def findings_of(check: PolicyCheck) -> list[Finding]:
                                    f"with the mean "
                     "action. The policy has not learned from these observations: more steps, another learning rate, or "
                     "inputs that are not what it was trained on")
+        )  # fmt: skip
+    told, constant = check.start
+    unseen = [
+        name
+        for d, name in enumerate(check.names)
+        if constant[d] > DIFFERS * check.std[d] and told[d] >= LOOKS * constant[d]
+    ]
+    if unseen:
+        found.append(
+            Finding("start", f"{', '.join(unseen)}: the first action of an episode, before the robot has moved, is not "
+                    "better than their mean. The policy does not see what differs between scenes "
+                    "and may follow its own motion instead, which works in replay and fails alone: leave out what "
+                    "tells the motion (proprioception, history; `entries` of a lowdim tokenizer), train longer, or "
+                    "show the scene larger")
         )  # fmt: skip
     beyond = [(check.names[d], check.outside[d]) for d in range(len(check.names)) if check.outside[d] > OUTSIDE]
     if beyond:

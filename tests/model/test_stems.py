@@ -177,6 +177,20 @@ def test_order_of_low_dimensional_keys():
     np.testing.assert_array_equal(tokenizer.apply({}, obs, {}).tokens[0, 0, :, 0], [3, 1, 2])
 
 
+@pytest.mark.parametrize("per", ["vector", "scalar"])
+def test_entries_that_are_not_named_are_not_read(per):
+    """The tokens are those of the vector that holds the named entries alone, with its validity."""
+    x, valid = RNG.normal(size=(2, 3, 5)).astype(np.float32), RNG.random((2, 3, 5)) < 0.7
+    whole = {"proprio": jnp.asarray(x), "proprio_pad_mask": jnp.asarray(valid)}
+    part = {"proprio": jnp.asarray(x[..., [4, 1]]), "proprio_pad_mask": jnp.asarray(valid[..., [4, 1]])}
+    found = LowdimTokenizer(("proprio",), per, entries=(4, 1)).apply({}, whole, {})
+    want = LowdimTokenizer(("proprio",), per).apply({}, part, {})
+    np.testing.assert_array_equal(found.tokens, want.tokens)
+    np.testing.assert_array_equal(found.mask, want.mask)
+    with pytest.raises(ValueError, match=r"entries \(5,\) of proprio: there are 5, counted from 0"):
+        LowdimTokenizer(("proprio",), per, entries=(5,)).apply({}, whole, {})
+
+
 def test_channels_of_cameras_and_goals():
     """Cameras by name, then goals by name; normalised; depth between -1 and 1, a metre being 0."""
     seen = []

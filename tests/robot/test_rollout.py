@@ -80,6 +80,42 @@ def test_only_the_asked_episodes_are_recorded_with_every_step():
         assert len(e.frames) == e.steps + 1
 
 
+class LookingEnv(LineEnv):
+    """Black pictures while nobody looks; counts those that were drawn."""
+
+    drawn = 0
+
+    def __init__(self):
+        super().__init__()
+        self.looks = True
+
+    def _observe(self):
+        observation = super()._observe()
+        if not self.looks:
+            return {**observation, "image_primary": np.zeros_like(observation["image_primary"])}
+        type(self).drawn += 1
+        return observation
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_pictures_that_the_policy_does_not_read_are_left_out(window):
+    """The outcome is that of looking always; of a chunk of three, the last `window` are looked at."""
+    always = evaluate(LinePolicy(window=window), LineEnv, SEEDS, batch_size=4, exec_horizon=3)
+    LookingEnv.drawn = 0
+    sometimes = evaluate(LinePolicy(window=window), LookingEnv, SEEDS, batch_size=4, exec_horizon=3)
+    for one, other in zip(always, sometimes, strict=True):
+        assert_same(one, other)
+    looked = sum(1 + sum(t % 3 >= 3 - window for t in range(e.steps)) for e in sometimes)
+    assert LookingEnv.drawn == looked < sum(1 + e.steps for e in sometimes)
+
+
+def test_recorded_episodes_are_looked_at_in_every_step():
+    LookingEnv.drawn = 0
+    (episode,) = evaluate(LinePolicy(), LookingEnv, SEEDS[:1], exec_horizon=3, record=1)
+    assert LookingEnv.drawn == len(episode.frames) == episode.steps + 1
+    assert all(frame.any() for frame in episode.frames)
+
+
 def test_blind_policies_fail():
     seeing = evaluate(LinePolicy(), LineEnv, SEEDS)
     vision = evaluate(LinePolicy(), LineEnv, SEEDS, blind="vision")

@@ -86,7 +86,7 @@ def test_the_tables_are_sound():
         for name, task in tasks.items():
             assert task.name == name and task.instructions
             assert bool(task.expert) == (simulator == "metaworld")
-    with pytest.raises(ValueError, match="unknown task 'fly'; valid: window-close"):
+    with pytest.raises(ValueError, match="unknown task 'fly'; valid: faucet-close"):
         find_task(METAWORLD_HELDOUT, "fly")
 
 

@@ -157,7 +157,7 @@ def test_the_expert_replayed_through_the_action_path_succeeds_as_often(group, ex
     """Normalise, chunk, execute part of the chunk, unnormalise: before anything is learned, nothing is lost."""
     actions = np.concatenate([one["actions"] for one in demonstrations(group)])
     statistics = {"mean": actions.mean(0), "std": actions.std(0)}
-    sizes = {"metaworld": {"primary": 64}, "fetch": {"primary": 64, "secondary": 64}}[GROUPS[group][0]]
+    sizes = {"primary": 64, "secondary": 64}
     for one in demonstrations(group):
         (episode,) = evaluate(
             Replay(one, statistics, sizes),

@@ -132,6 +132,41 @@ def test_findings():
     assert "would need 5 actions and have 4" in codes(tight)["latency"]
 
 
+class Copycat(KnownPolicy):
+    """Goes on as the proprioception says: right at every step but the first, where it says nothing."""
+
+    def __init__(self, demos, looks):
+        super().__init__(demos[0])
+        self.chunks = [demo.chunks(H)[0] for demo in demos]
+        self.looks = looks
+
+    def sample_actions(self, observations, tasks, *, rng, unnormalize):
+        which = observations["image_primary"][:, -1, 0, 1, 0]
+        steps = observations["image_primary"][:, -1, 0, 0, 0]
+        chunks = np.stack([self.chunks[i][t] for i, t in zip(which, steps, strict=True)])
+        return np.where((steps == 0)[:, None, None] & (not self.looks), 0.0, chunks)
+
+
+def test_a_policy_that_only_goes_on_is_told_by_its_first_action():
+    demos = []
+    for i in range(6):
+        demo = make_demo(seed=i)
+        demo.images["primary"][:, 0, 1, 0] = i
+        demo.action[:] *= 0.2
+        demo.action[0] = [(-1.0) ** i, 0.5]  # scenes differ in the first dimension, not in the second
+        demos.append(demo)
+    codes = {}
+    for looks in (False, True):
+        check = check_policy(Copycat(demos, looks), demos, "d", calls=1)
+        codes[looks] = {f.code: f.message for f in check.findings if f.warning}
+        # Half of the first actions are 1, half -1: their mean is off by 1.
+        np.testing.assert_allclose(check.start, [[0.0 if looks else 1.0, 0.0 if looks else 0.5], [1.0, 0.0]], atol=1e-6)
+    assert codes[False]["start"].startswith("action[0]: the first action") and "start" not in codes[True]
+    assert "not_learned" not in codes[False], "over whole episodes it looks good"
+    few = check_policy(Copycat(demos, False), demos[:2], "d", calls=1)
+    assert np.isnan(few.start).all() and "start" not in {f.code for f in few.findings}
+
+
 def test_bad_arguments():
     demo = make_demo()
     for demos, options, message in (

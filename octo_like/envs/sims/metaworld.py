@@ -13,14 +13,17 @@ from octo_like.envs.sims.tasks import SimTask
 class MetaWorld(Simulation):
     """See `Simulation`. 80 Hz of the environment by 5 make 16 actions a second, each up to 5 cm per axis.
 
-    The environment would tell the goal in its state; the policy gets the hand's pose and the picture only. The
+    The environment would tell the goal in its state; the policy gets the hand's pose and the two pictures only. The
     environment's limit is 500 of its steps, here it is 200: its experts need at most 130.
     """
 
     ACTION = ("dx [cm a step of 1/80 s]", "dy [same]", "dz [same]", "gripper effort (1 close, -1 open)")
     PROPRIO = ("x [m]", "y [m]", "z [m]", "gripper opening (0..1)")
-    VIEWS = {"primary": View(lookat=(0.0, 0.66, 0.12), distance=1.15, azimuth=135.0, elevation=-35.0)}
-    IMAGE_SIZES = {"primary": 64}
+    VIEWS = {
+        "primary": View(lookat=(0.0, 0.68, 0.10), distance=0.95, azimuth=135.0, elevation=-35.0),
+        "secondary": View(lookat=(0.0, 0.68, 0.10), distance=0.95, azimuth=225.0, elevation=-30.0),
+    }
+    IMAGE_SIZES = {"primary": 64, "secondary": 64}
     ACTION_REPEAT = 5
     MAX_STEPS = 40
 

@@ -146,6 +146,9 @@ class RemoteEnv(gymnasium.Env):
       group: of tasks, a key of `octo_like.envs.sims.GROUPS`.
       image_sizes: camera slot -> pixels, for other than the default sizes.
       pool: where it runs; a shared pool when None.
+
+    Attributes:
+      looks: while False, steps return black pictures, which cost nothing: for those that nobody looks at.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -167,6 +170,7 @@ class RemoteEnv(gymnasium.Env):
         self.observation_space, self.action_space = constants["observation_space"], constants["action_space"]
         self.action_names, self.proprio_names = constants["action_names"], constants["proprio_names"]
         self.max_steps = constants["max_steps"]
+        self.looks = True
         self._open = True
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None):
@@ -176,7 +180,7 @@ class RemoteEnv(gymnasium.Env):
         return self._process.call("reset", self._number, seed, None if options is None else dict(options))
 
     def step(self, action):
-        return self._process.call("step", self._number, np.asarray(action))
+        return self._process.call("step", self._number, np.asarray(action), self.looks)
 
     def expert_action(self) -> np.ndarray:
         """What the scripted expert, which sees the true state, would command now."""

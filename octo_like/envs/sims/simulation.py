@@ -15,7 +15,7 @@ from octo_like.envs.sims.camera import Camera, View
 from octo_like.envs.sims.tasks import SimTask, find_task
 
 RESET_OPTIONS = ("task",)
-CAMERAS_OPEN = 16  # each holds the model's meshes and textures: 80 MB; opening one takes as long as 50 pictures
+CAMERAS_OPEN = 32  # each holds the model's meshes and textures: 80 MB; opening one takes as long as 50 pictures
 
 _IDLE: dict[tuple[str, str], list[Any]] = defaultdict(list)  # (simulator, task) -> environments that no episode uses
 _CAMERAS: dict[tuple[str, str, str, int], Camera] = {}  # (simulator, task, slot, size), in the order of use
@@ -34,6 +34,9 @@ class Simulation(gymnasium.Env, abc.ABC):
       tasks: what may be asked; the seed draws one unless `reset(options={"task": name})` names it.
       image_sizes: camera slot -> pixels, for other than the default sizes.
 
+    Attributes:
+      looks: while False, pictures are black and cost nothing: for the steps of a chunk that nobody looks at.
+
     A subclass implements the four methods at the end. Environments of a task are kept and used again by later episodes;
     cameras are shared by all environments of a task in this process, and the CAMERAS_OPEN used last are kept open.
     """
@@ -51,6 +54,7 @@ class Simulation(gymnasium.Env, abc.ABC):
         if unknown := sorted(set(self.image_sizes) - set(self.VIEWS)):
             raise ValueError(f"no camera {unknown[0]!r}; valid: {', '.join(self.VIEWS)}")
         self.observation_space, self.action_space = self.spaces(self.image_sizes)
+        self.looks = True
         self._env: Any = None
         self._done = True
 
@@ -122,7 +126,10 @@ class Simulation(gymnasium.Env, abc.ABC):
             self._env, self._done = None, True
 
     def _observation(self) -> dict[str, np.ndarray]:
-        images = {f"image_{slot}": self._picture(slot, size) for slot, size in self.image_sizes.items()}
+        images = {
+            f"image_{slot}": self._picture(slot, size) if self.looks else np.zeros((size, size, 3), np.uint8)
+            for slot, size in self.image_sizes.items()
+        }
         return {**images, "proprio": np.asarray(self._proprio(self._env), np.float32)}
 
     def _picture(self, slot: str, size: int) -> np.ndarray:

@@ -35,22 +35,22 @@ METAWORLD_PRETRAIN: Mapping[str, SimTask] = _by_name(
     _metaworld("reach", "reach the red ball", "move the hand to the red ball"),
     _metaworld("push", "push the puck to the green ball", "slide the puck to the green ball"),
     _metaworld("pick-place", "lift the puck to the blue ball", "pick up the puck for the blue ball"),
+    _metaworld("push-back", "pull the cube back to the green ball", "slide the cube back to the green ball"),
+    _metaworld("sweep", "sweep the cube off the table", "push the cube to the right"),
+    _metaworld("soccer", "kick the ball into the goal", "push the ball into the net"),
     _metaworld("door-open", "open the door", "pull the door open"),
     _metaworld("drawer-open", "open the drawer", "pull the drawer out"),
-    _metaworld("drawer-close", "close the drawer", "push the drawer in"),
     _metaworld("button-press-topdown", "press the button from above", "push the button down"),
-    _metaworld("button-press", "press the button from ahead", "push the button in"),
     _metaworld("window-open", "open the window", "slide the window open"),
     _metaworld("faucet-open", "open the faucet", "turn the faucet on"),
-    _metaworld("handle-press", "press the handle down", "push the lever of the box down"),
     _metaworld("plate-slide", "slide the plate into the goal", "push the plate into the net"),
     _metaworld("door-lock", "lock the door", "turn the lock of the door down"),
     _metaworld("coffee-button", "press the coffee button", "start the coffee machine"),
 )
 METAWORLD_HELDOUT: Mapping[str, SimTask] = _by_name(
-    _metaworld("window-close", "close the window", "slide the window closed"),
-    _metaworld("door-unlock", "unlock the door", "turn the lock of the door up"),
-    _metaworld("coffee-push", "push the mug to the green ball", "slide the mug to the green ball"),
+    _metaworld("faucet-close", "close the faucet", "turn the faucet off"),
+    _metaworld("coffee-push", "push the mug to the coffee machine", "slide the mug under the coffee machine"),
+    _metaworld("sweep-into", "sweep the cube into the hole", "push the cube into the hole"),
 )
 FETCH: Mapping[str, SimTask] = _by_name(
     SimTask("reach", "FetchReach", ("reach the red ball", "move the gripper to the red ball")),

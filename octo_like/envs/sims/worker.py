@@ -35,8 +35,13 @@ class Worker:
     def reset(self, number: int, seed: int | None, options: Mapping[str, Any] | None):
         return self._environments[number].reset(seed=seed, options=options)
 
-    def step(self, number: int, action):
-        return self._environments[number].step(action)
+    def step(self, number: int, action, looks: bool):
+        env = self._environments[number]
+        env.looks = looks
+        try:
+            return env.step(action)
+        finally:
+            env.looks = True
 
     def expert_action(self, number: int):
         return self._environments[number].expert_action()
