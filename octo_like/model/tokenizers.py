@@ -278,7 +278,9 @@ class LowdimTokenizer(nn.Module):
             x = jnp.where(valid, x, 0.0)
         if self.entries is not None:
             if not all(0 <= entry < x.shape[-1] for entry in self.entries):
-                raise ValueError(f"entries {self.entries} of {', '.join(keys)}: there are {x.shape[-1]}, counted from 0")
+                raise ValueError(
+                    f"entries {self.entries} of {', '.join(keys)}: there are {x.shape[-1]}, counted from 0"
+                )
             x, valid = x[..., self.entries], valid[..., self.entries]
         if self.per == "vector":
             tokens = jnp.concatenate([x, valid.astype(x.dtype)], axis=-1)[..., None, :]

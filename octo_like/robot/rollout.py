@@ -96,9 +96,9 @@ def evaluate(
 
     Args:
       policy: see `PolicyLike`.
-      make_env: makes an environment (one with an attribute `looks` is told which pictures nobody looks at, see
-        `octo_like.envs.sims.remote.RemoteEnv`) with Dict observations (`image_{slot}` uint8, `proprio` in physical units) whose
-        info holds `instruction` and, in the end, `success`. Images of another size than the policy's are resized.
+      make_env: makes an environment with Dict observations (`image_{slot}` uint8, `proprio` in physical units) whose
+        info holds `instruction` and, in the end, `success`. Images of another size than the policy's are resized. One
+        with an attribute `looks` is told which pictures nobody looks at, see `octo_like.envs.sims.remote.RemoteEnv`.
       seeds: of the episodes, each >= 0.
       options: reset options for all episodes, or one entry per episode.
       unnormalize: name of the statistics that turn the policy's numbers into physical units (and proprio into its).
