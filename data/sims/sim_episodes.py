@@ -25,6 +25,7 @@ SEEDS_PER_TASK = 1_000_000
 FIRST_SEED = {"train": 0, "val": 500_000_000}
 # Standard deviation of what is added to executed motions (not to the recorded actions), in units of the action space.
 NOISE = {"metaworld": 0.1, "fetch": 0.05}
+SPREAD = {"metaworld": 0.15, "fetch": 0.1}  # metres by which the hand's starting place varies, see `demonstrate`
 
 _TASKS = [(group, task) for group, (_, tasks) in GROUPS.items() for task in tasks]
 assert max(FIRST_SEED.values()) + len(_TASKS) * SEEDS_PER_TASK <= EVALUATION_SEEDS
@@ -130,6 +131,7 @@ class Demonstrator:
     def _demonstrate(self, group: str, task: str, seed: int) -> dict[str, Any]:
         process = self._free.get()
         try:
-            return process.call("demonstrate", group, task, seed, NOISE[GROUPS[group][0]])
+            simulator = GROUPS[group][0]
+            return process.call("demonstrate", group, task, seed, NOISE[simulator], SPREAD[simulator])
         finally:
             self._free.put(process)

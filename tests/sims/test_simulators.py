@@ -69,8 +69,11 @@ def test_bad_requests_are_refused(pool):
         env.step(np.zeros(4))
     with pytest.raises(ValueError, match="unknown task 'fly'; valid: reach, push, pick-and-place"):
         env.reset(seed=1, options={"task": "fly"})
-    with pytest.raises(ValueError, match=r"unknown reset options \['speed'\]; valid: task"):
+    with pytest.raises(ValueError, match=r"unknown reset options \['speed'\]; valid: task, start"):
         env.reset(seed=1, options={"speed": 2})
+    for start in ((0.1, 0.1), (0.1, 0.1, np.nan)):
+        with pytest.raises(ValueError, match=r"'start' is \(dx, dy, dz\) in metres"):
+            env.reset(seed=1, options={"start": start})
     env.reset(seed=1, options={"task": "reach"})
     for action in (np.zeros(3), np.full(4, np.nan)):
         with pytest.raises(ValueError, match="4 finite numbers"):
@@ -87,6 +90,27 @@ def test_other_image_sizes(pool):
     observation, _ = env.reset(seed=1)
     assert observation["image_primary"].shape == (64, 64, 3) and observation["image_secondary"].shape == (32, 32, 3)
     env.close()
+
+
+@pytest.mark.parametrize("group,task", [("metaworld_pretrain", "push"), ("fetch", "reach")])
+def test_the_hand_starts_where_it_is_asked_to(group, task, pool):
+    """The robot moves there by its own controller, which lags: within 4 cm. Nothing else of the scene changes."""
+    env = RemoteEnv(group, pool=pool)
+    home = env.reset(seed=5, options={"task": task})[0]["proprio"]
+    np.testing.assert_array_equal(env.reset(seed=5, options={"task": task, "start": (0, 0, 0)})[0]["proprio"], home)
+    for way in ((0.08, -0.06, 0.05), (-0.08, 0.06, 0.0)):
+        observation, info = env.reset(seed=5, options={"task": task, "start": way})
+        np.testing.assert_allclose(observation["proprio"][:3] - home[:3], way, atol=0.04)
+        assert info["task"] == task and not info["success"]
+    env.close()
+
+
+def test_demonstrations_start_at_different_places(pool):
+    make = functools.partial(pool.processes[0].call, "demonstrate", "metaworld_pretrain", "push")
+    starts = np.stack([make(seed, 0.0, 0.15)["observations"][0]["proprio"][:3] for seed in range(6)])
+    assert (starts.std(0) > 0.02).all() and (np.abs(starts - [0.0, 0.6, 0.2]) < [0.2, 0.2, 0.2]).all()
+    again = make(2, 0.0, 0.15)["observations"][0]["proprio"][:3]
+    np.testing.assert_array_equal(again, starts[2])
 
 
 @pytest.mark.parametrize("group", ["metaworld_heldout", "fetch"])

@@ -20,6 +20,7 @@ class Fetch(Simulation):
     """
 
     ACTION = ("dx [5 cm a step of 1/25 s]", "dy [same]", "dz [same]", "gripper (1 open, -1 close)")
+    METRES, OPEN = 0.1, 1.0
     PROPRIO = ("x [m]", "y [m]", "z [m]", "right finger [m]", "left finger [m]")
     VIEWS = {
         "primary": View(lookat=(1.33, 0.75, 0.52), distance=0.95, azimuth=145.0, elevation=-35.0),

@@ -18,6 +18,7 @@ class MetaWorld(Simulation):
     """
 
     ACTION = ("dx [cm a step of 1/80 s]", "dy [same]", "dz [same]", "gripper effort (1 close, -1 open)")
+    METRES, OPEN = 0.05, -1.0
     PROPRIO = ("x [m]", "y [m]", "z [m]", "gripper opening (0..1)")
     VIEWS = {
         "primary": View(lookat=(0.0, 0.68, 0.10), distance=0.95, azimuth=135.0, elevation=-35.0),

@@ -14,7 +14,7 @@ import numpy as np
 from octo_like.envs.sims.camera import Camera, View
 from octo_like.envs.sims.tasks import SimTask, find_task
 
-RESET_OPTIONS = ("task",)
+RESET_OPTIONS = ("task", "start")
 CAMERAS_OPEN = 32  # each holds the model's meshes and textures: 80 MB; opening one takes as long as 50 pictures
 
 _IDLE: dict[tuple[str, str], list[Any]] = defaultdict(list)  # (simulator, task) -> environments that no episode uses
@@ -42,6 +42,8 @@ class Simulation(gymnasium.Env, abc.ABC):
     """
 
     ACTION: tuple[str, ...]
+    METRES: float  # that an action of 1 moves the hand
+    OPEN: float  # the gripper's action that opens it
     PROPRIO: tuple[str, ...]
     VIEWS: Mapping[str, View]
     IMAGE_SIZES: Mapping[str, int]
@@ -71,8 +73,12 @@ class Simulation(gymnasium.Env, abc.ABC):
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None):
         """Starts an episode that `seed` and `options` determine.
 
+        Args:
+          options: "task": name of the task. "start": (dx, dy, dz) metres by which the hand is moved, open, before the
+            episode begins (so far as the robot gets in the steps that this takes).
+
         Raises:
-          ValueError: an option or a task that does not exist.
+          ValueError: an option or a task that does not exist, or a start that is not three finite numbers.
         """
         super().reset(seed=seed)
         options = dict(options or {})
@@ -88,6 +94,7 @@ class Simulation(gymnasium.Env, abc.ABC):
         idle = _IDLE[type(self).__name__, task.name]
         self._env = idle.pop() if idle else self._make(task)
         self._start(self._env, episode_seed)
+        self._move_hand(np.asarray(options.get("start", (0.0, 0.0, 0.0)), np.float64))
         self.success, self._steps, self._done = False, 0, False
         return self._observation(), self._info()
 
@@ -119,6 +126,13 @@ class Simulation(gymnasium.Env, abc.ABC):
     def render_primary(self, size: int) -> np.ndarray:
         """The primary camera at another size, for people."""
         return self._picture("primary", size)
+
+    def _move_hand(self, way: np.ndarray) -> None:
+        if way.shape != (3,) or not np.isfinite(way).all():
+            raise ValueError(f"reset option 'start' is (dx, dy, dz) in metres, got {way}")
+        held = int(np.ceil(np.abs(way).max() / self.METRES))
+        for _ in range(held * self.ACTION_REPEAT):
+            self._advance(self._env, np.append(way / (held * self.METRES), self.OPEN).astype(np.float32))
 
     def _release(self) -> None:
         if self._env is not None:
@@ -164,19 +178,24 @@ class Simulation(gymnasium.Env, abc.ABC):
         """What a scripted expert, which sees the true state, would command now: (4,), clipped."""
 
 
-def demonstrate(simulation: Simulation, task: str, seed: int, noise: float = 0.0) -> dict[str, Any]:
+def demonstrate(
+    simulation: Simulation, task: str, seed: int, noise: float = 0.0, spread: float = 0.0
+) -> dict[str, Any]:
     """One episode of the scripted expert.
 
     Args:
       noise: standard deviation of what is added to the executed (not to the recorded) actions' first three
         dimensions, so that the demonstrations also show how to come back.
+      spread: metres; the hand first moves to a random place as far as this to all sides, and up (half of it down).
+        From one starting place, where the hand is tells where the expert goes, and nothing is learned of the scene.
 
     Returns:
       {"observations": [dict], "actions": (T + 1, A) float32, "instruction", "task", "seed", "success"}: T actions led
       to the last observation, and the last row is the one with which the expert would go on.
     """
     rng = np.random.default_rng([seed, 0xE4])
-    observation, info = simulation.reset(seed=seed, options={"task": task})
+    start = spread * rng.uniform((-1, -1, -0.5), 1.0)
+    observation, info = simulation.reset(seed=seed, options={"task": task, "start": start})
     observations, actions, done = [observation], [simulation.expert_action()], False
     while not done:
         executed = actions[-1].copy()

@@ -52,14 +52,14 @@ class Worker:
     def close(self, number: int) -> None:
         self._environments.pop(number).close()
 
-    def demonstrate(self, group: str, task: str, seed: int, noise: float) -> dict[str, Any]:
+    def demonstrate(self, group: str, task: str, seed: int, noise: float, spread: float = 0.0) -> dict[str, Any]:
         """See `simulation.demonstrate`."""
         from octo_like.envs.sims.simulation import demonstrate
 
         if group not in self._demonstrators:
             self._demonstrators[group] = _simulation(group, None)
         find_task(GROUPS[group][1], task)
-        return demonstrate(self._demonstrators[group], task, seed, noise)
+        return demonstrate(self._demonstrators[group], task, seed, noise, spread)
 
 
 def _simulation(group: str, image_sizes: Mapping[str, int] | None):
