@@ -49,7 +49,7 @@ METAWORLD_PRETRAIN: Mapping[str, SimTask] = _by_name(
 )
 METAWORLD_HELDOUT: Mapping[str, SimTask] = _by_name(
     _metaworld("faucet-close", "close the faucet", "turn the faucet off"),
-    _metaworld("coffee-push", "push the mug to the coffee machine", "slide the mug under the coffee machine"),
+    _metaworld("coffee-push", "push the mug to the machine", "slide the mug under the machine"),
     _metaworld("sweep-into", "sweep the cube into the hole", "push the cube into the hole"),
 )
 FETCH: Mapping[str, SimTask] = _by_name(
