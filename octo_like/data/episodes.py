@@ -172,10 +172,18 @@ class EpisodeStore:
         return int(index.length[key[1]]) + EncodedFrame.OVERHEAD * frames
 
     def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode | DamagedRecord]:
-        """Episodes of (dataset, episode) pairs; the error in place of a damaged one. Other errors are raised."""
+        """Episodes of (dataset, episode) pairs; the error in place of a damaged one. Other errors are raised.
+
+        A read that was under way before this call and failed says how the storage was then: it is done once more.
+        """
         found: list[Episode | DamagedRecord] = []
+        with self._lock:
+            under_way = set(self._loading)
         for key, future in zip(wanted, self.request(wanted), strict=True):
             error = self._wait(key, future)
+            if key in under_way and error is not None and not isinstance(error, DamagedRecord):
+                (future,) = self.request([key])
+                error = self._wait(key, future)
             if error is not None and not isinstance(error, DamagedRecord):
                 raise error
             found.append(future.result() if error is None else error)

@@ -405,6 +405,35 @@ def test_after_an_outage_a_seek_helps(prepared, tokenizer, monkeypatch, clean):
         assert stream.bad_counts == {"toy": 0}
 
 
+def test_a_read_that_began_during_an_outage_is_done_again(prepared, tokenizer, monkeypatch, clean):
+    """The seek finds a read under way that asked the storage for the last time before it worked again."""
+    real, asked, answer = prepared.function.from_file, threading.Event(), threading.Event()
+    monkeypatch.setattr(episodes_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(episodes_module, "RETRIES", 0)
+    held = []
+
+    def slow_to_fail(path, offset):
+        if not asked.is_set():
+            held.append((path, offset))
+            asked.set()
+            answer.wait(timeout=60)
+            raise tf.errors.UnavailableError(None, None, "try later")
+        return real(path, offset)
+
+    monkeypatch.setattr(prepared.function, "from_file", slow_to_fail)
+    with stream_of(prepared, tokenizer) as stream:
+        store = stream._reader.store
+        first = next(iter(zip(*(stream._samples_of(0).dataset, stream._samples_of(0).episode), strict=True)))
+        key = tuple(map(int, first))
+        store.request_ahead([key])
+        assert asked.wait(timeout=60)
+        threading.Timer(0.2, answer.set).start()
+        (episode,) = store.get([key])
+        assert len(episode.action) == len(store.get([key])[0].action) and len(held) == 1
+        for number in range(BATCHES):
+            assert equal_rows(next(stream), clean[0][number]).all()
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.5])
 def test_bad_fractions(copied, fraction):
     with pytest.raises(DataError, match=r"max_bad_fraction must be in \[0, 1\]"):
