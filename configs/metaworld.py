@@ -1,7 +1,7 @@
 """One small policy for fourteen Meta-World tasks, told in words which one: the base of the adaptation benchmark.
 
     pip install -e '.[data,sim]'
-    python data/sims/build.py --data_dir runs/sims/data --episodes metaworld_pretrain=70+2
+    python data/sims/build.py --data_dir runs/sims/data --episodes metaworld_pretrain=100+2
     python train.py --config configs/metaworld.py --workdir runs/sims/pretrain --config.data.data_dir=runs/sims/data
 
 Topology: 2 CPU cores, no accelerator. Expected time and success: docs/adaptation.md.

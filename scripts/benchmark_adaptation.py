@@ -58,7 +58,7 @@ class Settings:
       overrides: of all training configs.
     """
 
-    pretrain_episodes: int = 70
+    pretrain_episodes: int = 100
     pretrain_steps: int = 6000
     demos: tuple[int, ...] = (50, 10, 5, 25)
     modes: tuple[str, ...] = ("full", "lora", "head_only")

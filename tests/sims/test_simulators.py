@@ -247,11 +247,11 @@ def test_datasets_hold_what_the_expert_did(data, build, pool, group, split):
     episodes = read(data, group, split)
     tasks = list(GROUPS[group][1])
     assert len(episodes) == {"fetch": 2, "metaworld_heldout": 1}[group] * len(tasks)
-    noise = build.sim_episodes.NOISE[GROUPS[group][0]]
+    how = (build.sim_episodes.NOISE[GROUPS[group][0]], build.sim_episodes.SPREAD[GROUPS[group][0]])
     for metadata, steps in episodes:
         seed, task = int(metadata["seed"]), metadata["task"].decode()
         assert 0 <= seed - build.sim_episodes.first_seed(group, task, split) < 100 and seed < EVALUATION_SEEDS
-        one = pool.processes[0].call("demonstrate", group, task, seed, noise)
+        one = pool.processes[0].call("demonstrate", group, task, seed, *how)
         np.testing.assert_array_equal([step["action"] for step in steps], one["actions"])
         assert {step["language_instruction"].decode() for step in steps} == {one["instruction"]}
         last = len(steps) - 1
@@ -277,8 +277,8 @@ def test_failed_episodes_are_left_out_and_counted(build, monkeypatch):
 
     original, first = SimulatorProcess.call, build.sim_episodes.first_seed("fetch", "reach", "train")
 
-    def call(self, method, group, task, seed, noise):
-        episode = original(self, method, group, task, seed, noise)
+    def call(self, method, group, task, seed, *how):
+        episode = original(self, method, group, task, seed, *how)
         return {**episode, "success": episode["success"] and seed not in (first, first + 2)}
 
     monkeypatch.setattr(SimulatorProcess, "call", call)

@@ -12,9 +12,10 @@ class View:
 
     Attributes:
       name: of a camera of the model; "": a free camera described by the rest.
-      lookat: point in the middle of the picture, metres.
+      lookat: point in the middle of the picture, metres; of a camera that travels, as seen from the hand.
       distance: from it, metres.
       azimuth, elevation: degrees, MuJoCo's convention.
+      travels: with the hand, keeping its direction.
     """
 
     name: str = ""
@@ -22,6 +23,7 @@ class View:
     distance: float = 1.0
     azimuth: float = 90.0
     elevation: float = -45.0
+    travels: bool = False
 
 
 class Camera:
@@ -44,15 +46,16 @@ class Camera:
         self._renderer = mujoco.Renderer(model, size, size)
         flags = self._renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._camera: Any = view.name
+        self._view, self._camera = view, view.name
         if not view.name:
-            self._camera = mujoco.MjvCamera()
-            self._camera.lookat[:] = view.lookat
+            self._camera: Any = mujoco.MjvCamera()
             self._camera.distance = view.distance
             self._camera.azimuth, self._camera.elevation = view.azimuth, view.elevation
 
-    def render(self, data: Any) -> np.ndarray:
-        """The picture (size, size, 3) uint8 of a simulation (`mujoco.MjData`)."""
+    def render(self, data: Any, hand: np.ndarray) -> np.ndarray:
+        """The picture (size, size, 3) uint8 of a simulation (`mujoco.MjData`) whose hand is at `hand` (3,) metres."""
+        if not self._view.name:
+            self._camera.lookat[:] = self._view.lookat + (hand if self._view.travels else 0.0)
         self._renderer.update_scene(data, camera=self._camera)
         return self._renderer.render()
 

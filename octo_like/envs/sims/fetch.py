@@ -22,9 +22,10 @@ class Fetch(Simulation):
     ACTION = ("dx [5 cm a step of 1/25 s]", "dy [same]", "dz [same]", "gripper (1 open, -1 close)")
     METRES, OPEN = 0.1, 1.0
     PROPRIO = ("x [m]", "y [m]", "z [m]", "right finger [m]", "left finger [m]")
+    SCENE = View(lookat=(1.33, 0.75, 0.52), distance=0.95, azimuth=145.0, elevation=-35.0)
     VIEWS = {
-        "primary": View(lookat=(1.33, 0.75, 0.52), distance=0.95, azimuth=145.0, elevation=-35.0),
-        "secondary": View(lookat=(1.33, 0.75, 0.52), distance=0.95, azimuth=225.0, elevation=-25.0),
+        "primary": View(lookat=(0.0, 0.05, -0.08), distance=0.7, azimuth=145.0, elevation=-35.0, travels=True),
+        "secondary": View(lookat=(0.0, 0.05, -0.08), distance=0.7, azimuth=225.0, elevation=-35.0, travels=True),
     }
     IMAGE_SIZES = {"primary": 64, "secondary": 64}
     ACTION_REPEAT = 2

@@ -20,9 +20,10 @@ class MetaWorld(Simulation):
     ACTION = ("dx [cm a step of 1/80 s]", "dy [same]", "dz [same]", "gripper effort (1 close, -1 open)")
     METRES, OPEN = 0.05, -1.0
     PROPRIO = ("x [m]", "y [m]", "z [m]", "gripper opening (0..1)")
+    SCENE = View(lookat=(0.0, 0.68, 0.10), distance=0.95, azimuth=135.0, elevation=-35.0)
     VIEWS = {
-        "primary": View(lookat=(0.0, 0.68, 0.10), distance=0.95, azimuth=135.0, elevation=-35.0),
-        "secondary": View(lookat=(0.0, 0.68, 0.10), distance=0.95, azimuth=225.0, elevation=-30.0),
+        "primary": View(lookat=(0.0, 0.09, -0.10), distance=0.75, azimuth=135.0, elevation=-40.0, travels=True),
+        "secondary": View(lookat=(0.0, 0.09, -0.10), distance=0.75, azimuth=225.0, elevation=-40.0, travels=True),
     }
     IMAGE_SIZES = {"primary": 64, "secondary": 64}
     ACTION_REPEAT = 5

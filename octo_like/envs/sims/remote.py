@@ -187,7 +187,7 @@ class RemoteEnv(gymnasium.Env):
         return self._process.call("expert_action", self._number)
 
     def render(self) -> np.ndarray | None:
-        """The primary camera at 256 x 256, for people."""
+        """The whole scene at 256 x 256, for people."""
         return self._process.call("render", self._number, 256) if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:

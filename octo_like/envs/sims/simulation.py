@@ -46,6 +46,7 @@ class Simulation(gymnasium.Env, abc.ABC):
     OPEN: float  # the gripper's action that opens it
     PROPRIO: tuple[str, ...]
     VIEWS: Mapping[str, View]
+    SCENE: View  # for people
     IMAGE_SIZES: Mapping[str, int]
     ACTION_REPEAT: int
     MAX_STEPS: int
@@ -123,9 +124,9 @@ class Simulation(gymnasium.Env, abc.ABC):
     def close(self) -> None:
         self._release()
 
-    def render_primary(self, size: int) -> np.ndarray:
-        """The primary camera at another size, for people."""
-        return self._picture("primary", size)
+    def render_scene(self, size: int) -> np.ndarray:
+        """A picture of the whole scene, for people."""
+        return self._picture("scene", size)
 
     def _move_hand(self, way: np.ndarray) -> None:
         if way.shape != (3,) or not np.isfinite(way).all():
@@ -148,11 +149,11 @@ class Simulation(gymnasium.Env, abc.ABC):
 
     def _picture(self, slot: str, size: int) -> np.ndarray:
         key = (type(self).__name__, self.task.name, slot, size)
-        camera = _CAMERAS.pop(key, None) or Camera(self._env.model, self.VIEWS[slot], size)
+        camera = _CAMERAS.pop(key, None) or Camera(self._env.model, {**self.VIEWS, "scene": self.SCENE}[slot], size)
         _CAMERAS[key] = camera  # last in the order of use
         if len(_CAMERAS) > CAMERAS_OPEN:
             _CAMERAS.pop(next(iter(_CAMERAS))).close()
-        return camera.render(self._env.data)
+        return camera.render(self._env.data, np.asarray(self._proprio(self._env)[:3], np.float64))
 
     def _info(self) -> dict[str, Any]:
         return {"instruction": self.instruction, "task": self.task.name, "success": bool(self.success)}
@@ -171,7 +172,7 @@ class Simulation(gymnasium.Env, abc.ABC):
 
     @abc.abstractmethod
     def _proprio(self, env: Any) -> np.ndarray:
-        """(P,) what the robot feels."""
+        """(P,) what the robot feels; the hand's place x, y, z [m] comes first."""
 
     @abc.abstractmethod
     def expert_action(self) -> np.ndarray:

@@ -47,7 +47,7 @@ class Worker:
         return self._environments[number].expert_action()
 
     def render(self, number: int, size: int):
-        return self._environments[number].render_primary(size)
+        return self._environments[number].render_scene(size)
 
     def close(self, number: int) -> None:
         self._environments.pop(number).close()
