@@ -12,7 +12,8 @@ trained from scratch on the same demonstrations with every learning rate and num
 grid, chosen on seeds of its own, is what adaptation is compared with. All policies are tested on the same seeds.
 
 A cell is data, training and closed-loop evaluation. Its result is a JSON file in the workdir, keyed by everything that
-was asked for; a finished cell is not run again, an interrupted one continues from its checkpoint. (The key does not
+was asked for; a finished cell is not run again, an interrupted one continues from its checkpoint. Two runs may share a
+workdir when they do other `--groups`: what both need is made once. (The key does not
 cover the code: after changing that, use a new --workdir.) Needs the extras `data` and `sim`.
 """
 
@@ -34,6 +35,7 @@ for _path in (ROOT, ROOT / "scripts"):
     if str(_path) not in sys.path:
         sys.path.insert(0, str(_path))
 
+from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs import EVALUATION_SEEDS  # noqa: E402
 from octo_like.envs.sims import GROUPS  # noqa: E402
 
@@ -227,6 +229,10 @@ class Benchmark:
 
     def pretrain(self) -> None:
         """Demonstrations of the pretraining tasks and the base policy, unless they are there."""
+        with exclusive(self.workdir / "pretrain.lock"):
+            self._pretrain()
+
+    def _pretrain(self) -> None:
         if (self.pretrained / "config.json").exists():
             return
         settings, data = self.settings, self.workdir / "data" / f"pretrain{self.settings.pretrain_episodes}"

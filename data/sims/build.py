@@ -25,6 +25,7 @@ for path in (HERE, HERE.parent.parent, *(HERE.parent / folder for folder in set(
 
 import sim_episodes  # noqa: E402
 
+from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs.sims import GROUPS  # noqa: E402
 from octo_like.envs.sims.remote import SimulatorError  # noqa: E402
 
@@ -126,7 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     requests = args.episodes or [(name, 50, 5) for name in FOLDERS]
     try:
-        build(args.data_dir, requests, workers=args.workers, overwrite=args.overwrite)
+        with exclusive(pathlib.Path(args.data_dir, ".lock")):  # another one would take this one's work for leftovers
+            build(args.data_dir, requests, workers=args.workers, overwrite=args.overwrite)
     except (ValueError, SimulatorError) as error:
         parser.error(str(error))
 

@@ -23,6 +23,7 @@ for path in (str(HERE), str(HERE.parent.parent)):  # works from a checkout that 
 # No TensorFlow at the top level: worker processes import this file again.
 import tabletop_episodes  # noqa: E402
 
+from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs import EMBODIMENTS  # noqa: E402
 
 DATASETS = {f"tabletop_{name}": name for name in EMBODIMENTS}
@@ -117,7 +118,8 @@ def main() -> None:
     args = parser.parse_args()
     requests = args.episodes or [(name, 400, 20) for name in DATASETS]
     try:
-        build(args.data_dir, requests, workers=args.workers, overwrite=args.overwrite)
+        with exclusive(pathlib.Path(args.data_dir, ".lock")):  # another one would take this one's work for leftovers
+            build(args.data_dir, requests, workers=args.workers, overwrite=args.overwrite)
     except ValueError as error:
         parser.error(str(error))
 
