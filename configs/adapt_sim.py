@@ -44,5 +44,5 @@ def get_config(words: str = "fetch,full"):
     config.ema_decay = 0.99
     config.checkpoint.every = 10_000
     config.eval.update(every=None, batches=2, exec_horizon=2)
-    config.augmentation = dict()
+    config.augmentation = metaworld.augmentation()
     return config

@@ -2,9 +2,9 @@
 
 Every operation draws on its own; one draw per sample and camera serves all frames of the window and the goal image, so
 that they stay one scene. Missing images (pad mask False) are left alone: they mean nothing. A camera's depth map is
-cropped and flipped as its images are, so that both keep showing the same place.
+shifted, cropped and flipped as its images are, so that both keep showing the same place.
 
-Order: crop, brightness, contrast, saturation, hue, flips. Each colour operation clips to [0, 1].
+Order: shift, crop, brightness, contrast, saturation, hue, flips. Each colour operation clips to [0, 1].
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ class Augmentation:
       hue: largest shift, in turns.
       flip_left_right, flip_up_down: probabilities. A flipped scene has other right actions and other words for left and
         right: leave them None unless the data is symmetric in that.
+      shift: largest shift, in units of the side, by whole pixels; the edge is repeated (Yarats et al. 2021, DrQ).
     """
 
     crop_scale: tuple[float, float] | None = None
@@ -37,6 +38,7 @@ class Augmentation:
     hue: float | None = None
     flip_left_right: float | None = None
     flip_up_down: float | None = None
+    shift: float | None = None
 
     def __post_init__(self):
         for field in ("crop_scale", "crop_ratio", "contrast", "saturation"):
@@ -47,7 +49,7 @@ class Augmentation:
             raise ValueError(f"augmentation: crop_scale must lie in (0, 1], got {self.crop_scale}")
         if self.crop_ratio[0] <= 0:
             raise ValueError(f"augmentation: crop_ratio must be positive, got {self.crop_ratio}")
-        for field in ("flip_left_right", "flip_up_down", "brightness", "hue"):
+        for field in ("flip_left_right", "flip_up_down", "shift", "brightness", "hue"):
             value = getattr(self, field)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"augmentation: {field} must be in [0, 1], got {value}")
@@ -120,6 +122,18 @@ class _Draws:
         top, left = self.uniform(2, 0.0, 1.0) * (1 - height), self.uniform(3, 0.0, 1.0) * (1 - width)
         return jnp.stack([top, left, top + height, left + width])
 
+    def shifted(self, x: jax.Array) -> jax.Array:
+        """(n, h, w, c), shifted as drawn."""
+        if self.config.shift is None:
+            return x
+
+        def positions(operation, size):
+            furthest = round(self.config.shift * size)
+            moved = jax.random.randint(jax.random.fold_in(self.key, operation), (), -furthest, furthest + 1)
+            return jnp.clip(jnp.arange(size) + moved, 0, size - 1)
+
+        return x[:, positions(10, x.shape[1])][:, :, positions(11, x.shape[2])]
+
     def flipped(self, x: jax.Array) -> jax.Array:
         """(n, h, w, c), flipped as drawn."""
         for operation, probability, axis in ((8, self.config.flip_left_right, 2), (9, self.config.flip_up_down, 1)):
@@ -131,7 +145,7 @@ class _Draws:
 def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
     """All images (n, h, w, 3) uint8 of one sample and camera, with one draw per operation."""
     draws = _Draws(key, config)
-    x = images.astype(jnp.float32) / 255.0
+    x = draws.shifted(images).astype(jnp.float32) / 255.0
     if config.crop_scale is not None:
         x = jnp.clip(crop_resize(x, draws.box()), 0, 1)
     if config.brightness is not None:
@@ -149,8 +163,9 @@ def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> j
 
 
 def augment_depth(depth: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
-    """Depth maps (n, h, w, 1) of the same sample and camera: the crop and the flips of its images."""
+    """Depth maps (n, h, w, 1) of the same sample and camera: the shift, the crop and the flips of its images."""
     draws = _Draws(key, config)
+    depth = draws.shifted(depth)
     if config.crop_scale is not None:
         depth = crop_nearest(depth, draws.box())
     return draws.flipped(depth)

@@ -104,8 +104,8 @@ def test_the_whole_against_a_numpy_twin(seed):
 def test_operations_draw_independently():
     """Over many samples: every pair of operations is uncorrelated, and turning one on does not move another."""
     keys = jax.random.split(jax.random.key(0), 4000)
-    draws = np.stack([jax.vmap(lambda k, i=i: jax.random.uniform(jax.random.fold_in(k, i)))(keys) for i in range(10)])
-    correlation = np.corrcoef(draws) - np.eye(10)
+    draws = np.stack([jax.vmap(lambda k, i=i: jax.random.uniform(jax.random.fold_in(k, i)))(keys) for i in range(12)])
+    correlation = np.corrcoef(draws) - np.eye(12)
     assert np.abs(correlation).max() < 0.07  # 4.4 standard deviations of 1/sqrt(4000)
     x, key = jnp.asarray(images()), jax.random.key(3)
     flip = Augmentation(flip_left_right=0.5)
@@ -123,6 +123,25 @@ def test_flips_happen_as_often_as_told():
     turned = (out == raw[:, ::-1, ::-1]).all((1, 2, 3, 4))
     assert (turned | (out == raw[:, ::-1]).all((1, 2, 3, 4))).all()
     assert abs(turned.mean() - 0.25) < 0.05
+
+
+def test_shifts_against_brute_force():
+    """Every whole number of pixels up to the limit occurs, nothing else, and depth goes along."""
+    x = images(0, 2, (10, 20))
+    keys = jax.random.split(jax.random.key(1), 400)
+    config = Augmentation(shift=0.1)
+    out = np.asarray(jax.vmap(lambda k: augment_images(jnp.asarray(x), k, config))(keys))
+    depth = np.asarray(jax.vmap(lambda k: augment_depth(jnp.asarray(x[..., :1], jnp.float32), k, config))(keys))
+    wide = np.pad(x, ((0, 0), (1, 1), (2, 2), (0, 0)), mode="edge")
+    expected = {(i, j): wide[:, i : i + 10, j : j + 20] for i in range(3) for j in range(5)}
+    counts = dict.fromkeys(expected, 0)
+    for moved, along in zip(out, depth, strict=True):
+        (way,) = [way for way, picture in expected.items() if np.array_equal(picture, moved)]
+        np.testing.assert_array_equal(along, moved[..., :1])
+        counts[way] += 1
+    assert min(counts.values()) > 8  # 27 are expected of each; 8 are 3.7 standard deviations fewer
+    still = augment_images(jnp.asarray(x), keys[0], Augmentation(shift=0.0))
+    np.testing.assert_array_equal(still, x)
 
 
 def test_a_batch_is_one_scene_per_sample():
@@ -150,7 +169,7 @@ def test_a_batch_is_one_scene_per_sample():
     rolled = augment(*jax.tree.map(lambda x: np.roll(x, 1, axis=0), (batch, jax.random.key_data(keys))))
     np.testing.assert_array_equal(np.roll(rolled["observation"]["image_primary"], -1, axis=0), seen)
     # Geometry only: with colours off, depth equals the nearest-neighbour crop and flip of the image.
-    geometry = Augmentation(crop_scale=(1.0, 1.0), flip_left_right=0.5, flip_up_down=0.5)
+    geometry = Augmentation(shift=0.2, crop_scale=(1.0, 1.0), flip_left_right=0.5, flip_up_down=0.5)
     moved = augment_batch(batch, {"primary": geometry}, keys)["observation"]
     red = np.asarray(moved["image_primary"])[..., :1].astype(np.float32)
     rows = batch["observation"]["pad_mask_dict"]["image_primary"].all(1)
@@ -167,7 +186,7 @@ def test_depth_only_takes_values_it_had():
 @pytest.mark.parametrize(
     "wrong",
     [dict(crop_scale=(0.0, 1.0)), dict(contrast=(1.2, 0.8)), dict(flip_up_down=2.0), dict(crop_scale=(0.5, 1.5)),
-     dict(brightness=-0.1)],
+     dict(brightness=-0.1), dict(shift=1.5)],
 )  # fmt: skip
 def test_ranges_are_checked(wrong):
     with pytest.raises(ValueError, match=f"augmentation: {next(iter(wrong))} must"):
