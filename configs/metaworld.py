@@ -28,8 +28,8 @@ def dataset(group: str) -> dict:
 def camera(slot: str) -> dict:
     """One token of the whole picture, steered by the instruction.
 
-    The camera travels with the hand, so a place in the picture is a way to go: the last convolution, as large as its map,
-    weighs every place by itself. (Key points need three times the pictures to find a puck; docs/experiments.md.)
+    The camera travels with the hand, so a place in the picture is a way to go, and the last convolution, as large as
+    its map, weighs every place by itself. (Key points took much longer to find a puck; docs/experiments.md.)
     """
     return dict(
         kind="image",

@@ -396,7 +396,7 @@ def write_report(benchmark: Benchmark, groups: Sequence[str]) -> None:
 
 
 def write_page(benchmark: Benchmark, groups: Sequence[str], page: Path) -> None:
-    """Puts the results into a page of the documentation, and figure and animations into the folder of its name.
+    """Puts the results into a page of the documentation; figure, animations and numbers into the folder of its name.
 
     Raises:
       ValueError: the page has no lines that mark where the results go.
@@ -410,6 +410,7 @@ def write_page(benchmark: Benchmark, groups: Sequence[str], page: Path) -> None:
     if any(result for numbers in collected["groups"].values() for row in numbers.values() for result in row.values()):
         folder.mkdir(exist_ok=True)
         shutil.copy(benchmark.workdir / "curve.png", folder / "curve.png")
+        (folder / "results.json").write_text(json.dumps(collected) + "\n")
         parts.append(f"![Success over the number of demonstrations]({folder.name}/curve.png)")
     for group in groups:
         tested = [

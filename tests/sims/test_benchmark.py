@@ -193,6 +193,8 @@ def test_results_go_into_the_page_between_its_marks(bench, made_up, tmp_path, re
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
         assert text.count("not run") == 17 and text.count("page/curve.png") == 1
+        collected = json.dumps(bench.collect(benchmark, bench.TARGETS))
+        assert (tmp_path / "page" / "results.json").read_text().strip() == collected
         assert "page/fetch_push.gif" in text and (tmp_path / "page" / "fetch_push.gif").read_bytes() == b"GIF89a"
     page.write_text("no marks")
     with pytest.raises(ValueError, match="needs a line '<!-- results -->'"):
