@@ -24,8 +24,8 @@ class Fetch(Simulation):
     PROPRIO = ("x [m]", "y [m]", "z [m]", "right finger [m]", "left finger [m]")
     SCENE = View(lookat=(1.33, 0.75, 0.52), distance=0.95, azimuth=145.0, elevation=-35.0)
     VIEWS = {
-        "primary": View(lookat=(0.0, 0.05, -0.08), distance=0.7, azimuth=145.0, elevation=-35.0, travels=True),
-        "secondary": View(lookat=(0.0, 0.05, -0.08), distance=0.7, azimuth=225.0, elevation=-35.0, travels=True),
+        "primary": View(lookat=(0.0, 0.0, 0.04), distance=0.8, azimuth=145.0, elevation=-30.0, travels=True),
+        "secondary": View(lookat=(0.0, 0.0, 0.04), distance=0.8, azimuth=225.0, elevation=-30.0, travels=True),
     }
     IMAGE_SIZES = {"primary": 64, "secondary": 64}
     ACTION_REPEAT = 2
