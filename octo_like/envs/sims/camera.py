@@ -55,7 +55,7 @@ class Camera:
     def render(self, data: Any, hand: np.ndarray) -> np.ndarray:
         """The picture (size, size, 3) uint8 of a simulation (`mujoco.MjData`) whose hand is at `hand` (3,) metres."""
         if not self._view.name:
-            self._camera.lookat[:] = self._view.lookat + (hand if self._view.travels else 0.0)
+            self._camera.lookat[:] = np.add(self._view.lookat, hand if self._view.travels else 0.0)
         self._renderer.update_scene(data, camera=self._camera)
         return self._renderer.render()
 
