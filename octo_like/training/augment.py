@@ -40,6 +40,13 @@ class Augmentation:
     flip_up_down: float | None = None
     shift: float | None = None
 
+    @property
+    def changes_values(self) -> bool:
+        """Whether pixels change, rather than only their places."""
+        return any(
+            value is not None for value in (self.crop_scale, self.brightness, self.contrast, self.saturation, self.hue)
+        )
+
     def __post_init__(self):
         for field in ("crop_scale", "crop_ratio", "contrast", "saturation"):
             value = getattr(self, field)
@@ -145,7 +152,10 @@ class _Draws:
 def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
     """All images (n, h, w, 3) uint8 of one sample and camera, with one draw per operation."""
     draws = _Draws(key, config)
-    x = draws.shifted(images).astype(jnp.float32) / 255.0
+    x = draws.shifted(images)
+    if not config.changes_values:
+        return draws.flipped(x)
+    x = x.astype(jnp.float32) / 255.0
     if config.crop_scale is not None:
         x = jnp.clip(crop_resize(x, draws.box()), 0, 1)
     if config.brightness is not None:
