@@ -87,6 +87,17 @@ def test_non_finite_gradients_change_nothing_but_counters(model):
     assert step(after, batch())[0].skipped == 1
 
 
+def test_a_broken_optimizer_state_changes_no_parameter(model):
+    """The gradient is finite and the update is not."""
+    model, params = model
+    state, step = make(model, params)
+    state = state.replace(opt_state=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.ndim else x, state.opt_state))
+    after, metrics = step(state, batch())
+    assert np.isfinite(metrics["grad_norm"]) and not metrics["finite"] and after.skipped == 1
+    for name in ("trained", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(after, name))
+
+
 def test_frozen_parameters_have_no_state(model):
     model, params = model
     frozen = frozen_paths(params, ("BlockTransformer", "^heads_"))
