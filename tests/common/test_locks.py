@@ -5,7 +5,7 @@ import sys
 from octo_like.common.locks import exclusive
 
 HOLDER = """
-import sys, time
+import sys
 from octo_like.common.locks import exclusive
 with exclusive(sys.argv[1]):
     print("inside", flush=True)
@@ -42,6 +42,6 @@ def test_one_waits_for_the_other(tmp_path, caplog):
 def test_a_killed_holder_leaves_the_lock(tmp_path):
     holder = hold(tmp_path / "lock")
     holder.kill()
-    holder.wait()
+    holder.communicate()
     with exclusive(tmp_path / "lock"):
         pass

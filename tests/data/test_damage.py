@@ -423,13 +423,13 @@ def test_a_read_that_began_during_an_outage_is_done_again(prepared, tokenizer, m
     monkeypatch.setattr(prepared.function, "from_file", slow_to_fail)
     with stream_of(prepared, tokenizer) as stream:
         store = stream._reader.store
-        first = next(iter(zip(*(stream._samples_of(0).dataset, stream._samples_of(0).episode), strict=True)))
-        key = tuple(map(int, first))
+        samples = stream._samples_of(0)
+        key = (int(samples.dataset[0]), int(samples.episode[0]))
         store.request_ahead([key])
         assert asked.wait(timeout=60)
         threading.Timer(0.2, answer.set).start()
         (episode,) = store.get([key])
-        assert len(episode.action) == len(store.get([key])[0].action) and len(held) == 1
+        assert len(episode.action) == prepared.train.steps[key[1]] and len(held) == 1
         for number in range(BATCHES):
             assert equal_rows(next(stream), clean[0][number]).all()
 
