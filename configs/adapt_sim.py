@@ -32,7 +32,7 @@ def get_config(words: str = "fetch,full"):
         # three directions and a gripper, of other size and sign.
         config.surgery.observation_tokenizers = dict(proprio=metaworld.proprio(entries=(3, 4)))
         config.reinitialize = (r"octo_transformer/obs_proprio",)
-    config.num_steps = 400
+    config.num_steps = 800
     config.batch_size = 32
     config.optimizer.update(
         schedule="cosine",

@@ -1,7 +1,7 @@
 """One small policy for fourteen Meta-World tasks, told in words which one: the base of the adaptation benchmark.
 
     pip install -e '.[data,sim]'
-    python data/sims/build.py --data_dir runs/sims/data --episodes metaworld_pretrain=100+2
+    python data/sims/build.py --data_dir runs/sims/data --episodes metaworld_pretrain=200+2
     python train.py --config configs/metaworld.py --workdir runs/sims/pretrain --config.data.data_dir=runs/sims/data
 
 Topology: 2 CPU cores, no accelerator. Expected time and success: docs/adaptation.md.
@@ -88,7 +88,7 @@ def model() -> dict:
 
 def get_config():
     config = default_config()
-    config.num_steps = 6000
+    config.num_steps = 12000
     config.batch_size = 64
     config.window_size = 1
     config.image_sizes = {slot: (64, 64) for slot in CAMERAS}

@@ -10,11 +10,12 @@ LEVEL = 0.95
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NAMES = {
     "full": "adapted: full",
+    "full_long": "adapted: full, long",
     "lora": "adapted: LoRA",
     "head_only": "adapted: head only",
     "scratch": "from scratch, best of its grid",
 }
-COLOURS = {"full": "#1f6feb", "lora": "#8250df", "head_only": "#bf8700", "scratch": "#57606a"}
+COLOURS = {"full": "#1f6feb", "full_long": "#79b8ff", "lora": "#8250df", "head_only": "#bf8700", "scratch": "#57606a"}
 TITLES = {
     "metaworld_pretrain": "Meta-World, pretraining tasks",
     "metaworld_heldout": "(a) Meta-World, held-out tasks",

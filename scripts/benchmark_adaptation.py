@@ -13,8 +13,8 @@ grid, chosen on seeds of its own, is what adaptation is compared with. All polic
 
 A cell is data, training and closed-loop evaluation. Its result is a JSON file in the workdir, keyed by everything that
 was asked for; a finished cell is not run again, an interrupted one continues from its checkpoint. Two runs may share a
-workdir when they do other `--groups`: what both need is made once. (The key does not
-cover the code: after changing that, use a new --workdir.) Needs the extras `data` and `sim`.
+workdir when they do other `--groups`: what both need is made once. (The key does not cover the code: after changing
+that, use a new --workdir.) Needs the extras `data` and `sim`.
 """
 
 import argparse
@@ -38,10 +38,12 @@ for _path in (ROOT, ROOT / "scripts"):
 from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs import EVALUATION_SEEDS  # noqa: E402
 from octo_like.envs.sims import GROUPS  # noqa: E402
+from octo_like.model.surgery import MODES  # noqa: E402
 
 TARGETS = ("metaworld_heldout", "fetch")
 PRETRAINING = "metaworld_pretrain"
 SELECTION_SEEDS = EVALUATION_SEEDS + 500_000  # what the best of a grid is chosen on; tests use EVALUATION_SEEDS + i
+LONG = "_long"  # ends a mode that is given as many steps as the longest training from scratch
 BATCH_SIZE = 30  # environments in lock-step
 
 
@@ -53,18 +55,18 @@ class Settings:
       pretrain_episodes: demonstrations of every pretraining task.
       pretrain_steps: of pretraining, with the batch size of configs/metaworld.py.
       demos: demonstrations of every target task, in the order in which cells are run.
-      modes: of adaptation.
+      modes: of adaptation; with `LONG` behind it, for as many steps as the longest training from scratch.
       steps: of adaptation.
       scratch_rates, scratch_factors: peak learning rates and multiples of `steps` of the grid from scratch.
       tests, selections: episodes of every task by which a policy is tested, and by which the best of a grid is chosen.
       overrides: of all training configs.
     """
 
-    pretrain_episodes: int = 100
-    pretrain_steps: int = 6000
+    pretrain_episodes: int = 200
+    pretrain_steps: int = 12000
     demos: tuple[int, ...] = (50, 10, 5, 25)
-    modes: tuple[str, ...] = ("full", "lora", "head_only")
-    steps: int = 400
+    modes: tuple[str, ...] = ("full", "full_long", "lora", "head_only")
+    steps: int = 800
     scratch_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     scratch_factors: tuple[int, ...] = (1, 4)
     tests: int = 40
@@ -135,7 +137,9 @@ def base_cells(settings: Settings) -> list[Cell]:
 
 
 def adapted_cell(settings: Settings, group: str, demos: int, mode: str) -> Cell:
-    return Cell(group, demos, mode, None, settings.steps, "test", settings.tests)
+    """The test of an adaptation in one of `Settings.modes`."""
+    factor = max(settings.scratch_factors) if mode.endswith(LONG) else 1
+    return Cell(group, demos, mode.removesuffix(LONG), None, factor * settings.steps, "test", settings.tests)
 
 
 def scratch_grid(settings: Settings, group: str, demos: int) -> list[Cell]:
@@ -233,6 +237,7 @@ class Benchmark:
             self._pretrain()
 
     def _pretrain(self) -> None:
+        """`pretrain`, for whoever holds its lock."""
         if (self.pretrained / "config.json").exists():
             return
         settings, data = self.settings, self.workdir / "data" / f"pretrain{self.settings.pretrain_episodes}"
@@ -374,7 +379,7 @@ def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
             bar.set_description_str(cell.name)
             result = benchmark.run(cell)
             bar.write(f"{cell.name}: {success(result):.0%}  {result['seconds']}")
-            bar.update(round(cell.cost))
+            bar.update(min(round(cell.cost), bar.total - bar.n))  # beyond its total a bar shows 0%
             write_report(benchmark, groups)
             return result
 
@@ -382,6 +387,7 @@ def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
             results = {cell: run(cell) for cell in unit}
             if len(unit) > 1:
                 run(best_of(unit, results, benchmark.settings))
+        bar.update(bar.total - bar.n)
     write_report(benchmark, groups)
 
 
@@ -459,17 +465,16 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, help="default: runs/adaptation, or runs/adaptation_quick with --quick")
     parser.add_argument("--groups", nargs="+", choices=TARGETS, default=TARGETS, help="what is adapted to")
     parser.add_argument("--demos", nargs="+", type=int, help="numbers of demonstrations, in the order of running")
-    parser.add_argument("--modes", nargs="+", help="modes of configs/finetune.py; the first is run before the others")
+    modes = [*MODES, *(mode + LONG for mode in MODES)]
+    parser.add_argument("--modes", nargs="+", choices=modes, help="of adaptation; the first one is run first")
     parser.add_argument("--processes", type=int, default=1, help="simulator processes")
     parser.add_argument("--report", action="store_true", help="only table and figure of what is there")
     parser.add_argument("--page", type=Path, help="with --report: puts the results into this page of the documentation")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     workdir = args.workdir or ROOT / "runs" / ("adaptation_quick" if args.quick else "adaptation")
-    given = {"demos": args.demos, "modes": args.modes}
-    settings = dataclasses.replace(
-        QUICK if args.quick else Settings(), **{key: tuple(value) for key, value in given.items() if value}
-    )
+    given = {key: tuple(value) for key, value in (("demos", args.demos), ("modes", args.modes)) if value}
+    settings = dataclasses.replace(QUICK if args.quick else Settings(), **given)
     benchmark = Benchmark(workdir.resolve(), settings, args.processes)
     try:
         if args.report and args.page is not None:

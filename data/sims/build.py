@@ -1,6 +1,6 @@
 """Writes the simulators' datasets, simulating in processes of their own:
 
-    python data/sims/build.py --data_dir data_dir --episodes metaworld_pretrain=120+2 fetch=50+5 --workers 2
+    python data/sims/build.py --data_dir data_dir --episodes metaworld_pretrain=200+2 fetch=50+5 --workers 2
 
 `name=TRAIN` or `name=TRAIN+VAL`: successful episodes of EVERY task; VAL is a tenth of TRAIN unless given. Running it
 again with the same arguments does nothing; a dataset that is there with other numbers is an error unless --overwrite is

@@ -30,7 +30,7 @@ def made_up(bench, tmp_path):
         if cell.mode == "pretrained":
             return 0.2
         if cell.mode == "scratch":
-            return {3e-4: 0.3, 1e-3: 0.6, 3e-3: 0.1}[cell.rate] + (0.1 if cell.steps == 1600 else 0.0)
+            return {3e-4: 0.3, 1e-3: 0.6, 3e-3: 0.1}[cell.rate] + (0.1 if cell.steps == 3200 else 0.0)
         return 0.9
 
     class MadeUp(bench.Benchmark):
@@ -63,15 +63,18 @@ def trained(log):
 def test_the_plan_begins_with_what_matters_most(bench):
     units = bench.plan(bench.Settings(demos=(50, 10)), bench.TARGETS)
     told = [
-        (unit[0].group, unit[0].demos, unit[0].mode, len(unit)) for unit in units[1:] if unit[0].mode != "pretrained"
+        (unit[0].group, unit[0].demos, unit[0].mode, len(unit), unit[0].steps)
+        for unit in units[1:]
+        if unit[0].mode != "pretrained"
     ]
     assert told[:4] == [
-        ("metaworld_heldout", 50, "full", 1),
-        ("fetch", 50, "full", 1),
-        ("metaworld_heldout", 50, "scratch", 6),
-        ("fetch", 50, "scratch", 6),
+        ("metaworld_heldout", 50, "full", 1, 800),
+        ("fetch", 50, "full", 1, 800),
+        ("metaworld_heldout", 50, "scratch", 6, 800),
+        ("fetch", 50, "scratch", 6, 800),
     ]
-    assert {mode for _, _, mode, _ in told[8:]} == {"lora", "head_only"}, "the other modes come last"
+    assert {mode for _, _, mode, _, _ in told[8:]} == {"full", "lora", "head_only"}, "the other modes come last"
+    assert {steps for _, _, mode, _, steps in told[8:] if mode == "full"} == {3200}
     settings = bench.Settings()
     assert settings.tests * len(GROUPS["fetch"][1]) >= 100, "at least 100 paired seeds"
     assert len(settings.scratch_rates) == 3 and settings.scratch_factors == (1, 4)
@@ -95,9 +98,9 @@ def test_the_best_of_a_grid(bench):
         return {c: {"episodes": [{"success": i < r} for i in range(10)]} for c, r in zip(grid, rates, strict=True)}
 
     best = bench.best_of(grid, results([3, 5, 1, 2, 7, 0]), settings)
-    assert (best.rate, best.steps, best.purpose, best.episodes) == (1e-3, 1600, "test", settings.tests)
+    assert (best.rate, best.steps, best.purpose, best.episodes) == (1e-3, 3200, "test", settings.tests)
     equal = bench.best_of(grid, results([3, 5, 1, 2, 5, 5]), settings)
-    assert (equal.rate, equal.steps) == (1e-3, 400), "among equals the one with fewer steps"
+    assert (equal.rate, equal.steps) == (1e-3, 800), "among equals the one with fewer steps"
 
 
 @pytest.fixture
@@ -109,8 +112,8 @@ def no_report(bench, monkeypatch):
 def test_finished_cells_are_not_run_again_and_lost_ones_are(bench, made_up, no_report):
     bench.run_all(made_up(), bench.TARGETS)
     first = trained(made_up.log)
-    # 2 groups x 2 numbers x (3 modes + 6 candidates + the test of the best, whose training is found by `train`)
-    assert len(first) == 2 * 2 * (3 + 6 + 1)
+    # 2 groups x 2 numbers x (4 modes + 6 candidates + the test of the best, whose training is found by `train`)
+    assert len(first) == 2 * 2 * (4 + 6 + 1)
     assert {cell.rate for cell in first if cell.purpose == "test" and cell.mode == "scratch"} == {1e-3}
     made_up.log.clear()
     again = made_up()
@@ -165,11 +168,11 @@ def test_the_report_has_honest_differences_and_says_what_was_not_run(bench, made
     bench.write_report(benchmark, bench.TARGETS)
     text = (benchmark.workdir / "table.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith(("| 50", "| 10"))]
-    assert len(rows) == 2 * 2 * 4 and sum("not run" in row for row in rows) == len(rows) - 2
+    assert len(rows) == 2 * 2 * 5 and sum("not run" in row for row in rows) == len(rows) - 2
     adapted, scratch = (row for row in rows if "not run" not in row)
     # 108 of 120 succeed adapted and 84 of 120 from scratch, the same first ones: the difference is 24 of 120.
     assert "90%" in adapted and "of 120" in adapted and "+20 [+13, +28]" in adapted
-    assert "70%" in scratch and "rate 0.001, 1600 steps" in scratch
+    assert "70%" in scratch and "rate 0.001, 3200 steps" in scratch
     collected = json.loads((benchmark.workdir / "results.json").read_text())
     assert collected["groups"]["fetch"]["50"]["scratch"] is None
     assert len(collected["groups"]["metaworld_heldout"]["50"]["scratch"]["grid"]) == 6
@@ -192,7 +195,7 @@ def test_results_go_into_the_page_between_its_marks(bench, made_up, tmp_path, re
         bench.write_page(benchmark, bench.TARGETS, page)
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("not run") == 17 and text.count("page/curve.png") == 1
+        assert text.count("not run") == 21 and text.count("page/curve.png") == 1
         collected = json.dumps(bench.collect(benchmark, bench.TARGETS))
         assert (tmp_path / "page" / "results.json").read_text().strip() == collected
         assert "page/fetch_push.gif" in text and (tmp_path / "page" / "fetch_push.gif").read_bytes() == b"GIF89a"
