@@ -157,6 +157,7 @@ def _checksums(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.A
     return {name: _checksum(leaf) for name, leaf in leaves.items()}
 
 
+@jax.jit  # so that it is traced once for each shape, of which there are few
 def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Two checksums of the bits of x (uint32) and whether all of it is finite."""
     finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)

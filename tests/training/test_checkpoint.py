@@ -393,6 +393,23 @@ class TestIntegrity:
         # Each of the two sums alone sees every one of these changes.
         assert len({first for first, _ in seen}) == len({second for _, second in seen}) == len(seen)
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8, np.bool_, jnp.bfloat16])
+    def test_checksum_is_the_sum_over_hashed_words(self, dtype):
+        """The formula, word by word: checkpoints that are there are verified by it."""
+
+        def mixed(h):
+            h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+            h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+            return h ^ h >> 16
+
+        x = jax.random.normal(jax.random.key(1), (3, 4, 5)).astype(dtype)
+        words = np.asarray(x).reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+        expected = tuple(
+            sum(mixed(int(word) ^ mixed((position + seed) % 2**32)) for position, word in enumerate(words)) % 2**32
+            for seed in (0x9E3779B9, 0x7F4A7C15)
+        )
+        assert integrity.checksums({"x": x})[0]["x"] == expected
+
     def test_checksum_names_non_finite_arrays_of_every_float_type(self):
         arrays = {str(t): jnp.asarray([1, np.nan], t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)}
         _, bad = integrity.checksums({**arrays, "good": jnp.ones(3), "whole": jnp.arange(3)})
