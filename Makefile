@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-faults aot test-aot test-lerobot test-sim demo lint lock doctor clean
+.PHONY: help setup test test-all test-processes test-faults aot test-aot test-lerobot test-sim demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -65,13 +65,16 @@ $(CUDA_READY): $(READY)
 	@touch $@
 endif
 
-test: $(READY) ## the test suite without what is marked slow
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not sim" $(ARGS)
+test: $(READY) ## the test suite without what is marked slow, sim or multiprocess
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not sim and not multiprocess" $(ARGS)
 
 test-all: $(READY) ## the whole test suite
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-faults: $(READY) ## real processes killed, preempted and moved to other topologies (slow tests of tests/multiprocess)
+test-processes: $(READY) ## runs of several processes, signals, bad batches, stalls (tests/multiprocess without what is slow)
+	@$(PY) -m pytest -v tests/multiprocess -m "not slow" $(ARGS)
+
+test-faults: $(READY) ## all of tests/multiprocess: also random kills and moves to other topologies
 	@$(PY) -m pytest -v tests/multiprocess $(ARGS)
 
 # Beside the environment, not in it: with libtpu installed every start of JAX would look for a TPU.

@@ -40,11 +40,9 @@ def shared() -> pathlib.Path:
 
 # Files that take minutes come first, so that no worker is alone with one of them in the end (a file is one worker's).
 LONGEST = (
-    "multiprocess/test_faults.py",
     "training/test_adaptation.py",
     "training/test_scripts.py",
     "training/test_step.py",
-    "multiprocess/test_two_processes.py",
     "training/test_from_recordings.py",
 )
 
