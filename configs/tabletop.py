@@ -71,7 +71,7 @@ def head(action_dim: int) -> dict:
 
 def get_config():
     config = default_config()
-    config.num_steps = 3200
+    config.num_steps = 4800
     config.batch_size = 128
     config.window_size = 1
     config.image_sizes = dict(primary=(64, 64))
