@@ -1,5 +1,8 @@
 """One small policy for three robots of the built-in tabletop world: the embedded default, trained by `make demo`.
 
+The auxiliary loss says where the things are that the instruction names; without it, learning waits on a plateau for as
+long as its seed wants (docs/experiments.md).
+
     python data/tabletop/build.py --data_dir runs/data \
         --episodes tabletop_pusher=3000 tabletop_gripper=3000 tabletop_arm=3000
     python train.py --config configs/tabletop.py --workdir runs/tabletop --config.data.data_dir=runs/data
@@ -23,6 +26,7 @@ def dataset(name: str, *, weight: float = 1.0, proprio: bool = True, wrist: bool
         weight=weight,
         image_keys=dict(primary="image", wrist="wrist_image") if wrist else dict(primary="image"),
         proprio_keys=("state",) if proprio else (),
+        point_keys=dict(target="target_point", plate="plate_point"),
         val_split="val",
         env=f"octo_like.envs:octo_like/Tabletop-{name.removeprefix('tabletop_')}-v0",
     )
@@ -40,7 +44,7 @@ def model(action_dim: int = 7) -> dict:
             num_layers=2, num_heads=4, mlp_dim=384, dropout_rate=0.0, attention_dropout_rate=0.0, remat="none"
         ),
         task_tokenizers=dict(
-            language=dict(kind="language", encoder="small", dim=256, num_layers=0, max_length=14, pool=True)
+            language=dict(kind="language", encoder="small", dim=256, num_layers=0, max_length=14, pool="ngrams")
         ),
         observation_tokenizers=dict(
             primary=dict(
@@ -53,6 +57,7 @@ def model(action_dim: int = 7) -> dict:
         ),
         readouts=dict(action=1),
         heads=dict(action=head(action_dim)),
+        auxiliaries=dict(points=dict(kind="points", readout="readout_action", names=("target", "plate"), weight=3.0)),
     )
 
 
@@ -71,7 +76,7 @@ def head(action_dim: int) -> dict:
 
 def get_config():
     config = default_config()
-    config.num_steps = 4800
+    config.num_steps = 3200
     config.batch_size = 128
     config.window_size = 1
     config.image_sizes = dict(primary=(64, 64))
@@ -84,5 +89,5 @@ def get_config():
     config.optimizer.update(schedule="cosine", peak=2e-3, warmup_steps=100, weight_decay=0.02, b2=0.99)
     config.ema_decay = 0.998
     config.checkpoint.every = 1600
-    config.eval.update(every=0, batches=2, rollouts=0, exec_horizon=2)
+    config.eval.update(every=400, batches=2, rollouts=0, exec_horizon=2)
     return config

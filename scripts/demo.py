@@ -3,6 +3,10 @@
     make demo                                # or: python scripts/demo.py
     python scripts/demo.py --fresh           # forget what is there
     python scripts/demo.py --quick           # tiny: shows that everything works, learns nothing
+    python scripts/demo.py --seed 3          # other demonstrations, weights and order; the same evaluation
+
+Exit status: 0; 3 when everything ran and a bar was missed (see scripts/demo_bars.py); else that of the stage that
+failed.
 
 Stages are separate processes. A finished stage is skipped as long as its command and the code behind it are unchanged;
 an interrupted one continues where it can (training resumes from its checkpoint). Everything is below --workdir.
@@ -22,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMPS = "stages"
+BAR_MISSED = 3
 HELD_OUT = "tabletop_arm3"
 
 
@@ -85,15 +90,16 @@ TRAINING_CODE = ("octo_like/common/**/*", "octo_like/model/*.py", "octo_like/dat
 WORLD_CODE = ("octo_like/envs/*.py",)
 
 
-def make_stages(workdir: Path, settings: Settings) -> list[Stage]:
-    """The demo as commands; paths are those of `workdir`."""
+def make_stages(workdir: Path, settings: Settings, seed: int = 0) -> list[Stage]:
+    """The demo as commands; paths are those of `workdir`. Evaluation is the same for every `seed`."""
     data = ("data/tabletop/**/*.py", *WORLD_CODE)
-    common = (f"--config.data.data_dir={workdir / 'data'}", *settings.overrides)
+    common = (f"--config.data.data_dir={workdir / 'data'}", f"--config.seed={seed}", *settings.overrides)
     stages = [
         Stage(
             "data",
             "demonstrations of four robots, written as RLDS",
-            ("data/tabletop/build.py", "--data_dir", str(workdir / "data"), "--episodes", *settings.episodes),
+            ("data/tabletop/build.py", "--data_dir", str(workdir / "data"), "--seed", str(seed))
+            + ("--episodes", *settings.episodes),
             data,
             owns=("data",),
             proof=f"data/{HELD_OUT}",
@@ -155,7 +161,7 @@ def make_stages(workdir: Path, settings: Settings) -> list[Stage]:
             "report",
             "numbers and pictures on one page",
             ("scripts/demo_report.py", "--workdir", str(workdir)),
-            ("scripts/demo_report.py", "octo_like/robot/intervals.py"),
+            ("scripts/demo_report.py", "scripts/demo_bars.py", "octo_like/robot/intervals.py"),
             owns=("results.json", "report.html"),
             proof="report.html",
             needs=("evaluate", *trained),
@@ -259,22 +265,40 @@ class Runner:
         (self.workdir / "seconds.json").write_text(json.dumps(seconds, indent=1))
 
 
+def default_workdir(quick: bool, seed: int) -> Path:
+    return ROOT / "runs" / ("demo" + ("_quick" if quick else "") + (f"_seed{seed}" if seed else ""))
+
+
+def missed_bars(workdir: Path) -> list[str]:
+    """What results.json says of each bar that was missed: what was measured, what was wanted, where to look."""
+    bars = json.loads((workdir / "results.json").read_text())["bars"]
+    return [f"{bar['sentence']}\n      {bar['look_at']}" for bar in bars.values() if not bar["met"]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, help="default: runs/demo, or runs/demo_quick with --quick")
+    parser.add_argument("--workdir", type=Path, help="default: runs/demo, _quick and _seedN added as they are given")
     parser.add_argument("--fresh", action="store_true", help="start from nothing")
-    parser.add_argument("--quick", action="store_true", help="a few episodes and steps of everything")
+    parser.add_argument("--quick", action="store_true", help="a few episodes and steps of everything; misses every bar")
+    parser.add_argument("--seed", type=int, default=0, help="of demonstrations, weights, order and adaptation")
     args = parser.parse_args()
-    workdir = (args.workdir or ROOT / "runs" / ("demo_quick" if args.quick else "demo")).resolve()
+    if args.seed < 0:
+        parser.error(f"--seed must not be negative, got {args.seed}")
+    workdir = (args.workdir or default_workdir(args.quick, args.seed)).resolve()
     if args.fresh:
         shutil.rmtree(workdir / STAMPS, ignore_errors=True)  # a stage without a stamp clears its output and starts anew
-    stages = make_stages(workdir, QUICK if args.quick else FULL)
+    stages = make_stages(workdir, QUICK if args.quick else FULL, args.seed)
     begun = time.monotonic()
-    status = Runner(workdir, stages).run()
-    if status == 0:
-        print(f"\n{time.monotonic() - begun:.0f} s.  results: {workdir / 'results.json'}")
-        print(f"          report:  {workdir / 'report.html'}", flush=True)
-    return status
+    if status := Runner(workdir, stages).run():
+        return status
+    print(f"\n{time.monotonic() - begun:.0f} s.  results: {workdir / 'results.json'}")
+    print(f"          report:  {workdir / 'report.html'}", flush=True)
+    if args.quick or not (missed := missed_bars(workdir)):
+        return 0
+    print(f"\n{len(missed)} of the demo's bars missed:", file=sys.stderr)
+    for text in missed:
+        print(f"  ✗ {text}", file=sys.stderr)
+    return BAR_MISSED
 
 
 if __name__ == "__main__":

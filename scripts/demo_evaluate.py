@@ -11,6 +11,11 @@ Writes to --out: episodes.json (every episode of every evaluation), gifs/*.gif (
     swapped             the scene stays, the instruction names another block of it
     vision_blind        images black and marked missing
     language_blind      no instruction
+    unseen_phrasing     the scenes of `natural`, asked for in sentences that no demonstration says
+    shuffled_words      the scenes of `natural`, the words of the instruction in random order
+    absent_block        the instruction names a block that is not there: who reaches one has guessed
+    held_out_pairs      a block goes to a plate of a colour that no demonstration asks for together with the block's
+    seen_pairs          the same scenes in colours that demonstrations ask for
 """
 
 import argparse
@@ -40,19 +45,21 @@ PRETRAINED_ON = ("pusher", "gripper", "arm")
 HELD_OUT = "arm3"
 EXEC_HORIZON = 2
 BATCH_SIZE = 50
+WATCHED = 12  # of each robot and task, the first so many episodes can become animations
 PLOT_SAMPLES = 8
 PLOT_ROWS = 48  # predictions of a plot are made in one batch of this size, whatever the length of the episode
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One row of the plan: `per_task` episodes for every task of every embodiment.
+    """One row of the plan: `per_task` episodes for each of the tasks of every embodiment.
 
     Attributes:
       name: "<policy>/<what>".
       options: reset options of the episodes.
       blind: see `octo_like.robot.rollout.evaluate`.
-      record: episodes per embodiment and task whose frames are kept.
+      record: failures per embodiment and task that are shown, and after them one success; 0: no animations.
+      tasks: all that the embodiment has when None.
     """
 
     name: str
@@ -62,15 +69,16 @@ class Evaluation:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     blind: str | None = None
     record: int = 0
+    tasks: tuple[str, ...] | None = None
 
 
 def plan(adapted: Sequence[str], *, quick: bool = False) -> list[Evaluation]:
     """All evaluations of the demo; `quick` runs one episode of each kind, to see that everything works."""
 
-    def pretrain(name: str, count: int, record: int = 0, **arguments) -> Evaluation:
-        return Evaluation(
-            f"pretrain/{name}", "pretrain", PRETRAINED_ON, 1 if quick else count, record=record, **arguments
-        )
+    def pretrain(name: str, count: int, robots: Sequence[str] = PRETRAINED_ON, **arguments) -> Evaluation:
+        return Evaluation(f"pretrain/{name}", "pretrain", tuple(robots), 1 if quick else count, **arguments)
+
+    pick, grasping = "pick_and_place", [name for name in PRETRAINED_ON if "pick_and_place" in EMBODIMENTS[name].tasks]
 
     evaluations = [
         pretrain("natural", 50, record=2),
@@ -78,6 +86,11 @@ def plan(adapted: Sequence[str], *, quick: bool = False) -> list[Evaluation]:
         pretrain("swapped", 50, options={"swap_instruction": True}, record=1),
         pretrain("vision_blind", 20, blind="vision"),
         pretrain("language_blind", 20, blind="language"),
+        pretrain("unseen_phrasing", 20, options={"phrasing": "unseen"}),
+        pretrain("shuffled_words", 20, options={"instruction": "shuffled"}),
+        pretrain("absent_block", 20, options={"instruction": "absent"}),
+        pretrain("held_out_pairs", 50, grasping, tasks=(pick,), options={"pair": "held_out"}, record=1),
+        pretrain("seen_pairs", 50, grasping, tasks=(pick,), options={"pair": "seen"}),
     ]
     for name in adapted:
         count = 1 if quick else 100
@@ -92,11 +105,11 @@ def make_env(embodiment: str, policy: Policy) -> TabletopEnv:
 
 
 def run(evaluation: Evaluation, policy: Policy, batch_size: int) -> list[dict[str, Any]]:
-    """Episodes of one evaluation as dicts: `Episode.summary()` and "embodiment"; with "frames" where recorded."""
+    """Episodes of one evaluation as dicts: `Episode.summary()` and "embodiment"; "frames" of those shown, else None."""
     records = []
     for embodiment in evaluation.embodiments:
-        tasks = EMBODIMENTS[embodiment].tasks
-        # The first episodes of each task come first, so that `record` keeps some of each.
+        tasks = evaluation.tasks or EMBODIMENTS[embodiment].tasks
+        # The first episodes of each task come first, so that some of each are recorded.
         cells = [(EVALUATION_SEEDS + i, task) for i in range(evaluation.per_task) for task in tasks]
         episodes = rollout.evaluate(
             policy,
@@ -107,10 +120,20 @@ def run(evaluation: Evaluation, policy: Policy, batch_size: int) -> list[dict[st
             exec_horizon=min(EXEC_HORIZON, policy.batch_spec.action_horizon),
             batch_size=batch_size,
             blind=evaluation.blind,
-            record=evaluation.record * len(tasks),
+            record=WATCHED * len(tasks) if evaluation.record else 0,
         )
-        records += [{"embodiment": embodiment, **e.summary(), "frames": e.frames} for e in episodes]
+        shown = {id(e) for task in tasks for e in choose([e for e in episodes if e.task == task], evaluation.record)}
+        for e in episodes:
+            frames = e.frames if id(e) in shown else None
+            records.append({"embodiment": embodiment, **e.summary(), "frames": frames})
     return records
+
+
+def choose(episodes: Sequence[rollout.Episode], failures: int) -> list[rollout.Episode]:
+    """Of the recorded ones the first `failures` that failed, which teach most, and the first that succeeded."""
+    recorded = [episode for episode in episodes if episode.frames is not None]
+    failed = [episode for episode in recorded if not episode.success]
+    return failed[:failures] + [episode for episode in recorded if episode.success][:1]
 
 
 def expert_prediction(policy: Policy, embodiment: str, seed: int, task: str) -> tuple[Prediction, str]:

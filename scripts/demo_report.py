@@ -12,123 +12,27 @@ import html
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from octo_like.robot.intervals import difference_interval, success_interval, success_rate
+import numpy as np
+from demo_bars import (
+    ADAPTED,
+    RUNS,
+    Episodes,
+    cell_title,
+    compute_results,
+    percent,
+    read_training,
+    section_title,
+    train_losses,
+    validation_losses,
+)
+
 from octo_like.training.metrics import METRICS_FILE, format_seconds, read_metrics
 
-LEVEL = 0.9
-WANTED_DIFFERENCE = 0.20
-ADAPTED = {
-    "from_pretrained": "adapted from the pretrained policy",
-    "from_scratch_1x": "from scratch, as many steps",
-    "from_scratch_4x": "from scratch, four times the steps",
-}
-RUNS = {"pretrain": "pretrain", **{f"adapt/{name}": f"adapt_{name}" for name in ADAPTED}}  # evaluation to folder
-
-Episodes = Sequence[Mapping[str, Any]]
-
-
-# Numbers
-
-
-def rate(episodes: Episodes, outcome: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
-    """{"value", "episodes", "ci90"} and the same per task, embodiment, and both."""
-
-    def summary(part: Episodes) -> dict[str, Any]:
-        outcomes = [bool(outcome(episode)) for episode in part]
-        return {
-            "value": success_rate(outcomes),
-            "episodes": len(outcomes),
-            "ci90": list(success_interval(outcomes, LEVEL)),
-        }
-
-    def by(key: Callable[[Mapping[str, Any]], str]) -> dict[str, Any]:
-        names = dict.fromkeys(key(episode) for episode in episodes)
-        return {name: summary([episode for episode in episodes if key(episode) == name]) for name in names}
-
-    return {
-        **summary(episodes),
-        "per_task": by(lambda e: e["task"]),
-        "per_embodiment": by(lambda e: e["embodiment"]),
-        "per_embodiment_and_task": by(lambda e: f"{e['embodiment']}/{e['task']}"),
-    }
-
-
-def compute_results(evaluations: Mapping[str, Episodes], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The contents of results.json.
-
-    {"pretrain": {"success", "success_wrong_nearest", "success_swapped_instruction", "original_target_when_swapped"},
-     "adapt": {"from_pretrained": {"success"}, "from_scratch_1x": ..., "from_scratch_4x": ..., "difference": {...}},
-     "seconds": {stage: seconds, "total"}}, every rate as `rate` gives it.
-    """
-
-    def success(episode):
-        return episode["success"]
-
-    pretrain = {
-        "success": rate(evaluations["pretrain/natural"], success),
-        "success_wrong_nearest": rate(evaluations["pretrain/wrong_nearest"], success),
-        "success_swapped_instruction": rate(evaluations["pretrain/swapped"], lambda e: e["flags"]["reached_target"]),
-        "original_target_when_swapped": rate(evaluations["pretrain/swapped"], lambda e: e["flags"]["reached_original"]),
-        "whole_task_when_swapped": rate(evaluations["pretrain/swapped"], success),
-        "vision_blind": rate(evaluations["pretrain/vision_blind"], success),
-        "language_blind": rate(evaluations["pretrain/language_blind"], success),
-    }
-    adapt = {name: {"success": rate(evaluations[f"adapt/{name}"], success)} for name in ADAPTED}
-    scratch = max(("from_scratch_1x", "from_scratch_4x"), key=lambda name: adapt[name]["success"]["value"])
-    ours, theirs = ([e["success"] for e in evaluations[f"adapt/{name}"]] for name in ("from_pretrained", scratch))
-    adapt["difference"] = {
-        "value": success_rate(ours) - success_rate(theirs),
-        "against": scratch,
-        "ci90": list(difference_interval(ours, theirs, LEVEL)),
-        "wanted": WANTED_DIFFERENCE,
-    }
-    return {
-        "pretrain": pretrain,
-        "adapt": adapt,
-        "seconds": {**seconds, "total": sum(seconds.values())},
-    }
-
-
-def verdict(results: Mapping[str, Any]) -> list[tuple[bool, str]]:
-    """(met, sentence) for each thing the demo sets out to show."""
-    pretrain, difference = results["pretrain"], results["adapt"]["difference"]
-    wrong = pretrain["success_wrong_nearest"]
-    goals = [(wrong, "of the episodes in which another block is nearest succeed", 0.70, True)]
-    if "pick_and_place" in wrong["per_task"]:
-        goals.append((wrong["per_task"]["pick_and_place"], "of these do when the task is pick-and-place", 0.50, True))
-    goals += [
-        (pretrain["success_swapped_instruction"], "reach the block that a swapped instruction names", 0.60, True),
-        (pretrain["original_target_when_swapped"], "still reach the block of the original instruction", 0.10, False),
-    ]
-    lines = []
-    for value, what, bound, at_least in goals:
-        met = value["value"] >= bound if at_least else value["value"] <= bound
-        sign = "at least" if at_least else "at most"
-        lines.append((met, f"{percent(value)} {what} (wanted: {sign} {bound:.0%})."))
-    points, (low, high) = 100 * difference["value"], (100 * x for x in difference["ci90"])
-    other = ADAPTED[difference["against"]]
-    met = difference["value"] >= WANTED_DIFFERENCE
-    sentence = (
-        f"On the held-out robot the policy adapted from the pretrained one is {abs(points):.0f} points "
-        f"{'better' if points >= 0 else 'WORSE'} than the better of the policies trained from scratch ({other}); "
-        f"90% interval of the difference {low:+.0f} to {high:+.0f} points. "
-    )
-    if met:
-        sentence += f"That is the {100 * WANTED_DIFFERENCE:.0f} points that were wanted, or more."
-    else:
-        short = 100 * WANTED_DIFFERENCE - points
-        sentence += f"{100 * WANTED_DIFFERENCE:.0f} points were wanted: it falls short by {short:.0f}."
-    return [*lines, (met, sentence)]
-
-
-def percent(value: Mapping[str, Any]) -> str:
-    low, high = value["ci90"]
-    return f"{value['value']:.0%} ({low:.0%}–{high:.0%}, {value['episodes']} episodes)"
-
+INK, COLOURS = "#24292f", ("#1f6feb", "#cf222e", "#bf8700", "#1a7f37")
 
 # Parts of the page
 
@@ -141,105 +45,129 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def bar(value: Mapping[str, Any] | None) -> str:
-    """A table cell: the number, and a bar with its interval."""
+def bar(value: Mapping[str, Any] | None, title: str) -> str:
+    """A table cell: the number, and a bar with its interval. `title` is the column's, shown in narrow windows."""
+    label = f' data-label="{escape(title)}"'
     if value is None:
-        return '<td class="none">–</td>'
-    rate_, (low, high) = value["value"], value["ci90"]
+        return f'<td class="none"{label}>–</td>'
+    rate_, (low, high) = 100 * value["value"], (100 * x for x in value["ci90"])
     picture = (
         f'<svg viewBox="0 0 100 10" preserveAspectRatio="none">'
-        f'<rect width="100" height="10" class="back"/><rect width="{100 * rate_:.1f}" height="10" class="front"/>'
-        f'<rect x="{100 * low:.1f}" y="4" width="{max(100 * (high - low), 0.5):.1f}" height="2" class="interval"/>'
-        "</svg>"
+        f'<rect y="1" width="100" height="8" class="back"/><rect y="1" width="{rate_:.1f}" height="8" class="front"/>'
+        f'<rect x="{low:.1f}" y="4" width="{max(high - low, 0.5):.1f}" height="2" class="interval"/>'
+        f'<rect x="{low:.1f}" width="0.6" height="10" class="interval"/>'
+        f'<rect x="{min(high, 99.4):.1f}" width="0.6" height="10" class="interval"/></svg>'
     )
-    title = f"90% interval {low:.0%} to {high:.0%}, {value['episodes']} episodes"
-    return (
-        f'<td title="{title}"><b>{rate_:.0%}</b> <span class="ci">{low:.0%}–{high:.0%} · n={value["episodes"]}</span>'
-        f"{picture}</td>"
-    )
+    interval = f"{low:.0f}–{high:.0f}% · n={value['episodes']}"
+    return f'<td{label}><b>{rate_:.0f}%</b> <span class="ci">{interval}</span>{picture}</td>'
 
 
-def table(columns: Mapping[str, Mapping[str, Any]], combinations: bool = True) -> str:
-    """Rows: everything pooled, per task, per robot, and each combination; columns: title to a result of `rate`."""
+def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Success pooled and per task, and folded away per robot and per combination; columns: title to a `rate`."""
+    tasks = group_rows("task: ", "per_task", columns)
+    robots = group_rows("robot: ", "per_embodiment", columns)
+    if robots and tasks:
+        robots += group_rows("", "per_embodiment_and_task", columns)
+    folded = f"<details><summary>per robot</summary>{framed(columns, robots)}</details>" if robots else ""
+    return framed(columns, [rate_row("all", columns, "pooled"), *tasks]) + folded
+
+
+def group_rows(label: str, group: str, columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A row for each member of a group of `rate`; none when there is but one, which says what the pooled row does."""
+    names = dict.fromkeys(name for value in columns.values() for name in value[group])
+    parts = {name: {title: value[group].get(name) for title, value in columns.items()} for name in names}
+    return [rate_row(label + cell_title(name), part) for name, part in parts.items()] if len(names) > 1 else []
+
+
+def framed(columns: Mapping[str, Any], rows: Sequence[str]) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in columns)
-    rows = [f'<tr class="pooled"><th>all</th>{"".join(bar(value) for value in columns.values())}</tr>']
-    groups = [("per_task", "task"), ("per_embodiment", "robot")]
-    robots = {name for value in columns.values() for name in value["per_embodiment"]}
-    if combinations and len(robots) > 1:
-        groups.append(("per_embodiment_and_task", ""))
-    for group, label in groups:
-        names = dict.fromkeys(name for value in columns.values() for name in value[group])
-        if len(names) < 2:
-            continue
-        for name in names:
-            cells = "".join(bar(value[group].get(name)) for value in columns.values())
-            shown = f"{label}: {name}" if label else name.replace("/", " · ")
-            rows.append(f"<tr><th>{escape(shown.replace('_', ' '))}</th>{cells}</tr>")
-    return f'<table class="rates"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+    return f'<table class="rates"><tr class="head"><th></th>{head}</tr>{"".join(rows)}</table>'
 
 
-def learning_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | None:
-    """A PNG: training and validation loss of every run over its steps; None when no run has metrics."""
+def rate_row(name: str, columns: Mapping[str, Mapping[str, Any] | None], kind: str = "") -> str:
+    cells = "".join(bar(value, title) for title, value in columns.items())
+    return f'<tr class="{kind}"><th>{escape(name)}</th>{cells}</tr>'
+
+
+def learning_curve(title: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | None:
+    """A PNG of (run: rows of its metrics): training loss, smoothed, and validation loss where it was measured.
+
+    One run shows its datasets in colours; several are told apart by colour themselves. None without any loss.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(6.2, 4.0), layout="constrained")  # small, so that its text is legible in a narrow window
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    drawn = False
-    for (name, rows), colour in zip(runs.items(), ("#24292f", "#1f6feb", "#cf222e", "#bf8700"), strict=False):
-        for axis, wanted in zip(axes, (is_train_loss, is_validation_loss), strict=True):
-            keys = sorted({key for row in rows for key in row if wanted(key)}, key=lambda key: (len(key), key))
-            for i, key in enumerate(keys if wanted is is_validation_loss else keys[:1]):
-                points = [(row["step"], row[key]) for row in rows if key in row]
-                style = {"lw": 1.2, "marker": "o" if len(points) < 30 else None, "ms": 3, "alpha": 1 / (1 + 0.35 * i)}
-                axis.plot(*zip(*points, strict=True), color=colour, label=name if i == 0 else None, **style)
-                drawn = True
-    if not drawn:
+    axis = figure.subplots()
+    for (name, rows), run_colour in zip(runs.items(), (INK, *COLOURS) if len(runs) == 1 else COLOURS, strict=False):
+        if points := train_losses(rows):
+            steps, losses = np.array(points, np.float64).T
+            smooth_steps, smoothed = smooth(steps, losses)
+            axis.plot(steps, losses, color=run_colour, lw=0.6, alpha=0.3)
+            axis.plot(smooth_steps, smoothed, color=run_colour, lw=1.8, label=f"{name}: training")
+        for i, (dataset, points) in enumerate(validation_losses(rows).items()):
+            colour = COLOURS[i % len(COLOURS)] if len(runs) == 1 else run_colour
+            axis.plot(
+                *zip(*points, strict=True), "o--", color=colour, ms=4, lw=0.9, label=f"{name}: held out, {dataset}"
+            )
+    if not axis.lines:
         return None
-    for axis, title in zip(axes, ("training loss", "validation loss, per dataset"), strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=9)
-        axis.set_yscale("log")
-        axis.tick_params(which="both", labelsize=8)
-        axis.grid(alpha=0.25, which="both")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("step")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
-def is_train_loss(key: str) -> bool:
-    return key.endswith("loss") and not is_validation_loss(key)
-
-
-def is_validation_loss(key: str) -> bool:
-    return key.startswith("val") and "loss" in key
+def smooth(steps: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over windows of a twentieth of the run, in the middle of their steps."""
+    window = max(1, len(losses) // 20)
+    weights = np.ones(window) / window
+    return np.convolve(steps, weights, "valid"), np.convolve(losses, weights, "valid")
 
 
 CSS = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --blue: #1f6feb; }
+* { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1080px; margin: 2rem auto;
-  padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p.sub, figcaption, .ci { color: var(--soft); } .ci { font-size: .78rem; white-space: nowrap; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: .8rem; margin: 1rem 0; }
+  padding: 0 1.2rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+p.sub, figcaption, .ci, .hint { color: var(--soft); } .ci { font-size: .78rem; white-space: nowrap; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1rem 0; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
 .card b { font-size: 1.7rem; display: block; line-height: 1.2; }
 .verdict { border-left: 4px solid var(--line); padding: .1rem 1rem; list-style: none; }
-.verdict li { margin: .35rem 0; } .met::before { content: "✓ "; color: #1a7f37; font-weight: 700; }
-.missed::before { content: "✗ "; color: #cf222e; font-weight: 700; }
+.verdict li { margin: .45rem 0; } .met::before { content: "✓ "; color: #1a7f37; font-weight: 700; }
+.missed::before { content: "✗ "; color: #cf222e; font-weight: 700; } .hint { display: block; font-size: .88rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 table.rates { table-layout: fixed; } table.rates th:first-child { width: 21%; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr th:first-child { font-weight: 500; white-space: nowrap; } .pooled th, .pooled td { background: #f6f8fa; }
-td svg { width: 100%; height: 7px; display: block; margin-top: 2px; } .none { color: var(--soft); }
-.back { fill: #eaeef2; } .front { fill: var(--blue); } .interval { fill: #0b2e66; }
-.gallery { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; } figcaption { font-size: .8rem; }
-.gallery img { max-width: 100%; } img.wide { width: 100%; max-width: 900px; }
+tr th:first-child { font-weight: 500; } .pooled th, .pooled td { background: #f6f8fa; }
+td svg { width: 100%; height: 9px; display: block; margin-top: 2px; } .none { color: var(--soft); }
+.back { fill: #eaeef2; } .front { fill: #79b0ff; } .interval { fill: #0b2e66; }
+.gallery { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-start; } figure { margin: 0; }
+figcaption { font-size: .8rem; max-width: 200px; } figcaption b { color: #cf222e; } figcaption b.met { color: #1a7f37; }
+figcaption b::before { content: none; } img { max-width: 100%; } .curves img { width: 510px; }
+.scroll { overflow-x: auto; } .scroll img { max-width: none; width: max(100%, 620px); }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .78rem; line-height: 1.35; border-radius: 6px; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
+@media (max-width: 700px) {
+  body { margin: 1rem auto; padding: 0 .8rem; }
+  table.rates, table.rates tbody, table.rates tr { display: block; } table.rates tr.head { display: none; }
+  table.rates tr { padding: .3rem 0; border-bottom: 1px solid var(--line); }
+  table.rates th:first-child { display: block; width: auto; font-weight: 700; padding: .2rem .4rem; border: 0; }
+  table.rates td { display: grid; grid-template-columns: 1fr 3rem 8rem; gap: 0 .4rem;
+    padding: .15rem .4rem; border: 0; }
+  table.rates td::before { content: attr(data-label); } table.rates td svg { grid-column: 1 / -1; margin: 0 0 .2rem; }
+}
 """
 
 
@@ -266,19 +194,25 @@ def page(results: Mapping[str, Any], workdir: Path, evaluations: Mapping[str, Ep
         ),
         "</div><h2>Verdict</h2>",
         '<ul class="verdict">',
-        *(f'<li class="{"met" if met else "missed"}">{escape(text)}</li>' for met, text in verdict(results)),
+        *(
+            f'<li class="{"met" if bar_["met"] else "missed"}">{escape(bar_["sentence"])}'
+            f'<span class="hint">{escape(bar_["look_at"])}</span></li>'
+            for bar_ in results["bars"].values()
+        ),
         "</ul>",
         "<h2>The pretrained policy</h2>",
-        "<p>The last two columns share their episodes: the scene stays as it was and the instruction names another "
-        "block. A policy that ignores the words would go for the original one.</p>",
+        "<p>Success as scenes come, and where a block that is not the target is nearest. Swapped: the scene stays as "
+        "it was and the instruction names another block; a policy that ignores the words would go for the old one.</p>",
         table(
             {
                 "success": pretrain["success"],
-                "success, nearest block is wrong": pretrain["success_wrong_nearest"],
-                "swapped instruction: its block reached": pretrain["success_swapped_instruction"],
-                "swapped instruction: original block reached": pretrain["original_target_when_swapped"],
+                "nearest block is wrong": pretrain["success_wrong_nearest"],
+                "swapped: new block reached": pretrain["success_swapped_instruction"],
+                "swapped: old block reached": pretrain["original_target_when_swapped"],
             }
         ),
+        *curves_section(workdir),
+        *words_section(pretrain),
         "<h2>What the policy would do blindfolded or deaf</h2>",
         "<p>Blind to vision: every image is black and marked missing, the words and the robot's own joints remain. "
         "Blind to language: no instruction. What these still achieve needs no eyes, or no ears.</p>",
@@ -287,14 +221,12 @@ def page(results: Mapping[str, Any], workdir: Path, evaluations: Mapping[str, Ep
                 "sees and hears": pretrain["success"],
                 "vision-blind": pretrain["vision_blind"],
                 "language-blind": pretrain["language_blind"],
-            },
-            combinations=False,
+            }
         ),
         "<h2>Adaptation to the held-out robot</h2>",
         "<p>Another number of joints, absolute instead of relative commands, another body and a camera on the wrist; "
         "none of it was in pretraining. All three policies learn from the same 50 demonstrations.</p>",
         table({title: adapt[name]["success"] for name, title in ADAPTED.items()}),
-        *curves_section(workdir),
         *error_section(workdir),
         *plots_section(workdir / "evaluation"),
         *gallery_section(workdir / "evaluation", evaluations),
@@ -309,7 +241,8 @@ def page(results: Mapping[str, Any], workdir: Path, evaluations: Mapping[str, Ep
     ]
     body = "\n".join(parts)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>octo_like demo</title><style>{CSS}</style></head><body>{body}</body></html>"
     )
 
@@ -321,10 +254,44 @@ def curves_section(workdir: Path) -> list[str]:
             runs[name] = read_metrics(workdir / folder)
         except FileNotFoundError:
             print(f"note: {workdir / folder} has no metrics; its learning curve is left out", file=sys.stderr)
-    picture = learning_curves(runs)
-    if picture is None:
+    adapted = {name.removeprefix("adapt/"): rows for name, rows in runs.items() if name != "pretrain"}
+    pictures = [
+        learning_curve("pretraining", {"pretrain": runs["pretrain"]} if "pretrain" in runs else {}),
+        learning_curve("adaptation to the held-out robot", adapted),
+    ]
+    images = [f'<img src="{data_uri(png, "png")}" alt="learning curves">' for png in pictures if png is not None]
+    if not images:
         return []
-    return ["<h2>Learning curves</h2>", f'<img class="wide" src="{data_uri(picture, "png")}" alt="learning curves">']
+    return [
+        "<h2>Learning curves</h2>",
+        "<p>Loss of the actions: each batch faint, the mean of a twentieth of the run solid; dots are demonstrations "
+        "that are not trained on. A pretrained policy hears the words once its curve has left the first plateau.</p>",
+        f'<div class="gallery curves">{"".join(images)}</div>',
+    ]
+
+
+def words_section(pretrain: Mapping[str, Any]) -> list[str]:
+    """What happens with sentences, and pairs of colours, that no demonstration had."""
+    absent, points = pretrain["any_block_when_absent"], pretrain["held_out_minus_seen"]
+    low, high = points["ci90"]
+    return [
+        "<h2>What no demonstration showed</h2>",
+        "<p>Sentences of known words that no demonstration says, and known sentences with their words in random order "
+        "(which then no longer tell the block's colour from the plate's).</p>",
+        table(
+            {
+                "as demonstrated": pretrain["success"],
+                "unseen sentences": pretrain["unseen_phrasing"],
+                "words shuffled": pretrain["shuffled_words"],
+            }
+        ),
+        "<p>Blocks and plates in pairs of colours that no demonstration asks for, and the same scenes in colours that "
+        f"demonstrations do ask for: a difference of {100 * points['value']:+.0f} points "
+        f"({100 * low:+.0f} to {100 * high:+.0f}).</p>",
+        table({"held-out pairs": pretrain["held_out_pairs"], "demonstrated pairs": pretrain["seen_pairs"]}),
+        f"<p>Told of a block that is not there, {escape(percent(absent))} reach some block all the same.</p>",
+        table({"some block reached": absent}),
+    ]
 
 
 def error_section(workdir: Path) -> list[str]:
@@ -347,8 +314,8 @@ def error_section(workdir: Path) -> list[str]:
         "<h2>Action error on held-out demonstrations</h2>",
         "<p>Mean absolute error in physical units (metres, radians, opening 0 to 1). Demonstrators vary, so it never "
         "gets to zero; the last column is what a policy must beat.</p>",
-        f"<details><summary>{len(rows)} action dimensions</summary><table><tr>"
-        f"{''.join(f'<th>{title}</th>' for title in head)}</tr>{''.join(rows)}</table></details>",
+        f"<details><summary>{len(rows)} action dimensions</summary><div class='scroll'><table><tr>"
+        f"{''.join(f'<th>{title}</th>' for title in head)}</tr>{''.join(rows)}</table></div></details>",
     ]
 
 
@@ -356,8 +323,8 @@ def plots_section(folder: Path) -> list[str]:
     captions = json.loads((folder / "plots.json").read_text())
     figures = [
         f"<details{' open' if i == 0 else ''}><summary>{escape(caption)}</summary>"
-        f'<img class="wide" src="{data_uri((folder / "plots" / file).read_bytes(), "png")}" alt="{escape(caption)}">'
-        "</details>"
+        f'<div class="scroll"><img src="{data_uri((folder / "plots" / file).read_bytes(), "png")}" '
+        f'alt="{escape(caption)}"></div></details>'
         for i, (file, caption) in enumerate(captions.items())
     ]
     return [
@@ -371,20 +338,29 @@ def plots_section(folder: Path) -> list[str]:
 def gallery_section(folder: Path, evaluations: Mapping[str, Episodes]) -> list[str]:
     parts = [
         "<h2>Rollouts</h2>",
-        "<p>Green frame: success; red: failure. These are the first seeds, not chosen ones.</p>",
+        "<p>Of the first scenes of each robot and task: failures first, then successes. How often each happens is in "
+        "the tables above. Green frame: success; red: failure. Where there is a camera on the wrist, its view is on "
+        "the right, enlarged.</p>",
     ]
     for name, episodes in evaluations.items():
-        shown = [episode for episode in episodes if "gif" in episode]
-        if not shown:
-            continue
-        parts.append(f"<h3>{escape(name.replace('/', ': ').replace('_', ' '))}</h3><div class='gallery'>")
-        for episode in shown:
-            gif = data_uri((folder / "gifs" / episode["gif"]).read_bytes(), "gif")
-            caption = f"{episode['embodiment']}, {episode['task'].replace('_', ' ')}, {episode['steps']} steps"
-            image = f'<img src="{gif}" alt="{escape(episode["instruction"])}">'
-            parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-        parts.append("</div>")
+        shown = sorted((episode for episode in episodes if "gif" in episode), key=lambda e: e["success"])
+        if shown:
+            failed = sum(not episode["success"] for episode in shown)
+            parts.append(f"<h3>{escape(section_title(name))}</h3>")
+            parts.append(f"<p>Failed: {failed}, succeeded: {len(shown) - failed}.</p><div class='gallery'>")
+            parts += [animation(folder, episode) for episode in shown]
+            parts.append("</div>")
     return parts
+
+
+def animation(folder: Path, episode: Mapping[str, Any]) -> str:
+    gif = data_uri((folder / "gifs" / episode["gif"]).read_bytes(), "gif")
+    outcome = '<b class="met">success</b>' if episode["success"] else "<b>failure</b>"
+    what = f"{episode['embodiment']}, {episode['task'].replace('_', ' ')}, {episode['steps']} steps"
+    return (
+        f'<figure><img src="{gif}" alt="{escape(episode["instruction"])}">'
+        f"<figcaption>{outcome} · {escape(what)}</figcaption></figure>"
+    )
 
 
 def loading_section(workdir: Path) -> list[str]:
@@ -402,15 +378,15 @@ def main() -> int:
     try:
         evaluations = json.loads((args.workdir / "evaluation" / "episodes.json").read_text())
         stamps = json.loads((args.workdir / "seconds.json").read_text())
-        results = compute_results(evaluations, stamps)
+        results = compute_results(evaluations, stamps, read_training(args.workdir))
         document = page(results, args.workdir, evaluations)
     except FileNotFoundError as error:
         print(f"error: {error.filename} is missing: run scripts/demo.py, which makes it", file=sys.stderr)
         return 2
     (args.workdir / "results.json").write_text(json.dumps(results, indent=1))
     (args.workdir / "report.html").write_text(document, encoding="utf-8")
-    for met, text in verdict(results):
-        print(f"  {'yes' if met else 'NO ':>4}  {text}")
+    for one in results["bars"].values():
+        print(f"  {'yes' if one['met'] else 'NO ':>4}  {one['sentence']}")
     return 0
 
 

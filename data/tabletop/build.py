@@ -21,10 +21,8 @@ for path in (str(HERE), str(HERE.parent.parent)):  # works from a checkout that 
         sys.path.insert(0, path)
 
 # No TensorFlow at the top level: worker processes import this file again.
-import tabletop_episodes  # noqa: E402
-
 from octo_like.common.locks import exclusive  # noqa: E402
-from octo_like.envs import EMBODIMENTS  # noqa: E402
+from octo_like.envs import EMBODIMENTS, demonstrations  # noqa: E402
 
 DATASETS = {f"tabletop_{name}": name for name in EMBODIMENTS}
 
@@ -39,7 +37,7 @@ def parse_request(text: str) -> tuple[str, int, int]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected {name}=TRAIN or {name}=TRAIN+VAL, e.g. {name}=200+20")
     train_episodes = int(train)
     val_episodes = int(val) if plus else max(1, train_episodes // 20)
-    if not 1 <= train_episodes <= tabletop_episodes.SEEDS_PER_DATASET // 2 or val_episodes < 1:
+    if not 1 <= train_episodes <= demonstrations.SEEDS_PER_DATASET // 2 or val_episodes < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: each split needs at least one episode")
     return name, train_episodes, val_episodes
 
@@ -52,11 +50,13 @@ def builder_class(name: str):
     return next(v for v in vars(module).values() if isinstance(v, type) and getattr(v, "EMBODIMENT", None))
 
 
-def build(data_dir: str, requests: list[tuple[str, int, int]], *, workers: int = 2, overwrite: bool = False) -> None:
+def build(
+    data_dir: str, requests: list[tuple[str, int, int]], *, workers: int = 2, overwrite: bool = False, seed: int = 0
+) -> None:
     """Writes the requested datasets below `data_dir`.
 
     Raises:
-      ValueError: one exists with other numbers of episodes, and `overwrite` is False.
+      ValueError: one exists with other numbers of episodes or of another seed, and `overwrite` is False.
     """
     import tensorflow_datasets as tfds
     from tqdm import tqdm
@@ -70,20 +70,21 @@ def build(data_dir: str, requests: list[tuple[str, int, int]], *, workers: int =
             missing.append((name, train, val))
             continue
         have = {split: info.num_examples for split, info in builder.info.splits.items()}
-        if have == {"train": train, "val": val} and not overwrite:
+        made_with = (builder.info.metadata or {}).get("seed", 0)
+        if have == {"train": train, "val": val} and made_with == seed and not overwrite:
             print(f"{name}: {train} + {val} episodes are there already, nothing to do ({builder.data_path})")
         elif overwrite:
             shutil.rmtree(builder.data_path)
             missing.append((name, train, val))
         else:
             raise ValueError(
-                f"{builder.data_path} holds {have.get('train')} + {have.get('val')} episodes, but {train} + {val} were "
-                "asked for: give --overwrite, another --data_dir, or these numbers"
+                f"{builder.data_path} holds {have.get('train')} + {have.get('val')} episodes of seed {made_with}, but "
+                f"{train} + {val} of seed {seed} were asked for: give --overwrite, another --data_dir, or these numbers"
             )
     total = sum(train + val for _, train, val in missing)
     if not total:
         return
-    with tabletop_episodes.Simulator(workers) as simulator, tqdm(total=total, unit="episode", smoothing=0.1) as bar:
+    with demonstrations.Simulator(workers, seed) as simulator, tqdm(total=total, unit="episode", smoothing=0.1) as bar:
         frames = 0
 
         def on_episode(steps: int) -> None:
@@ -114,12 +115,13 @@ def main() -> None:
         "--episodes", nargs="+", type=parse_request, metavar="NAME=TRAIN[+VAL]", help="default: 400+20 of each"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that simulate; 0: this one")
+    parser.add_argument("--seed", type=int, default=0, help="of the data: each gives other episodes (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
     args = parser.parse_args()
     requests = args.episodes or [(name, 400, 20) for name in DATASETS]
     try:
         with exclusive(pathlib.Path(args.data_dir, ".lock")):  # another one would take this one's work for leftovers
-            build(args.data_dir, requests, workers=args.workers, overwrite=args.overwrite)
+            build(args.data_dir, requests, workers=args.workers, overwrite=args.overwrite, seed=args.seed)
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,14 +1,13 @@
-"""What the four tabletop datasets share: an RLDS builder around `tabletop_episodes`."""
+"""What the four tabletop datasets share: an RLDS builder around `octo_like.envs.demonstrations`."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tabletop_episodes
 import tensorflow_datasets as tfds
 from etils import epath
 
-from octo_like.envs import EMBODIMENTS
+from octo_like.envs import EMBODIMENTS, demonstrations
 
 
 class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -20,8 +19,8 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       on_episode: called after each episode with its number of steps, for a progress bar.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "First release.", "1.1.0": "Points of the named things; pairs that are held out."}
     # TFDS would look this up through `importlib_resources`, which its own dependencies do not install.
     code_path = epath.Path(__file__)
     EMBODIMENT: str
@@ -31,12 +30,12 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         *,
         train_episodes: int = 400,
         val_episodes: int = 20,
-        simulator: tabletop_episodes.Simulator | None = None,
+        simulator: demonstrations.Simulator | None = None,
         on_episode: Callable[[int], None] | None = None,
         **kwargs: Any,
     ):
         self._episodes = {"train": train_episodes, "val": val_episodes}
-        self._simulator = simulator or tabletop_episodes.Simulator()
+        self._simulator = simulator or demonstrations.Simulator()
         self._on_episode = on_episode or (lambda steps: None)
         super().__init__(**kwargs)
 
@@ -47,7 +46,7 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         embodiment = self.embodiment
         features = tfds.features
-        size, wrist = tabletop_episodes.IMAGE_SIZE, tabletop_episodes.WRIST_SIZE
+        size, wrist = demonstrations.IMAGE_SIZE, demonstrations.WRIST_SIZE
         observation = {"image": features.Image(shape=(size, size, 3), encoding_format="jpeg", doc="Primary camera.")}
         if "wrist" in embodiment.cameras:
             shape = (wrist, wrist, 3)
@@ -55,6 +54,9 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if embodiment.proprio_dim:
             doc = ", ".join(embodiment.proprio_names)
             observation["state"] = features.Tensor(shape=(embodiment.proprio_dim,), dtype=np.float32, doc=doc)
+        for name, what in (("target_point", "block"), ("plate_point", "plate; NaN when none is named")):
+            doc = f"Column and row in the primary image, as fractions of it, of the named {what}."
+            observation[name] = features.Tensor(shape=(2,), dtype=np.float32, doc=doc)
         actions = zip(embodiment.action_names, embodiment.action_units, strict=True)
         doc = ", ".join(f"{name} [{unit}]" for name, unit in actions)
         step = {
@@ -79,7 +81,7 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=features.FeaturesDict(
                 {"steps": features.Dataset(step), "episode_metadata": features.FeaturesDict(metadata)}
             ),
-            metadata=tfds.core.MetadataDict(failed_episodes={}),
+            metadata=tfds.core.MetadataDict(failed_episodes={}, seed=self._simulator.seed),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):

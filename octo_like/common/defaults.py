@@ -36,7 +36,10 @@ def default_config() -> ConfigDict:
         t5_weights=None,  # directory with Hugging Face safetensors of a T5 encoder
     )
     config.data = dict(
-        kind="rlds",  # or "synthetic": random batches of the run's own spec
+        kind="rlds",  # or "memory": episodes as arrays, without TensorFlow; or "synthetic": random batches
+        episodes="",  # memory: episodes that are made, e.g. "tabletop_arm=300+20 tabletop_pusher=300"
+        generator="octo_like.envs.demonstrations:generate",  # memory: the function that makes them
+        workers=2,  # memory: processes that make them
         data_dir=None,
         cache_dir=None,  # where indices and statistics are kept; None: beside the data
         mix=None,  # a mixture of octo_like/data/oxe/mixes.py, e.g. "oxe_magic_soup"
@@ -144,7 +147,11 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
       model: the model's config, when it is not `config.model`.
       tokenizer: the text tokenizer, when it is not the one `config.text` names (anything with `max_length`).
     """
-    heads = (config.model if model is None else model)["heads"]
+    model = config.model if model is None else model
+    heads, auxiliaries = model["heads"], model.get("auxiliaries") or {}
+    names = {tuple(part["names"]) for part in auxiliaries.values() if part.get("kind") == "points"}
+    if len(names) > 1:
+        raise ValueError(f"model.auxiliaries: all must have the same points, got {sorted(names)}")
     length = None if config.text.model is None else config.text.max_length
     return BatchSpec(
         window_size=config.window_size,
@@ -156,4 +163,5 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
         proprio_dim=config.proprio_dim,
         language_length=length if tokenizer is None else tokenizer.max_length,
         heads=tuple(heads),
+        points=next(iter(names), ()),
     )

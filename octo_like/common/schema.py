@@ -20,6 +20,8 @@ Letters: B batch, W window (history), H action horizon, A action dim, P proprio 
     task/pad_mask_dict/{key}               B          bool
     action                                 B W H A    float32, normalised
     action_pad_mask                        B W H A    bool, False: padded dimension, or past the goal/end
+    points                                 B W K 2    float32, column and row of named things, fractions of the image
+    points_pad_mask                        B W K      bool, False: not labelled, or not in the picture
     action_head_mask/{head}                B          bool, which heads learn from this sample
     dataset_id                             B          int32
     sample_id                              B          int64, the global number n of this sample
@@ -62,6 +64,7 @@ class BatchSpec:
       heads: names of the action heads.
       depth_sizes: camera slot to (height, width) of its depth map, for cameras whose depth the run uses.
       language_embedding: (d,) or (n, d) of instructions that come as precomputed embeddings in place of tokens.
+      points: names of the things whose place in the image is told, for `model.auxiliaries`.
       extra_observations: other observations of a policy, float32 of this shape per timestep; the data room makes none.
     """
 
@@ -76,6 +79,7 @@ class BatchSpec:
     depth_sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     language_embedding: tuple[int, ...] | None = None
     extra_observations: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    points: tuple[str, ...] = ()
 
     def __post_init__(self):
         unknown = set(self.goal_images) - set(self.image_sizes)
@@ -122,11 +126,17 @@ class BatchSpec:
 
     def batch(self) -> Tree:
         chunk = (self.window_size, self.action_horizon, self.action_dim)
+        points: Tree = {}
+        if self.points:
+            places = (self.window_size, len(self.points))
+            points["points"] = Leaf((*places, 2), np.dtype(np.float32))
+            points["points_pad_mask"] = Leaf(places, np.dtype(bool))
         return {
             "observation": self.observation(),
             "task": self.task(),
             "action": Leaf(chunk, np.dtype(np.float32)),
             "action_pad_mask": Leaf(chunk, np.dtype(bool)),
+            **points,
             "action_head_mask": {head: Leaf((), np.dtype(bool)) for head in self.heads},
             "dataset_id": Leaf((), np.dtype(np.int32)),
             "sample_id": Leaf((), np.dtype(np.int64)),

@@ -16,6 +16,8 @@ starts when the source shuffles; give it a seed). Hosts of a run compare them at
 same source differently. It has no validation episodes. Each process takes every P-th trajectory.
 """
 
+from __future__ import annotations
+
 import collections
 import hashlib
 import inspect
@@ -28,7 +30,8 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.data import rlds, standardize
-from octo_like.data.episodes import Episode, stored_frames
+from octo_like.data.episodes import Episode
+from octo_like.data.frames import stored_frames
 from octo_like.data.index import PreparedDataset
 from octo_like.data.order import permutation
 from octo_like.data.spec import DataError, DatasetSpec

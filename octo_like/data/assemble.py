@@ -220,6 +220,7 @@ class Assembler:
             "task": task,
             "action": action,
             "action_pad_mask": action_mask,
+            **self._points(episodes, window, use_text),
             "action_head_mask": {head: mask[request.dataset] for head, mask in self._heads.items()},
             "dataset_id": request.dataset.astype(np.int32),
             "sample_id": request.sample_id.astype(np.int64),
@@ -259,6 +260,18 @@ class Assembler:
                 proprio[i, :, :width] = episode.proprio[window[i]]
                 mask[i, :, :width] = True
         return {"proprio": proprio, "proprio_pad_mask": mask}
+
+    def _points(self, episodes: Sequence[Episode], window: np.ndarray, use_text: np.ndarray) -> Tree:
+        """Places of the things that the instruction names: nobody names them where the task is a goal image."""
+        if not self._spec.points:
+            return {}
+        points = np.full((*window.shape, len(self._spec.points), 2), np.nan, np.float32)
+        for i, episode in enumerate(episodes):
+            for k, name in enumerate(self._spec.points):
+                if name in episode.points:
+                    points[i, :, k] = episode.points[name][window[i]]
+        known = np.isfinite(points).all(-1) & use_text[:, None, None]
+        return {"points": np.where(known[..., None], points, np.float32(0)), "points_pad_mask": known}
 
     # -- frames
 

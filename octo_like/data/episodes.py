@@ -12,12 +12,11 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.data import rlds
-from octo_like.data.frames import EncodedFrame, encoded_frames
+from octo_like.data.frames import EncodedFrame
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.rlds import DamagedRecord
 from octo_like.data.spec import DataError
 from octo_like.data.texts import Texts
-from octo_like.data.tf import tf
 
 RETRIES = 3  # of a read that the storage refused
 SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
@@ -35,6 +34,7 @@ class Episode:
       text: (T,) int32 rows of the text table; 0 means no instruction.
       images: slot -> T encoded frames, or (T, h, w, 3) uint8; an empty one is missing.
       depths: slot -> T encoded depth maps, or (T, h, w) or (T, h, w, 1) numbers, as stored.
+      points: name -> (T, 2) float32, column and row as fractions of the image; NaN where it is not known.
     """
 
     action: np.ndarray
@@ -42,6 +42,7 @@ class Episode:
     text: np.ndarray
     images: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
     depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray] = dataclasses.field(default_factory=dict)
+    points: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -72,41 +73,29 @@ def load_episode(
     path, offset = index.files[index.file[episode]], int(index.offset[episode])
     for attempt in range(RETRIES + 1):
         try:
-            raw = prepared.function.from_file(path, offset)
+            raw = prepared.function.read(path, offset, slots, depth_slots)
             break
-        except rlds.DAMAGE as error:
+        except rlds.damage_errors() as error:
             raise rlds.damaged(path, int(index.record[episode]), offset, error) from error
-        except rlds.TRANSIENT as error:
+        except rlds.transient_errors() as error:
             if attempt == RETRIES:
                 raise DataError(f"{index.where(episode)}: cannot be read: {error.message}") from error
             log.warning("%s: reading failed (%s), trying again", index.where(episode), error.message)
             time.sleep(2.0**attempt)
-    if int(raw["hash"]) != index.record_hash[episode]:
+    if raw.hash != index.record_hash[episode]:
         raise DataError(
             f"{index.where(episode)}: the record is not the one that was indexed: {prepared.key} has been written anew "
             f"since. Stop what writes it, delete {index.folder} and start again"
         )
     statistics, kind = prepared.statistics, prepared.spec.normalization
-    action = normalization.normalize(raw["action"].numpy(), statistics["action"], kind)
-    proprio = None
-    if "proprio" in raw:
-        proprio = normalization.normalize(raw["proprio"].numpy(), statistics["proprio"], kind)
-    if "language" in raw:
-        texts = [text.decode("utf-8", "replace").strip() for text in raw["language"].numpy().tolist()]
+    action, proprio = normalization.normalize(raw.action, statistics["action"], kind), None
+    if raw.proprio is not None:
+        proprio = normalization.normalize(raw.proprio, statistics["proprio"], kind)
+    text = np.zeros(len(action), np.int32)
+    if raw.texts is not None:
         with lock:
-            text = table.rows(texts)
-    else:
-        text = np.zeros(len(action), np.int32)
-    images, depths = stored_frames(raw["images"], slots), stored_frames(raw["depths"], depth_slots)
-    return Episode(action, proprio, text, images, depths)
-
-
-def stored_frames(
-    frames: Mapping[str, tf.Tensor | np.ndarray], slots: Collection[str]
-) -> dict[str, Sequence[EncodedFrame] | np.ndarray]:
-    """The frames of some cameras: (T,) strings as encoded frames, numbers as arrays."""
-    chosen = {slot: tf.convert_to_tensor(values) for slot, values in frames.items() if slot in slots}
-    return {slot: encoded_frames(x) if x.dtype == tf.string else x.numpy() for slot, x in chosen.items()}
+            text = table.rows(raw.texts)
+    return Episode(action, proprio, text, raw.images, raw.depths, raw.points)
 
 
 class EpisodeStore:

@@ -12,8 +12,11 @@ A frame that already has the wanted size is never resampled. Depth takes the nea
 wall behind it is a surface that is not there.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -84,6 +87,46 @@ class EncodedFrame:
 def encoded_frames(contents: tf.Tensor) -> list[EncodedFrame]:
     """(T,) strings as frames."""
     return [EncodedFrame(c, t) for c, t in zip(contents.numpy().tolist(), tf.unstack(contents), strict=True)]
+
+
+def stored_frames(
+    frames: Mapping[str, tf.Tensor | np.ndarray], slots: Collection[str]
+) -> dict[str, Sequence[EncodedFrame] | np.ndarray]:
+    """The frames of some cameras: (T,) strings as encoded frames, numbers as arrays."""
+    chosen = {slot: tf.convert_to_tensor(values) for slot, values in frames.items() if slot in slots}
+    return {slot: encoded_frames(x) if x.dtype == tf.string else x.numpy() for slot, x in chosen.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class RawEpisode:
+    """One standardised episode of T steps in physical units, as it is read.
+
+    Attributes:
+      hash: of the record.
+      action: (T, A) or, in chunks, (T, N, A) float32.
+      proprio: (T, P) float32, or None.
+      texts: T instructions, or None.
+      images, depths: as in `episodes.Episode`, of the cameras that were asked for.
+      points: name -> (T, 2) float32, see `as_points`.
+    """
+
+    hash: int
+    action: np.ndarray
+    proprio: np.ndarray | None
+    texts: list[str] | None
+    images: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
+    depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
+    points: Mapping[str, np.ndarray]
+
+
+def as_points(values: np.ndarray) -> np.ndarray:
+    """(T, 2) float32 columns and rows, as fractions of the image, of points (T, 2) or of the middles of boxes (T, 4),
+    (left, top, right, bottom). What is not known, or lies outside the picture, is NaN."""
+    points = np.asarray(values, np.float32)
+    if points.shape[-1] == 4:
+        points = (points[:, :2] + points[:, 2:]) / 2
+    seen = ((points >= 0) & (points <= 1)).all(-1, keepdims=True)  # NaN is neither
+    return np.where(seen, points, np.float32(np.nan))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -91,8 +91,15 @@ class FrameGatherer:
                 stored = (one.depths if depth else one.images).get(slot)
                 if stored is None:
                     continue
+                watched = slot not in kept or bool(kept[slot][row])
+                if self._is_ready(stored, shape, int(dataset[row]), slot):
+                    if watched:
+                        observed[row], mask[row] = stored[window[row]], True
+                    if with_goal and use_goal[row]:
+                        goal_image[row], goal_mask[row] = stored[goal[row]], True
+                    continue
                 used = []
-                if slot not in kept or kept[slot][row]:
+                if watched:
                     for w, step in enumerate(window[row].tolist()):
                         if len(stored[step]):  # an empty frame is missing
                             mask[row, w] = True
@@ -116,6 +123,12 @@ class FrameGatherer:
             key = (job.slot, job.depth, job.dataset, job.episode, job.step)
             result.bad.update(dict.fromkeys(job.rows, self._bad[key]))
         return result
+
+    def _is_ready(self, stored: object, shape: tuple[int, ...], dataset: int, slot: str) -> bool:
+        """Whether frames are stored as batches hold them: they are copied, without a thread's help."""
+        if not isinstance(stored, np.ndarray) or stored.shape[1:] != shape or stored.dtype != np.uint8:
+            return False
+        return slot not in self._sources[dataset][0].spec.bgr_slots
 
     def _run(self, jobs: list[_Job]) -> list[_Job]:
         """Does the jobs, in any order, in all threads. Returns those whose frames cannot be decoded."""

@@ -64,15 +64,18 @@ def inputs_from_config(
         held_out = SyntheticStream(spec, eval_size, config.seed + 1, vocab, **processes)
         batches = [next(held_out) for _ in range(min(config.eval.batches, 2))]
         return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
-    if data.kind != "rlds":
-        raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'synthetic'")
-    of_files = data.mix or not all(dict(fields).get("source") for fields in data.datasets.values())
+    if data.kind not in ("rlds", "memory"):
+        raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'memory', 'synthetic'")
+    of_files = data.kind == "rlds" and (
+        data.mix or not all(dict(fields).get("source") for fields in data.datasets.values())
+    )
     if not data.data_dir and of_files:
         raise ConfigError(
             "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
         )
 
     from octo_like.data import memory
+    from octo_like.data.in_memory import datasets_in_memory
     from octo_like.data.index import prepare_datasets
     from octo_like.data.oxe.mixes import datasets_from_config
     from octo_like.data.stream import make_train_stream, make_val_iterators
@@ -80,9 +83,14 @@ def inputs_from_config(
     specs = specs_from_config(datasets_from_config(data))
     if data.num_demos is not None:
         specs = {name: _with_demos(one, data.num_demos) for name, one in specs.items()}
-    datasets = prepare_datasets(
-        specs, data.data_dir, data.cache_dir, max_bad_fraction=data.max_bad_fraction, process_index=process_index
-    )
+    if data.kind == "memory":
+        datasets = datasets_in_memory(
+            specs, data.data_dir, data.episodes, data.generator, seed=config.seed, workers=data.workers
+        )
+    else:
+        datasets = prepare_datasets(
+            specs, data.data_dir, data.cache_dir, max_bad_fraction=data.max_bad_fraction, process_index=process_index
+        )
     shared = dict(
         decode=data.decode,
         keep_goal_prob=data.keep_goal_prob,

@@ -4,6 +4,8 @@ The lock saves work; nothing depends on it for correctness. Everything it guards
 whoever writes it, so two builders that miss each other (a bucket has no exclusive create) only do the work twice.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import socket
@@ -90,7 +92,7 @@ class _Pulse:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="octo_like-lock", daemon=True)
 
-    def __enter__(self) -> "_Pulse":
+    def __enter__(self) -> _Pulse:
         self._thread.start()
         return self
 

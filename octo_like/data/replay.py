@@ -6,7 +6,6 @@ import numpy as np
 
 from octo_like.common.demo import Demo
 from octo_like.data import frames, rlds
-from octo_like.data.episodes import stored_frames
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.spec import DataError
 
@@ -27,13 +26,13 @@ def load_demos(
         path, offset = index.files[index.file[number]], int(index.offset[number])
         try:
             raw = prepared.function.from_file(path, offset)
-        except rlds.DAMAGE as error:
+        except rlds.damage_errors() as error:
             raise rlds.damaged(path, int(index.record[number]), offset, error) from error
         steps = len(raw["action"])
         if steps == 0:
             continue
         images, present = {}, {}
-        for slot, stored in stored_frames(raw["images"], slots).items():
+        for slot, stored in frames.stored_frames(raw["images"], slots).items():
             if isinstance(stored, np.ndarray):
                 images[slot], present[slot] = frames.resize_frames(stored, sizes[slot]), np.ones(steps, bool)
             else:

@@ -3,17 +3,20 @@
 The only file that knows TFDS. One record of a TFRecord file is one episode; images stay encoded.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from octo_like.data import indices, standardize
+from octo_like.data.frames import RawEpisode, as_points, stored_frames
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import tf
 
@@ -27,14 +30,17 @@ _STATEFUL_RANDOM = re.compile(
 )
 
 
-# What reading a damaged record raises; and what a storage that is busy raises, which says nothing about the record.
-DAMAGE = (
-    tf.errors.DataLossError,
-    tf.errors.InvalidArgumentError,
-    tf.errors.NotFoundError,
-    tf.errors.OutOfRangeError,
-)
-TRANSIENT = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
+@functools.cache
+def damage_errors() -> tuple[type[Exception], ...]:
+    """What reading a damaged record raises."""
+    kinds = tf.errors
+    return (kinds.DataLossError, kinds.InvalidArgumentError, kinds.NotFoundError, kinds.OutOfRangeError)
+
+
+@functools.cache
+def transient_errors() -> tuple[type[Exception], ...]:
+    """What a storage that is busy raises, which says nothing about the record."""
+    return (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
 
 
 class DamagedRecord(DataError):
@@ -270,6 +276,10 @@ def _is_depth(x: tf.Tensor) -> bool:
     return (x.dtype.is_floating or x.dtype.is_integer) and (x.shape.rank == 3 or x.shape.rank == 4 and x.shape[-1] == 1)
 
 
+def _is_point(x: tf.Tensor) -> bool:
+    return x.dtype.is_floating and x.shape.rank == 2 and x.shape[-1] in (2, 4)
+
+
 def _is_numeric(x: tf.Tensor, *ranks: int) -> bool:
     return (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool) and x.shape.rank in ranks
 
@@ -280,7 +290,8 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     Returns:
       {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
       proprio_keys); "language": (T,) string (absent without language_key); "images": {slot: (T,) encoded strings or
-      (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1) numbers}}.
+      (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1) numbers}; "points": {name:
+      (T, 2) points or (T, 4) boxes, float32}}.
 
     Raises:
       DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
@@ -289,7 +300,7 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     if not isinstance(observation, Mapping):
         raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
     action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2, 3))
-    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}, "depths": {}}
+    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}, "depths": {}, "points": {}}
     if spec.proprio_keys:
         parts = []
         for key in spec.proprio_keys:
@@ -317,6 +328,11 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
         if key is not None:
             key = key.removeprefix("observation/")
             chosen["depths"][slot] = _require(observation, key, f"depth of camera {slot!r}", spec, _is_depth)
+    for name, key in spec.point_keys.items():
+        if key is not None:
+            key = key.removeprefix("observation/")
+            values = _require(observation, key, f"point {name!r} (2 numbers, or 4 of a box)", spec, _is_point)
+            chosen["points"][name] = tf.cast(values, tf.float32)
     return chosen
 
 
@@ -461,6 +477,23 @@ class EpisodeFunction:
                 "in the standardize function (tf.ensure_shape)"
             )
         return int(width)
+
+    def read(self, path: str, offset: int, slots: Collection[str], depth_slots: Collection[str] = ()) -> RawEpisode:
+        """The record at a byte offset, with images of the cameras in `slots` and depth of those in `depth_slots`.
+        Raises tf.errors.* for damaged records."""
+        raw = self.from_file(path, offset)
+        texts = None
+        if "language" in raw:
+            texts = [text.decode("utf-8", "replace").strip() for text in raw["language"].numpy().tolist()]
+        return RawEpisode(
+            hash=int(raw["hash"]),
+            action=raw["action"].numpy(),
+            proprio=raw["proprio"].numpy() if "proprio" in raw else None,
+            texts=texts,
+            images=stored_frames(raw["images"], slots),
+            depths=stored_frames(raw["depths"], depth_slots),
+            points={name: as_points(values.numpy()) for name, values in raw["points"].items()},
+        )
 
     def from_file(self, path: str, offset: int) -> dict[str, Any]:
         """Reads and standardises the record at a byte offset. Raises tf.errors.* for damaged records."""

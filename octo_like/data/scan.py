@@ -4,6 +4,8 @@ A record whose checksum fails is stepped over by the length in its header, which
 fails too, or the file ends early, nothing says where the next record begins: the rest of the file is lost.
 """
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import functools
@@ -56,7 +58,7 @@ class FileSummary:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> "FileSummary":
+    def from_bytes(cls, content: bytes) -> FileSummary:
         with np.load(io.BytesIO(content)) as arrays:
             text = json.loads(str(arrays["text"]))
             return cls({key: arrays[key] for key in COLUMNS}, arrays["usable"], arrays["rows"], **text)
@@ -200,13 +202,13 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
             item = cursor.next()
         except StopIteration:
             break
-        except rlds.TRANSIENT as error:
+        except rlds.transient_errors() as error:
             failures += 1
             if failures > _RETRIES:
                 raise DataError(f"{path}: cannot be read (byte {cursor.offset}): {error.message}") from error
             cursor.retry()
             continue
-        except rlds.DAMAGE as error:
+        except rlds.damage_errors() as error:
             damaged.append(str(rlds.damaged(path, record, cursor.offset, error)))
             if cursor.skip():
                 record += 1

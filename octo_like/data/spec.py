@@ -58,6 +58,9 @@ class DatasetSpec:
       proprio_keys: keys below `observation`, concatenated.
       depth_keys: camera slot -> key below `observation` of its depth map, or None.
       depth_scale: metres per unit of the stored depth; None: as its number type says (see docs/data.md).
+      point_keys: name of a thing -> key below `observation` of its place in the primary image, (2,) column and row as
+        fractions of the image or (4,) of a box (left, top, right, bottom), NaN where it is not known; or None. Used by
+        `model.auxiliaries`.
       bgr_slots: cameras whose stored frames have their channels in the order blue, green, red; they are swapped.
       action_key: key of the actions (T, A).
       language_key: key of the instruction (top level, or "observation/..."), or None.
@@ -98,6 +101,7 @@ class DatasetSpec:
     proprio_keys: tuple[str, ...] = ()
     depth_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     depth_scale: float | None = None
+    point_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     bgr_slots: tuple[str, ...] = ()
     action_key: str = "action"
     language_key: str | None = "language_instruction"
@@ -236,6 +240,7 @@ class DatasetSpec:
             data["name"] = name
         data["image_keys"] = dict(data.get("image_keys") or {})
         data["depth_keys"] = dict(data.get("depth_keys") or {})
+        data["point_keys"] = dict(data.get("point_keys") or {})
         data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
         data["bgr_slots"] = tuple(data.get("bgr_slots") or ())
         mask = data.get("action_normalization_mask")
@@ -266,6 +271,7 @@ class DatasetSpec:
         seldom = {
             "depth_keys": dict(sorted(self.depth_keys.items())),
             "depth_scale": self.depth_scale,
+            "point_keys": dict(sorted(self.point_keys.items())),
             "bgr_slots": sorted(self.bgr_slots),
         }
         return fields | {key: value for key, value in seldom.items() if value}

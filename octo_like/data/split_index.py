@@ -13,6 +13,8 @@ they are is built anew. Memory holds a few numbers per episode and one file's ro
 the dataset.
 """
 
+from __future__ import annotations
+
 import collections
 import concurrent.futures
 import dataclasses
@@ -83,7 +85,7 @@ class Index:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def take(self, episodes: np.ndarray) -> "Index":
+    def take(self, episodes: np.ndarray) -> Index:
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "bits"}
         return dataclasses.replace(self, **{k: v[episodes] for k, v in arrays.items() if isinstance(v, np.ndarray)})
 

@@ -38,10 +38,10 @@ def find_stale(index: "Index", rows_path: str, function: EpisodeFunction) -> str
         where = index.where(episode)
         try:
             now = function.from_file(index.files[index.file[episode]], int(index.offset[episode]))
-        except rlds.DAMAGE:
+        except rlds.damage_errors():
             damaged += 1
             continue
-        except rlds.TRANSIENT as error:
+        except rlds.transient_errors() as error:
             log.warning("%s: cannot be read to check the cached index: %s", where, error.message)
             return None
         if int(now["hash"]) != index.record_hash[episode]:

@@ -6,6 +6,8 @@ are plain frozen data, so they can be printed, compared and hashed. A user's own
 tensors) may use the same operations through `evaluate`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import importlib
@@ -27,10 +29,10 @@ class Expression:
     """One operation with its arguments (expressions) and settings."""
 
     op: str
-    args: tuple["Expression", ...] = ()
+    args: tuple[Expression, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 
-    def __getitem__(self, key: int | slice) -> "Expression":
+    def __getitem__(self, key: int | slice) -> Expression:
         """Feature `key` (that axis disappears) or a range of features."""
         if isinstance(key, slice):
             if key.step not in (None, 1):

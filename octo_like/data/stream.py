@@ -382,13 +382,7 @@ def make_train_stream(
         "approximate": approximate,
         "decode": decode,
         "task": dataclasses.asdict(task),
-        "batch": {
-            **dataclasses.asdict(batch_spec),
-            "image_sizes": {slot: list(size) for slot, size in batch_spec.image_sizes.items()},
-            "depth_sizes": {slot: list(size) for slot, size in batch_spec.depth_sizes.items()},
-            "goal_images": list(batch_spec.goal_images),
-            "heads": list(batch_spec.heads),
-        },
+        "batch": _batch_to_json(batch_spec),
         "tokenizer": text_tokenizer.fingerprint if text_tokenizer is not None else None,
         "paraphrases": said.hash if said is not None else None,
         "normalization": {
@@ -410,3 +404,17 @@ def make_train_stream(
         paraphrases=said,
         start=start,
     )
+
+
+def _batch_to_json(spec: BatchSpec) -> dict[str, Any]:
+    """What batches look like, for the order spec; "points" only where there are any, as most runs have none."""
+    fields = dataclasses.asdict(spec)
+    points = list(fields.pop("points"))
+    return {
+        **fields,
+        "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
+        "depth_sizes": {slot: list(size) for slot, size in spec.depth_sizes.items()},
+        "goal_images": list(spec.goal_images),
+        "heads": list(spec.heads),
+        **({"points": points} if points else {}),
+    }

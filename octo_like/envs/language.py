@@ -1,5 +1,7 @@
 """The one table of instructions: every task, phrasing, colour and direction of the tabletop world."""
 
+from collections.abc import Mapping, Sequence
+
 BLOCK_COLORS = ("red", "green", "blue", "yellow", "purple")
 PLATE_COLORS = ("blue", "orange", "white")
 DIRECTIONS = ("left", "right")
@@ -38,14 +40,54 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Sentences that no demonstration says, to ask whether a policy understood more than the sentences it heard. Their words
+# occur above (the comma does not): who learned from these demonstrations alone cannot know what another word means.
+UNSEEN_PHRASINGS: dict[str, tuple[str, ...]] = {
+    "reach": (
+        "find and touch the {target} cube",
+        "the {target} block, go to it",
+        "go up to the {target} cube",
+        "over to the {target} block, touch it",
+    ),
+    "push": (
+        "to the {direction}, push the {target} block",
+        "the {target} cube, slide it {direction}",
+        "take the {target} block {direction} by pushing it",
+        "go and shove the {target} block {direction}",
+    ),
+    "pick_and_place": (
+        "on the {plate} plate, put the {target} block",
+        "the {target} cube, put it on the {plate} dish",
+        "pick the {target} block up and set it on the {plate} dish",
+        "grab and place the {target} cube on the {plate} plate",
+    ),
+}
 
-def instruction(task: str, phrasing: int, target: str, *, plate: str | None, direction: str | None) -> str:
-    """The sentence of one task. `phrasing` indexes `PHRASINGS[task]`."""
-    return PHRASINGS[task][phrasing].format(target=target, plate=plate, direction=direction)
+# (block, plate) that no demonstration asks for, although each of these blocks and plates occurs with others.
+HELD_OUT_PAIRS = frozenset({("green", "white"), ("blue", "orange"), ("purple", "blue")})
+
+
+def instruction(
+    task: str,
+    phrasing: int,
+    target: str,
+    *,
+    plate: str | None,
+    direction: str | None,
+    phrasings: Mapping[str, Sequence[str]] = PHRASINGS,
+) -> str:
+    """The sentence of one task. `phrasing` indexes `phrasings[task]`."""
+    return phrasings[task][phrasing].format(target=target, plate=plate, direction=direction)
+
+
+def pairs(*, held_out: bool) -> list[tuple[str, str]]:
+    """The pairs of a block's and a plate's colour that are, or are not, in `HELD_OUT_PAIRS`, in a fixed order."""
+    every = [(block, plate) for block in BLOCK_COLORS for plate in PLATE_COLORS]
+    return [pair for pair in every if (pair in HELD_OUT_PAIRS) == held_out]
 
 
 def all_instructions() -> list[str]:
-    """Every sentence the world can say (each once, in a fixed order), e.g. to train a text tokenizer on."""
+    """Every sentence of `PHRASINGS` (each once, in a fixed order), e.g. to train a text tokenizer on."""
     sentences = []
     for task in TASKS:
         plates = PLATE_COLORS if task == "pick_and_place" else (None,)

@@ -66,7 +66,10 @@ class World:
     _grip: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def block(self, color: str) -> Block:
-        return next(b for b in self.blocks if b.color == color)
+        for block in self.blocks:
+            if block.color == color:
+                return block
+        raise ValueError(f"no {color} block on the table; there are: {', '.join(b.color for b in self.blocks)}")
 
     def plate(self, color: str) -> Plate:
         return next(p for p in self.plates if p.color == color)
@@ -213,3 +216,13 @@ def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tupl
     )
     order = rng.permutation(num_blocks)
     return World([blocks[i] for i in order], tuple(plates[i] for i in rng.permutation(num_plates))), goal, start
+
+
+def recolor(world: World, goal: Goal, target: str, plate: str) -> Goal:
+    """Paints the goal's block and plate; who had the new colour takes the old one. Returns the goal in new colours."""
+    blocks = {goal.target: target, target: goal.target}
+    plates = {goal.plate: plate, plate: goal.plate}
+    for block in world.blocks:
+        block.color = blocks.get(block.color, block.color)
+    world.plates = tuple(dataclasses.replace(p, color=plates.get(p.color, p.color)) for p in world.plates)
+    return dataclasses.replace(goal, target=target, plate=plate)

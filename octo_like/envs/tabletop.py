@@ -9,7 +9,9 @@
 Seeds of one billion and above are for evaluation; demonstrations are made from smaller ones (see data/tabletop).
 """
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -26,8 +28,13 @@ PUSH_DISTANCE = 0.10
 DISTURBED = 0.03  # metres: a block moved this far was moved
 BUMP_PROBABILITY = 0.2
 
-_RESET_OPTIONS = ("task", "wrong_nearest", "swap_instruction")
-_SCENE, _LOOK, _SWAP, _NOISE, _BUMP = range(5)  # independent random streams of an episode
+_CHOICES = {
+    "phrasing": ("seen", "unseen"),
+    "pair": ("seen", "held_out"),
+    "instruction": ("shuffled", "empty", "absent"),
+}
+_RESET_OPTIONS = ("task", "wrong_nearest", "swap_instruction", *_CHOICES)
+_SCENE, _LOOK, _SWAP, _NOISE, _BUMP, _PAIR, _WORDS = range(7)  # independent random streams of an episode
 
 
 class TabletopEnv(gymnasium.Env):
@@ -41,7 +48,8 @@ class TabletopEnv(gymnasium.Env):
         running, the second of them slower than DWELL_SPEED; so passing over a block is not reaching it;
       push: by success, or when something is moved out of place;
       pick_and_place: by success, or by releasing another block on a plate.
-    `info["reached_target"]`: it was dwelt on (reach), moved by DISTURBED or more (push), grasped (pick_and_place).
+    `info["reached_target"]`: it was dwelt on (reach), moved by DISTURBED or more (push), grasped (pick_and_place);
+    `info["reached_any"]`: any block was.
 
     Args:
       embodiment: a name of `EMBODIMENTS`.
@@ -94,14 +102,19 @@ class TabletopEnv(gymnasium.Env):
           wrong_nearest: True or False: a block that is not the target is, or is not, nearest to the effector
             (default: it is in 2/3 of the scenes).
           swap_instruction: True: the scene of this seed, but the instruction names another block of it.
+          phrasing: "unseen": a sentence of UNSEEN_PHRASINGS, which no demonstration says (default: "seen").
+          pair: "held_out" or "seen": where a block goes to a plate, their colours are, or are not, in HELD_OUT_PAIRS.
+            If they are not so in the scene of this seed, things change colours and nothing else; other tasks ignore it.
+          instruction: "shuffled": its words in another order; "empty": none; "absent": it names a block that is not
+            there, so success cannot be.
+
+        Raises:
+          ValueError: unknown options or values, or some that contradict one another.
         """
         super().reset(seed=seed)
-        options = dict(options or {})
-        unknown = set(options) - set(_RESET_OPTIONS)
-        if unknown:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; valid: {', '.join(_RESET_OPTIONS)}")
+        options = _checked_options(options or {})
         episode_seed = seed if seed is not None else int(self.np_random.integers(2**62))
-        streams = [np.random.default_rng([episode_seed, i]) for i in range(5)]
+        streams = [np.random.default_rng([episode_seed, i]) for i in range(7)]
         self._noise, self._bump_rng = streams[_NOISE], streams[_BUMP]
         self.episode_seed = episode_seed
 
@@ -117,12 +130,20 @@ class TabletopEnv(gymnasium.Env):
             wrong_nearest=options.get("wrong_nearest"),
         )
         phrasing = int(streams[_SCENE].integers(len(language.PHRASINGS[task])))
+        if options.get("pair") and task == "pick_and_place":
+            valid = language.pairs(held_out=options["pair"] == "held_out")
+            if (goal.target, goal.plate) not in valid:
+                goal = scene.recolor(self.world, goal, *valid[streams[_PAIR].integers(len(valid))])
         self.original_target = goal.target
+        colors = [block.color for block in self.world.blocks]
         if options.get("swap_instruction"):
-            others = [block.color for block in self.world.blocks if block.color != goal.target]
-            goal = scene.Goal(task, str(streams[_SWAP].choice(others)), goal.plate, goal.direction)
+            others = [color for color in colors if color != goal.target]
+            goal = dataclasses.replace(goal, target=str(streams[_SWAP].choice(others)))
+        elif options.get("instruction") == "absent":
+            absent = [color for color in language.BLOCK_COLORS if color not in colors]
+            goal = dataclasses.replace(goal, target=str(streams[_WORDS].choice(absent)))
         self.goal = goal
-        self.instruction = language.instruction(task, phrasing, goal.target, plate=goal.plate, direction=goal.direction)
+        self.instruction = _say(goal, phrasing, options, streams[_WORDS])
         self.effector = self.embodiment.dynamics()
         self.effector.start(start, streams[_SCENE])
         self._look = render.sample_look(streams[_LOOK], self.embodiment.name, self.world)
@@ -218,6 +239,8 @@ class TabletopEnv(gymnasium.Env):
                 self._reached.add(block.color)
                 others_moved |= block.color != self.goal.target
             off_table |= bool(np.abs(block.xy).max() > scene.TABLE)
+        if not any(block.color == self.goal.target for block in self.world.blocks):
+            return others_moved or off_table  # an absent block cannot be pushed
         dx, dy = self.world.block(self.goal.target).displacement
         astray = -sign * dx >= PUSH_DISTANCE / 2 or abs(dy) >= PUSH_DISTANCE
         self.success = not others_moved and not astray and sign * dx >= PUSH_DISTANCE
@@ -260,6 +283,7 @@ class TabletopEnv(gymnasium.Env):
             "success": bool(self.success),
             "reached_target": self.goal.target in self._reached,
             "reached_original": self.original_target in self._reached,
+            "reached_any": bool(self._reached),
             "nearest_is_wrong": bool(self._nearest_is_wrong),
             "target": self.goal.target,
             "original_target": self.original_target,
@@ -275,7 +299,11 @@ class TabletopEnv(gymnasium.Env):
         return u * self.image_size, v * self.image_size
 
     def goal_image(self) -> dict[str, np.ndarray]:
-        """The images of this scene as if the task had been done: {"image_primary": ...}; the same all episode long."""
+        """The images of this scene as if the task had been done: {"image_primary": ...}; the same all episode long.
+
+        Raises:
+          ValueError: the block that the words name is not there.
+        """
         world = scene.World(
             [scene.Block(b.color, b.size, b.yaw, b.start_xy.copy()) for b in self.world.blocks], self.world.plates
         )
@@ -307,3 +335,37 @@ class TabletopEnv(gymnasium.Env):
         from octo_like.envs.experts import make_expert
 
         return make_expert(self, rng, target)
+
+
+def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = set(options) - set(_RESET_OPTIONS)
+    if unknown:
+        raise ValueError(f"unknown reset options {sorted(unknown)}; valid: {', '.join(_RESET_OPTIONS)}")
+    for name, valid in _CHOICES.items():
+        value = options.get(name)
+        if value is not None and value not in valid:
+            raise ValueError(f"unknown value {value!r} of the reset option {name!r}; valid: {', '.join(valid)}")
+    # Each of these three decides which block is asked for.
+    deciding = [name for name in ("swap_instruction", "pair") if options.get(name)]
+    deciding += ["instruction='absent'"] if options.get("instruction") == "absent" else []
+    if len(deciding) > 1:
+        raise ValueError(f"the reset options {' and '.join(deciding)} contradict one another; valid: one of them")
+    return dict(options)
+
+
+def _say(goal: scene.Goal, phrasing: int, options: Mapping[str, Any], rng: np.random.Generator) -> str:
+    """The instruction; `phrasing` is the one of the scene's seed, `rng` makes the choices that the options ask for."""
+    if options.get("instruction") == "empty":
+        return ""
+    phrasings = language.PHRASINGS
+    if options.get("phrasing") == "unseen":
+        phrasings = language.UNSEEN_PHRASINGS
+        phrasing = int(rng.integers(len(phrasings[goal.task])))
+    sentence = language.instruction(
+        goal.task, phrasing, goal.target, plate=goal.plate, direction=goal.direction, phrasings=phrasings
+    )
+    if options.get("instruction") != "shuffled":
+        return sentence
+    while (shuffled := " ".join(rng.permutation(sentence.split()))) == sentence:
+        pass
+    return shuffled

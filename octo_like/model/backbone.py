@@ -28,6 +28,7 @@ class BlockTransformer(nn.Module):
     legacy_attention: bool = False
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -73,6 +74,7 @@ class BlockTransformer(nn.Module):
             remat=self.remat,
             dtype=self.dtype,
             attention=self.attention,
+            qk_norm=self.qk_norm,
             name="Transformer_0",
         )(tokens, BlockMask(StaticRule(rule), key_mask), dropout_keys, rows=rows)
 
@@ -109,6 +111,8 @@ class OctoTransformer(nn.Module):
       token_dim: width D of the transformer.
       max_window: longest window the position embeddings allow.
       repeat_task_tokens: repeat the task's tokens at every timestep.
+      token_norm: layer norm of every group's tokens after their projection, so that no group begins louder than others.
+      position_scale: deviation of position embeddings at the start.
     """
 
     task_tokenizers: Mapping[str, nn.Module]
@@ -120,6 +124,8 @@ class OctoTransformer(nn.Module):
     repeat_task_tokens: bool = False
     compat: bool = False
     legacy_attention: bool = False
+    token_norm: bool = False
+    position_scale: float = 0.02
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -145,11 +151,13 @@ class OctoTransformer(nn.Module):
             if group is not None:
                 pos = self._position(f"task_{name}_pos_embedding", (1, *group.tokens.shape[1:2], self.token_dim))
                 task_groups[f"task_{name}"] = TokenGroup(self._project(f"task_{name}", group.tokens) + pos, group.mask)
-        summary = masked_mean(TokenGroup.concatenate(list(task_groups.values()))) if task_groups else None
+        summaries = {name: masked_mean(group) for name, group in task_groups.items()}
+        if task_groups:
+            summaries["task"] = masked_mean(TokenGroup.concatenate(list(task_groups.values())))
 
         steps = {}
         for name, tokenizer in self.observation_tokenizers.items():
-            group = tokenizer(observation, task, summary)
+            group = tokenizer(observation, task, summaries)
             if group is not None:
                 size = group.tokens.shape[-2]
                 pos = self._position(f"obs_{name}_pos_embedding", (1, self.max_window, size, self.token_dim))
@@ -185,10 +193,13 @@ class OctoTransformer(nn.Module):
         return groups
 
     def _project(self, name: str, tokens: jax.Array) -> jax.Array:
-        return nn.Dense(self.token_dim, dtype=self.dtype, name=f"{name}_projection")(tokens)
+        tokens = nn.Dense(self.token_dim, dtype=self.dtype, name=f"{name}_projection")(tokens)
+        if self.token_norm:
+            tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(tokens)
+        return tokens
 
     def _position(self, name: str, shape: tuple[int, ...]) -> jax.Array:
-        return self.param(name, nn.initializers.normal(0.02), shape).astype(self.dtype)
+        return self.param(name, nn.initializers.normal(self.position_scale), shape).astype(self.dtype)
 
 
 def count_tokens(groups: Mapping[str, TokenGroup]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from octo_like.model.backbone import OctoTransformer
 from octo_like.model.discrete import DiscreteHead
 from octo_like.model.generative import DiffusionHead, FlowHead
 from octo_like.model.heads import ActionHead, RegressionHead, action_mask, head_batch
+from octo_like.model.points import PointsHead
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
@@ -23,6 +24,7 @@ from octo_like.model.transformer import fold_in_all
 STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem, "resnet": ResNetStem}
 TOKENIZERS = {"image": ImageTokenizer, "language": LanguageTokenizer, "lowdim": LowdimTokenizer}
 HEADS = {"diffusion": DiffusionHead, "flow": FlowHead, "regression": RegressionHead, "discrete": DiscreteHead}
+AUXILIARIES = {"points": PointsHead}
 TRANSFORMER_OPTIONS = (
     "num_layers",
     "num_heads",
@@ -31,6 +33,7 @@ TRANSFORMER_OPTIONS = (
     "attention_dropout_rate",
     "remat",
     "attention",
+    "qk_norm",
 )
 
 
@@ -38,12 +41,14 @@ class OctoModel(nn.Module):
     """octo_transformer and heads; every method takes schema batches.
 
     Attributes:
-      head_weights: weight of every head's loss in the total.
+      head_weights: weight of every head's and auxiliary's loss in the total.
+      auxiliaries: other losses by name; they are not needed to act.
     """
 
     octo_transformer: OctoTransformer
     heads: Mapping[str, ActionHead]
     head_weights: Mapping[str, float]
+    auxiliaries: Mapping[str, PointsHead] = dataclasses.field(default_factory=dict)
 
     def groups(self, observation, task, dropout_keys=None):
         return self.octo_transformer(observation, task, dropout_keys)
@@ -56,7 +61,7 @@ class OctoModel(nn.Module):
         return {name: tokenizer(None, task, encode_only=True) for name, tokenizer in tokenizers.items()}
 
     def loss_terms(self, batch: Mapping[str, Any], keys_b: jax.Array, train: bool) -> dict[str, dict[str, jax.Array]]:
-        """Per head: masked sums ("loss", "mse", ...) and "count", the number of entries they run over.
+        """Per head and auxiliary: masked sums ("loss", "mse", ...) and "count", the number of entries they run over.
 
         Sums of micro-batches add up to the sum of the batch; dividing by the total count gives the mean.
 
@@ -70,14 +75,15 @@ class OctoModel(nn.Module):
             action, mask = head_batch(batch, name, head)
             terms[name] = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
             terms[name]["count"] = jnp.sum(mask, dtype=jnp.float32)
-        return terms
+        return terms | {name: part.loss_terms(groups, batch) for name, part in self.auxiliaries.items()}
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Number of entries every head learns from; needs no parameters."""
-        return {
+        """Number of entries every head and auxiliary learns from; needs no parameters."""
+        entries = {
             name: jnp.sum(action_mask(batch, name, head.action_horizon, head.action_dim), dtype=jnp.float32)
             for name, head in self.heads.items()
         }
+        return entries | {name: jnp.sum(part.mask(batch), dtype=jnp.float32) for name, part in self.auxiliaries.items()}
 
     def sample(self, observation, task, keys_b, *, head: str, sample_shape=(), valid=None) -> jax.Array:
         """Normalised actions (*sample_shape, B, H, A) for the last timestep of the window.
@@ -122,7 +128,8 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:
 
     Args:
       config: see configs/octo_small.py: token_dim, max_window, transformer, task_tokenizers, observation_tokenizers,
-        readouts, heads and optionally repeat_task_tokens, octo_compat, legacy_attention, dtype.
+        readouts, heads and optionally auxiliaries, repeat_task_tokens, octo_compat, legacy_attention, token_norm,
+        position_scale, dtype.
       vocab_size: of the text tokenizer; used by a "small" language encoder whose config does not give one.
 
     Raises:
@@ -138,9 +145,12 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:
         "observation_tokenizers",
         "readouts",
         "heads",
+        "auxiliaries",
         "repeat_task_tokens",
         "octo_compat",
         "legacy_attention",
+        "token_norm",
+        "position_scale",
         "dtype",
     }
     _check_options(config, known, "model")
@@ -157,6 +167,13 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:
         entry = dict(entry)
         weights[name] = float(entry.pop("weight", 1.0))
         heads[name] = _make(HEADS, entry, shared, f"model.heads.{name}")
+    auxiliaries = {}
+    for name, entry in (config.get("auxiliaries") or {}).items():
+        if name in heads:
+            raise ValueError(f"model.auxiliaries.{name}: there is a head of that name")
+        entry = dict(entry)
+        weights[name] = float(entry.pop("weight", 1.0))
+        auxiliaries[name] = _make(AUXILIARIES, entry, shared, f"model.auxiliaries.{name}")
     transformer = OctoTransformer(
         task_tokenizers=tokenizers("task_tokenizers"),
         observation_tokenizers=tokenizers("observation_tokenizers"),
@@ -166,9 +183,11 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:
         max_window=config["max_window"],
         repeat_task_tokens=config.get("repeat_task_tokens", False),
         legacy_attention=config.get("legacy_attention", False),
+        token_norm=config.get("token_norm", False),
+        position_scale=config.get("position_scale", 0.02),
         **shared,
     )
-    return OctoModel(transformer, heads, weights)
+    return OctoModel(transformer, heads, weights, auxiliaries)
 
 
 def _plain(node):

@@ -384,9 +384,12 @@ def _with_window(leaf, window: int):
 
 
 def spec_to_json(spec: BatchSpec) -> dict[str, Any]:
-    """BatchSpec as plain lists and numbers."""
+    """BatchSpec as plain lists and numbers; "points" only where there are any."""
+    fields = dataclasses.asdict(spec)
+    points = list(fields.pop("points"))
     return {
-        **dataclasses.asdict(spec),
+        **fields,
+        **({"points": points} if points else {}),
         "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
         "depth_sizes": {slot: list(size) for slot, size in spec.depth_sizes.items()},
         "extra_observations": {key: list(shape) for key, shape in spec.extra_observations.items()},
@@ -402,6 +405,7 @@ def spec_from_json(data: Mapping[str, Any]) -> BatchSpec:
     fields["image_sizes"] = {slot: tuple(size) for slot, size in data["image_sizes"].items()}
     fields["depth_sizes"] = {slot: tuple(size) for slot, size in data.get("depth_sizes", {}).items()}
     fields["extra_observations"] = {k: tuple(shape) for k, shape in data.get("extra_observations", {}).items()}
+    fields["points"] = tuple(data.get("points", ()))
     if fields.get("language_embedding") is not None:
         fields["language_embedding"] = tuple(fields["language_embedding"])
     return BatchSpec(**{**fields, "goal_images": tuple(data["goal_images"]), "heads": tuple(data["heads"])})

@@ -125,6 +125,8 @@ class SmallStem(nn.Module):
     Attributes:
       patch_size: pixels per token; a multiple of the product of the strides.
       features, kernel_sizes, strides, padding: one entry per convolution.
+      use_film: the condition modulates the embedded patches, as in Octo.
+      early_film: it also modulates every convolution, so that features can already be about the thing that is meant.
     """
 
     patch_size: int = 16
@@ -134,6 +136,7 @@ class SmallStem(nn.Module):
     padding: tuple[int, ...] | None = None  # None: 1 everywhere
     num_features: int = 512
     use_film: bool = False
+    early_film: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -147,7 +150,10 @@ class SmallStem(nn.Module):
             )
         for i, (width, kernel, stride, pad) in enumerate(zip(self.features, kernels, strides, paddings, strict=True)):
             x = Conv(width, kernel, stride, pad, standardize=True, dtype=self.dtype, name=f"StdConv_{i}")(x)
-            x = jax.nn.relu(GroupNorm(name=f"GroupNorm_{i}")(x))
+            x = GroupNorm(name=f"GroupNorm_{i}")(x)
+            if self.early_film:
+                x = Film(name=f"EarlyFilm_{i}")(x, condition)
+            x = jax.nn.relu(x)
         patch = self.patch_size // math.prod(strides)
         x = Conv(self.num_features, patch, patch, dtype=self.dtype, name="embedding")(x)
         return Film(name="FilmConditioning_0")(x, condition) if self.use_film else x

@@ -18,6 +18,8 @@ from octo_like.model.t5 import T5Config, T5Encoder
 from octo_like.model.tokens import TokenGroup, masked_mean
 from octo_like.model.transformer import MapPooling, Mlp, Transformer
 
+NGRAM = 3  # neighbouring words that `pool="ngrams"` reads together
+
 
 def match_keys(tree: Mapping[str, Any], patterns: tuple[str, ...], *, prefix: bool) -> list[str]:
     """Sorted keys of `tree` that match any regex; `prefix` anchors at the start only (as upstream)."""
@@ -52,7 +54,8 @@ class ImageTokenizer(nn.Module):
       stem: constructor of the encoder, with its options and name bound.
       obs_keys: regexes of observation keys, stacked along channels in alphabetical order.
       goal_keys: regexes of goal images. A goal that is missing is zero after normalisation (compat: a black image).
-      film_keys: task arrays (B, d) that condition the stem; ("task",) conditions on the mean of the task's tokens.
+      film_keys: what conditions the stem, concatenated: "task" (the mean of all tokens of the task), "task_<tokenizer>"
+        (the mean of one group's), or names of task arrays (B, d).
       num_learned_tokens: reduce to this many tokens by a TokenLearner; 0 keeps all.
       normalization: "default" or "imagenet".
     """
@@ -68,7 +71,7 @@ class ImageTokenizer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, observation, task, task_summary=None):
+    def __call__(self, observation, task, summaries=None):
         keys = match_keys(observation, self.obs_keys, prefix=self.compat)
         if not keys:
             return None
@@ -81,7 +84,7 @@ class ImageTokenizer(nn.Module):
             images.append(self._goal(task, key, reference))
         # One stem pass over all frames of the batch.
         x = jnp.concatenate(images, axis=-1).reshape(b * w, *size[:-1], -1)
-        condition = self._condition(task, task_summary, w)
+        condition = self._condition(task, summaries, w)
         x = self.stem(dtype=self.dtype)(x, condition)
         tokens = x.reshape(b, w, -1, x.shape[-1])
         if self.num_learned_tokens:
@@ -111,15 +114,17 @@ class ImageTokenizer(nn.Module):
             goal = jnp.where(valid[:, None, None, None], goal, 0.0)
         return jnp.broadcast_to(goal[:, None], (b, w, *goal.shape[1:]))
 
-    def _condition(self, task, task_summary, window):
+    def _condition(self, task, summaries, window):
         if not self.film_keys:
             return None
-        if self.film_keys == ("task",):
-            if task_summary is None:
-                raise ValueError("film_keys=('task',) needs a task tokenizer, but this model has none")
-            condition = task_summary
-        else:
-            condition = jnp.concatenate([task[key] for key in self.film_keys], axis=-1)
+        summaries, parts = summaries or {}, []
+        for key in self.film_keys:
+            if key not in summaries and key not in task:
+                raise ValueError(
+                    f"film_keys: this model's task has no {key!r}; valid: {sorted(summaries)}, or an array of the task"
+                )
+            parts.append(summaries[key] if key in summaries else task[key])
+        condition = jnp.concatenate(parts, axis=-1)
         return jnp.repeat(condition, window, axis=0)
 
 
@@ -133,7 +138,8 @@ class LanguageTokenizer(nn.Module):
       encoder_dtype: dtype in which a frozen T5 encoder is kept and computed ("bfloat16" halves its memory and, on
         accelerators, its time); None: float32 parameters, computed in the model's dtype.
       vocab_size, dim, num_layers, num_heads: sizes of the "small" encoder.
-      pool: one token instead of one per word, an MLP of the normalised mean over the words.
+      pool: one token instead of one per word. True or "mean": an MLP of the normalised mean over the words, a bag that
+        cannot tell who is on whom; "ngrams": what neighbouring words say together, the strongest wherever it stands.
     """
 
     encoder: str = "small"
@@ -145,7 +151,7 @@ class LanguageTokenizer(nn.Module):
     num_layers: int = 1
     num_heads: int = 4
     max_length: int = 16
-    pool: bool = False
+    pool: bool | str = False
     use_pad_mask: bool = True
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -156,7 +162,7 @@ class LanguageTokenizer(nn.Module):
         return self.encoder == "t5" and not self.finetune_encoder
 
     @nn.compact
-    def __call__(self, observation, task, task_summary=None, *, encode_only=False):
+    def __call__(self, observation, task, summaries=None, *, encode_only=False):
         """`encode_only` returns the encoder's (B, L, d) features; in a task they stand under
         language_instruction/encoded/{name of this module} and are not computed again."""
         if "language_instruction" not in task:
@@ -189,8 +195,22 @@ class LanguageTokenizer(nn.Module):
         """(B, n, d) to (B, 1, d): the mean, normalised because the one word that matters is a tenth of it, and an MLP
         that may conclude from several words (deep averaging network, Iyyer et al. 2015)."""
         norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)  # noqa: E731
+        if self.pool == "ngrams":
+            return norm("pool_out_norm")(self._ngrams(tokens, word_mask))
+        if self.pool not in (True, "mean"):
+            raise ValueError(f"unknown pool {self.pool!r}; valid: False, 'mean' (or True), 'ngrams'")
         x = norm("pool_norm")(masked_mean(TokenGroup(tokens, word_mask))[:, None])
         return norm("pool_out_norm")(x + Mlp(4 * x.shape[-1], dtype=self.dtype, name="pool_mlp")(x))
+
+    def _ngrams(self, tokens, word_mask):
+        """(B, n, d) to (B, 1, d): a convolution over words, its largest value over all places, a layer (Kim 2014)."""
+        x = jnp.where(word_mask[..., None], tokens, 0)
+        padded = jnp.pad(x, ((0, 0), (0, NGRAM - 1), (0, 0)))
+        neighbours = jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(NGRAM)], axis=-1)
+        grams = jax.nn.gelu(nn.Dense(2 * x.shape[-1], dtype=self.dtype, name="ngrams")(neighbours))
+        # GELU is above -1 everywhere: what is masked never wins, and no word at all is a constant.
+        strongest = jnp.max(jnp.where(word_mask[..., None], grams, -1.0), axis=1, keepdims=True)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="ngrams_out")(strongest)
 
     def _encode(self, ids, word_mask):
         if self.encoder == "t5":
@@ -260,7 +280,7 @@ class LowdimTokenizer(nn.Module):
     entries: tuple[int, ...] | None = None
 
     @nn.compact
-    def __call__(self, observation, task, task_summary=None):
+    def __call__(self, observation, task, summaries=None):
         keys: list[str] = []
         for pattern in self.obs_keys:
             found = match_keys(observation, (pattern,), prefix=self.compat)

@@ -29,13 +29,16 @@ def dropout(x: jax.Array, rate: float, keys_b: jax.Array | None) -> jax.Array:
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention with biases: queries from x, keys and values from the context, or from x too."""
+    """Multi-head attention with biases: queries from x, keys and values from the context, or from x too.
+
+    `qk_norm`: root-mean-square norms of queries and keys per head (Dehghani et al. 2023), which bound the logits."""
 
     num_heads: int
     dropout_rate: float = 0.0
     uniform_when_masked: bool = False
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x_bnd, mask_bnm, *, context_bmd=None, dropout_keys=None):
@@ -62,6 +65,9 @@ class MultiHeadAttention(nn.Module):
             )
         )
         q, k, v = (t.reshape(*t.shape[:-1], heads, head_dim) for t in (q, k, v))
+        if self.qk_norm:
+            norm = lambda name: nn.RMSNorm(epsilon=LN_EPSILON, dtype=self.dtype, name=name)  # noqa: E731
+            q, k = norm("query_norm")(q), norm("key_norm")(k)
         drops = dropout_keys is not None and self.dropout_rate > 0
         out_bnhd = attend(
             q,
@@ -125,6 +131,7 @@ class Block(nn.Module):
     uniform_when_masked: bool = False
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x_bnd, mask_bnn, dropout_keys=None, rows: tuple[int, int] | None = None):
@@ -139,6 +146,7 @@ class Block(nn.Module):
             self.uniform_when_masked,
             self.dtype,
             self.attention,
+            self.qk_norm,
             name="MultiHeadDotProductAttention_0",
         )(h, mask_bnn, context_bmd=context, dropout_keys=fold_in_all(dropout_keys, 0))
         x_bnd = x_bnd + dropout(h, self.dropout_rate, fold_in_all(dropout_keys, 1))
@@ -183,6 +191,7 @@ class Transformer(nn.Module):
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x_bnd, mask_bnn, dropout_keys=None, *, rows: tuple[int, int] | None = None):
@@ -201,6 +210,7 @@ class Transformer(nn.Module):
                 self.uniform_when_masked,
                 self.dtype,
                 self.attention,
+                self.qk_norm,
                 **place,
             )
 

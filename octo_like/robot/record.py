@@ -16,10 +16,16 @@ HOLD_LAST_FRAME_S = 1.0
 
 
 def join_views(views: Sequence[np.ndarray]) -> np.ndarray:
-    """Puts images (h, w, 3) uint8 of different sizes beside each other, aligned at the top, on black."""
+    """Puts images (h, w, 3) uint8 beside each other, smaller ones enlarged (nearest pixel) to the greatest height."""
     height = max(view.shape[0] for view in views)
-    padded = [np.pad(view, ((0, height - view.shape[0]), (0, 0), (0, 0))) for view in views]
-    return np.concatenate(padded, axis=1)
+    return np.concatenate([_enlarge(view, height) for view in views], axis=1)
+
+
+def _enlarge(view: np.ndarray, height: int) -> np.ndarray:
+    width = round(view.shape[1] * height / view.shape[0])
+    rows = np.arange(height) * view.shape[0] // height
+    columns = np.arange(width) * view.shape[1] // width
+    return view[rows[:, None], columns]
 
 
 def annotate(frame: np.ndarray, caption: str, success: bool | None, scale: int) -> Image.Image:

@@ -58,7 +58,7 @@ def test_round_trip(data, build, name, split):
     episodes = read(data, f"tabletop_{name}", split)
     assert len(episodes) == {"pusher": {"train": 3}, "arm3": {"train": 3, "val": 2}}[name][split]
     for metadata, steps in episodes:
-        first = build.tabletop_episodes.first_seed(name, split)
+        first = build.demonstrations.first_seed(name, split)
         assert first <= metadata["seed"] < first + 100 < EVALUATION_SEEDS
         observations, actions, info = replay(name, int(metadata["seed"]))
         assert metadata["success"] and metadata["task"].decode() == info["task"]
@@ -104,8 +104,8 @@ def test_an_interrupted_build_leaves_nothing(build, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(embodiment, seed)
 
-    original = build.tabletop_episodes.simulate
-    monkeypatch.setattr(build.tabletop_episodes, "simulate", simulate)
+    original = build.demonstrations.simulate
+    monkeypatch.setattr(build.demonstrations, "simulate", simulate)
     with pytest.raises(KeyboardInterrupt):
         build.build(tmp_path, [("tabletop_pusher", 5, 1)], workers=0)
     assert len(attempts) == 3 and not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -116,26 +116,26 @@ def test_an_interrupted_build_leaves_nothing(build, tmp_path, monkeypatch):
 
 
 def test_failed_episodes_are_left_out_and_counted(build, monkeypatch):
-    original = build.tabletop_episodes.simulate
+    original = build.demonstrations.simulate
     fails = {0, 2}
     monkeypatch.setattr(
-        build.tabletop_episodes, "simulate", lambda name, seed: None if seed in fails else original(name, seed)
+        build.demonstrations, "simulate", lambda name, seed: None if seed in fails else original(name, seed)
     )
-    simulator = build.tabletop_episodes.Simulator()
+    simulator = build.demonstrations.Simulator()
     episodes = list(simulator.episodes("pusher", "train", 3))
     assert [episode["episode_metadata"]["seed"] for episode in episodes] == [1, 3, 4]
     assert simulator.failed == {("pusher", "train"): 2}
 
 
 def test_an_expert_that_always_fails_is_an_error(build, monkeypatch):
-    monkeypatch.setattr(build.tabletop_episodes, "simulate", lambda name, seed: None)
+    monkeypatch.setattr(build.demonstrations, "simulate", lambda name, seed: None)
     with pytest.raises(RuntimeError, match="pusher expert fails"):
-        list(build.tabletop_episodes.Simulator().episodes("pusher", "train", 3))
+        list(build.demonstrations.Simulator().episodes("pusher", "train", 3))
 
 
 def test_the_number_of_workers_does_not_matter(build):
     def make(workers):
-        with build.tabletop_episodes.Simulator(workers) as simulator:
+        with build.demonstrations.Simulator(workers) as simulator:
             return list(simulator.episodes("gripper", "train", 10))
 
     for one, two in zip(make(0), make(2), strict=True):
@@ -147,7 +147,7 @@ def test_the_number_of_workers_does_not_matter(build):
 
 
 def test_seeds_of_splits_and_evaluation_are_disjoint(build):
-    episodes = build.tabletop_episodes
+    episodes = build.demonstrations
     firsts = [episodes.first_seed(name, split) for name in EMBODIMENTS for split in ("train", "val")]
     ranges = sorted((first, first + episodes.SEEDS_PER_DATASET) for first in firsts)
     assert all(end <= start for (_, end), (start, _) in zip(ranges[:-1], ranges[1:], strict=True))
@@ -188,8 +188,8 @@ def test_workers_need_no_tensorflow(repository):
     script = """
 import sys
 sys.modules.update({name: None for name in ("tensorflow", "tensorflow_datasets", "jax")})  # importing them fails
-import tabletop_episodes
-print(len(tabletop_episodes.simulate("arm3", 3)["steps"]))
+from octo_like.envs import demonstrations
+print(len(demonstrations.simulate("arm3", 3)["steps"]))
 """
     path = {"PYTHONPATH": f"{repository}:{repository / 'data' / 'tabletop'}"}
     result = subprocess.run([sys.executable, "-c", script], env=path, capture_output=True, text=True, timeout=120)

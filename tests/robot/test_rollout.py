@@ -215,10 +215,16 @@ def test_gif_shows_every_frame_with_a_border_for_the_outcome(tmp_path):
     assert Image.open(io.BytesIO(encode_gif(frames))).height == SIZE * 3 + 2 * BORDER
 
 
-def test_views_of_different_sizes_stand_side_by_side():
-    joined = join_views([np.full((4, 6, 3), 1, np.uint8), np.full((2, 3, 3), 2, np.uint8)])
-    assert joined.shape == (4, 9, 3)
-    assert (joined[:2, 6:] == 2).all() and (joined[2:, 6:] == 0).all() and (joined[:, :6] == 1).all()
+def test_views_of_different_sizes_stand_side_by_side_at_one_height():
+    large = np.full((4, 6, 3), 9, np.uint8)
+    small = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    joined = join_views([large, small])
+    assert joined.shape == (4, 12, 3) and joined.dtype == np.uint8
+    np.testing.assert_array_equal(joined[:, :6], large)
+    np.testing.assert_array_equal(joined[:, 6:], small.repeat(2, axis=0).repeat(2, axis=1))
+    odd = join_views([np.zeros((5, 5, 3), np.uint8), np.full((3, 2, 3), 7, np.uint8)])
+    assert odd.shape == (5, 8, 3) and (odd[:, 5:] == 7).all(), "nothing is padded"
+    np.testing.assert_array_equal(join_views([small]), small)
 
 
 def test_wilson_interval():

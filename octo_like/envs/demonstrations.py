@@ -1,7 +1,8 @@
 """Demonstrations of the tabletop experts, as plain dicts. No TensorFlow: worker processes import this module only.
 
-Seeds: dataset k (0 to 3, in the order of `EMBODIMENTS`) uses 1e7 k + i for training and 5e8 + 1e7 k + i
-for validation, i = 0, 1, 2... Evaluation uses seeds of 1e9 and above, so no evaluated scene was demonstrated.
+Seeds: dataset k (0 to 3, in the order of `EMBODIMENTS`) of data seed s uses 1e7 k + 1e5 s + i for training and
+5e8 + 1e7 k + 1e5 s + i for validation, i = 0, 1, 2... Evaluation uses seeds of 1e9 and above, so no evaluated scene was
+demonstrated. Scenes that ask for a pair of `language.HELD_OUT_PAIRS` are passed over.
 """
 
 import collections
@@ -10,31 +11,47 @@ import functools
 import io
 import itertools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from octo_like.envs import EMBODIMENTS, EVALUATION_SEEDS, TabletopEnv
+from octo_like.envs.embodiments import EMBODIMENTS
+from octo_like.envs.language import HELD_OUT_PAIRS
+from octo_like.envs.tabletop import EVALUATION_SEEDS, TabletopEnv
 
 IMAGE_SIZE, WRIST_SIZE = 64, 32
 JPEG_QUALITY = 95
-SEEDS_PER_DATASET = 10_000_000
+SEEDS_PER_DATASET, SEEDS_PER_RUN = 10_000_000, 100_000
 FIRST_SEED = {"train": 0, "val": 500_000_000}
 assert max(FIRST_SEED.values()) + len(EMBODIMENTS) * SEEDS_PER_DATASET <= EVALUATION_SEEDS
 
 EPISODES_PER_CALL = 8  # a worker's unit of work: small enough for an even load, large enough to hide the calls
 
 
-def first_seed(embodiment: str, split: str) -> int:
-    """Seed of the first episode of a split."""
-    return FIRST_SEED[split] + SEEDS_PER_DATASET * list(EMBODIMENTS).index(embodiment)
+def first_seed(embodiment: str, split: str, seed: int = 0) -> int:
+    """Environment seed of the first episode of a split. `seed`: of the data; others give other episodes.
+
+    Raises:
+      ValueError: a seed that has no range of its own.
+    """
+    most = SEEDS_PER_DATASET // SEEDS_PER_RUN
+    if not 0 <= seed < most:
+        raise ValueError(f"data seed {seed}; valid: 0 to {most - 1}")
+    return FIRST_SEED[split] + SEEDS_PER_DATASET * list(EMBODIMENTS).index(embodiment) + SEEDS_PER_RUN * seed
 
 
 @functools.cache
-def _environment(embodiment: str) -> TabletopEnv:
-    return TabletopEnv(embodiment, IMAGE_SIZE, WRIST_SIZE, bumps=True)
+def _environment(embodiment: str, render: bool = True) -> TabletopEnv:
+    return TabletopEnv(embodiment, IMAGE_SIZE, WRIST_SIZE, bumps=True, render_images=render)
+
+
+def is_held_out(embodiment: str, seed: int) -> bool:
+    """Whether the scene of an environment seed asks for a block and a plate that no demonstration puts together."""
+    env = _environment(embodiment, render=False)
+    env.reset(seed=seed)
+    return (env.goal.target, env.goal.plate) in HELD_OUT_PAIRS
 
 
 def _jpeg(image: np.ndarray) -> bytes:
@@ -44,21 +61,33 @@ def _jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def simulate(embodiment: str, seed: int) -> dict[str, Any] | None:
+def points(env: TabletopEnv) -> dict[str, np.ndarray]:
+    """Where the things named in the instruction are in the primary image: {name: (2,) float32}, column and row as
+    fractions of the image; NaN for a plate that is not named."""
+    places = {"target_point": env.world.block(env.goal.target).xy}
+    places["plate_point"] = env.world.plate(env.goal.plate).xy if env.goal.plate else (np.nan, np.nan)
+    return {name: np.array(env.project(*xy), np.float32) / env.image_size for name, xy in places.items()}
+
+
+def simulate(embodiment: str, seed: int, encode: Callable[[np.ndarray], Any] = _jpeg) -> dict[str, Any] | None:
     """One expert episode in RLDS form, or None when the expert failed.
 
     The last step holds the final observation, and the action with which the expert would go on from there.
+
+    Args:
+      encode: of each image, (h, w, 3) uint8 to what the step holds.
     """
     env = _environment(embodiment)
     observation, info = env.reset(seed=seed)
     expert = env.expert(np.random.default_rng([seed, 0xE4]))
     steps, done, reward = [], False, 0.0
     while True:
-        images = {"image": _jpeg(observation["image_primary"])}
+        images = {"image": encode(observation["image_primary"])}
         if "image_wrist" in observation:
-            images["wrist_image"] = _jpeg(observation["image_wrist"])
+            images["wrist_image"] = encode(observation["image_wrist"])
         if "proprio" in observation:
             images["state"] = observation["proprio"]
+        images |= points(env)
         action = expert.act()
         steps.append(
             {
@@ -81,18 +110,28 @@ def simulate(embodiment: str, seed: int) -> dict[str, Any] | None:
     return {"steps": steps, "episode_metadata": {"seed": seed, "task": info["task"], "success": True}}
 
 
-def _simulate_range(embodiment: str, start: int) -> list[tuple[int, dict[str, Any] | None]]:
-    return [(seed, simulate(embodiment, seed)) for seed in range(start, start + EPISODES_PER_CALL)]
+def as_it_is(image: np.ndarray) -> np.ndarray:
+    """For `simulate`: images as arrays."""
+    return image
+
+
+def _simulate_range(embodiment: str, start: int, encode: Callable) -> list[tuple[int, dict[str, Any] | None]]:
+    seeds = [seed for seed in range(start, start + EPISODES_PER_CALL) if not is_held_out(embodiment, seed)]
+    return [(seed, simulate(embodiment, seed, encode)) for seed in seeds]
 
 
 class Simulator:
     """Makes episodes in this process (workers=0) or in `workers` others; what it makes does not depend on how many.
 
     Use as a context manager. `failed` counts the expert episodes that were left out, by (embodiment, split).
+
+    Args:
+      seed: of the data, see `first_seed`.
+      encode: see `simulate`; importable, when there are workers.
     """
 
-    def __init__(self, workers: int = 0):
-        self.workers = workers
+    def __init__(self, workers: int = 0, seed: int = 0, encode: Callable[[np.ndarray], Any] = _jpeg):
+        self.workers, self.seed, self._encode = workers, seed, encode
         self.failed: collections.Counter[tuple[str, str]] = collections.Counter()
         self._pool = None
 
@@ -110,7 +149,7 @@ class Simulator:
     def episodes(self, embodiment: str, split: str, count: int) -> Iterator[dict[str, Any]]:
         """Yields `count` successful episodes in the order of their seeds."""
         made = 0
-        for seed, episode in self._attempts(embodiment, first_seed(embodiment, split), count):
+        for seed, episode in self._attempts(embodiment, first_seed(embodiment, split, self.seed), count):
             if made == count:
                 return
             if episode is None:
@@ -125,15 +164,14 @@ class Simulator:
         starts = itertools.count(start, EPISODES_PER_CALL)
         if self._pool is None:
             for first in starts:
-                for seed in range(first, first + EPISODES_PER_CALL):
-                    yield seed, simulate(embodiment, seed)
+                yield from _simulate_range(embodiment, first, self._encode)
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         asked = taken = 0
         try:
             while True:
                 # Ahead of the writer by a few calls, but not far beyond what is asked for.
                 while len(pending) < 4 * self.workers and (asked < count or not pending):
-                    pending.append(self._pool.submit(_simulate_range, embodiment, next(starts)))
+                    pending.append(self._pool.submit(_simulate_range, embodiment, next(starts), self._encode))
                     asked += EPISODES_PER_CALL
                 for item in pending.popleft().result():
                     yield item
@@ -141,3 +179,18 @@ class Simulator:
         finally:
             for future in pending:
                 future.cancel()
+
+
+def generate(name: str, split: str, count: int, *, seed: int, workers: int) -> Iterator[dict[str, Any]]:
+    """Episodes with their images as arrays, for `data.kind="memory"`.
+
+    Args:
+      name: of the dataset, "tabletop_<embodiment>".
+      split: "train" or "val".
+      seed, workers: see `Simulator`.
+    """
+    valid = [f"tabletop_{embodiment}" for embodiment in EMBODIMENTS]
+    if name not in valid:
+        raise ValueError(f"the built-in world makes no {name!r}; valid: {', '.join(valid)}")
+    with Simulator(workers, seed, as_it_is) as simulator:
+        yield from simulator.episodes(name.removeprefix("tabletop_"), split, count)
