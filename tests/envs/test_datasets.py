@@ -32,7 +32,7 @@ def data(build, tmp_path_factory):
 def read(root, name, split):
     import tensorflow_datasets as tfds
 
-    dataset = tfds.builder_from_directory(root / name / "1.0.0").as_dataset(split=split)
+    dataset = tfds.builder_from_directory(root / name / "1.1.0").as_dataset(split=split)
     episodes = []
     for episode in tfds.as_numpy(dataset):
         episodes.append((episode["episode_metadata"], list(episode["steps"])))
@@ -40,17 +40,26 @@ def read(root, name, split):
 
 
 def replay(name, seed):
-    """Observations (with the last), actions (with one more) and infos of the demonstration with this seed."""
+    """Observations, actions and places of the named things (each with the last), and the last info, of the
+    demonstration with this seed."""
     env = TabletopEnv(name, bumps=True)
     observation, info = env.reset(seed=seed)
     expert = env.expert(np.random.default_rng([seed, 0xE4]))
-    observations, actions, done = [observation], [expert.act()], False
+
+    def places():
+        world, goal = env.world, env.goal
+        target = np.array(env.project(*world.block(goal.target).xy)) / 64
+        plate = np.array(env.project(*world.plate(goal.plate).xy)) / 64 if goal.plate else np.full(2, np.nan)
+        return {"target": target.astype(np.float32), "plate": plate.astype(np.float32)}
+
+    observations, actions, points, done = [observation], [expert.act()], [places()], False
     while not done:
         observation, _, terminated, truncated, info = env.step(actions[-1])
         observations.append(observation)
         actions.append(expert.act())
+        points.append(places())
         done = terminated or truncated
-    return observations, actions, info
+    return observations, actions, points, info
 
 
 @pytest.mark.parametrize("name,split", [("pusher", "train"), ("arm3", "train"), ("arm3", "val")])
@@ -60,7 +69,7 @@ def test_round_trip(data, build, name, split):
     for metadata, steps in episodes:
         first = build.demonstrations.first_seed(name, split)
         assert first <= metadata["seed"] < first + 100 < EVALUATION_SEEDS
-        observations, actions, info = replay(name, int(metadata["seed"]))
+        observations, actions, points, info = replay(name, int(metadata["seed"]))
         assert metadata["success"] and metadata["task"].decode() == info["task"]
         np.testing.assert_array_equal([step["action"] for step in steps], actions)
         assert {step["language_instruction"].decode() for step in steps} == {info["instruction"]}
@@ -69,7 +78,10 @@ def test_round_trip(data, build, name, split):
             assert (step["is_first"], step["is_last"], step["is_terminal"]) == (t == 0, t == last, t == last)
             assert (step["reward"], step["discount"]) == ((1.0, 0.0) if t == last else (0.0, 1.0))
             seen = step["observation"]
-            assert set(seen) == ({"image", "wrist_image", "state"} if name == "arm3" else {"image"})
+            named = {"target_point", "plate_point"}
+            assert set(seen) == ({"image", "wrist_image", "state"} if name == "arm3" else {"image"}) | named
+            np.testing.assert_array_equal(seen["target_point"], points[t]["target"])
+            np.testing.assert_array_equal(seen["plate_point"], points[t]["plate"])
             error = np.abs(seen["image"].astype(int) - observations[t]["image_primary"])
             assert error.mean() < 4 and np.percentile(error, 99) < 24  # JPEG, quality 95
             if name == "arm3":
@@ -79,7 +91,7 @@ def test_round_trip(data, build, name, split):
 
 def test_nothing_but_datasets_is_left_in_the_folder(data):
     assert sorted(path.name for path in data.iterdir()) == ["tabletop_arm3", "tabletop_pusher"]
-    assert [path.name for path in (data / "tabletop_arm3").iterdir()] == ["1.0.0"]
+    assert [path.name for path in (data / "tabletop_arm3").iterdir()] == ["1.1.0"]
 
 
 def test_the_same_command_again_does_nothing(data, build, capsys):
@@ -90,19 +102,21 @@ def test_the_same_command_again_does_nothing(data, build, capsys):
 
 
 def test_other_numbers_are_refused(data, build):
-    with pytest.raises(ValueError, match=r"tabletop_arm3.*holds 3 \+ 2 episodes, but 4 \+ 1 .*--overwrite"):
+    with pytest.raises(ValueError, match=r"tabletop_arm3.*holds 3 \+ 2 episodes of seed 0, but 4 \+ 1 .*--overwrite"):
         build.build(data, [("tabletop_arm3", 4, 1)], workers=0)
+    with pytest.raises(ValueError, match=r"of seed 0, but 3 \+ 2 of seed 5 were asked for"):
+        build.build(data, [("tabletop_arm3", 3, 2)], workers=0, seed=5)
     assert len(read(data, "tabletop_arm3", "train")) == 3
 
 
 def test_an_interrupted_build_leaves_nothing(build, tmp_path, monkeypatch):
     attempts = []
 
-    def simulate(embodiment, seed):
+    def simulate(embodiment, seed, encode):
         attempts.append(seed)
         if len(attempts) == 3:
             raise KeyboardInterrupt
-        return original(embodiment, seed)
+        return original(embodiment, seed, encode)
 
     original = build.demonstrations.simulate
     monkeypatch.setattr(build.demonstrations, "simulate", simulate)
@@ -110,17 +124,15 @@ def test_an_interrupted_build_leaves_nothing(build, tmp_path, monkeypatch):
         build.build(tmp_path, [("tabletop_pusher", 5, 1)], workers=0)
     assert len(attempts) == 3 and not [path for path in tmp_path.rglob("*") if path.is_file()]
     # What a killed build left behind is cleared away by the next one.
-    (tmp_path / "tabletop_pusher" / "incomplete.KILLED_1.0.0").mkdir(parents=True)
+    (tmp_path / "tabletop_pusher" / "incomplete.KILLED_1.1.0").mkdir(parents=True)
     build.build(tmp_path, [("tabletop_pusher", 1, 1)], workers=0)
-    assert [path.name for path in (tmp_path / "tabletop_pusher").iterdir()] == ["1.0.0"]
+    assert [path.name for path in (tmp_path / "tabletop_pusher").iterdir()] == ["1.1.0"]
 
 
 def test_failed_episodes_are_left_out_and_counted(build, monkeypatch):
     original = build.demonstrations.simulate
     fails = {0, 2}
-    monkeypatch.setattr(
-        build.demonstrations, "simulate", lambda name, seed: None if seed in fails else original(name, seed)
-    )
+    monkeypatch.setattr(build.demonstrations, "simulate", lambda *args: None if args[1] in fails else original(*args))
     simulator = build.demonstrations.Simulator()
     episodes = list(simulator.episodes("pusher", "train", 3))
     assert [episode["episode_metadata"]["seed"] for episode in episodes] == [1, 3, 4]
@@ -128,7 +140,7 @@ def test_failed_episodes_are_left_out_and_counted(build, monkeypatch):
 
 
 def test_an_expert_that_always_fails_is_an_error(build, monkeypatch):
-    monkeypatch.setattr(build.demonstrations, "simulate", lambda name, seed: None)
+    monkeypatch.setattr(build.demonstrations, "simulate", lambda *args: None)
     with pytest.raises(RuntimeError, match="pusher expert fails"):
         list(build.demonstrations.Simulator().episodes("pusher", "train", 3))
 
@@ -144,6 +156,21 @@ def test_the_number_of_workers_does_not_matter(build):
         for a, b in zip(one["steps"], two["steps"], strict=True):
             np.testing.assert_array_equal(a["action"], b["action"])
             assert a["observation"]["image"] == b["observation"]["image"]
+
+
+def test_pairs_that_are_held_out_are_in_no_demonstration(build):
+    held_out = [seed for seed in range(200) if build.demonstrations.is_held_out("gripper", 10_000_000 + seed)]
+    assert 10 < len(held_out) < 50  # a fifth of the half that is pick and place
+    made = build.demonstrations._simulate_range("gripper", 10_000_000 + held_out[0], build.demonstrations.as_it_is)
+    assert held_out[0] + 10_000_000 not in dict(made)
+
+
+def test_another_data_seed_gives_other_episodes(build):
+    first = build.demonstrations.first_seed
+    assert first("arm", "train", 3) == first("arm", "train") + 3 * build.demonstrations.SEEDS_PER_RUN
+    assert first("arm", "train", 99) < first("arm3", "train") and first("arm", "val", 3) < EVALUATION_SEEDS
+    with pytest.raises(ValueError, match="data seed 100; valid: 0 to 99"):
+        first("arm", "train", 100)
 
 
 def test_seeds_of_splits_and_evaluation_are_disjoint(build):
