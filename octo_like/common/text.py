@@ -119,9 +119,15 @@ class TextTable:
         """Row numbers (N,) int32 of the texts, encoding those that are new."""
         new = [text for text in dict.fromkeys(texts) if text not in self._row_of]
         if new:
-            encoded = self._tokenizer.encode(new)
-            self._encoded = {key: np.concatenate([old, encoded[key]]) for key, old in self._encoded.items()}
-            self._row_of.update({text: len(self._row_of) + i for i, text in enumerate(new)})
+            first, encoded = len(self._row_of), self._tokenizer.encode(new)
+            for key, rows in encoded.items():
+                table = self._encoded[key]
+                if first + len(new) > len(table):  # twice as large each time: no text is copied again and again
+                    wider = np.zeros((2 * (first + len(new)), table.shape[1]), table.dtype)
+                    wider[:first] = table[:first]
+                    self._encoded[key] = table = wider
+                table[first : first + len(new)] = rows
+            self._row_of.update({text: first + i for i, text in enumerate(new)})
         return np.array([self._row_of[text] for text in texts], np.int32)
 
     def encoded(self, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -90,7 +90,7 @@ def plan_mixed(
         raise DataError(
             f"host_memory_gb={host_memory_gb:g} is too small: two episodes of each of {len(sizes)} datasets for "
             f"{lanes_here} lane(s) take {need / 2**30:.3g} GB, batches {batch_bytes / 2**30:.3g} GB; set "
-            f"host_memory_gb to at least {enough:g}, or use more processes or fewer lanes, or lower prefetch or the "
+            f"host_memory_gb to at least {enough:g}, or use more processes or fewer lanes, or lower the "
             "batch size"
         )
 

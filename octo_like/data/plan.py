@@ -25,7 +25,7 @@ class OrderPlan:
       num_lanes: as given; None: derived from the process count.
       mixed: episodes to mix as given; None: derived from host_memory_gb.
       max_visits: see `memory.plan_visits`.
-      batch_bytes: of all batches that exist at the same time in this process.
+      batch_bytes: of the batches that are planned to exist at the same time in this process.
     """
 
     datasets: Mapping[str, PreparedDataset]

@@ -238,6 +238,9 @@ class DatasetSpec:
             if not name:
                 raise DataError("a dataset needs a name")
             data["name"] = name
+        for field in ("proprio_keys", "bgr_slots"):
+            if isinstance(data.get(field), str):
+                raise DataError(f"{data['name']}: {field} is a list, got {data[field]!r}; write ({data[field]!r},)")
         data["image_keys"] = dict(data.get("image_keys") or {})
         data["depth_keys"] = dict(data.get("depth_keys") or {})
         data["point_keys"] = dict(data.get("point_keys") or {})

@@ -35,6 +35,8 @@ from octo_like.data.walk import Cache
 __all__ = ["Stream", "ValIterator", "default_lanes", "make_train_stream", "make_val_iterators"]
 
 DATA_VERSION = 3
+# Batches that are counted when memory is planned, whatever `prefetch` is: a knob of the host must not choose the order.
+PLANNED_BATCHES = 4
 AHEAD = 8  # batches whose episodes are read ahead, as far as memory allows
 
 
@@ -76,7 +78,8 @@ class Stream:
         self._order_lock = threading.Lock()  # the order keeps caches, and two batches are made at a time
         self._use_order(plan.make())
         sources = [(prepared, prepared.train) for prepared in datasets.values()]
-        self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases, plan.batch_bytes)
+        self._batch_bytes = plan.batch_bytes / PLANNED_BATCHES * (host.prefetch + 2)  # of those that exist at a time
+        self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases, self._batch_bytes)
         self._live = {
             d: LiveSource(
                 prepared,
@@ -119,7 +122,7 @@ class Stream:
         if order.spec() == self.order.spec():
             return
         count = self._process[1]
-        need = self._plan.stored_bytes(order) + self._plan.batch_bytes
+        need = self._plan.stored_bytes(order) + self._batch_bytes
         room = self._host.memory_gb * memory.STORED * 2**30
         if derived and need > room:
             most = order.num_lanes
@@ -135,7 +138,7 @@ class Stream:
     def memory_line(self) -> str:
         """What this process is going to take, in words. Raises DataError when the machine has less."""
         need, limit = self._plan.stored_bytes(self.order), self._reader.store.max_bytes
-        line = memory.check_fits(min(need, limit), self._plan.batch_bytes)
+        line = memory.check_fits(min(need, limit), self._batch_bytes)
         most = max(data.visits for data in self.order.datasets)
         if need > limit:
             line += f". {need / 2**30:.3g} GB do not fit into host_memory_gb: episodes will be read again and again"
@@ -374,7 +377,7 @@ def make_train_stream(
         process_count=process_count,
         host_memory_gb=host_memory_gb,
         slots=len(batch_spec.image_sizes),
-        batch_bytes=(prefetch + 2) * batch_bytes(batch_spec, -(-batch_size // process_count)),
+        batch_bytes=PLANNED_BATCHES * batch_bytes(batch_spec, -(-batch_size // process_count)),
     )
     order_spec = {
         "data_version": DATA_VERSION,

@@ -101,6 +101,7 @@ def make_train_step(
         update_norm = global_norm(updates)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss) & jnp.isfinite(update_norm)
         t = state.step.astype(jnp.float32)
+        updates_before = t - state.skipped.astype(jnp.float32)  # what the optimizer counts
         decay = jnp.minimum(config.ema_decay, (1 + t) / (10 + t))
         trained = jax.tree.map(_add, state.trained, updates)
         ema = jax.tree.map(functools.partial(_average, decay), state.ema, trained)
@@ -119,7 +120,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "param_norm": global_norm(state.trained),
-            "learning_rate": schedule(t),
+            "learning_rate": schedule(updates_before),
             "finite": finite,
             "skipped": state.skipped,
             "samples": {**by_sample, "dataset_id": batch["dataset_id"], "sample_id": batch["sample_id"]},

@@ -94,6 +94,20 @@ def load_script(repository):
     return module
 
 
+def test_a_table_of_many_texts_copies_each_a_few_times_at_most(tokenizer):
+    table = TextTable(tokenizer)
+    texts = [f"push block {number}" for number in range(300)]
+    sizes = {id(table._encoded["input_ids"])}
+    rows = []
+    for text in texts:
+        rows.append(int(table.rows([text])[0]))
+        sizes.add(id(table._encoded["input_ids"]))
+    assert len(table) == 301 and len(sizes) < 15
+    want = tokenizer.encode(["", *texts])
+    for key, value in table.encoded(np.array([0, *rows])).items():
+        np.testing.assert_array_equal(value, want[key])
+
+
 def test_the_asset_is_what_the_script_makes(repository):
     script = load_script(repository)
     texts = all_instructions()

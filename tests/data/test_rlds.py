@@ -429,6 +429,12 @@ def test_bridge_statistics_match_the_reference(shared, tmp_path):
     assert set(prepared.instructions) and "" not in prepared.instructions
 
 
+@pytest.mark.parametrize("field", ["proprio_keys", "bgr_slots"])
+def test_a_list_that_is_given_as_one_word_is_not_taken_for_its_letters(field):
+    with pytest.raises(DataError, match=rf"arm: {field} is a list, got 'state'; write \('state',\)"):
+        DatasetSpec.from_dict({"name": "arm", field: "state"})
+
+
 def test_bridge_trajectories_match_the_reference(shared, tmp_path):
     golden = np.load(shared / "golden" / "pipeline.npz")
     spec = DatasetSpec.from_dict(dict(standardize="bridge_dataset", val_fraction=0), "bridge_dataset")

@@ -44,8 +44,8 @@ def batch():
     return sharding.put_batch(batch, sharding.make_mesh(devices=jax.devices()[:1]))
 
 
-def make(model, params, frozen=frozenset(), **config):
-    schedule = make_schedule("constant", peak=1e-3, warmup_steps=0)
+def make(model, params, frozen=frozenset(), warmup_steps=0, **config):
+    schedule = make_schedule("constant", peak=1e-3, warmup_steps=warmup_steps)
     tx = make_optimizer(schedule)
     step = jax.jit(make_train_step(model, tx, schedule, StepConfig(**config)))
     return create_state(params, tx, frozen), step
@@ -77,14 +77,18 @@ def test_a_step_is_a_function_of_ids_and_step(model):
 
 def test_non_finite_gradients_change_nothing_but_counters(model):
     model, params = model
-    state, step = make(model, params)
+    state, step = make(model, params, warmup_steps=10)
     bad = batch()
     bad["action"] = bad["action"].at[0, 0, 0, 0].set(jnp.nan)
     after, metrics = step(state, bad)
     assert not np.isfinite(metrics["loss"]) and after.skipped == 1 and after.step == 1
     for name in ("trained", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(after, name))
-    assert step(after, batch())[0].skipped == 1
+    again, metrics = step(after, batch())
+    assert again.skipped == 1
+    # The optimizer has not counted the step that was skipped, and the rate that is logged is the one it uses.
+    assert metrics["learning_rate"] == step(state, batch())[1]["learning_rate"]
+    assert step(again, batch())[1]["learning_rate"] != metrics["learning_rate"]
 
 
 def test_a_broken_optimizer_state_changes_no_parameter(model):
