@@ -87,8 +87,6 @@ def _tabletop(config) -> None:
         )
     )
     config.surgery.heads = dict(action=tabletop.head(4))
-    # Its four numbers mean other things: from resized kernels it learned less (docs/experiments.md).
-    config.reinitialize = (r"heads_action/diffusion_model/reverse_network/",)
     config.num_steps = 400
     config.batch_size = 64
     config.image_sizes = dict(primary=(64, 64), wrist=(32, 32))

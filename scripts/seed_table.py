@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--per_task", type=int, default=50, help="episodes of each task of each robot")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each gets its share of the cores")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the config, for all trainings"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes to all configs"
     )
     parser.add_argument("--judge", metavar="EXPORT", help="only let this policy act; writes the file --out")
     args = parser.parse_args()

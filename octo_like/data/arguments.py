@@ -25,7 +25,8 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--set",
-        nargs="*",
+        nargs="+",
+        action="extend",  # given twice, both count
         default=[],
         metavar="FIELD=VALUE",
         help='fields of their spec, values in JSON or plain: image_keys=\'{"primary": "image"}\' action_key=action',

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from octo_like.model.attention import BlockMask, GroupLayout, StaticRule, block_mask
-from octo_like.model.tokens import TokenGroup, masked_mean
+from octo_like.model.tokens import TokenGroup, masked_mean, valid_mask
 from octo_like.model.transformer import Transformer
 
 
@@ -144,6 +144,8 @@ class OctoTransformer(nn.Module):
         b, window = step_mask.shape
         if window > self.max_window:
             raise ValueError(f"window of {window} observations, but this model was built for at most {self.max_window}")
+        if not self.compat:
+            observation, task = without_padding(observation, task)
 
         task_groups = {}
         for name, tokenizer in self.task_tokenizers.items():
@@ -200,6 +202,26 @@ class OctoTransformer(nn.Module):
 
     def _position(self, name: str, shape: tuple[int, ...]) -> jax.Array:
         return self.param(name, nn.initializers.normal(self.position_scale), shape).astype(self.dtype)
+
+
+def without_padding(observation: Mapping, task: Mapping) -> tuple[dict, dict]:
+    """(observation, task) with zeros where the batch says that nothing is: padded timesteps, missing sensors, a missing
+    instruction. What stands there is never attended to, but zero times NaN is NaN in a gradient."""
+    step_mask = jnp.asarray(observation["timestep_pad_mask"], bool)
+
+    def kept(value, valid):
+        return jnp.where(valid.reshape(*valid.shape, *[1] * (value.ndim - valid.ndim)), value, 0)
+
+    observation, task = dict(observation), dict(task)
+    for key, value in observation.items():
+        # Images are bytes: there is no NaN among them.
+        if not isinstance(value, Mapping) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            observation[key] = kept(value, step_mask & valid_mask(observation, key, step_mask.shape))
+    if "language_instruction" in task:
+        said = valid_mask(task, "language_instruction", step_mask.shape[:1])
+        whole = task["language_instruction"]
+        task["language_instruction"] = jax.tree.map(lambda leaf: kept(jnp.asarray(leaf), said), whole)
+    return observation, task
 
 
 def count_tokens(groups: Mapping[str, TokenGroup]) -> dict[str, int]:

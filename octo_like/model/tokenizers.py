@@ -15,7 +15,7 @@ import numpy as np
 
 from octo_like.model.stems import normalize_depth, normalize_images
 from octo_like.model.t5 import T5Config, T5Encoder
-from octo_like.model.tokens import TokenGroup, masked_mean
+from octo_like.model.tokens import TokenGroup, masked_mean, valid_mask
 from octo_like.model.transformer import MapPooling, Mlp, Transformer
 
 NGRAM = 3  # neighbouring words that `pool="ngrams"` reads together
@@ -25,12 +25,6 @@ def match_keys(tree: Mapping[str, Any], patterns: tuple[str, ...], *, prefix: bo
     """Sorted keys of `tree` that match any regex; `prefix` anchors at the start only (as upstream)."""
     match = re.match if prefix else re.fullmatch
     return sorted(key for key in tree if any(match(pattern, key) for pattern in patterns))
-
-
-def valid_mask(tree: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> jax.Array:
-    """pad_mask_dict[key], or all True where the tree does not say."""
-    mask = tree.get("pad_mask_dict", {}).get(key)
-    return jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
 
 
 class TokenLearner(nn.Module):

@@ -1,6 +1,7 @@
 """Token groups: the currency of the model. A group is a named run of tokens that share one attention rule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -33,3 +34,9 @@ def masked_mean(group: TokenGroup) -> jax.Array:
     # Padded tokens are selected away, not multiplied: nothing of them may leak, not even an infinity.
     total = jnp.sum(jnp.where(group.mask[..., None], group.tokens, 0), axis=-2)
     return total / jnp.maximum(jnp.sum(weight, axis=-2), 1)
+
+
+def valid_mask(tree: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> jax.Array:
+    """pad_mask_dict[key], or all True where the tree does not say."""
+    mask = tree.get("pad_mask_dict", {}).get(key)
+    return jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)

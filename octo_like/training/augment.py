@@ -8,11 +8,14 @@ Order: shift, crop, brightness, contrast, saturation, hue, flips. Each colour op
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+POINTS_SLOT = "primary"  # the camera in whose picture the batch's points are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +137,30 @@ class _Draws:
         if self.config.shift is None:
             return x
 
-        def positions(operation, size):
-            furthest = round(self.config.shift * size)
-            moved = jax.random.randint(jax.random.fold_in(self.key, operation), (), -furthest, furthest + 1)
-            return jnp.clip(jnp.arange(size) + moved, 0, size - 1)
+        down, right = self.moved(x.shape[1:3])
+        rows = jnp.clip(jnp.arange(x.shape[1]) + down, 0, x.shape[1] - 1)
+        columns = jnp.clip(jnp.arange(x.shape[2]) + right, 0, x.shape[2] - 1)
+        return x[:, rows][:, :, columns]
 
-        return x[:, positions(10, x.shape[1])][:, :, positions(11, x.shape[2])]
+    def moved(self, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        """(rows, columns) by which the window on a picture of `size` moves."""
+
+        def draw(operation, side):
+            furthest = round(self.config.shift * side)
+            return jax.random.randint(jax.random.fold_in(self.key, operation), (), -furthest, furthest + 1)
+
+        return draw(10, size[0]), draw(11, size[1])
 
     def flipped(self, x: jax.Array) -> jax.Array:
         """(n, h, w, c), flipped as drawn."""
-        for operation, probability, axis in ((8, self.config.flip_left_right, 2), (9, self.config.flip_up_down, 1)):
-            if probability is not None:
-                x = jnp.where(self.uniform(operation, 0.0, 1.0) < probability, jnp.flip(x, axis), x)
+        for axis, flips in self.flips():
+            x = jnp.where(flips, jnp.flip(x, axis), x)
         return x
+
+    def flips(self) -> list[tuple[int, jax.Array]]:
+        """(axis of (n, h, w, c), whether it is flipped) of the flips that the config has."""
+        both = ((8, self.config.flip_left_right, 2), (9, self.config.flip_up_down, 1))
+        return [(axis, self.uniform(i, 0.0, 1.0) < chance) for i, chance, axis in both if chance is not None]
 
 
 def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
@@ -181,10 +195,32 @@ def augment_depth(depth: jax.Array, key: jax.Array, config: Augmentation) -> jax
     return draws.flipped(depth)
 
 
+def augment_points(
+    points: jax.Array, known: jax.Array, key: jax.Array, config: Augmentation, size: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Points (..., 2), columns and rows as fractions of a picture of `size`, and whether they are known (...): moved as
+    its pixels are. A point that leaves the picture is not known any more."""
+    draws = _Draws(key, config)
+    points, sides = jnp.asarray(points), jnp.array([size[1], size[0]], jnp.float32)
+    if config.shift is not None:
+        down, right = draws.moved(size)
+        points = points - jnp.stack([right, down]) / sides
+    if config.crop_scale is not None:
+        top, left, bottom, right = draws.box()
+        low, high = jnp.stack([left, top]), jnp.stack([right, bottom])
+        # Of indices of pixels, whose first and last are at 0 and 1 of the box (`crop_resize`).
+        points = ((points * sides - 0.5 - low * (sides - 1)) / (high - low) + 0.5) / sides
+    for axis, flips in draws.flips():
+        coordinate = 0 if axis == 2 else 1
+        points = jnp.where(flips, points.at[..., coordinate].set(1 - points[..., coordinate]), points)
+    return points, known & ((points >= 0) & (points <= 1)).all(-1)
+
+
 def augment_batch(
     batch: Mapping[str, Any], augmentation: Mapping[str, Augmentation], keys_b: jax.Array
 ) -> dict[str, Any]:
-    """Augments every camera that has an `Augmentation`; cameras are numbered in sorted order.
+    """Augments every camera that has an `Augmentation`; cameras are numbered in sorted order. Depth and the places of
+    named things move with the pictures.
 
     Raises:
       ValueError: an augmentation for a camera the batch does not have.
@@ -209,4 +245,8 @@ def augment_batch(
         if f"depth_{slot}" in observation:
             depth = observation[f"depth_{slot}"]
             observation[f"depth_{slot}"] = jax.vmap(lambda maps, k, c=config: augment_depth(maps, k, c))(depth, keys)
+        if "points" in batch and slot == POINTS_SLOT:
+            move = functools.partial(augment_points, config=config, size=frames.shape[2:4])
+            points, known = jax.vmap(move)(batch["points"], batch["points_pad_mask"], keys)
+            batch = {**batch, "points": points, "points_pad_mask": known}
     return {**batch, "observation": observation, "task": task}

@@ -14,6 +14,7 @@ from octo_like.training.augment import (
     augment_batch,
     augment_depth,
     augment_images,
+    augment_points,
     crop_nearest,
     crop_resize,
     hsv_to_rgb,
@@ -191,3 +192,48 @@ def test_depth_only_takes_values_it_had():
 def test_ranges_are_checked(wrong):
     with pytest.raises(ValueError, match=f"augmentation: {next(iter(wrong))} must"):
         Augmentation(**wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(shift=0.2),
+        dict(crop_scale=(0.4, 0.9), crop_ratio=(0.8, 1.25)),
+        dict(flip_left_right=0.5, flip_up_down=0.5),
+        dict(shift=0.1, crop_scale=(0.5, 0.8), flip_left_right=0.5),
+    ],
+)
+def test_points_move_with_the_pixels(options):
+    """A bright spot in a dark picture is where the point is, as long as it is in the picture."""
+    config, height, width, seen = Augmentation(**options), 40, 60, 0
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        row, column = int(rng.integers(2, height - 2)), int(rng.integers(2, width - 2))
+        image = np.zeros((1, height, width, 3), np.uint8)
+        image[0, row - 1 : row + 2, column - 1 : column + 2] = 255
+        point = np.array([[(column + 0.5) / width, (row + 0.5) / height]], np.float32)
+        key = jax.random.key(number)
+        moved, known = augment_points(point, np.array([True]), key, config, (height, width))
+        after = np.asarray(augment_images(image, key, config))[0, ..., 0].astype(np.float64)
+        x, y = float(moved[0, 0]) * width - 0.5, float(moved[0, 1]) * height - 0.5
+        if 3 < x < width - 4 and 3 < y < height - 4:
+            assert known[0]
+            rows, columns = np.nonzero(after > 0)
+            weight = after[rows, columns]
+            centre = (columns * weight).sum() / weight.sum(), (rows * weight).sum() / weight.sum()
+            np.testing.assert_allclose(centre, (x, y), atol=0.25)
+            seen += 1
+        elif not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+            assert not known[0]
+    assert seen > 15
+
+
+def test_points_of_a_batch_move_with_the_primary_camera():
+    spec = BatchSpec(2, 1, 2, {"primary": (16, 16), "wrist": (16, 16)}, points=("cup",))
+    batch = synthetic_batch(spec, 3)
+    batch["points"] = np.full((3, 2, 1, 2), 0.3, np.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    flips = {"primary": Augmentation(flip_left_right=1.0)}
+    np.testing.assert_allclose(augment_batch(batch, flips, keys)["points"][..., 0], 0.7, atol=1e-6)
+    other = augment_batch(batch, {"wrist": flips["primary"]}, keys)
+    np.testing.assert_array_equal(other["points"], batch["points"])
