@@ -1,5 +1,7 @@
 """The auxiliary loss of named things, and what came with it: ordered instructions, early FiLM, norms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,9 +57,18 @@ def config(**changes):
     )
 
 
+@functools.cache
+def as_configured():
+    model = build_model(config(), vocab_size=100)
+    return model, init_params(model, spec(), jax.random.key(0))
+
+
 def made(**changes):
-    model = build_model(config(**changes), vocab_size=100)
-    params = init_params(model, spec(), jax.random.key(0))
+    if changes:
+        model = build_model(config(**changes), vocab_size=100)
+        params = init_params(model, spec(), jax.random.key(0))
+    else:
+        model, params = as_configured()
     batch = synthetic_batch(spec(), 4, seed=1)
     rng = np.random.default_rng(0)
     batch["points"] = rng.uniform(0, 1, (4, 2, 2, 2)).astype(np.float32)
@@ -67,8 +78,12 @@ def made(**changes):
 
 
 def terms_of(model, params, batch):
-    keys = jax.random.split(jax.random.key(1), len(batch["sample_id"]))
-    return model.apply({"params": params}, batch, keys, False, method="loss_terms", mutable=["by_sample"])[0]
+    @jax.jit
+    def terms(params, batch):
+        keys = jax.random.split(jax.random.key(1), len(batch["sample_id"]))
+        return model.apply({"params": params}, batch, keys, False, method="loss_terms", mutable=["by_sample"])[0]
+
+    return terms(params, batch)
 
 
 def test_loss_is_the_masked_squared_error_of_the_readout_s_linear_map():
@@ -103,11 +118,13 @@ def test_its_weight_is_that_of_the_total():
 def test_what_is_not_labelled_does_not_matter_not_even_nan():
     model, params, batch = made()
 
-    def gradient(batch):
-        def loss(params):
-            return total_loss(model, terms_of(model, params, batch), model.apply({}, batch, method="counts"))
+    @jax.jit
+    @jax.grad
+    def slope(params, batch):
+        return total_loss(model, terms_of(model, params, batch), model.apply({}, batch, method="counts"))
 
-        return jax.grad(loss)(params)
+    def gradient(batch):
+        return slope(params, batch)
 
     spoilt = {**batch, "points": np.where(batch["points_pad_mask"][..., None], batch["points"], np.nan)}
     jax.tree.map(np.testing.assert_array_equal, gradient(batch), gradient(spoilt))
@@ -125,7 +142,7 @@ def test_without_labels_nothing_is_learned_from_it(how):
         terms = terms_of(model, params, batch)
         return terms["points"]["loss"], terms
 
-    (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, terms), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert value == 0 and terms["points"]["count"] == 0 and np.isfinite(terms["action"]["loss"])
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
 
@@ -195,6 +212,7 @@ def test_early_film_begins_as_no_film_and_the_instruction_reaches_every_convolut
     without = build_model(plain, vocab_size=100)
     groups = lambda m: m.apply({"params": params}, batch["observation"], batch["task"], method="groups")  # noqa: E731
     np.testing.assert_array_equal(groups(model)["obs_primary"].tokens, groups(without)["obs_primary"].tokens)
+    params = jax.tree.map(jnp.copy, params)
     early = params["octo_transformer"]["observation_tokenizers_primary"]["SmallStem8_0"]["EarlyFilm_0"]["Dense_0"]
     early["kernel"] = early["kernel"] + 0.3
     assert np.abs(groups(model)["obs_primary"].tokens - groups(without)["obs_primary"].tokens).max() > 1e-3
