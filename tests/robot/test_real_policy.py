@@ -34,7 +34,8 @@ def test_rollouts_do_not_depend_on_the_order_of_episodes(policy):
     assert [e.seed for e in episodes] == SEEDS
     assert all(e.flags["nearest_is_wrong"] and e.actions.shape == (e.steps, ROBOT.action_dim) for e in episodes)
     assert {e.task for e in episodes} <= set(ROBOT.tasks)
-    assert episodes[0].frames[0].shape == (48, 48 + 16, 3), "both cameras are recorded, though the policy reads one"
+    # Both cameras are recorded, though the policy reads one; the smaller one is enlarged to the height of the other.
+    assert episodes[0].frames[0].shape == (48, 48 + 48, 3)
     again = {e.seed: e for e in evaluate(policy, make_env, SEEDS[::-1], **arguments)}
     for e in episodes:
         np.testing.assert_allclose(again[e.seed].actions[:2], e.actions[:2], rtol=1e-4, atol=1e-5)
