@@ -26,6 +26,7 @@ from octo_like.model.describe import model_card, pretty_spec
 from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.octo_release import is_release, load_release, name_statistics, release_files, release_spec
 from octo_like.model.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
+from octo_like.model.tokenizers import match_keys
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +229,9 @@ class Policy:
     def prepare_observations(self, observations: Mapping[str, Any], unnormalize: str | None = None) -> dict[str, Any]:
         """Checks observations, normalises proprio, and fills in what is missing (marked so, and logged once).
 
+        No mask reaches the tokens of a released Octo's low-dimensional sensors: one that is missing stays out of the
+        observation, and its tokens out of the sequence, as in Octo.
+
         Args:
           observations: (B, W, ...) arrays: image_{slot} uint8, proprio (physical units when `unnormalize` names
             statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any up to the model's.
@@ -243,11 +247,17 @@ class Policy:
         out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
             observations.update(self._proprio(observations, unnormalize))
-        for key in known["pad_mask_dict"]:
+        for key in list(known["pad_mask_dict"]):
             leaf = known[key]
             if key in observations:
                 out[key] = observations[key]
                 out["pad_mask_dict"][key] = pads.get(key, np.ones((b, w), bool))
+            elif self._is_left_out(key, observations):
+                if key not in self._warned:
+                    log.warning("observation/%s is missing: its tokens are left out", key)
+                    self._warned.add(key)
+                known = {name: leaf for name, leaf in known.items() if name not in (key, f"{key}_pad_mask")}
+                known["pad_mask_dict"] = {name: leaf for name, leaf in known["pad_mask_dict"].items() if name != key}
             else:
                 if key not in self._warned:
                     log.warning("observation/%s is missing: it is marked as such and masked out", key)
@@ -263,6 +273,19 @@ class Policy:
         expected = {key: _with_window(leaf, w) for key, leaf in known.items()}
         check_tree(out, expected, where="observation")
         return out
+
+    def _is_left_out(self, key: str, observations: Mapping[str, Any]) -> bool:
+        """Whether a sensor that is missing is one of a released Octo whose tokens must not be there at all. (Where a
+        tokenizer reads several sensors and has some of them, its tokens have to stay: zeros stand for the others.)"""
+        model = self.config["model"]
+        if not model.get("octo_compat"):
+            return False
+        sensors = list(self.batch_spec.observation()["pad_mask_dict"])
+        for part in model["observation_tokenizers"].values():
+            read = match_keys(dict.fromkeys(sensors), tuple(part["obs_keys"]), prefix=True)
+            if key in read and (part["kind"] != "lowdim" or any(other in observations for other in read)):
+                return False
+        return True
 
     def _proprio(self, observations, unnormalize) -> dict[str, Any]:
         proprio = jnp.asarray(observations["proprio"], jnp.float32)

@@ -241,6 +241,30 @@ def test_sensors_that_the_schema_does_not_name_are_part_of_the_policy(params, tm
         )
 
 
+def test_a_sensor_that_is_missing_leaves_the_sequence_as_in_octo(params, tmp_path, caplog):
+    """Its tokens know no mask in a release: zeros in its place would be read as a measurement."""
+    policy = Policy.load_pretrained(write(tmp_path / "release", MODEL, params))
+    batch = example_batch(B)
+    task = policy.create_tasks(
+        embeddings=batch["task"]["language_instruction"], goals={"image_wrist": batch["task"]["image_wrist"]}
+    )
+    without = {key: value for key, value in batch["observation"].items() if key != "touch"}
+    prepared = policy.prepare_observations(without)
+    assert "touch" not in prepared and "touch" not in prepared["pad_mask_dict"]
+    assert "observation/touch is missing: its tokens are left out" in caplog.text
+    groups = policy.model.apply({"params": policy.params}, prepared, task, method="groups")
+    assert "obs_touch" not in groups and "obs_joints" in groups
+    zeros = without | {"touch": np.zeros_like(batch["observation"]["touch"])}
+    key = jax.random.key(0)
+    one, other = (policy.sample_actions(o, task, rng=key, head="mean") for o in (without, zeros))
+    assert np.abs(one - other).max() > 1e-4
+    direct = policy.model.apply({"params": policy.params}, method=lambda model: model.heads["mean"].predict(groups))
+    np.testing.assert_allclose(one, direct[:, -1], **TOLERANCE)
+    # The tokenizer that also reads the proprioception keeps its tokens when only the torque is missing.
+    some = policy.prepare_observations({key: value for key, value in without.items() if key != "torque"})
+    assert (some["torque"] == 0).all() and not some["pad_mask_dict"]["torque"].any()
+
+
 def test_parameters_that_do_not_fit_are_listed(params, tmp_path):
     flat = dict(flatten(params))
     flat["heads_mean/mean_proj/kernel"] = np.zeros((5, 3), np.float32)
