@@ -4,7 +4,7 @@
     python scripts/seed_table.py --config configs/tabletop_octo.py --seeds 0 1 2 --isa native
 
 A run has its own demonstrations, initialisation and order, all from its seed; what is judged is its final export. Runs
-that are finished are not repeated, and one that was interrupted continues. OUT/table.jsonl has a line for each run.
+that are finished are not repeated, and one that was interrupted continues. OUT/table.jsonl has a line for each of them.
 `--isa AVX2` lets XLA use no newer instructions than that, as if the processor had none. TensorFlow is not needed.
 """
 
@@ -46,17 +46,36 @@ def environment(run: Run) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags.strip(), "PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
+def cores_here() -> list[int]:
+    """Numbers of the cores that this process may use; none where the system does not let one choose (macOS)."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What a line of the table depends on besides its run."""
+    data = {"data_dir": args.data_dir} if args.data_dir else {"episodes": args.episodes}
+    return {**data, "per_task": args.per_task, "set": args.set}
+
+
 def execute(run: Run, folder: Path, cores: set[int], args: argparse.Namespace) -> dict:
-    """Trains and judges, in processes of their own on `cores`. Returns the line of the table."""
-    workdir, result = folder / run.name, folder / run.name / "result.json"
+    """Trains and judges, in processes of their own on `cores`. Returns the line of the table.
+
+    Raises:
+      RuntimeError: a process failed, or the run is there with other settings.
+    """
+    workdir, result, begun_with = (folder / run.name / part for part in ("", "result.json", "settings.json"))
+    if begun_with.exists() and (before := json.loads(begun_with.read_text())) != settings(args):
+        raise RuntimeError(f"{run.name}: {workdir} was begun with {before}, not {settings(args)}; use another --out")
     if result.exists():
         return json.loads(result.read_text())
     workdir.mkdir(parents=True, exist_ok=True)
+    begun_with.write_text(json.dumps(settings(args)))
+    print(f"{run.name}: training; progress in {workdir / 'log.txt'}", flush=True)
     train = ["train.py", "--config", run.config, "--workdir", str(workdir), f"--config.seed={run.seed}"]
     if args.data_dir:
         train += [f"--config.data.data_dir={args.data_dir}"]
     else:
-        workers = f"--config.data.workers={len(cores)}"
+        workers = f"--config.data.workers={max(1, len(cores))}"
         train += ["--config.data.kind=memory", f"--config.data.episodes={args.episodes}", workers]
     train += [f"--config.{change}" for change in args.set]
     judge = [str(Path(__file__).resolve()), "--judge", str(workdir / "export"), "--per_task", str(args.per_task)]
@@ -66,7 +85,8 @@ def execute(run: Run, folder: Path, cores: set[int], args: argparse.Namespace) -
             started = subprocess.Popen(
                 [sys.executable, *command], cwd=ROOT, env=environment(run), stdout=log, stderr=subprocess.STDOUT
             )
-            os.sched_setaffinity(started.pid, cores)
+            if cores:
+                os.sched_setaffinity(started.pid, cores)
             if status := started.wait():
                 raise RuntimeError(f"{run.name}: {command[0]} ended with status {status}; see {workdir / 'log.txt'}")
     logged = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -78,7 +98,7 @@ def execute(run: Run, folder: Path, cores: set[int], args: argparse.Namespace) -
         "loss": round(last["train/action/loss"], 3),
         "seconds": round(time.monotonic() - begun),
         "processor": processor(),
-        "cores": len(cores),
+        "cores": len(cores) or os.cpu_count(),
     }
     result.write_text(json.dumps(line))
     return line
@@ -154,16 +174,18 @@ def main() -> int:
     parser.add_argument("--judge", metavar="EXPORT", help="only let this policy act; writes the file --out")
     args = parser.parse_args()
     if args.judge:
+        if args.out.is_dir() or not args.out.parent.is_dir():
+            parser.error(f"--judge writes a file: --out {args.out} is none")
         args.out.write_text(json.dumps(judge(args.judge, args.per_task)))
         return 0
     runs = [Run(args.config, seed, isa) for isa in args.isa for seed in args.seeds]
-    mine = sorted(os.sched_getaffinity(0))
+    mine = cores_here()
     share = max(1, len(mine) // args.parallel)
     free: queue.SimpleQueue = queue.SimpleQueue()
     for i in range(args.parallel):
         free.put(set(mine[i * share : (i + 1) * share]) or set(mine))
     args.out.mkdir(parents=True, exist_ok=True)
-    lines, failed = [], 0
+    failed = 0
 
     def work(run: Run) -> dict:
         cores = free.get()
@@ -176,13 +198,13 @@ def main() -> int:
         futures = {pool.submit(work, run): run for run in runs}
         for future in concurrent.futures.as_completed(futures):
             try:
-                lines.append(future.result())
+                print(json.dumps(future.result()), flush=True)
             except RuntimeError as error:
                 print(error, file=sys.stderr, flush=True)
                 failed += 1
-                continue
-            print(json.dumps(lines[-1]), flush=True)
-            (args.out / "table.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # All that were ever finished here, also with other seeds, configs and instructions.
+    lines = [json.loads(path.read_text()) for path in sorted(args.out.glob("*/result.json"))]
+    (args.out / "table.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print_table(lines)
     return 1 if failed else 0
 

@@ -91,6 +91,21 @@ class BatchSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    def to_json(self) -> Tree:
+        """Plain lists and numbers; "points" only where there are any, as most runs have none."""
+        fields = dataclasses.asdict(self)
+        points = list(fields.pop("points"))
+        return {
+            **fields,
+            "image_sizes": {slot: list(size) for slot, size in self.image_sizes.items()},
+            "depth_sizes": {slot: list(size) for slot, size in self.depth_sizes.items()},
+            "extra_observations": {key: list(shape) for key, shape in self.extra_observations.items()},
+            "goal_images": list(self.goal_images),
+            "heads": list(self.heads),
+            "language_embedding": None if self.language_embedding is None else list(self.language_embedding),
+            **({"points": points} if points else {}),
+        }
+
     def observation(self) -> Tree:
         W = self.window_size
         leaves: Tree = {

@@ -31,8 +31,9 @@ import numpy as np
 from octo_like.common import normalization
 from octo_like.data import rlds, standardize
 from octo_like.data.episodes import Episode
-from octo_like.data.frames import stored_frames
+from octo_like.data.frames import as_points, stored_frames
 from octo_like.data.index import PreparedDataset
+from octo_like.data.leaves import select
 from octo_like.data.order import permutation
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.split_index import Index
@@ -74,7 +75,7 @@ class SourceFunction:
         self._dataset = _trajectories(make, spec)
 
         def chosen(trajectory):
-            return rlds.select(trajectory if transform is None else transform(trajectory), spec)
+            return select(trajectory if transform is None else transform(trajectory), spec)
 
         self.dataset = self._dataset.map(chosen, num_parallel_calls=2, deterministic=True)
         self.output = self.dataset.element_spec
@@ -255,4 +256,5 @@ class LiveSource:
             with self._text_lock:
                 text = self._texts.rows([t.decode("utf-8", "replace").strip() for t in item["language"].tolist()])
         images = stored_frames(item["images"], self._slots)
-        return Episode(action, proprio, text, images, stored_frames(item["depths"], self._depth_slots))
+        points = {name: as_points(values) for name, values in item["points"].items()}
+        return Episode(action, proprio, text, images, stored_frames(item["depths"], self._depth_slots), points)

@@ -95,6 +95,12 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
                 f"{prepared.key}: camera {slot!r} has no size in image_sizes; {suggest(slot, spec.image_sizes)}. "
                 "Give it a size, or leave it out of image_keys"
             )
+        told = {name for name, key in prepared.spec.point_keys.items() if key is not None}
+        if spec.points and told - set(spec.points):
+            name = min(told - set(spec.points))
+            raise DataError(
+                f"{prepared.key}: point_keys: model.auxiliaries learn no point {name!r}; {suggest(name, spec.points)}"
+            )
         if prepared.spec.head not in spec.heads:
             raise DataError(
                 f"{prepared.key}: no action head {prepared.spec.head!r}; {suggest(prepared.spec.head, spec.heads)}"

@@ -15,10 +15,12 @@ import hashlib
 import importlib
 import pathlib
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
 from octo_like.data import filters
@@ -30,6 +32,8 @@ from octo_like.data.split_index import Index, digest_of, with_usable
 from octo_like.data.statistics import streamed_statistics
 
 NEEDS_TENSORFLOW = ("standardize", "filter", "relative_to", "source")
+# Without a terminal a bar is a line of a log every few seconds.
+QUIETLY = dict(leave=False, mininterval=0.2 if sys.stderr.isatty() else 10.0)
 DEFAULT_VAL_SHARE = 20  # one episode of so many is made for validation unless a number is given
 
 
@@ -49,7 +53,7 @@ def load_episodes(folder: pathlib.Path) -> list[dict[str, Any]]:
         there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
         raise DataError(f"{folder}: no .npz files; folders beside it: {', '.join(there) or 'none'}")
     episodes = []
-    for file in files:
+    for file in tqdm(files, f"{folder.parent.name} {folder.name}", unit="ep", **QUIETLY):
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 episodes.append({**unflatten({key: arrays[key] for key in arrays.files}), "where": str(file)})
@@ -78,13 +82,13 @@ def make_episodes(generator: str, request: str, *, seed: int, workers: int) -> d
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise DataError(f"data.generator={generator!r} is not an importable 'module:function': {error}") from error
-    return {
-        split: [
-            _columns(one, f"{name} {split} {number}")
-            for number, one in enumerate(make(name, split, count, seed=seed, workers=workers))
-        ]
-        for split, count in counts.items()
-    }
+    made: dict[str, list[dict[str, Any]]] = {}
+    for split, count in counts.items():
+        episodes = tqdm(
+            make(name, split, count, seed=seed, workers=workers), f"{name} {split}", count, unit="ep", **QUIETLY
+        )
+        made[split] = [_columns(one, f"{name} {split} {number}") for number, one in enumerate(episodes)]
+    return made
 
 
 def _columns(episode: Mapping[str, Any], where: str) -> dict[str, Any]:

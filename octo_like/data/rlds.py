@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data import indices, standardize
+from octo_like.data import standardize
 from octo_like.data.frames import RawEpisode, as_points, stored_frames
+from octo_like.data.leaves import select
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import tf
 
@@ -249,118 +250,6 @@ def _for_each_step(x: Any, length: tf.Tensor) -> Any:
     if isinstance(x, tf.Tensor) and x.shape.rank is not None:  # a third of the time that tracing tf.repeat takes
         return tf.tile(x[None], [length, *[1] * x.shape.rank])
     return tf.repeat(x[None], length, axis=0)
-
-
-def _require(
-    tree: Mapping[str, Any], path: str, what: str, spec: DatasetSpec, fits: Callable[[tf.Tensor], bool]
-) -> tf.Tensor:
-    leaf = standardize.lookup(tree, path)
-    if leaf is None or isinstance(leaf, Mapping):
-        problem = f"no {what} {path!r}"
-    elif not fits(leaf):
-        problem = f"{path!r} cannot be the {what}: it is {leaf.dtype.name} {leaf.shape}"
-    else:
-        return leaf
-    after = f" after {spec.standardize}" if spec.standardize else ""
-    valid = [key for key, value in standardize.leaves_of(tree).items() if fits(value)]
-    raise DataError(f"{spec.name}: {problem}{after}; {suggest(path, valid)}")
-
-
-def _is_image(x: tf.Tensor) -> bool:
-    return (x.dtype == tf.string and x.shape.rank == 1) or (x.dtype == tf.uint8 and x.shape.rank == 4)
-
-
-def _is_depth(x: tf.Tensor) -> bool:
-    if x.dtype == tf.string:
-        return x.shape.rank == 1
-    return (x.dtype.is_floating or x.dtype.is_integer) and (x.shape.rank == 3 or x.shape.rank == 4 and x.shape[-1] == 1)
-
-
-def _is_point(x: tf.Tensor) -> bool:
-    return x.dtype.is_floating and x.shape.rank == 2 and x.shape[-1] in (2, 4)
-
-
-def _is_numeric(x: tf.Tensor, *ranks: int) -> bool:
-    return (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool) and x.shape.rank in ranks
-
-
-def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
-    """The leaves of a standardised trajectory that a spec names.
-
-    Returns:
-      {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
-      proprio_keys); "language": (T,) string (absent without language_key); "images": {slot: (T,) encoded strings or
-      (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1) numbers}; "points": {name:
-      (T, 2) points or (T, 4) boxes, float32}}.
-
-    Raises:
-      DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
-    """
-    observation = trajectory.get("observation")
-    if not isinstance(observation, Mapping):
-        raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
-    action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2, 3))
-    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}, "depths": {}, "points": {}}
-    if spec.proprio_keys:
-        parts = []
-        for key in spec.proprio_keys:
-            key = key.removeprefix("observation/")
-            part = _require(observation, key, "proprio key", spec, lambda x: _is_numeric(x, 1, 2))
-            parts.append(tf.cast(part[:, None] if part.shape.rank == 1 else part, tf.float32))
-        chosen["proprio"] = tf.concat(parts, axis=-1)
-    if spec.relative_to is not None:
-        try:
-            chosen["action"] = relative_chunks(
-                chosen["action"], chosen["proprio"], spec.relative_to, spec.chunk_length or 1
-            )
-        except DataError as error:
-            raise DataError(f"{spec.name}: {error}") from error
-    if spec.language_key is not None:
-        kind = "instruction (a string per step)"
-        chosen["language"] = _require(
-            trajectory, spec.language_key, kind, spec, lambda x: x.dtype == tf.string and x.shape.rank == 1
-        )
-    for slot, key in spec.image_keys.items():
-        if key is not None:
-            key = key.removeprefix("observation/")
-            chosen["images"][slot] = _require(observation, key, f"image of camera {slot!r}", spec, _is_image)
-    for slot, key in spec.depth_keys.items():
-        if key is not None:
-            key = key.removeprefix("observation/")
-            chosen["depths"][slot] = _require(observation, key, f"depth of camera {slot!r}", spec, _is_depth)
-    for name, key in spec.point_keys.items():
-        if key is not None:
-            key = key.removeprefix("observation/")
-            values = _require(observation, key, f"point {name!r} (2 numbers, or 4 of a box)", spec, _is_point)
-            chosen["points"][name] = tf.cast(values, tf.float32)
-    return chosen
-
-
-def relative_chunks(action: tf.Tensor, proprio: tf.Tensor, relative_to: Sequence[int | None], length: int) -> tf.Tensor:
-    """Chunks (T, length, A) of absolute actions, relative to the proprioception at the chunk's own first step.
-
-    chunk[t, h, d] = action[min(t + h, T - 1), d] - proprio[t, relative_to[d]], without the second term where
-    `relative_to[d]` is None. A robot adds its proprioception at the time of the prediction to all actions of a chunk.
-
-    Args:
-      action: (T, A) float32. proprio: (T, P) float32.
-      relative_to: A entries.
-
-    Raises:
-      DataError: actions that come in chunks already, a wrong number of entries, no such proprioception dimension.
-    """
-    if action.shape.rank != 2:
-        raise DataError(f"relative_to needs actions of shape (T, A), got {action.shape}")
-    if len(relative_to) != action.shape[-1]:
-        raise DataError(f"relative_to has {len(relative_to)} entries, but the action has {action.shape[-1]} dimensions")
-    wrong = [p for p in relative_to if p is not None and not 0 <= p < proprio.shape[-1]]
-    if wrong:
-        raise DataError(f"relative_to names proprio dimension {wrong[0]}; valid: 0 to {proprio.shape[-1] - 1}")
-    steps = tf.shape(action)[0]
-    chunk = indices.within(indices.chunk_steps(tf.range(steps), length), steps, xp=tf)
-    base = tf.gather(proprio, [p or 0 for p in relative_to], axis=1)
-    moves = tf.constant([p is not None for p in relative_to])
-    return tf.gather(action, chunk) - tf.where(moves, base, 0.0)[:, None]
 
 
 def _user_function(function: Callable) -> Callable:

@@ -11,6 +11,7 @@ What a batch holds depends on the order spec and its number only: not on threads
 import collections
 import concurrent.futures
 import dataclasses
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,6 +34,8 @@ from octo_like.data.validation import ValIterator, make_val_iterators
 from octo_like.data.walk import Cache
 
 __all__ = ["Stream", "ValIterator", "default_lanes", "make_train_stream", "make_val_iterators"]
+
+log = logging.getLogger(__name__)
 
 DATA_VERSION = 3
 # Batches that are counted when memory is planned, whatever `prefetch` is: a knob of the host must not choose the order.
@@ -334,6 +337,10 @@ def make_train_stream(
     datasets = prepare_mixture(
         specs, data_dir, cache_dir, progress, max_bad_fraction=max_bad_fraction, process_index=process_index
     )
+    told = {name for d in datasets.values() for name, key in d.spec.point_keys.items() if key is not None}
+    for name in batch_spec.points:
+        if name not in told:
+            log.warning("no dataset says where %r is (point_keys): model.auxiliaries learn nothing of it", name)
     approximate = [name for name, d in datasets.items() if d.function.random_ops]
     if exact and approximate:
         d = datasets[approximate[0]]
@@ -385,7 +392,7 @@ def make_train_stream(
         "approximate": approximate,
         "decode": decode,
         "task": dataclasses.asdict(task),
-        "batch": _batch_to_json(batch_spec),
+        "batch": batch_spec.to_json(),
         "tokenizer": text_tokenizer.fingerprint if text_tokenizer is not None else None,
         "paraphrases": said.hash if said is not None else None,
         "normalization": {
@@ -407,17 +414,3 @@ def make_train_stream(
         paraphrases=said,
         start=start,
     )
-
-
-def _batch_to_json(spec: BatchSpec) -> dict[str, Any]:
-    """What batches look like, for the order spec; "points" only where there are any, as most runs have none."""
-    fields = dataclasses.asdict(spec)
-    points = list(fields.pop("points"))
-    return {
-        **fields,
-        "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
-        "depth_sizes": {slot: list(size) for slot, size in spec.depth_sizes.items()},
-        "goal_images": list(spec.goal_images),
-        "heads": list(spec.heads),
-        **({"points": points} if points else {}),
-    }

@@ -28,7 +28,14 @@ class _Lazily:
 
 
 def _load() -> Any:
-    module = importlib.import_module("tensorflow")
+    try:
+        module = importlib.import_module("tensorflow")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "TensorFlow is not installed: reading RLDS needs the extra `data` (pip install 'octo_like[data]'); "
+            "episodes in memory (data.kind='memory') need none",
+            name=error.name,
+        ) from error
     try:
         # A visible GPU would be filled by TensorFlow before JAX gets to it.
         module.config.set_visible_devices([], "GPU")

@@ -20,7 +20,7 @@ from typing import Any
 
 from octo_like.common import normalization
 from octo_like.data import indices
-from octo_like.data.rlds import relative_chunks, select
+from octo_like.data.leaves import relative_chunks, select
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 
@@ -175,7 +175,7 @@ def drop_images(trajectory: Trajectory, draws: tf.Tensor, probability: float, ke
 def relative_actions(trajectory: Trajectory, relative_to: Sequence[int | None], length: int) -> Trajectory:
     """Absolute actions (T, A) to chunks (T, length, A) relative to the step's own proprioception, before normalisation.
 
-    See `octo_like.data.rlds.relative_chunks`; `chunk` then takes the first actions of each.
+    See `octo_like.data.leaves.relative_chunks`; `chunk` then takes the first actions of each.
     """
     action = relative_chunks(trajectory["action"], trajectory["observation"]["proprio"], relative_to, length)
     return {**trajectory, "action": action}

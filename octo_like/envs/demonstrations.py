@@ -50,6 +50,8 @@ def _environment(embodiment: str, render: bool = True) -> TabletopEnv:
 def is_held_out(embodiment: str, seed: int) -> bool:
     """Whether the scene of an environment seed asks for a block and a plate that no demonstration puts together."""
     env = _environment(embodiment, render=False)
+    if not env.embodiment.grasps:
+        return False
     env.reset(seed=seed)
     return (env.goal.target, env.goal.plate) in HELD_OUT_PAIRS
 

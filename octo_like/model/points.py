@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from octo_like.model.tokens import TokenGroup
 
@@ -39,19 +40,14 @@ class PointsHead(nn.Module):
 
     def mask(self, batch: Mapping) -> jax.Array:
         """(B, W, K) bool: labelled points of valid timesteps. None are, in a batch without labels."""
-        if "points" not in batch:
-            valid = jnp.asarray(batch["observation"]["timestep_pad_mask"], bool)
-            return jnp.zeros((*valid.shape, len(self.names)), bool)
-        valid = jnp.asarray(batch["observation"]["timestep_pad_mask"], bool)
-        return jnp.asarray(batch["points_pad_mask"], bool) & valid[..., None]
+        valid = jnp.asarray(batch["observation"]["timestep_pad_mask"], bool)[..., None]
+        return valid & jnp.asarray(batch.get("points_pad_mask", np.zeros(len(self.names), bool)), bool)
 
     def loss_terms(self, groups: Mapping[str, TokenGroup], batch: Mapping) -> dict[str, jax.Array]:
         """Masked sums of "loss" (squared error on the scale on which the image reaches from -1 to 1, per coordinate)
         and "error" (distance, as a fraction of the image's side); "count" is the number of points."""
         mask, predicted = self.mask(batch), self.predict(groups)
-        target = (
-            jnp.where(mask[..., None], batch["points"], 0.5) if "points" in batch else jnp.full_like(predicted, 0.5)
-        )
+        target = jnp.where(mask[..., None], batch.get("points", 0.5), 0.5)
         squared = jnp.where(mask, jnp.sum((predicted - target) ** 2, axis=-1), 0.0)
         return {
             "loss": jnp.sum(2.0 * squared),  # 4 for the scale, 1/2 for the mean of two coordinates

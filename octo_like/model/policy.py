@@ -5,7 +5,6 @@ task = policy.create_tasks(texts=["put the green block on the blue plate"])
 actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize="tabletop_gripper")
 """
 
-import dataclasses
 import difflib
 import functools
 import logging
@@ -407,19 +406,8 @@ def _with_window(leaf, window: int):
 
 
 def spec_to_json(spec: BatchSpec) -> dict[str, Any]:
-    """BatchSpec as plain lists and numbers; "points" only where there are any."""
-    fields = dataclasses.asdict(spec)
-    points = list(fields.pop("points"))
-    return {
-        **fields,
-        **({"points": points} if points else {}),
-        "image_sizes": {slot: list(size) for slot, size in spec.image_sizes.items()},
-        "depth_sizes": {slot: list(size) for slot, size in spec.depth_sizes.items()},
-        "extra_observations": {key: list(shape) for key, shape in spec.extra_observations.items()},
-        "goal_images": list(spec.goal_images),
-        "heads": list(spec.heads),
-        "language_embedding": None if spec.language_embedding is None else list(spec.language_embedding),
-    }
+    """BatchSpec as plain lists and numbers."""
+    return spec.to_json()
 
 
 def spec_from_json(data: Mapping[str, Any]) -> BatchSpec:

@@ -27,11 +27,17 @@ def module(wide_toy, monkeypatch):
     def trajectories():
         return TrajectoryDataset.from_rlds(str(wide_toy.path), shuffle=False)
 
+    def with_boxes(trajectory):
+        corner = 0.1 * tf.cast(trajectory["_frame_index"], tf.float32)[:, None] + 0.05
+        boxes = tf.concat([corner, corner, corner + 0.2, corner + 0.1], axis=1)  # outside the picture from step 9 on
+        return {**trajectory, "observation": {**trajectory["observation"], "button": boxes}}
+
     def plain():
         return trajectories().dataset.shuffle(9)
 
     made.trajectories, made.plain = trajectories, plain
     made.frames = lambda: trajectories().flatten()
+    made.boxed = lambda: trajectories().traj_map(with_boxes)
     made.nothing = lambda: 3
     made.tuples = lambda: tf.data.Dataset.range(3)
     made.empty = lambda: trajectories().filter(lambda t: tf.constant(False))
@@ -106,6 +112,25 @@ def test_every_step_is_used_once_before_a_trajectory_leaves(module, wide_toy, mo
     counts = {key: drawn.count(key) for key in set(drawn)}
     # Two passes but for what is left in the pool, and trajectories that entered a third time.
     assert len(counts) == total and max(counts.values()) <= 3 and sum(counts.values()) == 2 * total
+
+
+def test_points_of_a_source_are_told(module, wide_toy):
+    from octo_like.common.schema import BatchSpec
+
+    spec = BatchSpec(1, 1, 6, {"primary": (8, 8)}, language_length=16, points=("button",))
+    keys = dict(point_keys={"button": "button"}, source="my_sources:boxed", val_fraction=0.0)
+    tokenizer = TextTokenizer.load("builtin", 16)
+    seen = 0
+    with make_train_stream({"live": wide_toy.fields(**keys)}, spec, tokenizer, seed=0, batch_size=16) as stream:
+        for _ in range(4):
+            batch = next(stream)
+            step, told = batch["observation"]["timestep"][:, 0], batch["task"]["pad_mask_dict"]["language_instruction"]
+            known = batch["points_pad_mask"][:, 0, 0]
+            np.testing.assert_array_equal(known, told & (step < 9))
+            middle = np.stack([0.1 * step + 0.15, 0.1 * step + 0.1], -1)
+            np.testing.assert_allclose(batch["points"][:, 0, 0][known], middle[known], atol=1e-6)
+            seen += known.sum()
+    assert seen > 20
 
 
 @pytest.mark.parametrize(

@@ -226,3 +226,15 @@ def test_mistakes_in_settings_say_what_is_valid(rlds, tmp_path):
     (tmp_path / NAMES[0] / "train" / "a.npz").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"a.npz: not an episode in .npz form"):
         load("", data_dir=str(tmp_path))
+
+
+def test_points_that_nobody_learns_or_tells_are_named(rlds, caplog):
+    episodes = rlds[1]
+    wrong = specs(point_keys={"targt": "target_point"})
+    held = {name: in_memory.prepare_in_memory(name, spec, episodes[name]) for name, spec in wrong.items()}
+    with pytest.raises(DataError, match="learn no point 'targt'; did you mean 'target'"):
+        stream(held)
+    silent = specs(point_keys={"target": "target_point"})
+    held = {name: in_memory.prepare_in_memory(name, spec, episodes[name]) for name, spec in silent.items()}
+    stream(held).close()
+    assert "no dataset says where 'plate' is" in caplog.text

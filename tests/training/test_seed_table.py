@@ -50,6 +50,15 @@ def test_finished_runs_are_not_repeated(script, tmp_path, capsys):
     assert "| tabletop | native | 1 | 0.34 | 90% | 80% | 100% | 70% | 95% | 1% | 500 |" in capsys.readouterr().out
 
 
+def test_a_run_with_other_settings_is_not_taken_for_this_one(script, tmp_path, capsys):
+    folder = tmp_path / "tabletop-native-0"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(LINE | dict(seed=0, isa="native")))
+    (folder / "settings.json").write_text(json.dumps({"episodes": "few", "per_task": 50, "set": []}))
+    assert script.run("--seeds", 0, "--out", tmp_path) == 1
+    assert "was begun with {'episodes': 'few'" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_named_with_its_log(script, tmp_path, capsys):
     out = tmp_path / "table"
     assert script.run("--seeds", 0, "--out", out, "--set", "no_such_key=1") == 1
