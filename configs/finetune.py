@@ -92,7 +92,9 @@ def _tabletop(config) -> None:
     config.image_sizes = dict(primary=(64, 64), wrist=(32, 32))
     config.proprio_dim = 4
     config.text.max_length = 14
-    config.data.datasets = dict(tabletop_arm3=tabletop.dataset("tabletop_arm3", wrist=True))
+    # Absolute joint targets are learned as differences from where the joints are: their error shrinks with the motion.
+    relative = dict(relative_to=(0, 1, 2, None), chunk_length=4)
+    config.data.datasets = dict(tabletop_arm3=tabletop.dataset("tabletop_arm3", wrist=True) | relative)
     config.data.decode = "fast"
     config.optimizer.update(peak=1e-3, warmup_steps=50, weight_decay=0.02, b2=0.99)
     config.ema_decay = 0.99

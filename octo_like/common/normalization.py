@@ -113,6 +113,22 @@ def unnormalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
     return x * scale + shift
 
 
+def to_absolute(action: Any, proprio: Any, relative_to: Sequence[int | None]) -> Any:
+    """Actions relative to the proprioception of the time of their prediction, made absolute again.
+
+    action[..., d] + proprio[..., relative_to[d]], without the second term where `relative_to[d]` is None: the inverse of
+    what `DatasetSpec.relative_to` does to training's chunks.
+
+    Args:
+      action: (..., A) in physical units (NumPy or JAX).
+      proprio: (..., P) in physical units, with leading dimensions that broadcast to those of `action`.
+      relative_to: A entries.
+    """
+    moves = np.array([p is not None for p in relative_to])
+    base = proprio[..., np.array([p or 0 for p in relative_to])]
+    return action + base * moves
+
+
 def combine_statistics(statistics: Sequence[Statistics]) -> Statistics:
     """Statistics of several datasets with the same dimensions, as if they were one.
 

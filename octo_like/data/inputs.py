@@ -136,6 +136,7 @@ def inputs_from_config(
             "normalization": specs[name].normalization,
             "head": specs[name].head,
             **({} if specs[name].robot is None else {"robot": specs[name].robot}),
+            **({} if specs[name].relative_to is None else {"relative_to": list(specs[name].relative_to)}),
         }
         for name, stats in stream.statistics.items()
     }

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from octo_like.common import normalization
 from octo_like.common.demo import Demo
 from octo_like.data import frames, rlds
 from octo_like.data.index import Index, PreparedDataset
@@ -13,7 +14,7 @@ from octo_like.data.spec import DataError
 def load_demos(
     prepared: PreparedDataset, index: Index, sizes: Mapping[str, tuple[int, int]], limit: int
 ) -> Iterator[Demo]:
-    """Up to `limit` episodes, spread over `index`, one in memory at a time.
+    """Up to `limit` episodes, spread over `index`, one in memory at a time. Relative actions are made absolute again.
 
     Args:
       sizes: slot -> (height, width) of the cameras that are wanted; those the dataset has not are left out.
@@ -48,12 +49,16 @@ def load_demos(
                 present[slot] = there
             if slot in prepared.spec.bgr_slots:
                 images[slot] = images[slot][..., ::-1]
+        proprio = raw["proprio"].numpy() if "proprio" in raw else None
+        action = raw["action"].numpy()
+        if prepared.spec.relative_to is not None:
+            action = normalization.to_absolute(action[:, 0], proprio, prepared.spec.relative_to)
         texts = raw["language"].numpy().tolist() if "language" in raw else [b""]
         yield Demo(
             where=index.where(number),
             images=images,
             present=present,
-            proprio=raw["proprio"].numpy() if "proprio" in raw else None,
-            action=raw["action"].numpy(),
+            proprio=proprio,
+            action=action,
             instruction=texts[0].decode("utf-8", "replace").strip(),
         )

@@ -37,7 +37,8 @@ class Policy:
       config: {"model": ..., "batch_spec": ..., and anything else worth keeping}, JSON-able.
       params: nested dict of arrays.
       statistics: normalisation statistics by dataset name; see `octo_like.common.normalization`. The entry
-        "normalization" of a dataset says which kind ("normal", "bounds") its numbers were trained with.
+        "normalization" of a dataset says which kind ("normal", "bounds") its numbers were trained with, "relative_to"
+        which of its actions are relative to which proprioception.
       text_tokenizer: None for a policy without language.
       batch_spec: sizes of everything that goes in and comes out.
       sample_program, language_program: the jitted functions behind `sample_actions` and `create_tasks`.
@@ -337,9 +338,16 @@ class Policy:
           sample_shape: leading dimensions of independent samples.
 
         Returns:
-          (*sample_shape, B, H, A) float32.
+          (*sample_shape, B, H, A) float32. Where the dataset's actions were learned relative to the proprioception
+          (`DatasetSpec.relative_to`), that of the last timestep is added: in physical units they are always absolute.
+
+        Raises:
+          ValueError: what `prepare_observations` refuses, unknown heads or statistics, a wrong number of tasks, or
+            actions that are relative to a proprioception that is missing.
         """
         head = self._head(head, unnormalize)
+        relative_to = None if unnormalize is None else self._entry(unnormalize).get("relative_to")
+        origin_bp = None if relative_to is None else _last_proprio(observations, unnormalize)
         observations = self.prepare_observations(observations, unnormalize)
         b = observations["timestep_pad_mask"].shape[0]
         rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
@@ -363,7 +371,8 @@ class Policy:
         )
         if unnormalize is None:
             return actions
-        return normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
+        actions = normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
+        return actions if relative_to is None else normalization.to_absolute(actions, origin_bp[:, None], relative_to)
 
     def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
         """H of the chunks that `sample_actions` gives for the same arguments."""
@@ -403,6 +412,17 @@ def _with_window(leaf, window: int):
     if isinstance(leaf, Mapping):
         return {key: _with_window(value, window) for key, value in leaf.items()}
     return Leaf((window, *leaf.shape[1:]), leaf.dtype)
+
+
+def _last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
+    """(B, P) in physical units: what the actions of `dataset` are relative to."""
+    present = np.asarray(observations.get("pad_mask_dict", {}).get("proprio", True))
+    if "proprio" not in observations or not np.all(present[..., -1]):
+        raise ValueError(
+            f"observation/proprio is missing, but the actions of {dataset!r} are relative to it: the policy cannot say "
+            "where the robot should go without knowing where it is"
+        )
+    return jnp.asarray(observations["proprio"], jnp.float32)[:, -1]
 
 
 def spec_to_json(spec: BatchSpec) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like.common import normalization
 from octo_like.common.demo import Demo
 from octo_like.common.pages import Finding
 from octo_like.common.robot import Description
@@ -247,6 +248,9 @@ def check_policy(
         raise ValueError("no demonstrations to replay")
     replays = [replay(policy, demo, dataset, seed=seed) for demo in demos]
     stats = policy.statistics[dataset]["action"]
+    if policy.statistics[dataset].get("relative_to") is not None:
+        # Those of training are of differences; what is compared here are the absolute actions that they become.
+        stats = normalization.compute_statistics(np.concatenate([one.true[:, 0] for one in replays]))
     horizon, width = replays[0].predicted.shape[1:]
     exec_horizon = max(1, horizon // 2) if exec_horizon is None else exec_horizon
     if not 1 <= exec_horizon <= horizon:

@@ -299,6 +299,8 @@ def action_errors(policy: Any, frames: Frames, task: str, *, seed: int = 0) -> l
         if unnormalize is not None:
             entry = policy.statistics[dataset]
             mean = np.asarray(entry["action"]["mean"], np.float64)
+            if entry.get("relative_to") is not None:  # the statistics are of differences, the actions here absolute
+                mean = np.nanmean(true[:, 0], axis=0, dtype=np.float64)
             # Not clipped, as `normalize` would be with bounds: errors beyond them are errors.
             _, scale, _ = normalization.coefficients(entry["action"], entry.get("normalization", "normal"))
         error = np.abs(predicted - true)

@@ -23,7 +23,13 @@ def config(make_toy, toy, wide_toy, tmp_path_factory):
     config = tiny_config.get_config()
     config.data.update(data_dir=str(folder), cache_dir=str(tmp_path_factory.mktemp("cache")))
     config.data.datasets = {
-        "one": dict(tiny_config.dataset(toy.name), image_keys={}, head="arm"),
+        "one": dict(
+            tiny_config.dataset(toy.name),
+            image_keys={},
+            head="arm",
+            relative_to=(0, None, None, None),
+            chunk_length=5,
+        ),
         "two": dict(tiny_config.dataset(wide_toy.name), image_keys={}, proprio_keys=(), head="bimanual"),
     }
     config.image_sizes, config.goal_images = {}, ()
@@ -48,6 +54,11 @@ def test_each_dataset_trains_its_head_alone(config):
     params = tiny.random_params(model, spec)
     inputs = inputs_from_config(config, spec, tokenizer)
     assert {name: entry["head"] for name, entry in inputs.statistics.items()} == {"one": "arm", "two": "bimanual"}
+    # A policy that is made of them knows whose actions are relative to what.
+    assert {name: entry.get("relative_to") for name, entry in inputs.statistics.items()} == {
+        "one": [0, None, None, None],
+        "two": None,
+    }
     assert check_datasets(model.heads, inputs.statistics) == []
 
     @jax.jit

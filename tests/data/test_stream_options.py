@@ -12,6 +12,7 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data import order as order_lib
 from octo_like.data.index import prepare_dataset
+from octo_like.data.replay import load_demos
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.stream import make_train_stream
 
@@ -249,6 +250,10 @@ def test_relative_actions_through_the_stream(toy, cache, tokenizer):
             )
             past = t - 1 + w + np.arange(3) > min(T - 1, batch["task"]["timestep"][i])
             np.testing.assert_array_equal(batch["action_pad_mask"][i, w], np.repeat(~past[:, None], 4, 1))
+    # A policy's answers are absolute, and so is what they are compared with.
+    for demo in load_demos(prepared, prepared.train, {}, 2):
+        same = [c for c in controls if c.shape == demo.action.shape and np.allclose(c, demo.action, atol=1e-5)]
+        assert len(same) == 1, demo.where
     with pytest.raises(DataError, match="chunks of 4, shorter than action_horizon=5"):
         stream_of(prepared, tokenizer, BatchSpec(2, 5, 4, {"primary": (40, 52)}, (), 4, 24))
 

@@ -75,6 +75,26 @@ def test_units(policy, observation):
     np.testing.assert_allclose(physical, want, rtol=1e-3, atol=1e-3)
 
 
+def test_relative_actions_become_absolute(policy, observation, tmp_path):
+    """Chunks learned relative to proprioception come out with that of the last timestep added, also after loading."""
+    tasks = policy.create_tasks(texts=["a", "b"])
+    statistics = {**policy.statistics, "relative": {**policy.statistics["arm"], "relative_to": [4, None, 0, None]}}
+    relative = Policy(policy.config, policy.params, statistics, policy.text_tokenizer)
+    relative.save_pretrained(tmp_path / "export")
+    sample = dict(rng=jax.random.key(1), sample_shape=(3,))
+    plain = policy.sample_actions(observation, tasks, unnormalize="arm", **sample)
+    origin = np.asarray(observation["proprio"])[:, -1]
+    moved = np.stack([origin[:, 4], np.zeros(2), origin[:, 0], np.zeros(2)], -1)[:, None]
+    for one in (relative, Policy.load_pretrained(tmp_path / "export")):
+        got = one.sample_actions(observation, tasks, unnormalize="relative", **sample)
+        np.testing.assert_allclose(got, plain + moved, rtol=1e-6, atol=1e-6)
+    blind = {key: value for key, value in observation.items() if not key.startswith("proprio")}
+    masked = dict(observation, pad_mask_dict={**observation["pad_mask_dict"], "proprio": np.zeros((2, 2), bool)})
+    for without in (blind, masked):
+        with pytest.raises(ValueError, match="observation/proprio is missing, but the actions of 'relative' are relative"):
+            relative.sample_actions(without, tasks, unnormalize="relative", **sample)
+
+
 def test_tasks(policy):
     goal = np.zeros((32, 32, 3), np.uint8)
     both = policy.create_tasks(texts=["go"], goals={"image_primary": goal})
