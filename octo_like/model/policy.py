@@ -416,8 +416,8 @@ def _with_window(leaf, window: int):
 
 def _last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
     """(B, P) in physical units: what the actions of `dataset` are relative to."""
-    present = np.asarray(observations.get("pad_mask_dict", {}).get("proprio", True))
-    if "proprio" not in observations or not np.all(present[..., -1]):
+    present = np.asarray(observations.get("pad_mask_dict", {}).get("proprio", [True]))
+    if "proprio" not in observations or not present[..., -1].all():
         raise ValueError(
             f"observation/proprio is missing, but the actions of {dataset!r} are relative to it: the policy cannot say "
             "where the robot should go without knowing where it is"

@@ -85,8 +85,9 @@ def test_relative_actions_become_absolute(policy, observation, tmp_path):
     plain = policy.sample_actions(observation, tasks, unnormalize="arm", **sample)
     origin = np.asarray(observation["proprio"])[:, -1]
     moved = np.stack([origin[:, 4], np.zeros(2), origin[:, 0], np.zeros(2)], -1)[:, None]
-    for one in (relative, Policy.load_pretrained(tmp_path / "export")):
-        got = one.sample_actions(observation, tasks, unnormalize="relative", **sample)
+    unmasked = {key: value for key, value in observation.items() if key != "pad_mask_dict"}
+    for one, given in ((relative, observation), (Policy.load_pretrained(tmp_path / "export"), unmasked)):
+        got = one.sample_actions(given, tasks, unnormalize="relative", **sample)
         np.testing.assert_allclose(got, plain + moved, rtol=1e-6, atol=1e-6)
     blind = {key: value for key, value in observation.items() if not key.startswith("proprio")}
     masked = dict(observation, pad_mask_dict={**observation["pad_mask_dict"], "proprio": np.zeros((2, 2), bool)})
