@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from octo_like.common import normalization
+from octo_like.common.parts import Modules, is_named, unnamed
 from octo_like.common.schema import BatchSpec, Leaf, check_tree, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
-from octo_like.model import locations
+from octo_like.model import locations, parts
 from octo_like.model.describe import model_card, pretty_spec
 from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.octo_release import is_release, load_release, name_statistics, release_files, release_spec
@@ -49,11 +50,15 @@ class Policy:
         params: Mapping[str, Any],
         statistics: Mapping[str, Any],
         text_tokenizer: TextTokenizer | None = None,
+        *,
+        modules: Modules = None,
     ):
+        """`modules`: see `octo_like.model.octo.build_model`; None is for a config of the caller's own."""
         self.config, self.params, self.statistics = dict(config), params, dict(statistics)
         self.text_tokenizer = text_tokenizer
         self.batch_spec = spec_from_json(config["batch_spec"])
-        self.model = build_model(config["model"], vocab_size=text_tokenizer.vocab_size if text_tokenizer else 0)
+        vocab_size = text_tokenizer.vocab_size if text_tokenizer else 0
+        self.model = build_model(config["model"], vocab_size=vocab_size, modules=modules)
         self.sample_program = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
         self.language_program = jax.jit(
             lambda params, task: self.model.apply({"params": params}, task, method="encode_language")
@@ -70,6 +75,7 @@ class Policy:
         step: int | None = None,
         text_model: str | os.PathLike | None = None,
         t5: Mapping[str, Any] | None = None,
+        modules: Modules = (),
     ) -> "Policy":
         """Loads an exported policy (what `save_pretrained` and `push` write) or a released Octo checkpoint.
 
@@ -79,9 +85,12 @@ class Policy:
           text_model: sentencepiece model of a release (T5's spiece.model), which does not bring its own. A release
             without it acts on goals and on token ids, and refuses texts.
           t5: fields of `T5Config` that a release's parameters do not tell: max_distance (128) and epsilon (1e-6).
+          modules: of the policy's own parts (docs/extending.md), by name or as modules. Only these, and what is in them
+            when they are packages, are imported: a policy that was downloaded runs no code by itself.
 
         Raises:
-          PretrainedError: when the path is no policy, or is damaged.
+          PretrainedError: when the path is no policy, or is damaged, or has parts of modules that are not named.
+          PartError: a named module cannot be imported, or has no such part.
           LocationError: when a remote location cannot be read.
         """
         folder = locations.fetch(path, select=functools.partial(release_files, step=step))
@@ -93,8 +102,11 @@ class Policy:
                     f"{path} is not a released Octo checkpoint: step, text_model and t5 are for those"
                 )
             config, params, statistics, text_dir = load_directory(folder)
+            _check_modules(path, config, modules)
             tokenizer = TextTokenizer.load(str(text_dir)) if text_dir else None
-            policy = cls(config, params, normalization.from_json(statistics) if statistics else {}, tokenizer)
+            named = normalization.from_json(statistics) if statistics else {}
+            policy = cls(config, params, named, tokenizer, modules=modules)
+            _compare_sources(path, config)
         policy._check_params(path)
         return policy
 
@@ -108,7 +120,10 @@ class Policy:
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes the policy as one self-contained directory; it appears whole or not at all."""
-        config = {key: value for key, value in self.config.items() if key not in ("format_version", "params_sha256")}
+        derived = ("format_version", "params_sha256", "modules")
+        config = {key: value for key, value in self.config.items() if key not in derived}
+        if own := parts.hashes(config["model"]):
+            config["modules"] = own
         save_directory(
             path,
             config=config,
@@ -397,6 +412,28 @@ def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, hea
         valid=valid,
         method="sample",
     )
+
+
+def _check_modules(path, config: Mapping[str, Any], modules: Modules) -> None:
+    """Raises PretrainedError when a policy has parts of modules that its user has not named."""
+    unknown = {where: kind for where, kind in parts.own_kinds(config["model"]).items() if not is_named(kind, modules)}
+    if unknown:
+        listed = ", ".join(f"{where} is {kind!r}" for where, kind in unknown.items())
+        raise PretrainedError(
+            f"{path} has parts of its own ({listed}), and {unnamed(*sorted({k.partition(':')[0] for k in unknown.values()}))}"
+        )
+
+
+def _compare_sources(path, config: Mapping[str, Any]) -> None:
+    """Logs which modules of a policy's own parts are not those that it was exported with."""
+    for module, now in parts.hashes(config["model"]).items():
+        was = config.get("modules", {}).get(module)
+        if was != now:
+            log.warning(
+                "%s: its parts are of module %s, whose source (hash %s) is not the one it was exported with (%s): the "
+                "parameters may mean something else now",
+                *(path, module, now, was or "not kept"),
+            )
 
 
 def _with_window(leaf, window: int):

@@ -23,7 +23,7 @@ from octo_like.common.text import TextTokenizer
 from octo_like.model.octo import OctoModel, build_model, init_params, run_once_options
 from octo_like.model.pretrained import load_t5, with_t5
 from octo_like.training import sharding
-from octo_like.training.augment import Augmentation
+from octo_like.training.augment import augmentation_from_config
 from octo_like.training.optimizer import Schedule, frozen_paths, make_optimizer, make_schedule
 from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_train_step
@@ -131,7 +131,7 @@ def build_program(
     def gather(trained, rest):
         return sharding.gather(trained, shardings.trained), sharding.gather(rest, shardings.frozen)
 
-    augmentation = {slot: Augmentation(**dict(fields)) for slot, fields in config.augmentation.items()}
+    augmentation = {slot: augmentation_from_config(slot, fields) for slot, fields in config.augmentation.items()}
     step = StepConfig(config.seed, config.accumulate, config.ema_decay, augmentation)
     train_step = make_train_step(model, tx, schedule, step, gather)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
