@@ -1,4 +1,4 @@
-"""Parts of a user's own, named in a config as "module:Class": who may import them, and which source they were made from.
+"""Parts of a user's own, named in a config as "module:Class": who may import them, and what source they are made of.
 
 A config that somebody writes names the modules it wants. A policy that somebody downloads does not: its kinds are text
 until its user names the module, so that loading it runs no code but ours (`modules` below).

@@ -56,4 +56,5 @@ def load_demos(
             proprio=raw["proprio"].numpy() if "proprio" in raw else None,
             action=raw["action"].numpy(),
             instruction=texts[0].decode("utf-8", "replace").strip(),
+            extras={name: values.numpy() for name, values in raw["extras"].items()},
         )

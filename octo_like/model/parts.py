@@ -23,8 +23,8 @@ from octo_like.model.tokens import TokenGroup
 
 GROUPS = ("task_tokenizers", "observation_tokenizers", "heads", "auxiliaries")
 
-# Role -> (base class, methods with an example of their arguments, what an entry of the config has to say itself, so that
-# config and data can be checked against each other without importing anything).
+# Role -> (base class, methods with an example of their arguments, what an entry of the config has to say itself, so
+# that config and data can be checked against each other without importing anything).
 _A = object()
 PROTOCOLS: dict[str, tuple[type, dict[str, tuple[tuple, dict]], tuple[str, ...]]] = {
     "task tokenizer": (nn.Module, {"__call__": ((_A, _A), {})}, ()),
@@ -204,7 +204,7 @@ def reported_losses(sown: Mapping[str, Any], name: str, part: ActionHead, rows: 
     loss, count = said["loss"][0], said["count"][0]
     if loss.shape != (rows,) or count.shape != (rows,):
         raise PartError(
-            f"head {name!r} ({name_of(part)}): report_by_sample was given losses of {loss.shape} samples and masks of "
-            f"{count.shape}, the batch has {rows}: the loss has one entry for each of the mask's, or batch_axis is wrong"
+            f"head {name!r} ({name_of(part)}): report_by_sample was given the loss of {loss.shape} samples and the mask "
+            f"of {count.shape}, the batch has {rows}: loss is (B, ...), unless batch_axis says otherwise, and mask (B, ...)"
         )
     return loss, count

@@ -241,14 +241,16 @@ class Policy:
         return {"input_ids": ids, "attention_mask": ids.copy()}
 
     def prepare_observations(self, observations: Mapping[str, Any], unnormalize: str | None = None) -> dict[str, Any]:
-        """Checks observations, normalises proprio, and fills in what is missing (marked so, and logged once).
+        """Checks observations, normalises proprio and other sensors, and fills in what is missing (marked so, and
+        logged once).
 
         No mask reaches the tokens of a released Octo's low-dimensional sensors: one that is missing stays out of the
         observation, and its tokens out of the sequence, as in Octo.
 
         Args:
-          observations: (B, W, ...) arrays: image_{slot} uint8, proprio (physical units when `unnormalize` names
-            statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any up to the model's.
+          observations: (B, W, ...) arrays: image_{slot} uint8, proprio and other sensors (physical units when
+            `unnormalize` names statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any up
+            to the model's.
         """
         spec = self.batch_spec
         known = spec.observation()
@@ -261,6 +263,7 @@ class Policy:
         out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
             observations.update(self._proprio(observations, unnormalize))
+        observations.update(self._extras(observations, unnormalize))
         for key in list(known["pad_mask_dict"]):
             leaf = known[key]
             if key in observations:
@@ -319,6 +322,25 @@ class Policy:
         if valid is None:
             valid = np.broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
         return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
+
+    def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:
+        """Other sensors, normalised. A released Octo reads them as they are: it has no statistics of them."""
+        given = {key: shape for key, shape in self.batch_spec.extra_observations.items() if key in observations}
+        entry = None if unnormalize is None or self.config["model"].get("octo_compat") else self._entry(unnormalize)
+        found = {}
+        for key, shape in given.items():
+            values = found[key] = jnp.asarray(observations[key], jnp.float32)
+            if values.shape[2:] != tuple(shape):
+                wanted, got = (", ".join(map(str, sizes)) for sizes in (("B", "W", *shape), values.shape))
+                raise ValueError(f"observation/{key}: expected ({wanted}) float32; got ({got})")
+            if entry is not None:
+                if key not in entry.get("extra", {}):
+                    raise ValueError(
+                        f"dataset {unnormalize!r} was trained without {key}; leave it out of the observation"
+                    )
+                kind = entry.get("normalization", "normal")
+                found[key] = normalization.normalize_sensor(values, entry["extra"][key], kind)
+        return found
 
     def _entry(self, name: str) -> Mapping[str, Any]:
         if name not in self.statistics:
@@ -419,9 +441,8 @@ def _check_modules(path, config: Mapping[str, Any], modules: Modules) -> None:
     unknown = {where: kind for where, kind in parts.own_kinds(config["model"]).items() if not is_named(kind, modules)}
     if unknown:
         listed = ", ".join(f"{where} is {kind!r}" for where, kind in unknown.items())
-        raise PretrainedError(
-            f"{path} has parts of its own ({listed}), and {unnamed(*sorted({k.partition(':')[0] for k in unknown.values()}))}"
-        )
+        needed = sorted({kind.partition(":")[0] for kind in unknown.values()})
+        raise PretrainedError(f"{path} has parts of its own ({listed}), and {unnamed(*needed)}")
 
 
 def _compare_sources(path, config: Mapping[str, Any]) -> None:

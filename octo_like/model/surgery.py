@@ -124,7 +124,9 @@ def condition(
                 "film_keys ('task',), which steers by the task's tokens"
             )
     # Whether a part of the user's own reads words, only the user knows.
-    if conditioning != "goal_image" and not any(t.get("kind") == "language" or is_own(t["kind"]) for t in tasks.values()):
+    if conditioning != "goal_image" and not any(
+        t.get("kind") == "language" or is_own(t["kind"]) for t in tasks.values()
+    ):
         raise PretrainedError(
             f"conditioning {conditioning!r} needs a language tokenizer, the model has the task tokenizers "
             f"{sorted(tasks)}; add one with --config.surgery.task_tokenizers.language=..., or use goal_image"

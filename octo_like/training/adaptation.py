@@ -156,8 +156,8 @@ def _extra_observations(tree: Mapping[str, Any], known: Mapping[str, tuple[int, 
         own = (shape,) if isinstance(shape, int) else tuple(shape)
         if key in known and own != tuple(known[key]):
             raise ConfigError(
-                f"extra_observations.{key} is {own}, but the pretrained policy has {tuple(known[key])}: give the sensor "
-                "another name, and a tokenizer of its own by surgery"
+                f"extra_observations.{key} is {own}, but the pretrained policy has {tuple(known[key])}: give the "
+                "sensor another name, and a tokenizer of its own by surgery"
             )
     return shapes
 

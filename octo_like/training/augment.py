@@ -6,8 +6,8 @@ shifted, cropped and flipped as its images are, so that both keep showing the sa
 
 Order: shift, crop, brightness, contrast, saturation, hue, flips. Each colour operation clips to [0, 1].
 
-An augmentation of your own is a dataclass with the method `images`, and with `depth` and `points` where a batch has them;
-`Augmentation` is one (docs/extending.md). Other sensors are left alone.
+An augmentation of your own is a dataclass with the method `images`, and with `depth` and `points` where a batch has
+them; `Augmentation` is one (docs/extending.md). Other sensors are left alone.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ class Augmenter(Protocol):
         """(n, h, w, 3) uint8, all images of one sample: its window, and the goal image last when there is one."""
 
     def depth(self, depth: jax.Array, key: jax.Array) -> jax.Array:
-        """(n, h, w, 1) float32: the same sample's depth maps, moved as its pixels are. Needed where a batch has them."""
+        """(n, h, w, 1) float32: the sample's depth maps, moved as its pixels are. Needed where a batch has them."""
 
     def points(
         self, points: jax.Array, known: jax.Array, key: jax.Array, size: tuple[int, int]
     ) -> tuple[jax.Array, jax.Array]:
-        """Points (W, K, 2) of the primary camera, columns and rows as fractions of a picture of `size`, and whether they
-        are known (W, K): moved as its pixels are. Needed where a batch has them."""
+        """Points (W, K, 2) of the primary camera, columns and rows as fractions of a picture of `size`, and whether
+        they are known (W, K): moved as its pixels are. Needed where a batch has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,9 @@ def augmentation_from_config(slot: str, entry: Mapping[str, Any]) -> Augmenter:
     if not dataclasses.is_dataclass(cls):
         raise PartError(f"{where}: {name_of(cls)} cannot be an augmentation: it is no dataclass")
     if any(field.name == "kind" for field in dataclasses.fields(cls)):
-        raise PartError(f"{where}: {name_of(cls)} has a field 'kind', which in a config means something else; rename it")
+        raise PartError(
+            f"{where}: {name_of(cls)} has a field 'kind', which in a config means something else; rename it"
+        )
     for method, count in (("images", 2), ("depth", 2), ("points", 4)):
         found = getattr(cls, method, None)
         if found is None and method == "images":
@@ -277,9 +279,7 @@ def augment_points(
     return points, known & ((points >= 0) & (points <= 1)).all(-1)
 
 
-def augment_batch(
-    batch: Mapping[str, Any], augmentation: Mapping[str, Augmenter], keys_b: jax.Array
-) -> dict[str, Any]:
+def augment_batch(batch: Mapping[str, Any], augmentation: Mapping[str, Augmenter], keys_b: jax.Array) -> dict[str, Any]:
     """Augments every camera that has an augmentation; cameras are numbered in sorted order. Depth and the places of
     named things move with the pictures.
 
@@ -321,8 +321,8 @@ def _method(config: Augmenter, slot: str, method: str, key: str) -> Any:
     found = getattr(config, method, None)
     if found is None:
         raise PartError(
-            f"augmentation.{slot}: {name_of(config)} has no method {method}, and the batch has {key!r}: give it one that "
-            "moves them as the pixels move, or returns them as they are"
+            f"augmentation.{slot}: {name_of(config)} has no method {method}, and the batch has {key!r}: give it one "
+            "that moves them as the pixels move, or returns them as they are"
         )
     return found
 
