@@ -6,9 +6,9 @@ Statistics of one dataset are a plain dict:
      "extra": {sensor: {...}} or absent, "num_transitions": int, "num_trajectories": int}
 
 The arrays are float32 of shape (D,) in physical units; `mask` is bool, False for dimensions that are passed through
-unchanged (a gripper that is already 0 or 1). Those of another sensor are of one step's values laid flat. `normalize` and
-`unnormalize` use operators only, so they take NumPy arrays, JAX arrays and JAX tracers alike, and return what they were
-given.
+unchanged (a gripper that is already 0 or 1). Those of another sensor are of one step's values laid flat. `normalize`
+and `unnormalize` use operators only, so they take NumPy arrays, JAX arrays and JAX tracers alike, and return what they
+were given.
 """
 
 import json

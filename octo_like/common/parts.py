@@ -165,6 +165,11 @@ def _file(module: ModuleType) -> str:
     return getattr(module, "__file__", None) or "no file"
 
 
+def used() -> dict[str, str]:
+    """{module: hash, see `hashes_of`} of all parts that this process has made so far."""
+    return {module.__name__: digest for module, digest in sorted(_HASHES.items(), key=lambda item: item[0].__name__)}
+
+
 def hashes_of(modules: Collection[str]) -> dict[str, str]:
     """{module: 16 hex digits of its source and of all of the user's that it imports}, as it was first used here."""
     return {name: _HASHES[importlib.import_module(name)] for name in modules}

@@ -249,8 +249,8 @@ class Policy:
 
         Args:
           observations: (B, W, ...) arrays: image_{slot} uint8, proprio and other sensors (physical units when
-            `unnormalize` names statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any up
-            to the model's.
+            `unnormalize` names statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any
+            up to the model's.
         """
         spec = self.batch_spec
         known = spec.observation()
