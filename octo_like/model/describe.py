@@ -199,14 +199,18 @@ def model_card(policy) -> str:
     own = parts.hashes(policy.config["model"])
     named = f", modules={sorted(own)}" if own else ""
     sources = "".join(f"| {module} | {digest} |\n" for module, digest in own.items())
-    needed = f"""
+    needed = (
+        f"""
 ## Own parts
 
 Parts of this policy are made by modules that do not come with it. They are imported only when they are named, as above.
 
 | module | hash of its source |
 |---|---|
-{sources}""" if own else ""
+{sources}"""
+        if own
+        else ""
+    )
     language = policy.batch_spec.language_length is not None and policy.text_tokenizer is not None
     task = 'texts=["..."]' if language else 'goals={"image_...": image}'
     compat = policy.config["model"].get("octo_compat", False)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from octo_like.common.parts import PartError, name_of
 from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import MapPooling
 
@@ -110,7 +111,15 @@ class ActionHead(nn.Module):
         Args:
           loss: of each entry, 0 where the mask is; B is its axis `batch_axis`.
           mask: (B, W, H, A), of the entries that are learned from.
+
+        Raises:
+          PartError: the two do not speak of the same samples.
         """
+        if mask.ndim < 1 or loss.ndim <= batch_axis or loss.shape[batch_axis] != mask.shape[0]:
+            raise PartError(
+                f"{name_of(self)}: report_by_sample was given a loss of shape {loss.shape}, whose axis {batch_axis} "
+                f"should have one entry per sample, and a mask of {mask.shape}"
+            )
         axes = tuple(axis for axis in range(loss.ndim) if axis != batch_axis)
         count = jnp.sum(mask, axis=tuple(range(1, mask.ndim)))
         self.sow("by_sample", "loss", jax.lax.stop_gradient(jnp.sum(loss, axis=axes) / jnp.maximum(count, 1.0)))

@@ -202,10 +202,8 @@ def reported_losses(sown: Mapping[str, Any], name: str, part: ActionHead, rows: 
             "the loss of each dataset is logged"
         )
     loss, count = said["loss"][0], said["count"][0]
-    if loss.shape != (rows,) or count.shape != (rows,):
+    if loss.shape != (rows,):
         raise PartError(
-            f"head {name!r} ({name_of(part)}): report_by_sample was given the loss of {loss.shape} samples and the "
-            f"mask of {count.shape}, the batch has {rows}: loss is (B, ...) unless batch_axis says otherwise, mask "
-            "(B, ...)"
+            f"head {name!r} ({name_of(part)}): report_by_sample was given {loss.shape[0]} samples, the batch has {rows}"
         )
     return loss, count

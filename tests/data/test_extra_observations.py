@@ -133,6 +133,7 @@ def test_memory_and_tf_data_give_the_same_values(dataset, tmp_path, monkeypatch)
         "def trajectories():\n"
         "    parts = [tf.data.Dataset.from_tensors(one) for one in EPISODES]\n"
         "    step_first = lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype)\n"
+        "    step_first = lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype)\n"
         "    shapes = tf.nest.map_structure(step_first, parts[0].element_spec)\n"
         "    return tf.data.Dataset.from_generator(lambda: iter(EPISODES), output_signature=shapes)\n"
     )
