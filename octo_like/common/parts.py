@@ -44,17 +44,18 @@ def is_named(kind: str, modules: Modules) -> bool:
 
 def modules_in(tree: Any) -> tuple[str, ...]:
     """Modules that a config names anywhere below it, sorted."""
-    return tuple(sorted({kind.partition(":")[0] for kind in _kinds(tree)}))
+    return tuple(sorted({kind.partition(":")[0] for kind in kinds_in(tree)}))
 
 
-def _kinds(tree: Any) -> Iterator[str]:
+def kinds_in(tree: Any) -> Iterator[str]:
+    """Every "module:Class" that a config names anywhere below it."""
     if not isinstance(tree, Mapping) and not hasattr(tree, "items"):
         return
     for key, value in tree.items():
         if key == "kind" and is_own(value):
             yield value
         else:
-            yield from _kinds(value)
+            yield from kinds_in(value)
 
 
 def find_class(kind: str, where: str, modules: Modules = None) -> type:

@@ -324,22 +324,20 @@ class Policy:
         return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
 
     def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:
-        """Other sensors, normalised. A released Octo reads them as they are: it has no statistics of them."""
+        """Other sensors, normalised; as they are where a released Octo has no statistics of them."""
         given = {key: shape for key, shape in self.batch_spec.extra_observations.items() if key in observations}
-        entry = None if unnormalize is None or self.config["model"].get("octo_compat") else self._entry(unnormalize)
+        entry = None if unnormalize is None else self._entry(unnormalize)
         found = {}
         for key, shape in given.items():
             values = found[key] = jnp.asarray(observations[key], jnp.float32)
             if values.shape[2:] != tuple(shape):
                 wanted, got = (", ".join(map(str, sizes)) for sizes in (("B", "W", *shape), values.shape))
                 raise ValueError(f"observation/{key}: expected ({wanted}) float32; got ({got})")
-            if entry is not None:
-                if key not in entry.get("extra", {}):
-                    raise ValueError(
-                        f"dataset {unnormalize!r} was trained without {key}; leave it out of the observation"
-                    )
+            if entry is not None and key in entry.get("extra", {}):
                 kind = entry.get("normalization", "normal")
                 found[key] = normalization.normalize_sensor(values, entry["extra"][key], kind)
+            elif entry is not None and not self.config["model"].get("octo_compat"):
+                raise ValueError(f"dataset {unnormalize!r} was trained without {key}; leave it out of the observation")
         return found
 
     def _entry(self, name: str) -> Mapping[str, Any]:

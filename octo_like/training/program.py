@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import optax
 
-from octo_like.common.config import ConfigError
+from octo_like.common import parts
+from octo_like.common.config import ConfigError, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
@@ -69,6 +70,22 @@ def network_from_config(config: Any, *, load_weights: bool = True) -> Network:
 
     shapes = jax.eval_shape(initial, jax.random.key(0))
     return Network(tokenizer, spec, model, initial, frozen_paths(shapes, tuple(config.optimizer.freeze)))
+
+
+def own_parts(config: Any) -> dict[str, str]:
+    """{module: hash of its source} of the parts of the user's own that a config names, each imported and checked.
+
+    Raises:
+      PartError: one cannot be imported, or is not what it has to be.
+    """
+    tree = to_dict(config)
+    for kind in parts.kinds_in(tree):
+        parts.find_class(kind, "config")
+    if tree["model"]:
+        build_model(tree["model"], vocab_size=1)
+    for slot, fields in tree["augmentation"].items():
+        augmentation_from_config(slot, fields)
+    return parts.hashes_of(parts.modules_in(tree))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,16 +16,20 @@ import numpy as np
 import pytest
 
 import finetune
+from octo_like.common.config import load_config
 from octo_like.common.parts import PartError
 from octo_like.common.schema import flatten
+from octo_like.model.describe import token_report
 from octo_like.model.lora import is_adapter
 from octo_like.model.policy import Policy
 from octo_like.model.pretrained import PretrainedError
 from octo_like.robot.client import PolicyClient
 from octo_like.robot.rollout import sampling_keys
 from octo_like.robot.server import PolicyServer
-from octo_like.training import adaptation, distributed
+from octo_like.training import adaptation, aot, distributed
 from octo_like.training.checkpoint import Checkpointer
+from octo_like.training.program import own_parts
+from octo_like.training.warm_start import load_params
 from tests.data import sensors
 from tests.model import tiny
 from tests.training.test_scripts import ROOT
@@ -153,6 +157,21 @@ def test_it_acts_behind_a_server_with_its_history(workdir, importable):
     task, rng = policy.create_tasks(texts=["push"]), sampling_keys(0, [0], [1])
     want = policy.sample_actions(window, task, rng=rng, unnormalize="my_robot")[0]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_alone_need_no_module(workdir):
+    """`init_from` takes arrays out of an export, and makes nothing of its parts."""
+    params, _ = load_params(workdir / "export")
+    assert "heads_action/project/kernel" in dict(flatten(params)) and MODULE not in sys.modules
+
+
+def test_the_ahead_of_time_proof_and_the_tools_for_models_know_own_parts(folder, importable):
+    config = load_config(str(folder / "my_config.py"))
+    assert list(own_parts(config)) == [MODULE]  # what scripts/doctor.py --config looks at
+    network, program, batch = aot.training_program(config, jax.devices()[:1])
+    assert batch["observation"]["force"].shape == (8, 2, 6)
+    program.step.trace(program.state, batch)
+    assert token_report(network.model, network.spec).sizes()["obs_force"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ adapting
