@@ -158,7 +158,8 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
             sensors[name].append(of_sensor.reshape(len(of_sensor), -1))
         instructions.update({text.decode("utf-8", "replace").strip() for text in item.get("language", ())})
         frames = stored_frames(item["images"], item["images"]) | stored_frames(item["depths"], item["depths"])
-        sizes.append(Episode(item["action"], item.get("proprio"), np.zeros(0, np.int32), frames).nbytes)
+        numbers = (item["action"], item.get("proprio"), np.zeros(0, np.int32))
+        sizes.append(Episode(*numbers, frames, extras=item["extras"]).nbytes)
     if not sizes:
         raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")
     mask, width = spec.action_normalization_mask, function.action_dim

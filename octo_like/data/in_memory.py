@@ -197,7 +197,8 @@ def _index(function: MemoryFunction, split: str) -> Index:
     count, steps = len(episodes), np.array([len(e.action) for e in episodes], np.int32)
 
     def nbytes(e: RawEpisode) -> int:
-        return e.action.nbytes + sum(part.nbytes for part in (*e.images.values(), *e.depths.values()))
+        parts = (*e.images.values(), *e.depths.values(), *e.extras.values())
+        return e.action.nbytes + sum(part.nbytes for part in parts)
 
     return Index(
         files=(split,),

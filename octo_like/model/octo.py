@@ -229,7 +229,9 @@ def _tokenizer(entry, shared, vocab_size, role, where, modules):
             raise ValueError(f"{where}: a small language encoder needs vocab_size, or a text tokenizer in the run")
     elif parts.is_own(entry.get("kind")):
         shared = {**shared, **({} if "vocab_size" in entry else {"vocab_size": vocab_size})}
-    return _make(TOKENIZERS, entry, shared, role, where, modules)
+    tokenizer = _make(TOKENIZERS, entry, shared, role, where, modules)
+    parts.check_frozen(tokenizer, where)
+    return tokenizer
 
 
 def _stem(entry, where, modules):

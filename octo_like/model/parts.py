@@ -78,6 +78,12 @@ def check_class(cls: type, role: str, where: str, entry: Mapping[str, Any]) -> N
             raise PartError(f"{what} has no field {key!r}, and a {role} needs it")
 
 
+def check_frozen(tokenizer: nn.Module, where: str) -> None:
+    """Raises PartError for a tokenizer that says `is_frozen` and cannot encode by itself, once per task."""
+    if getattr(tokenizer, "is_frozen", False) and not accepts(type(tokenizer).__call__, _A, _A, encode_only=True):
+        raise PartError(f"{where}: {name_of(tokenizer)} is_frozen, but its __call__ does not take encode_only=True")
+
+
 def own_kinds(model: Mapping[str, Any]) -> dict[str, str]:
     """{place in the config: "module:Class"} of the parts of a model that are not ours."""
     found = {}

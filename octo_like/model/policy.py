@@ -116,7 +116,7 @@ class Policy:
         spec = release_spec(model, example, model["heads"])
         tokenizer = TextTokenizer.load(os.fspath(text_model), spec.language_length) if text_model is not None else None
         named = normalization.from_json(name_statistics(statistics)) if statistics else {}
-        return cls({"model": model, "batch_spec": spec_to_json(spec)}, params, named, tokenizer)
+        return cls({"model": model, "batch_spec": spec_to_json(spec)}, params, named, tokenizer, modules=())
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes the policy as one self-contained directory; it appears whole or not at all."""

@@ -429,6 +429,12 @@ def test_what_a_part_returns_wrongly_is_said_when_the_step_is_traced(module, old
         trace(model)
 
 
+def test_a_frozen_tokenizer_has_to_encode_by_itself(module):
+    name = module(("features: int = 8", "features: int = 8\n    is_frozen = True"))
+    with pytest.raises(PartError, match="model.task_tokenizers.words: .*Force is_frozen, but .* encode_only=True"):
+        build_model(config(name, task_tokenizers=dict(words=dict(kind=f"{name}:Force"))))
+
+
 def test_names_that_clash(module):
     name = module()
     both = dict(task_tokenizers=dict(force=dict(kind=f"{name}:Force")), repeat_task_tokens=True)
