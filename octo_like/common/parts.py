@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-import weakref
 from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from octo_like.common.sources import source_hash
 
 Modules = Collection[str | ModuleType] | str | None
-_HASHES: weakref.WeakKeyDictionary[ModuleType, str] = weakref.WeakKeyDictionary()
+_FOUND: dict[str, tuple[ModuleType, str]] = {}  # name of a module that parts are of -> the module, hash of its source
 
 
 class PartError(ValueError):
@@ -82,9 +81,9 @@ def find_class(kind: str, where: str, modules: Modules = None) -> type:
     if not inspect.isclass(found):
         own = [key for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module_name]
         raise PartError(f"{what}: module {module_name!r} ({_file(module)}) has no class {name!r}; it has {sorted(own)}")
-    if module not in _HASHES:
+    if module is not _FOUND.get(module_name, (None,))[0]:  # read when it is first used: it may change later
         try:
-            _HASHES[module] = source_hash(module)
+            _FOUND[module_name] = (module, source_hash(module))
         except (OSError, TypeError) as error:
             raise PartError(
                 f"{what}: module {module_name!r} has no source file, and an export could not say what its parts are "
@@ -168,9 +167,9 @@ def _file(module: ModuleType) -> str:
 
 def used() -> dict[str, str]:
     """{module: hash, see `hashes_of`} of all parts that this process has made so far."""
-    return {module.__name__: digest for module, digest in sorted(_HASHES.items(), key=lambda item: item[0].__name__)}
+    return hashes_of(sorted(_FOUND))
 
 
 def hashes_of(modules: Collection[str]) -> dict[str, str]:
     """{module: 16 hex digits of its source and of all of the user's that it imports}, as it was first used here."""
-    return {name: _HASHES[importlib.import_module(name)] for name in modules}
+    return {name: _FOUND[name][1] for name in modules}
