@@ -25,6 +25,7 @@ from octo_like.training.adaptation import (
     check_actions,
     load_pretrained,
     make_weights,
+    own_modules,
     text_tokenizer,
     with_inputs,
     with_schedule,
@@ -46,7 +47,8 @@ def main(argv=None) -> int:
     # ------------------------------------------------------------------------------------------ pretrained, surgery
     if config.init_from:
         raise ConfigError("init_from is for train.py; here the weights come from config.pretrained")
-    pretrained = load_pretrained(config.pretrained) if config.pretrained else None
+    modules = own_modules(config)
+    pretrained = load_pretrained(config.pretrained, modules) if config.pretrained else None
     base = pretrained.model if pretrained else to_dict(config)["model"]
     if base is None:
         raise ConfigError("nothing to start from: set config.pretrained, or config.model to train from scratch")
@@ -57,7 +59,7 @@ def main(argv=None) -> int:
     tokenizer = text_tokenizer(config, model_config, pretrained)
     spec = batch_spec(config, model_config, tokenizer)
     check_inputs(model_config, spec)
-    model = build_model(model_config, vocab_size=tokenizer.vocab_size if tokenizer else 0)
+    model = build_model(model_config, vocab_size=tokenizer.vocab_size if tokenizer else 0, modules=modules)
 
     # --------------------------------------------------------------------------------------------------------- data
     inputs = inputs_from_config(

@@ -20,6 +20,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", help="an exported policy (RUN/export), or a location that load_pretrained takes")
+    parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
     add_dataset_arguments(parser)
     parser.add_argument("--output", default="runs/check_policy", help="folder of the pages (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=8, help="demonstrations replayed (default: %(default)s)")
@@ -48,7 +49,7 @@ def main() -> int:
         for name in names if args.config else ():
             if name not in specs:
                 raise DataError(f"no dataset {name!r} in {args.config}; {suggest(name, specs)}")
-        policy = Policy.load_pretrained(args.policy)
+        policy = Policy.load_pretrained(args.policy, modules=args.modules)
         for name, spec in specs.items():
             if args.config and names and name not in names:
                 continue

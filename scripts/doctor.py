@@ -374,6 +374,15 @@ def check_step(report: Report) -> None:
         report.fail("training step", finding, "the device or its driver computes wrongly")
 
 
+def check_parts(report: Report, config) -> None:
+    """Whether parts of the user's own can be imported here, and are what they have to be."""
+    from octo_like.training.program import own_parts
+
+    report.ok(
+        "own parts", ", ".join(f"{name} (source {digest})" for name, digest in own_parts(config).items()) or "none"
+    )
+
+
 def check_loader(report: Report, config, seconds: float) -> None:
     """Samples per second of this host: of made-up datasets, and of the run's own data."""
     if importlib.util.find_spec("tensorflow") is None:
@@ -463,6 +472,8 @@ def main(argv: list[str] | None = None) -> int:
         report.attempt("processes", lambda _: distributed.initialize_from_flags(flags) and None)
     report.attempt("machine", check_machine, config)
     report.attempt("workdir", check_workdir, flags.workdir)
+    if importable and config is not None:
+        report.attempt("own parts", check_parts, config)
     data_dir = flags.data_dir or (config.data.data_dir if config is not None and config.data.kind == "rlds" else None)
     if data_dir:
         report.attempt("data", check_data, data_dir)

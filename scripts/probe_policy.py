@@ -20,6 +20,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", help="an exported policy (RUN/export), or a location that load_pretrained takes")
     parser.add_argument("--text-model", help="sentencepiece model, for a released checkpoint")
+    parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
     parser.add_argument("--frames", type=Path, help="FILE.npz with labelled frames, in place of the tabletop's")
     parser.add_argument("--robots", nargs="+", help="of the tabletop (default: those in the policy's statistics)")
     parser.add_argument("--episodes", type=int, default=200, help="of each robot (default: %(default)s)")
@@ -47,7 +48,7 @@ def main(argv=None) -> int:
     from octo_like.training.probe_frames import frames_from_arrays, read_frames
     from octo_like.training.probe_report import summary, write
 
-    policy = Policy.load_pretrained(flags.policy, **({"text_model": flags.text_model} if flags.text_model else {}))
+    policy = Policy.load_pretrained(flags.policy, text_model=flags.text_model, modules=flags.modules)
     if flags.frames:
         frames = read_frames(flags.frames, policy)
     else:

@@ -19,6 +19,7 @@ from octo_like.robot.server import PolicyServer
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="exported policy, as load_pretrained takes it")
+    parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
     parser.add_argument("--unnormalize", help="dataset whose units the actions have when a request names none")
     parser.add_argument("--action_names", nargs="+", help="names of the action dimensions, told to clients")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: every interface)")
@@ -27,7 +28,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        policy = Policy.load_pretrained(args.checkpoint)
+        policy = Policy.load_pretrained(args.checkpoint, modules=args.modules)
         server = PolicyServer(
             policy,
             unnormalize=args.unnormalize,

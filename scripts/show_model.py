@@ -162,6 +162,7 @@ def main(argv=None) -> int:
     parser.add_argument("policy", nargs="?", help="a policy: folder, gs://... or hf://...; or a released checkpoint")
     parser.add_argument("--config", help="a config file instead: its model, without parameters")
     parser.add_argument("--text-model", help="sentencepiece model, for a released checkpoint")
+    parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--instruction", action="append", default=[], help="draw attention for it; may be repeated")
     parser.add_argument("--image", type=Path, help="what the camera sees")
@@ -176,7 +177,7 @@ def main(argv=None) -> int:
         model, spec = build_model(config.model, vocab_size=1000), batch_spec(config)
         print(describe_model(model, spec))
     else:
-        policy = Policy.load_pretrained(flags.policy, **({"text_model": flags.text_model} if flags.text_model else {}))
+        policy = Policy.load_pretrained(flags.policy, text_model=flags.text_model, modules=flags.modules)
         model, spec = policy.model, policy.batch_spec
         print(policy.get_pretty_spec())
     print("GFLOP per sample (matrix products and convolutions)")

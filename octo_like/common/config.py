@@ -41,7 +41,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 # Groups whose keys the user chooses (datasets, cameras, parts of a model); everything below them is free as well.
-OPEN_GROUPS = ("data.datasets", "image_sizes", "depth_sizes", "augmentation", "surgery.*")
+OPEN_GROUPS = ("data.datasets", "image_sizes", "depth_sizes", "extra_observations", "augmentation", "surgery.*")
 
 # What a resumed run may change. Anything else decides which samples are seen or what is done with them.
 RESUME_ALLOWED = (
@@ -51,6 +51,7 @@ RESUME_ALLOWED = (
     "early_stopping.*",
     "log_*",
     "max_bad_steps",
+    "modules",
     "watchdog.*",
     "profile_steps",
     "wandb.*",

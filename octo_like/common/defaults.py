@@ -29,6 +29,7 @@ def default_config() -> ConfigDict:
     config.depth_sizes = dict()  # cameras whose depth is used, e.g. dict(primary=(128, 128))
     config.goal_images = ()  # cameras that also give a goal image
     config.proprio_dim = None  # widest proprioception of the mixture; None: not used
+    config.extra_observations = dict()  # other sensors and their shapes, e.g. dict(force=(6,)); DatasetSpec.extra_keys
 
     config.text = dict(
         model="builtin",  # or the path of a sentencepiece model, e.g. T5's spiece.model; None: no language
@@ -64,7 +65,8 @@ def default_config() -> ConfigDict:
         host_memory_gb=4.0,  # of a process, for episodes and batches; decides episodes_mixed at the first start
         prefetch=2,
     )
-    config.augmentation = dict()  # camera -> fields of octo_like.training.augment.Augmentation
+    # Camera -> fields of octo_like.training.augment.Augmentation, or kind="module:Class" and its fields.
+    config.augmentation = dict()
     config.optimizer = dict(
         schedule="rsqrt",  # or "constant", "cosine"
         peak=3e-4,
@@ -118,6 +120,8 @@ def adaptation_config() -> ConfigDict:
     """
     config = default_config()
     config.pretrained = None  # an exported policy, a released Octo checkpoint, or a run's checkpoints/[STEP]
+    # Modules of the pretrained policy's own parts, which are imported only when they are named (docs/extending.md).
+    config.modules = ()
     config.model = None  # without `pretrained`: the model to train from scratch
     config.mode = "full"  # what is trained: a key of octo_like.model.surgery.MODES
     config.conditioning = "language"  # what tells the robot what to do: "language", "goal_image" or "both"
@@ -164,4 +168,8 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
         language_length=length if tokenizer is None else tokenizer.max_length,
         heads=tuple(heads),
         points=next(iter(names), ()),
+        extra_observations={
+            key: (shape,) if isinstance(shape, int) else tuple(shape)
+            for key, shape in config.get("extra_observations", {}).items()
+        },
     )

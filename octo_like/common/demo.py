@@ -17,6 +17,7 @@ class Demo:
       proprio: (T, P) float32, physical units, or None.
       action: (T, A) float32, physical units, or (T, N, A) when each step has a chunk.
       instruction: "" when there is none.
+      extras: other sensors by name -> (T, ...) float32, physical units.
     """
 
     where: str
@@ -25,6 +26,7 @@ class Demo:
     proprio: np.ndarray | None
     action: np.ndarray
     instruction: str
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def chunks(self, horizon: int) -> tuple[np.ndarray, np.ndarray]:
         """The actions that a policy should predict at each step: (T, H, A), and (T, H) bool, False past the end."""

@@ -3,11 +3,12 @@
 Statistics of one dataset are a plain dict:
 
     {"action": {"mean", "std", "min", "max", "p01", "p99", "mask"}, "proprio": {...} or absent,
-     "num_transitions": int, "num_trajectories": int}
+     "extra": {sensor: {...}} or absent, "num_transitions": int, "num_trajectories": int}
 
 The arrays are float32 of shape (D,) in physical units; `mask` is bool, False for dimensions that are passed through
-unchanged (a gripper that is already 0 or 1). `normalize` and `unnormalize` use operators only, so they take NumPy
-arrays, JAX arrays and JAX tracers alike, and return what they were given.
+unchanged (a gripper that is already 0 or 1). Those of another sensor are of one step's values laid flat. `normalize`
+and `unnormalize` use operators only, so they take NumPy arrays, JAX arrays and JAX tracers alike, and return what they
+were given.
 """
 
 import json
@@ -103,6 +104,20 @@ def normalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
     return y.clip(-bound, bound) if kind == "bounds" else y
 
 
+def normalize_sensor(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
+    """`normalize` of another sensor's values (..., *shape); its statistics are over `shape` laid flat."""
+    width, axes = len(np.asarray(stats["mean"])), 1
+    while axes < x.ndim and int(np.prod(x.shape[-axes:])) < width:
+        axes += 1
+    flat = x.reshape(*x.shape[: x.ndim - axes], -1)
+    return normalize(flat, stats, kind).reshape(x.shape)
+
+
+def normalize_extras(values: Mapping[str, Any], statistics: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """{sensor: values}, normalised by a dataset's statistics."""
+    return {name: normalize_sensor(x, statistics["extra"][name], kind) for name, x in values.items()}
+
+
 def unnormalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
     """Inverse of `normalize` (up to clipping): back to physical units. Constant dimensions give their mean."""
     _check_width(x, stats)
@@ -140,21 +155,26 @@ def combine_statistics(statistics: Sequence[Statistics]) -> Statistics:
     counts = np.array([s["num_transitions"] for s in statistics], np.float64)
     share = (counts / counts.sum())[:, None]
     combined: Statistics = {}
-    for key in ("action", "proprio"):
-        if not all(key in s for s in statistics):
-            continue
+
+    def of(every: Sequence[Statistics]) -> Statistics:
         parts = {
-            field: np.stack([np.asarray(s[key][field], np.float64) for s in statistics])
+            field: np.stack([np.asarray(s[field], np.float64) for s in every])
             for field in FIELDS
-            if all(field in s[key] for s in statistics)
+            if all(field in s for s in every)
         }
         mean = (share * parts["mean"]).sum(0)
         variance = (share * (parts["std"] ** 2 + (parts["mean"] - mean) ** 2)).sum(0)
         merged = {"mean": mean, "std": np.sqrt(variance), "min": parts["min"].min(0), "max": parts["max"].max(0)}
         if "p01" in parts and "p99" in parts:
             merged |= {"p01": parts["p01"].min(0), "p99": parts["p99"].max(0)}
-        combined[key] = {field: value.astype(np.float32) for field, value in merged.items()}
-        combined[key]["mask"] = np.all([_mask(s[key]) for s in statistics], axis=0)
+        result = {field: value.astype(np.float32) for field, value in merged.items()}
+        return {**result, "mask": np.all([_mask(s) for s in every], axis=0)}
+
+    for key in ("action", "proprio"):
+        if all(key in s for s in statistics):
+            combined[key] = of([s[key] for s in statistics])
+    if shared := set.intersection(*(set(s.get("extra", {})) for s in statistics)):
+        combined["extra"] = {name: of([s["extra"][name] for s in statistics]) for name in sorted(shared)}
     combined["num_transitions"] = int(counts.sum())
     combined["num_trajectories"] = int(sum(s["num_trajectories"] for s in statistics))
     return combined
@@ -182,14 +202,16 @@ def from_json(data: Mapping[str, Any] | str) -> dict[str, Any]:
         raise ValueError(f"statistics must be a mapping, got {type(data).__name__}")
     if "action" not in data:
         return {name: from_json(entry) for name, entry in data.items()}
-    result: dict[str, Any] = {}
-    for key, value in data.items():
-        if key not in ("action", "proprio"):
-            result[key] = value
-            continue
+
+    def arrays(key: str, value: Mapping[str, Any]) -> dict[str, np.ndarray]:
         missing = [field for field in FIELDS if field not in value]
         if missing:
             raise ValueError(f"statistics of {key} lack {', '.join(missing)}; they have {', '.join(value)}")
-        result[key] = {field: np.asarray(value[field], np.float32) for field in FIELDS}
-        result[key]["mask"] = _mask(value)
+        return {**{field: np.asarray(value[field], np.float32) for field in FIELDS}, "mask": _mask(value)}
+
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        result[key] = arrays(key, value) if key in ("action", "proprio") else value
+        if key == "extra":
+            result[key] = {name: arrays(name, of_sensor) for name, of_sensor in value.items()}
     return result

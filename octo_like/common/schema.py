@@ -9,6 +9,7 @@ Letters: B batch, W window (history), H action horizon, A action dim, P proprio 
     observation/depth_{slot}               B W h w 1  float32, metres; 0: no reading
     observation/proprio                    B W P      float32, normalised
     observation/proprio_pad_mask           B W P      bool, False: padded dimension
+    observation/{sensor}                   B W ...    float32, normalised; of `extra_observations`
     observation/timestep                   B W        int32, index in the episode
     observation/timestep_pad_mask          B W        bool, False: before the episode began
     observation/pad_mask_dict/{key}        B W        bool, False: this modality is missing
@@ -36,6 +37,8 @@ import numpy as np
 Tree = dict[str, Any]
 
 IMAGE_CHANNELS = 3
+# Names among the observations that no other sensor can have; "action" stands beside them in an index.
+RESERVED = ("action", "proprio", "timestep", "pad_mask_dict")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class BatchSpec:
       depth_sizes: camera slot to (height, width) of its depth map, for cameras whose depth the run uses.
       language_embedding: (d,) or (n, d) of instructions that come as precomputed embeddings in place of tokens.
       points: names of the things whose place in the image is told, for `model.auxiliaries`.
-      extra_observations: other observations of a policy, float32 of this shape per timestep; the data room makes none.
+      extra_observations: other sensors by name (of `DatasetSpec.extra_keys`), float32 of this shape per timestep.
     """
 
     window_size: int
@@ -87,6 +90,8 @@ class BatchSpec:
             raise ValueError(f"goal_images {sorted(unknown)} are not cameras; valid: {sorted(self.image_sizes)}")
         if self.language_length is not None and self.language_embedding is not None:
             raise ValueError("language is tokens (language_length) or embeddings (language_embedding), not both")
+        for name, shape in self.extra_observations.items():
+            _check_sensor(name, shape)
         for name in ("window_size", "action_horizon", "action_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -156,6 +161,18 @@ class BatchSpec:
             "dataset_id": Leaf((), np.dtype(np.int32)),
             "sample_id": Leaf((), np.dtype(np.int64)),
         }
+
+
+def _check_sensor(name: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for another observation whose name the schema has already, or without a shape."""
+    taken = name in RESERVED or name.startswith(("image_", "depth_")) or name.endswith("pad_mask") or "/" in name
+    if taken or not name:
+        raise ValueError(
+            f"extra_observations: {name!r} cannot be the name of a sensor: {', '.join(RESERVED)}, image_..., depth_... "
+            "and ..._pad_mask are the schema's own"
+        )
+    if not all(isinstance(size, int) and size > 0 for size in shape) or not shape:
+        raise ValueError(f"extra_observations.{name} is {shape}; expected the shape of one step's values, e.g. (6,)")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """A stream of random batches made from a run's own spec: for smoke tests and throughput, without any data."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -52,4 +53,6 @@ def _unit_statistics(spec: BatchSpec) -> dict[str, Any]:
     stats: dict[str, Any] = {"action": unit(spec.action_dim), "num_transitions": 0, "num_trajectories": 0}
     if spec.proprio_dim is not None:
         stats["proprio"] = unit(spec.proprio_dim)
+    if spec.extra_observations:
+        stats["extra"] = {name: unit(math.prod(shape)) for name, shape in spec.extra_observations.items()}
     return stats

@@ -93,6 +93,10 @@ class SourceFunction:
         shape = self.output["action"].shape
         return None if shape.rank == 2 else int(shape[1])
 
+    @property
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
+
     def _width(self, key: str) -> int:
         width = self.output[key].shape[-1]
         if width is None:
@@ -124,13 +128,14 @@ def _checked(item: Mapping[str, Any], number: int, spec: DatasetSpec) -> None:
     parts = {key: item[key] for key in ("proprio", "language") if key in item}
     parts |= {f"camera {slot}": frames for slot, frames in item["images"].items()}
     parts |= {f"depth of {slot}": frames for slot, frames in item["depths"].items()}
+    parts |= {f"sensor {name}": values for name, values in item["extras"].items()}
     wrong = [f"{key} has {len(value)}" for key, value in parts.items() if len(value) != steps]
     if wrong:
         raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
-    for key in ("action", "proprio"):
-        bad = rlds.non_finite(item[key]) if key in item else None
+    for key, values in {**{key: item[key] for key in ("action", "proprio") if key in item}, **item["extras"]}.items():
+        bad = rlds.non_finite(values)
         if bad is not None:
-            raise DataError(f"{where}: {key} is {item[key][bad]} at step {bad[0]}, dimension {bad[-1]}")
+            raise DataError(f"{where}: {key} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}")
 
 
 def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
@@ -141,6 +146,7 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
     """
     function = SourceFunction(spec)
     values: dict[str, list[np.ndarray]] = {"action": [], "proprio": []}
+    sensors: dict[str, list[np.ndarray]] = {name: [] for name in function.extra_shapes}
     instructions: collections.Counter = collections.Counter()
     sizes = []
     for number, item in enumerate(function.dataset.take(STATISTICS_TRAJECTORIES).as_numpy_iterator()):
@@ -148,9 +154,12 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
         for name in values:
             if name in item:
                 values[name].append(item[name].reshape(-1, item[name].shape[-1]))
+        for name, of_sensor in item["extras"].items():
+            sensors[name].append(of_sensor.reshape(len(of_sensor), -1))
         instructions.update({text.decode("utf-8", "replace").strip() for text in item.get("language", ())})
         frames = stored_frames(item["images"], item["images"]) | stored_frames(item["depths"], item["depths"])
-        sizes.append(Episode(item["action"], item.get("proprio"), np.zeros(0, np.int32), frames).nbytes)
+        numbers = (item["action"], item.get("proprio"), np.zeros(0, np.int32))
+        sizes.append(Episode(*numbers, frames, extras=item["extras"]).nbytes)
     if not sizes:
         raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")
     mask, width = spec.action_normalization_mask, function.action_dim
@@ -161,6 +170,9 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
     statistics: dict[str, Any] = {"action": normalization.compute_statistics(np.concatenate(values["action"]), mask)}
     if values["proprio"]:
         statistics["proprio"] = normalization.compute_statistics(np.concatenate(values["proprio"]))
+    if sensors:
+        of = normalization.compute_statistics
+        statistics["extra"] = {name: of(np.concatenate(parts)) for name, parts in sensors.items()}
     statistics["num_transitions"] = sum(len(part) for part in values["action"])
     statistics["num_trajectories"] = len(sizes)
     train = _index(function, np.array([_STEPS]), int(POOL * np.mean(sizes)))
@@ -257,4 +269,6 @@ class LiveSource:
                 text = self._texts.rows([t.decode("utf-8", "replace").strip() for t in item["language"].tolist()])
         images = stored_frames(item["images"], self._slots)
         points = {name: as_points(values) for name, values in item["points"].items()}
-        return Episode(action, proprio, text, images, stored_frames(item["depths"], self._depth_slots), points)
+        depths = stored_frames(item["depths"], self._depth_slots)
+        extras = normalization.normalize_extras(item["extras"], statistics, spec.normalization)
+        return Episode(action, proprio, text, images, depths, points, extras)

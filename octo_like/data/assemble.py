@@ -101,6 +101,15 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
             raise DataError(
                 f"{prepared.key}: point_keys: model.auxiliaries learn no point {name!r}; {suggest(name, spec.points)}"
             )
+        for name, shape in prepared.function.extra_shapes.items():
+            wanted = spec.extra_observations.get(name)
+            if wanted != shape:
+                expected = f"they hold {wanted}" if wanted else suggest(name, spec.extra_observations)
+                raise DataError(
+                    f"{prepared.key}: sensor {name!r} (extra_keys) has the shape {shape} at a step, which is not that "
+                    f"of batches; {expected}. Set --config.extra_observations.{name}={','.join(map(str, shape))}, or "
+                    "leave it out of extra_keys"
+                )
         if prepared.spec.head not in spec.heads:
             raise DataError(
                 f"{prepared.key}: no action head {prepared.spec.head!r}; {suggest(prepared.spec.head, spec.heads)}"
@@ -208,6 +217,8 @@ class Assembler:
         if spec.proprio_dim is not None:
             observation |= self._proprio(episodes, window)
             masks["proprio"] = observation["proprio_pad_mask"].any(-1)
+        for name, shape in spec.extra_observations.items():
+            observation[name], masks[name] = self._extra(name, shape, episodes, window)
         observation["timestep"] = window.astype(np.int32)
         observation["timestep_pad_mask"] = steps >= 0
         observation["pad_mask_dict"] = masks
@@ -266,6 +277,16 @@ class Assembler:
                 proprio[i, :, :width] = episode.proprio[window[i]]
                 mask[i, :, :width] = True
         return {"proprio": proprio, "proprio_pad_mask": mask}
+
+    def _extra(
+        self, name: str, shape: tuple[int, ...], episodes: Sequence[Episode], window: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(values (N, W, *shape) of another sensor, (N, W) bool): zeros and False for datasets that have none."""
+        values, mask = np.zeros((*window.shape, *shape), np.float32), np.zeros(window.shape, bool)
+        for i, episode in enumerate(episodes):
+            if name in episode.extras:
+                values[i], mask[i] = episode.extras[name][window[i]], True
+        return values, mask
 
     def _points(self, episodes: Sequence[Episode], window: np.ndarray, use_text: np.ndarray) -> Tree:
         """Places of the things that the instruction names: nobody names them where the task is a goal image."""

@@ -35,6 +35,7 @@ class Episode:
       images: slot -> T encoded frames, or (T, h, w, 3) uint8; an empty one is missing.
       depths: slot -> T encoded depth maps, or (T, h, w) or (T, h, w, 1) numbers, as stored.
       points: name -> (T, 2) float32, column and row as fractions of the image; NaN where it is not known.
+      extras: name -> (T, ...) float32, values of other sensors, normalised.
     """
 
     action: np.ndarray
@@ -43,10 +44,12 @@ class Episode:
     images: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
     depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray] = dataclasses.field(default_factory=dict)
     points: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         total = self.action.nbytes + self.text.nbytes + (0 if self.proprio is None else self.proprio.nbytes)
+        total += sum(values.nbytes for values in self.extras.values())
         for frames in [*self.images.values(), *self.depths.values()]:
             if isinstance(frames, np.ndarray):
                 total += frames.nbytes
@@ -95,7 +98,8 @@ def load_episode(
     if raw.texts is not None:
         with lock:
             text = table.rows(raw.texts)
-    return Episode(action, proprio, text, raw.images, raw.depths, raw.points)
+    extras = normalization.normalize_extras(raw.extras, statistics, kind)
+    return Episode(action, proprio, text, raw.images, raw.depths, raw.points, extras)
 
 
 class EpisodeStore:

@@ -108,6 +108,7 @@ class RawEpisode:
       texts: T instructions, or None.
       images, depths: as in `episodes.Episode`, of the cameras that were asked for.
       points: name -> (T, 2) float32, see `as_points`.
+      extras: name -> (T, ...) float32, values of other sensors.
     """
 
     hash: int
@@ -117,6 +118,7 @@ class RawEpisode:
     images: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
     depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
     points: Mapping[str, np.ndarray]
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def as_points(values: np.ndarray) -> np.ndarray:

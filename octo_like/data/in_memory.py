@@ -103,6 +103,7 @@ class MemoryFunction:
     Attributes:
       definition: of what it reads.
       action_dim, proprio_dim: widths; proprio_dim is None without proprioception.
+      extra_shapes: of one step's values of each other sensor.
     """
 
     random_ops: tuple[str, ...] = ()
@@ -119,6 +120,10 @@ class MemoryFunction:
         self.episodes = {
             split: [self._chosen(one) for one in episodes_of_split] for split, episodes_of_split in episodes.items()
         }
+        shapes = {tuple((name, x.shape[1:]) for name, x in sorted(e.extras.items())) for e in self.all()}
+        if len(shapes) != 1:
+            raise DataError(f"{spec.name}: episodes have sensors of different shapes: {sorted(shapes)}")
+        self.extra_shapes: dict[str, tuple[int, ...]] = dict(next(iter(shapes)))
         widths = {(e.action.shape[1], None if e.proprio is None else e.proprio.shape[1]) for e in self.all()}
         if len(widths) != 1:
             raise DataError(
@@ -161,18 +166,22 @@ class MemoryFunction:
         images = {slot: observed(key, f"image of camera {slot!r}", (4,), "u") for slot, key in _given(spec.image_keys)}
         depths = {slot: observed(key, f"depth of {slot!r}", (3, 4), "fiu") for slot, key in _given(spec.depth_keys)}
         points = {n: as_points(observed(key, f"point {n!r}", (2,), "f")) for n, key in _given(spec.point_keys)}
-        for name, values in {"action": action, "proprio": proprio, **images, **depths, **points}.items():
+        extras = {}
+        for name, key in _given(spec.extra_keys):
+            values = observed(key, f"sensor {name!r}", (1, 2, 3, 4, 5), "fiub").astype(np.float32)
+            extras[name] = values[:, None] if values.ndim == 1 else values
+        for name, values in {"action": action, "proprio": proprio, **images, **depths, **points, **extras}.items():
             if values is not None and len(values) != len(action):
                 raise DataError(f"{where}: {name} has {len(values)} steps, the action {len(action)}")
-        for name, values in (("action", action), ("proprio", proprio)):
+        for name, values in (("action", action), ("proprio", proprio), *extras.items()):
             if values is not None and (bad := non_finite(values)) is not None:
                 raise DataError(f"{where}: {name} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}")
         digest = hashlib.blake2b(digest_size=8)
-        for part in (action, proprio, *images.values(), *depths.values()):
+        for part in (action, proprio, *images.values(), *depths.values(), *extras.values()):
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
         digest.update("\n".join(texts or ()).encode())
         number = int.from_bytes(digest.digest(), "little") % 2**62
-        return RawEpisode(number, action, proprio, texts, images, depths, points)
+        return RawEpisode(number, action, proprio, texts, images, depths, points, extras)
 
 
 def _text(value: str | bytes) -> str:
@@ -188,7 +197,8 @@ def _index(function: MemoryFunction, split: str) -> Index:
     count, steps = len(episodes), np.array([len(e.action) for e in episodes], np.int32)
 
     def nbytes(e: RawEpisode) -> int:
-        return e.action.nbytes + sum(part.nbytes for part in (*e.images.values(), *e.depths.values()))
+        parts = (*e.images.values(), *e.depths.values(), *e.extras.values())
+        return e.action.nbytes + sum(part.nbytes for part in parts)
 
     return Index(
         files=(split,),
@@ -256,6 +266,11 @@ def _statistics(key: str, spec: DatasetSpec, episodes: Sequence[RawEpisode]) -> 
     statistics: dict[str, Any] = {"action": of(np.concatenate([e.action for e in episodes]))}
     if spec.proprio_keys:
         statistics["proprio"] = of(np.concatenate([e.proprio for e in episodes]))
+    if episodes[0].extras:
+        names = episodes[0].extras
+        statistics["extra"] = {
+            name: of(np.concatenate([e.extras[name].reshape(len(e.action), -1) for e in episodes])) for name in names
+        }
     mask, width = spec.action_normalization_mask, episodes[0].action.shape[1]
     if mask is not None:
         if len(mask) != width:

@@ -3,12 +3,13 @@
 import collections
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from octo_like.data import filters, order, rlds
+from octo_like.data import columns, filters, order, rlds
 from octo_like.data.oxe import registry
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
@@ -180,16 +181,8 @@ def training_values(
     chosen = np.isin(whole.index.record_hash, prepared.train.record_hash)
     for number, rows in enumerate(_episodes(whole)):
         if chosen[number]:
-            yield _values(rows, prepared.function)
-
-
-def _values(rows: np.ndarray, function: EpisodeFunction) -> tuple[np.ndarray, np.ndarray]:
-    """(action (n, A) or (n, N, A), proprio (n, P)) of rows (n, width)."""
-    width = rows.shape[1] - (function.proprio_dim or 0)
-    action = rows[:, :width]
-    if function.action_chunk is not None:
-        action = action.reshape(len(rows), function.action_chunk, function.action_dim)
-    return action, rows[:, width:]
+            values = columns.from_rows(rows, prepared.function)
+            yield values["action"], values["proprio"]
 
 
 def _statistics(
@@ -205,18 +198,22 @@ def _statistics(
     selected[chosen] = True
     ends = index.first + index.steps
 
-    def passes(part: int, dims: int) -> Callable[[], Iterator[np.ndarray]]:
+    def passes(part: str, dims: int) -> Callable[[], Iterator[np.ndarray]]:
         def rows() -> Iterator[np.ndarray]:
             for first, chunk in read_rows(whole.rows_path):
                 episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
-                yield _values(chunk[selected[episode]], function)[part].reshape(-1, dims)
+                yield columns.from_rows(chunk[selected[episode]], function)[part].reshape(-1, dims)
 
         return rows
 
     def make() -> dict[str, Any]:
-        arrays = {f"action_{k}": v for k, v in streamed_statistics(passes(0, function.action_dim)).items()}
+        arrays = {f"action_{k}": v for k, v in streamed_statistics(passes("action", function.action_dim)).items()}
         if function.proprio_dim is not None:
-            arrays |= {f"proprio_{k}": v for k, v in streamed_statistics(passes(1, function.proprio_dim)).items()}
+            of_proprio = streamed_statistics(passes("proprio", function.proprio_dim))
+            arrays |= {f"proprio_{k}": v for k, v in of_proprio.items()}
+        for name, shape in function.extra_shapes.items():
+            of_sensor = streamed_statistics(passes(name, math.prod(shape)))
+            arrays |= {f"extra:{name}:{k}": v for k, v in of_sensor.items()}
         return arrays
 
     digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
@@ -230,6 +227,11 @@ def _statistics(
         statistics["action"]["mask"] = np.asarray(mask, bool)
     if not spec.proprio_keys:
         del statistics["proprio"]
+    if function.extra_shapes:
+        statistics["extra"] = {
+            name: {k.rpartition(":")[2]: v for k, v in arrays.items() if k.startswith(f"extra:{name}:")}
+            for name in function.extra_shapes
+        }
     statistics["num_transitions"] = int(index.steps[chosen].sum(dtype=np.int64))
     statistics["num_trajectories"] = len(chosen)
     return statistics
@@ -256,10 +258,12 @@ def _filtered(
         usable = np.zeros(int(index.steps.sum(dtype=np.int64)), bool)
         episodes = _episodes(whole) if filters.needs_values(spec) else _no_values(index, function)
         for number, rows in enumerate(episodes):
-            action, proprio = _values(rows, function)
+            values = columns.from_rows(rows, function)
             labeled = bool(index.has_language[number])
             start = index.first[number]
-            usable[start : start + len(rows)] = filters.usable_steps(spec, statistics, action, proprio, labeled)
+            usable[start : start + len(rows)] = filters.usable_steps(
+                spec, statistics, values["action"], values["proprio"], labeled
+            )
         return {"bits": np.packbits(usable)}
 
     file = f"usable-{digest_of(definition, *numbers)}.npz"
@@ -284,7 +288,7 @@ def _episodes(whole: SplitIndex) -> Iterator[np.ndarray]:
 
 
 def _no_values(index: Index, function: EpisodeFunction) -> Iterator[np.ndarray]:
-    width = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0)
+    width = columns.width(function)
     return (np.broadcast_to(np.float32(0), (int(steps), width)) for steps in index.steps)
 
 

@@ -39,6 +39,10 @@ def _is_point(x: tf.Tensor) -> bool:
     return x.dtype.is_floating and x.shape.rank == 2 and x.shape[-1] in (2, 4)
 
 
+def _is_sensor(x: tf.Tensor) -> bool:
+    return _is_numeric(x, *range(1, 6)) and x.shape[1:].is_fully_defined()
+
+
 def _is_numeric(x: tf.Tensor, *ranks: int) -> bool:
     return (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool) and x.shape.rank in ranks
 
@@ -50,7 +54,8 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
       {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
       proprio_keys); "language": (T,) string (absent without language_key); "images": {slot: (T,) encoded strings or
       (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1) numbers}; "points": {name:
-      (T, 2) points or (T, 4) boxes, float32}}.
+      (T, 2) points or (T, 4) boxes, float32}; "extras": {name: (T, ...) float32, (T, 1) of one number
+      a step}}.
 
     Raises:
       DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
@@ -59,7 +64,8 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     if not isinstance(observation, Mapping):
         raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
     action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2, 3))
-    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32), "images": {}, "depths": {}, "points": {}}
+    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32)}
+    chosen |= {"images": {}, "depths": {}, "points": {}, "extras": {}}
     if spec.proprio_keys:
         parts = []
         for key in spec.proprio_keys:
@@ -92,6 +98,11 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             key = key.removeprefix("observation/")
             values = _require(observation, key, f"point {name!r} (2 numbers, or 4 of a box)", spec, _is_point)
             chosen["points"][name] = tf.cast(values, tf.float32)
+    for name, key in spec.extra_keys.items():
+        if key is not None:
+            what = f"sensor {name!r} (numbers, of a shape that is known before reading)"
+            values = _require(observation, key.removeprefix("observation/"), what, spec, _is_sensor)
+            chosen["extras"][name] = tf.cast(values[:, None] if values.shape.rank == 1 else values, tf.float32)
     return chosen
 
 

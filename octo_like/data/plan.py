@@ -1,6 +1,7 @@
 """From a mixture and its settings to an order: which numbers were given, and which are derived from this start."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,11 +95,12 @@ class OrderPlan:
 
 
 def batch_bytes(spec: BatchSpec, rows: int) -> int:
-    """Bytes of the decoded frames of `rows` samples."""
+    """Bytes of the decoded frames and the other sensors of `rows` samples."""
     frames = {slot: spec.window_size + (slot in spec.goal_images) for slot in spec.image_sizes}
     images = sum(3 * h * w * frames[slot] for slot, (h, w) in spec.image_sizes.items())
     depths = sum(4 * h * w * spec.window_size for h, w in spec.depth_sizes.values())
-    return rows * (images + depths)
+    sensors = sum(4 * math.prod(shape) * spec.window_size for shape in spec.extra_observations.values())
+    return rows * (images + depths + sensors)
 
 
 def mixed_episodes(given: int | Mapping[str, int] | None, names: Mapping[str, Any]) -> dict[str, int] | None:

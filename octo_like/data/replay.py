@@ -61,4 +61,5 @@ def load_demos(
             proprio=proprio,
             action=action,
             instruction=texts[0].decode("utf-8", "replace").strip(),
+            extras={name: values.numpy() for name, values in raw["extras"].items()},
         )

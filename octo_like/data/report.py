@@ -75,10 +75,11 @@ def mixture_table(datasets: Mapping[str, PreparedDataset], samples: int | None =
 
 
 def range_table(prepared: PreparedDataset) -> str:
-    """Statistics of every action and proprioception dimension, in physical units, over the training episodes."""
+    """Statistics of each dimension of action, proprioception and other sensors, in physical units, over the training
+    episodes."""
     rows = [["dimension", *COLUMNS, "normalised"]]
-    for key in ("action", "proprio"):
-        stats = prepared.statistics.get(key)
+    of = {key: prepared.statistics.get(key) for key in ("action", "proprio")} | prepared.statistics.get("extra", {})
+    for key, stats in of.items():
         if stats is None:
             continue
         for d in range(len(stats["mean"])):

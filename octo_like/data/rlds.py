@@ -358,6 +358,11 @@ class EpisodeFunction:
     def proprio_dim(self) -> int | None:
         return self._width("proprio") if "proprio" in self.output else None
 
+    @property
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one step's values of each other sensor."""
+        return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
+
     def _width(self, key: str) -> int:
         width = self.output[key].shape[-1]
         if width is None:
@@ -382,6 +387,7 @@ class EpisodeFunction:
             images=stored_frames(raw["images"], slots),
             depths=stored_frames(raw["depths"], depth_slots),
             points={name: as_points(values.numpy()) for name, values in raw["points"].items()},
+            extras={name: values.numpy() for name, values in raw["extras"].items()},
         )
 
     def from_file(self, path: str, offset: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data import rlds
+from octo_like.data import columns, rlds
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
@@ -40,7 +40,7 @@ class FileSummary:
     Attributes:
       episodes: one array per entry of COLUMNS, one value per readable episode.
       usable: (steps,) bool, of the user's filter, all episodes after each other.
-      rows: (steps, width) float32, standardised action and proprioception of all steps.
+      rows: (steps, width) float32, standardised values of all steps (see `columns.py`).
       instructions: instruction -> number of episodes that have it.
       damaged: one message per record that cannot be read.
     """
@@ -121,11 +121,13 @@ def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]
         "usable": episode["usable"],
         "action": episode["action"],
         "proprio": episode.get("proprio", tf.zeros([tf.shape(episode["action"])[0], 0])),
+        "extras": episode["extras"],
         "language": tf.unique(language)[0],
         # Leaves that a user's function cut differently are found here, before training starts.
         "lengths": {
             **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
             **{f"depth of {slot}": tf.shape(depth)[0] for slot, depth in episode["depths"].items()},
+            **{f"sensor {name}": tf.shape(values)[0] for name, values in episode["extras"].items()},
             **{key: tf.shape(episode[key])[0] for key in ("proprio", "language", "usable") if key in episode},
         },
     }
@@ -236,17 +238,18 @@ def _check_episode(item: dict[str, Any], where: str, spec: DatasetSpec) -> None:
     wrong = [f"{key} has {count}" for key, count in item["lengths"].items() if count != steps]
     if wrong:
         raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
-    for key, name in (("action", spec.action_key), ("proprio", ", ".join(spec.proprio_keys))):
-        bad = rlds.non_finite(item[key])
+    checked = [("action", spec.action_key, item["action"]), ("proprio", ", ".join(spec.proprio_keys), item["proprio"])]
+    checked += [(key, spec.extra_keys[key], values) for key, values in item["extras"].items()]
+    for key, name, values in checked:
+        bad = rlds.non_finite(values)
         if bad is not None:
-            value = item[key][bad]
+            value = values[bad]
             raise DataError(f"{where}: {key} ({name!r}) is {value} at step {bad[0]}, dimension {bad[-1]}")
 
 
 def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: EpisodeFunction) -> FileSummary:
-    width = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0)
     values: dict[str, list] = {key: [] for key in COLUMNS}
-    rows, usable = [np.zeros((0, width), np.float32)], [np.zeros(0, bool)]
+    rows, usable = [np.zeros((0, columns.width(function)), np.float32)], [np.zeros(0, bool)]
     instructions: collections.Counter[str] = collections.Counter()
     for item in episodes:
         steps, texts = len(item["action"]), item["language"].tolist()
@@ -255,8 +258,7 @@ def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: Episo
         values["has_language"].append(any(text.strip() for text in texts))
         for key in ("record", "offset", "length", "raw_steps"):
             values[key].append(item[key])
-        action = item["action"].reshape(steps, width - item["proprio"].shape[1])
-        rows.append(np.concatenate([action, item["proprio"]], axis=1))
+        rows.append(columns.to_rows(item, function))
         usable.append(item["usable"])
         instructions.update(text.decode("utf-8", "replace") for text in texts)
     return FileSummary(

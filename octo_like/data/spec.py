@@ -9,6 +9,7 @@ from typing import Any
 
 from octo_like.common.normalization import KINDS
 from octo_like.common.robot import Description, RobotError
+from octo_like.common.schema import RESERVED
 
 IDLE_OF = ("action", "change")
 
@@ -61,6 +62,8 @@ class DatasetSpec:
       point_keys: name of a thing -> key below `observation` of its place in the primary image, (2,) column and row as
         fractions of the image or (4,) of a box (left, top, right, bottom), NaN where it is not known; or None. Used by
         `model.auxiliaries`.
+      extra_keys: name of another sensor in the run's `extra_observations` -> key below `observation` of its values,
+        (T, ...) numbers, or None where the dataset has no such sensor. They are normalised entry by entry.
       bgr_slots: cameras whose stored frames have their channels in the order blue, green, red; they are swapped.
       action_key: key of the actions (T, A).
       language_key: key of the instruction (top level, or "observation/..."), or None.
@@ -102,6 +105,7 @@ class DatasetSpec:
     depth_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     depth_scale: float | None = None
     point_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    extra_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     bgr_slots: tuple[str, ...] = ()
     action_key: str = "action"
     language_key: str | None = "language_instruction"
@@ -143,6 +147,12 @@ class DatasetSpec:
                 )
         if self.depth_scale is not None and not self.depth_scale > 0:
             raise DataError(f"{self.name}: depth_scale must be positive (metres per unit), got {self.depth_scale}")
+        for name in self.extra_keys:
+            if not name.isidentifier() or name in RESERVED:
+                raise DataError(
+                    f"{self.name}: extra_keys: {name!r} cannot be the name of a sensor; valid: letters, digits and _, "
+                    f"but not {', '.join(RESERVED)}"
+                )
         unknown = sorted(set(self.bgr_slots) - {slot for slot, key in self.image_keys.items() if key is not None})
         if unknown:
             raise DataError(f"{self.name}: bgr_slots: no camera {unknown[0]!r}; {suggest(unknown[0], self.image_keys)}")
@@ -244,6 +254,7 @@ class DatasetSpec:
         data["image_keys"] = dict(data.get("image_keys") or {})
         data["depth_keys"] = dict(data.get("depth_keys") or {})
         data["point_keys"] = dict(data.get("point_keys") or {})
+        data["extra_keys"] = dict(data.get("extra_keys") or {})
         data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
         data["bgr_slots"] = tuple(data.get("bgr_slots") or ())
         mask = data.get("action_normalization_mask")
@@ -275,6 +286,7 @@ class DatasetSpec:
             "depth_keys": dict(sorted(self.depth_keys.items())),
             "depth_scale": self.depth_scale,
             "point_keys": dict(sorted(self.point_keys.items())),
+            "extra_keys": dict(sorted(self.extra_keys.items())),
             "bgr_slots": sorted(self.bgr_slots),
         }
         return fields | {key: value for key, value in seldom.items() if value}

@@ -2,7 +2,7 @@
 
     train-0123456789abcdef0123/
       index.npz             per episode: file, byte offset, length, hash of the record, steps, has an instruction
-      rows.npy              float32: standardised actions and proprioception of all steps of all episodes
+      rows.npy              float32: standardised values of all steps of all episodes (see `columns.py`)
       statistics-*.npz      of one choice of training episodes, exact (see `statistics.py`)
       usable-*.npz          steps that one set of filters leaves (see `filters.py`)
       parts/                of an unfinished pass: one file per TFRecord file, so that a killed pass goes on
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from octo_like.data import columns as row_columns
 from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.scan import COLUMNS, FileSummary, scan_file, traced_summary
@@ -320,9 +321,8 @@ def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary],
     chosen = np.concatenate(usable)
     rows_path = os.path.join(folder, "rows.npy")
     temporary = f"{rows_path}.{uuid.uuid4().hex[:8]}.tmp"
-    width = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0)
     try:
-        writer = RowWriter(temporary, int(arrays["steps"].sum(dtype=np.int64)), width)
+        writer = RowWriter(temporary, int(arrays["steps"].sum(dtype=np.int64)), row_columns.width(function))
         for number in range(count):
             writer.write(summary_of(number).rows)
         writer.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from octo_like.data import rlds
+from octo_like.data import columns, rlds
 from octo_like.data.order import hash_key
 from octo_like.data.rlds import EpisodeFunction
 from octo_like.data.statistics import row_range
@@ -46,7 +46,7 @@ def find_stale(index: "Index", rows_path: str, function: EpisodeFunction) -> str
             return None
         if int(now["hash"]) != index.record_hash[episode]:
             return f"{where}: the record is another one than when it was indexed"
-        if not function.random_ops and not _same(now, index, episode, rows_path):
+        if not function.random_ops and not _same(now, index, episode, rows_path, function):
             used = " and ".join(
                 f"{name}={value!r}"
                 for name, value in (("standardize", function.spec.standardize), ("filter", function.spec.filter))
@@ -66,14 +66,12 @@ def _pick(index: "Index") -> list[int]:
     return np.concatenate([episodes[np.sort(first)], np.delete(episodes, first)])[:RECORDS].tolist()
 
 
-def _same(now: dict, index: "Index", episode: int, rows_path: str) -> bool:
+def _same(now: dict, index: "Index", episode: int, rows_path: str, function: EpisodeFunction) -> bool:
     steps = int(index.steps[episode])
-    action = now["action"].numpy()
-    if len(action) != steps or int(now["raw_steps"]) != index.raw_steps[episode]:
+    if len(now["action"]) != steps or int(now["raw_steps"]) != index.raw_steps[episode]:
         return False
-    rows = action.reshape(steps, -1)
-    if "proprio" in now:
-        rows = np.concatenate([rows, now["proprio"].numpy()], axis=1)
+    numbers = {key: now[key].numpy() for key in ("action", "proprio") if key in now}
+    rows = columns.to_rows({**numbers, "extras": {k: v.numpy() for k, v in now["extras"].items()}}, function)
     try:
         kept = row_range(rows_path, int(index.first[episode]), steps)
     except tf.errors.NotFoundError:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data.sources import source_hash
+from octo_like.common.sources import source_hash
 from octo_like.data.spec import DataError, suggest
 from octo_like.data.tf import tf
 

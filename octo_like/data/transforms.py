@@ -4,6 +4,7 @@ The canonical trajectory that they pass on (T steps, every leaf has the step fir
 
     observation/image_{slot}      T string (encoded) or T h w 3 uint8
     observation/proprio           T P float32
+    observation/{sensor}          T ... float32, of `extra_keys`
     observation/timestep          T int32
     observation/pad_mask_dict/*   T bool, False: this modality is missing
     task/language_instruction     T string
@@ -37,6 +38,7 @@ def restructure(trajectory: Trajectory, spec: DatasetSpec) -> Trajectory:
     observation: Trajectory = {f"image_{slot}": image for slot, image in chosen["images"].items()}
     if "proprio" in chosen:
         observation["proprio"] = chosen["proprio"]
+    observation |= chosen["extras"]
     steps = _steps(chosen)
     observation["timestep"] = tf.range(steps)
     task = {"language_instruction": chosen["language"]} if "language" in chosen else {}
@@ -44,7 +46,7 @@ def restructure(trajectory: Trajectory, spec: DatasetSpec) -> Trajectory:
 
 
 def normalize(trajectory: Trajectory, statistics: Mapping[str, Any], kind: str = "normal") -> Trajectory:
-    """Normalises `action` and `observation/proprio`; see `octo_like.common.normalization.normalize`."""
+    """Normalises `action`, `observation/proprio` and other sensors; see `octo_like.common.normalization.normalize`."""
 
     def apply(x: tf.Tensor, stats: Mapping[str, Any]) -> tf.Tensor:
         shift, scale, bound = normalization.coefficients(stats, kind)
@@ -54,6 +56,11 @@ def normalize(trajectory: Trajectory, statistics: Mapping[str, Any], kind: str =
     observation = dict(trajectory["observation"])
     if "proprio" in observation and "proprio" in statistics:
         observation["proprio"] = apply(observation["proprio"], statistics["proprio"])
+    for name, stats in statistics.get("extra", {}).items():
+        if name in observation:
+            values = observation[name]
+            flat = apply(tf.reshape(values, [-1, len(stats["mean"])]), stats)
+            observation[name] = tf.reshape(flat, tf.shape(values))
     action = apply(trajectory["action"], statistics["action"])
     return {**trajectory, "observation": observation, "action": action}
 

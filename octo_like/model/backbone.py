@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from octo_like.model.attention import BlockMask, GroupLayout, StaticRule, block_mask
+from octo_like.model.parts import check_tokens
 from octo_like.model.tokens import TokenGroup, masked_mean, valid_mask
 from octo_like.model.transformer import Transformer
 
@@ -151,6 +152,7 @@ class OctoTransformer(nn.Module):
         for name, tokenizer in self.task_tokenizers.items():
             group = tokenizer(observation, task)
             if group is not None:
+                check_tokens(group, tokenizer, f"task tokenizer {name!r}", (b,))
                 pos = self._position(f"task_{name}_pos_embedding", (1, *group.tokens.shape[1:2], self.token_dim))
                 task_groups[f"task_{name}"] = TokenGroup(self._project(f"task_{name}", group.tokens) + pos, group.mask)
         summaries = {name: masked_mean(group) for name, group in task_groups.items()}
@@ -161,6 +163,7 @@ class OctoTransformer(nn.Module):
         for name, tokenizer in self.observation_tokenizers.items():
             group = tokenizer(observation, task, summaries)
             if group is not None:
+                check_tokens(group, tokenizer, f"observation tokenizer {name!r}", (b, window))
                 size = group.tokens.shape[-2]
                 pos = self._position(f"obs_{name}_pos_embedding", (1, self.max_window, size, self.token_dim))
                 tokens = self._project(f"obs_{name}", group.tokens) + pos[:, :window]

@@ -14,6 +14,7 @@ import numpy as np
 
 from octo_like.common.robot import Description
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
+from octo_like.model import parts
 from octo_like.model.attention import GroupLayout, may_attend
 from octo_like.model.backbone import layout
 from octo_like.model.octo import OctoModel, init_params
@@ -195,6 +196,21 @@ def model_card(policy) -> str:
         for name, entry in sorted(policy.statistics.items())
         if entry.get("robot")
     )
+    own = parts.hashes(policy.config["model"])
+    named = f", modules={sorted(own)}" if own else ""
+    sources = "".join(f"| {module} | {digest} |\n" for module, digest in own.items())
+    needed = (
+        f"""
+## Own parts
+
+Parts of this policy are made by modules that do not come with it. They are imported only when they are named, as above.
+
+| module | hash of its source |
+|---|---|
+{sources}"""
+        if own
+        else ""
+    )
     language = policy.batch_spec.language_length is not None and policy.text_tokenizer is not None
     task = 'texts=["..."]' if language else 'goals={"image_...": image}'
     compat = policy.config["model"].get("octo_compat", False)
@@ -214,11 +230,11 @@ Images, proprioception and a task go in, chunks of {policy.batch_spec.action_hor
 import jax
 from octo_like.model.policy import Policy
 
-policy = Policy.load_pretrained("this directory, gs://bucket/path or hf://owner/name")
+policy = Policy.load_pretrained("this directory, gs://bucket/path or hf://owner/name"{named})
 task = policy.create_tasks({task})
 actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize=dataset)
 ```
-
+{needed}
 ## Data
 
 | dataset (name for `unnormalize`) | trajectories | transitions | action dimensions | normalisation |

@@ -93,7 +93,7 @@ class DiscreteHead(ActionHead):
         entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
         guess = jnp.argmax(logits, axis=-1)
         squared = (self.from_bins(guess) - action) ** 2 * self.action_dim
-        self._report(entropy * mask, mask)
+        self.report_by_sample(entropy * mask, mask)
         return {
             "loss": jnp.sum(entropy * mask),
             "accuracy": jnp.sum((guess == target) * mask),

@@ -68,7 +68,7 @@ class GenerativeHead(ActionHead):
         squared = (pred - target) ** 2
         loss = jnp.abs(pred - target) if self.loss == "l1" else squared
         weight = mask.reshape(*mask.shape[:2], -1) * self.action_dim / pred.shape[0]
-        self._report(loss * weight, mask, batch_axis=1)
+        self.report_by_sample(loss * weight, mask, batch_axis=1)
         return {"loss": jnp.sum(loss * weight), "mse": jnp.sum(squared * weight)}
 
     def _start(self, groups, keys_b, sample_shape, valid, num_draws):

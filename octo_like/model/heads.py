@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from octo_like.common.parts import PartError, name_of
 from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import MapPooling
 
@@ -66,7 +67,7 @@ def check_datasets(heads: Mapping[str, "ActionHead"], statistics: Mapping[str, M
 
 
 class ActionHead(nn.Module):
-    """What the heads share.
+    """What the heads share. A head of your own is a subclass with `loss_terms` and `sample` (docs/extending.md).
 
     Attributes:
       readout: token group that is read ("readout_action", or "obs" with `use_map`).
@@ -104,8 +105,21 @@ class ActionHead(nn.Module):
             return tokens
         return tokens.mean(axis=-2)
 
-    def _report(self, loss: jax.Array, mask: jax.Array, batch_axis: int = 0) -> None:
-        """Offers every sample's own mean loss (B,) as the variable "by_sample/loss": for metrics, not for gradients."""
+    def report_by_sample(self, loss: jax.Array, mask: jax.Array, batch_axis: int = 0) -> None:
+        """Offers every sample's own mean loss for metrics; no gradient flows through it. Every `loss_terms` calls it.
+
+        Args:
+          loss: of each entry, 0 where the mask is; B is its axis `batch_axis`.
+          mask: (B, W, H, A), of the entries that are learned from.
+
+        Raises:
+          PartError: the two do not speak of the same samples.
+        """
+        if mask.ndim < 1 or loss.ndim <= batch_axis or loss.shape[batch_axis] != mask.shape[0]:
+            raise PartError(
+                f"{name_of(self)}: report_by_sample was given a loss of shape {loss.shape}, whose axis {batch_axis} "
+                f"should have one entry per sample, and a mask of {mask.shape}"
+            )
         axes = tuple(axis for axis in range(loss.ndim) if axis != batch_axis)
         count = jnp.sum(mask, axis=tuple(range(1, mask.ndim)))
         self.sow("by_sample", "loss", jax.lax.stop_gradient(jnp.sum(loss, axis=axes) / jnp.maximum(count, 1.0)))
@@ -136,7 +150,7 @@ class RegressionHead(ActionHead):
         error = self.predict(groups) - action
         squared, weight = error**2, mask * self.action_dim
         loss = jnp.abs(error) if self.loss == "l1" else squared
-        self._report(loss * weight, mask)
+        self.report_by_sample(loss * weight, mask)
         return {"loss": jnp.sum(loss * weight), "mse": jnp.sum(squared * weight)}
 
     def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:

@@ -1,8 +1,6 @@
 """The whole network (transformer and heads) and its construction from a plain nested dict."""
 
 import dataclasses
-import difflib
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from octo_like.common.parts import Modules, PartError, check_options, make
 from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.model import parts
 from octo_like.model.backbone import OctoTransformer
 from octo_like.model.discrete import DiscreteHead
 from octo_like.model.generative import DiffusionHead, FlowHead
@@ -73,9 +73,13 @@ class OctoModel(nn.Module):
         terms = {}
         for i, (name, head) in enumerate(self.heads.items()):
             action, mask = head_batch(batch, name, head)
-            terms[name] = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
-            terms[name]["count"] = jnp.sum(mask, dtype=jnp.float32)
-        return terms | {name: part.loss_terms(groups, batch) for name, part in self.auxiliaries.items()}
+            said = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
+            parts.check_terms(said, head, f"head {name!r}", counted=False)
+            terms[name] = {**said, "count": jnp.sum(mask, dtype=jnp.float32)}
+        for name, part in self.auxiliaries.items():
+            terms[name] = part.loss_terms(groups, batch)
+            parts.check_terms(terms[name], part, f"auxiliary {name!r}", counted=True)
+        return terms
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Number of entries every head and auxiliary learns from; needs no parameters."""
@@ -92,7 +96,10 @@ class OctoModel(nn.Module):
         the tokens that it reads.
         """
         groups = self.octo_transformer(observation, task, only_last=self.heads[head].readout)
-        return self.heads[head].sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
+        part = self.heads[head]
+        actions = part.sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
+        parts.check_actions(actions, part, f"head {head!r}", (*sample_shape, keys_b.shape[0]))
+        return actions
 
 
 def total_loss(
@@ -123,17 +130,20 @@ def run_once_options() -> dict[str, str]:
     return {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
 
 
-def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:
+def build_model(config: Mapping[str, Any], *, vocab_size: int = 0, modules: Modules = None) -> OctoModel:
     """Builds the network a config describes.
+
+    A kind is a name of ours or "module:Class" of a part of the user's own; see `octo_like.model.parts`.
 
     Args:
       config: see configs/octo_small.py: token_dim, max_window, transformer, task_tokenizers, observation_tokenizers,
         readouts, heads and optionally auxiliaries, repeat_task_tokens, octo_compat, legacy_attention, token_norm,
         position_scale, dtype.
       vocab_size: of the text tokenizer; used by a "small" language encoder whose config does not give one.
+      modules: those whose parts may be imported; None: all that the config names, which then is the caller's own.
 
     Raises:
-      ValueError: naming an unknown kind or option and the valid ones.
+      ValueError: naming an unknown kind or option and the valid ones, or a part that is not what it has to be.
     """
     config = _plain(config)
     shared = {"compat": bool(config.get("octo_compat", False)), "dtype": jnp.dtype(config.get("dtype", "float32"))}
@@ -153,27 +163,34 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0) -> OctoModel:
         "position_scale",
         "dtype",
     }
-    _check_options(config, known, "model")
-    _check_options(config["transformer"], set(TRANSFORMER_OPTIONS), "model.transformer")
+    check_options(config, known, "model")
+    check_options(config["transformer"], set(TRANSFORMER_OPTIONS), "model.transformer")
 
     def tokenizers(group):
+        role = group.removesuffix("s").replace("_", " ")
         return {
-            name: _tokenizer(entry, shared, vocab_size, f"model.{group}.{name}")
+            name: _tokenizer(entry, shared, vocab_size, role, f"model.{group}.{name}", modules)
             for name, entry in (config.get(group) or {}).items()
         }
 
+    if twice := sorted(set(config.get("task_tokenizers") or {}) & set(config["observation_tokenizers"])):
+        if config.get("repeat_task_tokens", False):
+            raise PartError(
+                f"model.observation_tokenizers.{twice[0]}: there is a task tokenizer of that name, and "
+                "repeat_task_tokens puts its tokens among the observations'; rename one"
+            )
     heads, weights = {}, {}
     for name, entry in config["heads"].items():
         entry = dict(entry)
         weights[name] = float(entry.pop("weight", 1.0))
-        heads[name] = _make(HEADS, entry, shared, f"model.heads.{name}")
+        heads[name] = _make(HEADS, entry, shared, "head", f"model.heads.{name}", modules)
     auxiliaries = {}
     for name, entry in (config.get("auxiliaries") or {}).items():
         if name in heads:
-            raise ValueError(f"model.auxiliaries.{name}: there is a head of that name")
+            raise PartError(f"model.auxiliaries.{name}: there is a head of that name")
         entry = dict(entry)
         weights[name] = float(entry.pop("weight", 1.0))
-        auxiliaries[name] = _make(AUXILIARIES, entry, shared, f"model.auxiliaries.{name}")
+        auxiliaries[name] = _make(AUXILIARIES, entry, shared, "auxiliary", f"model.auxiliaries.{name}", modules)
     transformer = OctoTransformer(
         task_tokenizers=tokenizers("task_tokenizers"),
         observation_tokenizers=tokenizers("observation_tokenizers"),
@@ -199,10 +216,10 @@ def _plain(node):
     return node
 
 
-def _tokenizer(entry, shared, vocab_size, where):
+def _tokenizer(entry, shared, vocab_size, role, where, modules):
     entry = dict(entry)
     if entry.get("kind") == "image":
-        entry["stem"] = _stem(entry.get("stem", {"kind": "small"}), f"{where}.stem")
+        entry["stem"] = _stem(entry.get("stem", {"kind": "small"}), f"{where}.stem", modules)
     if entry.get("kind") == "language":
         if entry.get("encoder") == "t5":
             entry["t5"] = _t5_config(entry.get("t5", "t5-base"), where)
@@ -210,22 +227,30 @@ def _tokenizer(entry, shared, vocab_size, where):
             entry["vocab_size"] = vocab_size
         if entry.get("encoder", "small") == "small" and not entry["vocab_size"]:
             raise ValueError(f"{where}: a small language encoder needs vocab_size, or a text tokenizer in the run")
-    return _make(TOKENIZERS, entry, shared, where)
+    elif parts.is_own(entry.get("kind")):
+        shared = {**shared, **({} if "vocab_size" in entry else {"vocab_size": vocab_size})}
+    tokenizer = _make(TOKENIZERS, entry, shared, role, where, modules)
+    parts.check_frozen(tokenizer, where)
+    return tokenizer
 
 
-def _stem(entry, where):
+def _stem(entry, where, modules):
     """A constructor; the stem's name is part of the parameter paths, and follows the Octo releases."""
     entry = dict(entry)
-    kind = entry.pop("kind", None)
-    cls = _lookup(STEMS, kind, where)
+    kind = entry.get("kind")
+    cls = parts.resolve(STEMS, entry, "stem", where, modules)
     names = {
         "small": f"SmallStem{entry.get('patch_size', 16)}_0",
         "patch": "PatchEncoder_0",
         "resnet": "ResNet26FILM_0",
     }
     name = entry.pop("module_name", names.get(kind, f"{cls.__name__}_0"))
-    _check_options(entry, _fields(cls) - {"dtype"}, where)
-    return functools.partial(cls, **entry, name=name)
+    make(cls, entry, where, dtype=jnp.float32)  # refuses what would be refused later, without a place
+
+    def construct(dtype):
+        return cls(**entry, name=name, **({"dtype": dtype} if "dtype" in cls.__dataclass_fields__ else {}))
+
+    return construct
 
 
 def _t5_config(value, where) -> T5Config:
@@ -233,31 +258,11 @@ def _t5_config(value, where) -> T5Config:
         if value not in T5_CONFIGS:
             raise ValueError(f"{where}: unknown T5 size {value!r}; valid: {sorted(T5_CONFIGS)}")
         return T5_CONFIGS[value]
-    _check_options(value, {field.name for field in dataclasses.fields(T5Config)}, f"{where}.t5")
+    check_options(value, {field.name for field in dataclasses.fields(T5Config)}, f"{where}.t5")
     return T5Config(**value)
 
 
-def _make(table, entry, shared, where):
+def _make(table, entry, shared, role, where, modules):
     entry = dict(entry)
-    cls = _lookup(table, entry.pop("kind", None), where)
-    fields = _fields(cls)
-    _check_options(entry, fields - set(shared), where)
-    return cls(**entry, **{key: value for key, value in shared.items() if key in fields})
-
-
-def _lookup(table, kind, where):
-    if kind not in table:
-        raise ValueError(f"{where}: unknown kind {kind!r}; valid: {sorted(table)}")
-    return table[kind]
-
-
-def _fields(cls) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
-
-
-def _check_options(entry, known, where):
-    for key in entry:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where}: unknown option {key!r}{hint} (valid: {sorted(known)})")
+    cls = parts.resolve(table, entry, role, where, modules)
+    return make(cls, entry, where, **shared)

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from octo_like.common import normalization
+from octo_like.common.parts import Modules, is_named, unnamed
 from octo_like.common.schema import BatchSpec, Leaf, check_tree, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
-from octo_like.model import locations
+from octo_like.model import locations, parts
 from octo_like.model.describe import model_card, pretty_spec
 from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.octo_release import is_release, load_release, name_statistics, release_files, release_spec
@@ -50,11 +51,15 @@ class Policy:
         params: Mapping[str, Any],
         statistics: Mapping[str, Any],
         text_tokenizer: TextTokenizer | None = None,
+        *,
+        modules: Modules = None,
     ):
+        """`modules`: see `octo_like.model.octo.build_model`; None is for a config of the caller's own."""
         self.config, self.params, self.statistics = dict(config), params, dict(statistics)
         self.text_tokenizer = text_tokenizer
         self.batch_spec = spec_from_json(config["batch_spec"])
-        self.model = build_model(config["model"], vocab_size=text_tokenizer.vocab_size if text_tokenizer else 0)
+        vocab_size = text_tokenizer.vocab_size if text_tokenizer else 0
+        self.model = build_model(config["model"], vocab_size=vocab_size, modules=modules)
         self.sample_program = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
         self.language_program = jax.jit(
             lambda params, task: self.model.apply({"params": params}, task, method="encode_language")
@@ -71,6 +76,7 @@ class Policy:
         step: int | None = None,
         text_model: str | os.PathLike | None = None,
         t5: Mapping[str, Any] | None = None,
+        modules: Modules = (),
     ) -> "Policy":
         """Loads an exported policy (what `save_pretrained` and `push` write) or a released Octo checkpoint.
 
@@ -80,9 +86,12 @@ class Policy:
           text_model: sentencepiece model of a release (T5's spiece.model), which does not bring its own. A release
             without it acts on goals and on token ids, and refuses texts.
           t5: fields of `T5Config` that a release's parameters do not tell: max_distance (128) and epsilon (1e-6).
+          modules: of the policy's own parts (docs/extending.md), by name or as modules. Only these, and what is in them
+            when they are packages, are imported: a policy that was downloaded runs no code by itself.
 
         Raises:
-          PretrainedError: when the path is no policy, or is damaged.
+          PretrainedError: when the path is no policy, or is damaged, or has parts of modules that are not named.
+          PartError: a named module cannot be imported, or has no such part.
           LocationError: when a remote location cannot be read.
         """
         folder = locations.fetch(path, select=functools.partial(release_files, step=step))
@@ -94,8 +103,11 @@ class Policy:
                     f"{path} is not a released Octo checkpoint: step, text_model and t5 are for those"
                 )
             config, params, statistics, text_dir = load_directory(folder)
+            _check_modules(path, config, modules)
             tokenizer = TextTokenizer.load(str(text_dir)) if text_dir else None
-            policy = cls(config, params, normalization.from_json(statistics) if statistics else {}, tokenizer)
+            named = normalization.from_json(statistics) if statistics else {}
+            policy = cls(config, params, named, tokenizer, modules=modules)
+            _compare_sources(path, config)
         policy._check_params(path)
         return policy
 
@@ -105,11 +117,14 @@ class Policy:
         spec = release_spec(model, example, model["heads"])
         tokenizer = TextTokenizer.load(os.fspath(text_model), spec.language_length) if text_model is not None else None
         named = normalization.from_json(name_statistics(statistics)) if statistics else {}
-        return cls({"model": model, "batch_spec": spec_to_json(spec)}, params, named, tokenizer)
+        return cls({"model": model, "batch_spec": spec_to_json(spec)}, params, named, tokenizer, modules=())
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes the policy as one self-contained directory; it appears whole or not at all."""
-        config = {key: value for key, value in self.config.items() if key not in ("format_version", "params_sha256")}
+        derived = ("format_version", "params_sha256", "modules")
+        config = {key: value for key, value in self.config.items() if key not in derived}
+        if own := parts.hashes(config["model"]):
+            config["modules"] = own
         save_directory(
             path,
             config=config,
@@ -227,14 +242,16 @@ class Policy:
         return {"input_ids": ids, "attention_mask": ids.copy()}
 
     def prepare_observations(self, observations: Mapping[str, Any], unnormalize: str | None = None) -> dict[str, Any]:
-        """Checks observations, normalises proprio, and fills in what is missing (marked so, and logged once).
+        """Checks observations, normalises proprio and other sensors, and fills in what is missing (marked so, and
+        logged once).
 
         No mask reaches the tokens of a released Octo's low-dimensional sensors: one that is missing stays out of the
         observation, and its tokens out of the sequence, as in Octo.
 
         Args:
-          observations: (B, W, ...) arrays: image_{slot} uint8, proprio (physical units when `unnormalize` names
-            statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any up to the model's.
+          observations: (B, W, ...) arrays: image_{slot} uint8, proprio and other sensors (physical units when
+            `unnormalize` names statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any
+            up to the model's.
         """
         spec = self.batch_spec
         known = spec.observation()
@@ -247,6 +264,7 @@ class Policy:
         out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
             observations.update(self._proprio(observations, unnormalize))
+        observations.update(self._extras(observations, unnormalize))
         for key in list(known["pad_mask_dict"]):
             leaf = known[key]
             if key in observations:
@@ -305,6 +323,23 @@ class Policy:
         if valid is None:
             valid = np.broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
         return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
+
+    def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:
+        """Other sensors, normalised; as they are where a released Octo has no statistics of them."""
+        given = {key: shape for key, shape in self.batch_spec.extra_observations.items() if key in observations}
+        entry = None if unnormalize is None else self._entry(unnormalize)
+        found = {}
+        for key, shape in given.items():
+            values = found[key] = jnp.asarray(observations[key], jnp.float32)
+            if values.shape[2:] != tuple(shape):
+                wanted, got = (", ".join(map(str, sizes)) for sizes in (("B", "W", *shape), values.shape))
+                raise ValueError(f"observation/{key}: expected ({wanted}) float32; got ({got})")
+            if entry is not None and key in entry.get("extra", {}):
+                kind = entry.get("normalization", "normal")
+                found[key] = normalization.normalize_sensor(values, entry["extra"][key], kind)
+            elif entry is not None and not self.config["model"].get("octo_compat"):
+                raise ValueError(f"dataset {unnormalize!r} was trained without {key}; leave it out of the observation")
+        return found
 
     def _entry(self, name: str) -> Mapping[str, Any]:
         if name not in self.statistics:
@@ -406,6 +441,27 @@ def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, hea
         valid=valid,
         method="sample",
     )
+
+
+def _check_modules(path, config: Mapping[str, Any], modules: Modules) -> None:
+    """Raises PretrainedError when a policy has parts of modules that its user has not named."""
+    unknown = {where: kind for where, kind in parts.own_kinds(config["model"]).items() if not is_named(kind, modules)}
+    if unknown:
+        listed = ", ".join(f"{where} is {kind!r}" for where, kind in unknown.items())
+        needed = sorted({kind.partition(":")[0] for kind in unknown.values()})
+        raise PretrainedError(f"{path} has parts of its own ({listed}), and {unnamed(*needed)}")
+
+
+def _compare_sources(path, config: Mapping[str, Any]) -> None:
+    """Logs which modules of a policy's own parts are not those that it was exported with."""
+    for module, now in parts.hashes(config["model"]).items():
+        was = config.get("modules", {}).get(module)
+        if was != now:
+            log.warning(
+                "%s: its parts are of module %s, whose source (hash %s) is not the one it was exported with (%s): the "
+                "parameters may mean something else now",
+                *(path, module, now, was or "not kept"),
+            )
 
 
 def _with_window(leaf, window: int):

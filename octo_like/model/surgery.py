@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.parts import is_own
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.model.pretrained import PretrainedError
 
@@ -122,7 +123,10 @@ def condition(
                 f"(film_keys {tuple(entry['film_keys'])}), and datasets hold texts: replace it by surgery, e.g. with "
                 "film_keys ('task',), which steers by the task's tokens"
             )
-    if conditioning != "goal_image" and not any(t.get("kind") == "language" for t in tasks.values()):
+    # Whether a part of the user's own reads words, only the user knows.
+    if conditioning != "goal_image" and not any(
+        t.get("kind") == "language" or is_own(t["kind"]) for t in tasks.values()
+    ):
         raise PretrainedError(
             f"conditioning {conditioning!r} needs a language tokenizer, the model has the task tokenizers "
             f"{sorted(tasks)}; add one with --config.surgery.task_tokenizers.language=..., or use goal_image"
@@ -161,11 +165,12 @@ def condition(
 
 
 def readers(tokenizers: Mapping[str, Mapping], field: str, key: str) -> list[str]:
-    """Names of the image tokenizers whose "obs_keys" or "goal_keys" (`field`) match a key of a batch."""
+    """Names of the tokenizers of images whose "obs_keys" or "goal_keys" (`field`) match a key of a batch."""
     return [
         name
         for name, entry in tokenizers.items()
-        if entry.get("kind") == "image" and any(re.fullmatch(pattern, key) for pattern in entry.get(field, ()))
+        if (entry.get("kind") == "image" or is_own(entry.get("kind")))
+        and any(re.fullmatch(pattern, key) for pattern in entry.get(field, ()))
     ]
 
 
@@ -181,7 +186,8 @@ def check_inputs(model: Mapping[str, Any], spec: BatchSpec) -> None:
         if not any(match(pattern, key) for pattern in patterns):
             slot = key.split("_", 1)[-1]
             like = next((n for n, e in model["observation_tokenizers"].items() if e.get("kind") == "image"), "primary")
-            entry = f"{slot}.copy_of={like}" if key.startswith("image_") else f"{slot}=\"{{'kind': 'lowdim', ...}}\""
+            part = f"{{'kind': 'lowdim', 'obs_keys': ('{key}',)}}"
+            entry = f"{slot}.copy_of={like}" if key.startswith("image_") else f'{slot}="{part}"'
             raise PretrainedError(
                 f"no tokenizer of the model reads observation/{key} (they read {', '.join(patterns)}): leave it out of "
                 f"the run's data, or add one, e.g. --config.surgery.observation_tokenizers.{entry}"
@@ -262,8 +268,8 @@ def _resized_head(
 ) -> np.ndarray | None:
     """An axis that runs over the entries of a chunk is a block (H, A, ...) behind a prefix of other inputs."""
     kept = ("kind", "num_bins", "bin_type", "low", "high", "token_per")
-    if any(before.get(key) != after.get(key) for key in kept) or was.ndim != now.ndim:
-        return None
+    if any(before.get(key) != after.get(key) for key in kept) or was.ndim != now.ndim or is_own(after.get("kind")):
+        return None  # of a head of the user's own, names say nothing about what an axis means
     axes = [i for i in range(was.ndim) if was.shape[i] != now.shape[i]]
     if len(axes) != 1:
         return None
@@ -297,7 +303,7 @@ def _chunk_of(path: str, head: Mapping[str, Any]) -> tuple[int, ...] | None:
 def _resized_stem(was: np.ndarray, now: np.ndarray, before: Mapping[str, Any], after: Mapping[str, Any]):
     """Goal images are stacked behind the observed ones, so a kernel's first input channels mean what they meant."""
     same = all(_plain(before.get(key)) == _plain(after.get(key)) for key in ("kind", "stem", "film_keys"))
-    if not same or len(before.get("obs_keys", ())) != len(after.get("obs_keys", ())):
+    if not same or is_own(after.get("kind")) or len(before.get("obs_keys", ())) != len(after.get("obs_keys", ())):
         return None
     if was.ndim != 4 or now.ndim != 4 or was.shape[:2] + was.shape[3:] != now.shape[:2] + now.shape[3:]:
         return None

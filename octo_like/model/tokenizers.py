@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from octo_like.model.parts import check_features
 from octo_like.model.stems import normalize_depth, normalize_images
 from octo_like.model.t5 import T5Config, T5Encoder
 from octo_like.model.tokens import TokenGroup, masked_mean, valid_mask
@@ -79,7 +80,9 @@ class ImageTokenizer(nn.Module):
         # One stem pass over all frames of the batch.
         x = jnp.concatenate(images, axis=-1).reshape(b * w, *size[:-1], -1)
         condition = self._condition(task, summaries, w)
-        x = self.stem(dtype=self.dtype)(x, condition)
+        stem = self.stem(dtype=self.dtype)
+        x = stem(x, condition)
+        check_features(x, stem, f"the stem of tokenizer {self.name!r}", b * w)
         tokens = x.reshape(b, w, -1, x.shape[-1])
         if self.num_learned_tokens:
             tokens = TokenLearner(self.num_learned_tokens, self.compat, self.dtype, name="TokenLearner_0")(tokens)

@@ -77,7 +77,8 @@ class PolicyClient:
         """The next actions (H, A) float32.
 
         Args:
-          observation: one moment: `image_{slot}` (h, w, 3) uint8 of any size, `proprio` (P,) in physical units.
+          observation: one moment: `image_{slot}` (h, w, 3) uint8 of any size, `proprio` (P,) and other sensors in
+            physical units.
           instruction: what to do, in words.
           goal: what it should look like: `image_{slot}` (h, w, 3) uint8.
           unnormalize: name of the statistics of the actions' units; the server's default when None.

@@ -96,9 +96,10 @@ def evaluate(
 
     Args:
       policy: see `PolicyLike`.
-      make_env: makes an environment with Dict observations (`image_{slot}` uint8, `proprio` in physical units) whose
-        info holds `instruction` and, in the end, `success`. Images of another size than the policy's are resized. One
-        with an attribute `looks` is told which pictures nobody looks at, see `octo_like.envs.sims.remote.RemoteEnv`.
+      make_env: makes an environment with Dict observations (`image_{slot}` uint8, `proprio` and other sensors in
+        physical units) whose info holds `instruction` and, in the end, `success`. Images of another size than the
+        policy's are resized. One with an attribute `looks` is told which pictures nobody looks at, see
+        `octo_like.envs.sims.remote.RemoteEnv`.
       seeds: of the episodes, each >= 0.
       options: reset options for all episodes, or one entry per episode.
       unnormalize: name of the statistics that turn the policy's numbers into physical units (and proprio into its).
@@ -209,14 +210,15 @@ def _fold(key, low, high, step):
 
 
 class _PolicyView(gym.ObservationWrapper):
-    """Keeps what the policy reads (its cameras in its sizes, proprio) and, for recording, the cameras as they were."""
+    """Keeps what the policy reads (its cameras in its sizes, proprio, other sensors) and, for recording, the cameras as
+    they were."""
 
     def __init__(self, env: gym.Env, spec: BatchSpec):
         super().__init__(env)
         if not isinstance(env.observation_space, gym.spaces.Dict):
             raise ValueError(f"the environment must have Dict observations, got {env.observation_space}")
         self.sizes = {f"image_{slot}": size for slot, size in spec.image_sizes.items()}
-        wanted = [*self.sizes, *([] if spec.proprio_dim is None else ["proprio"])]
+        wanted = [*self.sizes, *([] if spec.proprio_dim is None else ["proprio"]), *spec.extra_observations]
         self.keys = [key for key in wanted if key in env.observation_space.spaces]
         if not self.keys:
             raise ValueError(

@@ -15,6 +15,7 @@ from ml_collections import FrozenConfigDict
 
 from octo_like.common.config import ConfigError, freeze, to_dict
 from octo_like.common.defaults import batch_spec
+from octo_like.common.parts import Modules, modules_in
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.model import lora, surgery
@@ -45,16 +46,19 @@ class Pretrained:
     text_tokenizer: TextTokenizer | None
 
 
-def load_pretrained(location: str) -> Pretrained:
+def load_pretrained(location: str, modules: Modules = ()) -> Pretrained:
     """Reads an exported policy or a released Octo checkpoint (see `Policy.load_pretrained`), or the averaged parameters
     in a pretraining run's checkpoints: WORKDIR/checkpoints (the newest) or WORKDIR/checkpoints/STEP.
+
+    Args:
+      modules: of the policy's own parts; only these are imported.
 
     Raises:
       PretrainedError, LocationError, CheckpointError: there is none of these, or it is damaged.
     """
     *_, parent, last = ["", "", *str(location).rstrip("/").split("/")]
     if last != FOLDER and not (last.isdigit() and parent == FOLDER):
-        policy = Policy.load_pretrained(location)
+        policy = Policy.load_pretrained(location, modules=modules)
         return Pretrained(policy.config["model"], policy.params, policy.batch_spec, policy.text_tokenizer)
     saved = Checkpointer(location, read_only=True).read().metadata["config"]
     if saved.get("pretrained"):
@@ -69,6 +73,16 @@ def load_pretrained(location: str) -> Pretrained:
 
 
 # --------------------------------------------------------------------------------------------------------------- config
+
+
+def own_modules(config: Any) -> tuple[str, ...]:
+    """Modules whose parts a run may import: those that its user names, by themselves (`config.modules`) or in a kind.
+
+    A pretrained policy's own kinds are not among them: it may come from somebody else.
+    """
+    tree = to_dict(config)
+    given = (tree["modules"],) if isinstance(tree["modules"], str) else tree["modules"]
+    return (*given, *modules_in({"model": tree["model"], "surgery": tree["surgery"]}))
 
 
 def with_inputs(
@@ -103,6 +117,7 @@ def with_inputs(
                     f"data.datasets.{name}.proprio_keys is {tuple(fields['proprio_keys'])}, but proprio_dim is None: "
                     "set --config.proprio_dim to the number of their entries, or proprio_keys to ()"
                 )
+    tree["extra_observations"] = _extra_observations(tree, dict(pretrained.extra_observations) if pretrained else {})
     replaced = {
         name
         for name, entry in tree["surgery"].get("observation_tokenizers", {}).items()
@@ -123,6 +138,28 @@ def with_inputs(
     elif tree["text"]["model"] is None:
         tree["text"]["model"] = "builtin"  # and with it the pretrained policy's own, see `text_tokenizer`
     return freeze(tree)
+
+
+def _extra_observations(tree: Mapping[str, Any], known: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Shapes of the other sensors: those that the config gives, and of those that the datasets bring the pretrained
+    policy's. Raises ConfigError for one of unknown shape."""
+    shapes = dict(tree["extra_observations"])
+    for name, fields in tree["data"]["datasets"].items() if tree["data"]["kind"] != "synthetic" else ():
+        for key in [key for key, stored in (fields.get("extra_keys") or {}).items() if stored is not None]:
+            if key not in shapes and key not in known:
+                raise ConfigError(
+                    f"data.datasets.{name}.extra_keys has {key!r}, but extra_observations does not say its shape: set "
+                    f"--config.extra_observations.{key} to the number of its entries, e.g. 6 or (2,16)"
+                )
+            shapes.setdefault(key, known.get(key))
+    for key, shape in shapes.items():
+        own = (shape,) if isinstance(shape, int) else tuple(shape)
+        if key in known and own != tuple(known[key]):
+            raise ConfigError(
+                f"extra_observations.{key} is {own}, but the pretrained policy has {tuple(known[key])}: give the "
+                "sensor another name, and a tokenizer of its own by surgery"
+            )
+    return shapes
 
 
 def _cameras(data: Mapping[str, Any]) -> tuple[str, ...] | None:

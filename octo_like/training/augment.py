@@ -5,17 +5,38 @@ that they stay one scene. Missing images (pad mask False) are left alone: they m
 shifted, cropped and flipped as its images are, so that both keep showing the same place.
 
 Order: shift, crop, brightness, contrast, saturation, hue, flips. Each colour operation clips to [0, 1].
+
+An augmentation of your own is a dataclass with the method `images`, and with `depth` and `points` where a batch has
+them; `Augmentation` is one (docs/extending.md). Other sensors are left alone.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from octo_like.common.parts import PartError, accepts, find_class, is_own, make, name_of
+
 POINTS_SLOT = "primary"  # the camera in whose picture the batch's points are
+
+
+class Augmenter(Protocol):
+    """What is done to the pictures of one camera. Two calls with the same key make the same change."""
+
+    def images(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        """(n, h, w, 3) uint8, all images of one sample: its window, and the goal image last when there is one."""
+
+    def depth(self, depth: jax.Array, key: jax.Array) -> jax.Array:
+        """(n, h, w, 1) float32: the sample's depth maps, moved as its pixels are. Needed where a batch has them."""
+
+    def points(
+        self, points: jax.Array, known: jax.Array, key: jax.Array, size: tuple[int, int]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Points (W, K, 2) of the primary camera, columns and rows as fractions of a picture of `size`, and whether
+        they are known (W, K): moved as its pixels are. Needed where a batch has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +84,48 @@ class Augmentation:
             value = getattr(self, field)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"augmentation: {field} must be in [0, 1], got {value}")
+
+    def images(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        """See `augment_images`."""
+        return augment_images(images, key, self)
+
+    def depth(self, depth: jax.Array, key: jax.Array) -> jax.Array:
+        """See `augment_depth`."""
+        return augment_depth(depth, key, self)
+
+    def points(
+        self, points: jax.Array, known: jax.Array, key: jax.Array, size: tuple[int, int]
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `augment_points`."""
+        return augment_points(points, known, key, self, size)
+
+
+def augmentation_from_config(slot: str, entry: Mapping[str, Any]) -> Augmenter:
+    """The augmentation of a camera: fields of `Augmentation`, or "kind" = "module:Class" and its fields.
+
+    Raises:
+      PartError: an unknown field, or a class that is no augmentation; names it.
+    """
+    entry, where = dict(entry), f"augmentation.{slot}"
+    kind = entry.pop("kind", None)
+    if kind is None:
+        return make(Augmentation, entry, where)
+    if not is_own(kind):
+        raise PartError(f"{where}: unknown kind {kind!r}; valid: 'module:Class' of your own, or none for ours")
+    cls = find_class(kind, where)
+    if not dataclasses.is_dataclass(cls):
+        raise PartError(f"{where}: {name_of(cls)} cannot be an augmentation: it is no dataclass")
+    if any(field.name == "kind" for field in dataclasses.fields(cls)):
+        raise PartError(
+            f"{where}: {name_of(cls)} has a field 'kind', which in a config means something else; rename it"
+        )
+    for method, count in (("images", 2), ("depth", 2), ("points", 4)):
+        found = getattr(cls, method, None)
+        if found is None and method == "images":
+            raise PartError(f"{where}: {name_of(cls)} cannot be an augmentation: it has no method images")
+        if found is not None and not accepts(found, *range(count)):
+            raise PartError(f"{where}: {name_of(cls)}: {method} does not take {count} arguments; see docs/extending.md")
+    return make(cls, entry, where)
 
 
 def crop_resize(images: jax.Array, box: jax.Array) -> jax.Array:
@@ -216,14 +279,12 @@ def augment_points(
     return points, known & ((points >= 0) & (points <= 1)).all(-1)
 
 
-def augment_batch(
-    batch: Mapping[str, Any], augmentation: Mapping[str, Augmentation], keys_b: jax.Array
-) -> dict[str, Any]:
-    """Augments every camera that has an `Augmentation`; cameras are numbered in sorted order. Depth and the places of
+def augment_batch(batch: Mapping[str, Any], augmentation: Mapping[str, Augmenter], keys_b: jax.Array) -> dict[str, Any]:
+    """Augments every camera that has an augmentation; cameras are numbered in sorted order. Depth and the places of
     named things move with the pictures.
 
     Raises:
-      ValueError: an augmentation for a camera the batch does not have.
+      ValueError: an augmentation for a camera the batch does not have, or one that gives something else than it got.
     """
     observation, task = dict(batch["observation"]), dict(batch["task"])
     cameras = sorted(key.removeprefix("image_") for key in observation if key.startswith("image_"))
@@ -237,16 +298,40 @@ def augment_batch(
         if key in task:
             frames = jnp.concatenate([frames, task[key][:, None]], axis=1)
             valid = jnp.concatenate([valid, task["pad_mask_dict"][key][:, None]], axis=1)
-        changed = jax.vmap(lambda images, k, c=config: augment_images(images, k, c))(frames, keys)
+        changed = jax.vmap(_method(config, slot, "images", key))(frames, keys)
+        _check_same(changed, frames, config, slot, "images")
         frames = jnp.where(valid[..., None, None, None], changed, frames)
         observation[key] = frames[:, :window]
         if key in task:
             task[key] = frames[:, window]
         if f"depth_{slot}" in observation:
-            depth = observation[f"depth_{slot}"]
-            observation[f"depth_{slot}"] = jax.vmap(lambda maps, k, c=config: augment_depth(maps, k, c))(depth, keys)
+            depth = jnp.asarray(observation[f"depth_{slot}"])
+            moved = jax.vmap(_method(config, slot, "depth", f"depth_{slot}"))(depth, keys)
+            _check_same(moved, depth, config, slot, "depth")
+            observation[f"depth_{slot}"] = moved
         if "points" in batch and slot == POINTS_SLOT:
-            move = functools.partial(augment_points, config=config, size=frames.shape[2:4])
+            move = functools.partial(_method(config, slot, "points", "points"), size=frames.shape[2:4])
             points, known = jax.vmap(move)(batch["points"], batch["points_pad_mask"], keys)
+            _check_same(points, jnp.asarray(batch["points"]), config, slot, "points")
             batch = {**batch, "points": points, "points_pad_mask": known}
     return {**batch, "observation": observation, "task": task}
+
+
+def _method(config: Augmenter, slot: str, method: str, key: str) -> Any:
+    found = getattr(config, method, None)
+    if found is None:
+        raise PartError(
+            f"augmentation.{slot}: {name_of(config)} has no method {method}, and the batch has {key!r}: give it one "
+            "that moves them as the pixels move, or returns them as they are"
+        )
+    return found
+
+
+def _check_same(got: Any, given: jax.Array, config: Augmenter, slot: str, method: str) -> None:
+    """Raises PartError when an augmentation changed the shape or dtype of what it was given."""
+    if getattr(got, "shape", None) != given.shape or got.dtype != given.dtype:
+        found = f"{got.shape[1:]} {got.dtype}" if hasattr(got, "dtype") else f"a {type(got).__name__}"
+        raise PartError(
+            f"augmentation.{slot}: {name_of(config)}.{method} returned {found}; expected {given.shape[1:]} "
+            f"{given.dtype}, as it was given"
+        )

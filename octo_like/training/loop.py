@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like.common import parts
 from octo_like.common.config import ConfigError, check_resume, to_dict
 from octo_like.common.config import save as save_config
 from octo_like.common.defaults import default_config
@@ -131,6 +132,7 @@ def check_hosts(order_spec: Mapping[str, Any], statistics: Mapping[str, Any]) ->
     """
     fingerprint_across_hosts(json.loads(json.dumps(order_spec)), "the data or its order")
     approximate = order_spec.get("approximate", ())
+    fingerprint_across_hosts(parts.used(), "the source of parts of your own")
     for name, of_dataset in sorted(to_json(statistics).items()):
         hint = " (a source must begin with the same trajectories on all hosts: give what it shuffles a seed)"
         fingerprint_across_hosts(of_dataset, f"the statistics of {name!r}{hint if name in approximate else ''}")

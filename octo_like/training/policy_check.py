@@ -123,6 +123,7 @@ def observations(demo: Demo, policy: Any) -> list[dict[str, Any]]:
         frame |= {f"present/{slot}": demo.present[slot][t] for slot in slots}
         if demo.proprio is not None and policy.batch_spec.proprio_dim is not None:
             frame["proprio"] = demo.proprio[t]
+        frame |= {name: x[t] for name, x in demo.extras.items() if name in policy.batch_spec.extra_observations}
         window = history.append(frame)
         window["pad_mask_dict"] = {f"image_{slot}": window.pop(f"present/{slot}") for slot in slots}
         rows.append(window)

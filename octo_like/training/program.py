@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import optax
 
-from octo_like.common.config import ConfigError
+from octo_like.common import parts
+from octo_like.common.config import ConfigError, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
 from octo_like.model.octo import OctoModel, build_model, init_params, run_once_options
 from octo_like.model.pretrained import load_t5, with_t5
 from octo_like.training import sharding
-from octo_like.training.augment import Augmentation
+from octo_like.training.augment import augmentation_from_config
 from octo_like.training.optimizer import Schedule, frozen_paths, make_optimizer, make_schedule
 from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_train_step
@@ -69,6 +70,22 @@ def network_from_config(config: Any, *, load_weights: bool = True) -> Network:
 
     shapes = jax.eval_shape(initial, jax.random.key(0))
     return Network(tokenizer, spec, model, initial, frozen_paths(shapes, tuple(config.optimizer.freeze)))
+
+
+def own_parts(config: Any) -> dict[str, str]:
+    """{module: hash of its source} of the parts of the user's own that a config names, each imported and checked.
+
+    Raises:
+      PartError: one cannot be imported, or is not what it has to be.
+    """
+    tree = to_dict(config)
+    for kind in parts.kinds_in(tree):
+        parts.find_class(kind, "config")
+    if tree["model"]:
+        build_model(tree["model"], vocab_size=1)
+    for slot, fields in tree["augmentation"].items():
+        augmentation_from_config(slot, fields)
+    return parts.hashes_of(parts.modules_in(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +148,7 @@ def build_program(
     def gather(trained, rest):
         return sharding.gather(trained, shardings.trained), sharding.gather(rest, shardings.frozen)
 
-    augmentation = {slot: Augmentation(**dict(fields)) for slot, fields in config.augmentation.items()}
+    augmentation = {slot: augmentation_from_config(slot, fields) for slot, fields in config.augmentation.items()}
     step = StepConfig(config.seed, config.accumulate, config.ema_decay, augmentation)
     train_step = make_train_step(model, tx, schedule, step, gather)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import octo_like
+from octo_like.common import parts
 
 # Libraries whose versions decide what a run computes or how it is saved.
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libtpu")
@@ -35,13 +36,18 @@ def source_digests() -> dict[str, str]:
     }
 
 
-@functools.cache
 def code_version() -> dict[str, Any]:
     """JSON-able; stored with every checkpoint.
 
     "fingerprint" is a hash of the package's sources, so that it tells apart what a version number or a commit with
-    local changes does not. "commit" ends in "+changes" when the working tree differs from it.
+    local changes does not. "commit" ends in "+changes" when the working tree differs from it. "parts" has the hashes of
+    the modules of a user's own parts.
     """
+    return {**_own_version(), **({"parts": found} if (found := parts.used()) else {})}
+
+
+@functools.cache
+def _own_version() -> dict[str, Any]:
     sources = json.dumps(source_digests(), sort_keys=True)
     return {
         "version": octo_like.__version__,
@@ -72,6 +78,12 @@ def differences(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[s
     if old.get("fingerprint") != new["fingerprint"]:
         before, after = (f"{v.get('version')} ({v.get('commit') or 'no commit'})" for v in (old, new))
         lines.append(f"octo_like: {before} -> {after}, sources differ")
+    before, after = old.get("parts", {}), new.get("parts", {})
+    lines += [
+        f"{name}: the source of its parts has the hash {after[name]}, it had {before[name]}"
+        for name in sorted(before.keys() & after.keys())
+        if before[name] != after[name]
+    ]
     before, after = old.get("libraries", {}), new["libraries"]
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from octo_like.model.octo import OctoModel, total_loss
+from octo_like.model.parts import reported_losses
 from octo_like.model.pretrained import module_of
-from octo_like.training.augment import Augmentation, augment_batch
+from octo_like.training.augment import Augmenter, augment_batch
 from octo_like.training.optimizer import Schedule, global_norm, join_params, sum_of_squares
 from octo_like.training.state import TrainState
 
@@ -37,7 +38,7 @@ class StepConfig:
     seed: int = 0
     accumulate: int = 1
     ema_decay: float = 0.999
-    augmentation: Mapping[str, Augmentation] = dataclasses.field(default_factory=dict)
+    augmentation: Mapping[str, Augmenter] = dataclasses.field(default_factory=dict)
 
 
 def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array) -> jax.Array:
@@ -66,7 +67,8 @@ def make_train_step(
     def micro_loss(trained, frozen, batch, keys_b, counts):
         params = join_params(*gather(trained, frozen))
         terms, sown = model.apply({"params": params}, batch, keys_b, True, method="loss_terms", mutable=["by_sample"])
-        return total_loss(model, terms, counts), (terms, loss_by_sample(model, sown["by_sample"]))
+        reported = loss_by_sample(model, sown.get("by_sample", {}), keys_b.shape[0])
+        return total_loss(model, terms, counts), (terms, reported)
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         keys_b = sample_keys(config.seed, state.step, batch["sample_id"])
@@ -165,11 +167,11 @@ def mean_terms(terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str
     }
 
 
-def loss_by_sample(model: OctoModel, sown: Mapping[str, Any]) -> dict[str, jax.Array]:
+def loss_by_sample(model: OctoModel, sown: Mapping[str, Any], rows: int) -> dict[str, jax.Array]:
     """{"loss", "count"} (B,) of what the heads offered under "by_sample"; no gradient flows through it."""
     loss = count = 0.0
-    for name in model.heads:
-        (mean,), (entries,) = sown[f"heads_{name}"]["loss"], sown[f"heads_{name}"]["count"]
+    for name, head in model.heads.items():
+        mean, entries = reported_losses(sown, name, head, rows)
         loss, count = loss + model.head_weights.get(name, 1.0) * mean, count + entries
     return {"loss": loss, "count": count}
 

@@ -10,7 +10,8 @@ import types
 import numpy as np
 import pytest
 
-from octo_like.data import rlds, sources, spot_check
+from octo_like.common import sources
+from octo_like.data import rlds, spot_check
 from octo_like.data.episodes import load_episode
 from octo_like.data.index import prepare_dataset
 from octo_like.data.rlds import EpisodeFunction

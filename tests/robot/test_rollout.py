@@ -1,7 +1,9 @@
 """Closed-loop evaluation in a toy world: outcomes, bookkeeping, blind baselines, and independence of company."""
 
+import dataclasses
 import io
 
+import gymnasium as gym
 import jax
 import numpy as np
 import pytest
@@ -65,6 +67,28 @@ def test_history_and_padding_reach_the_policy():
     assert second["timestep_pad_mask"].tolist() == [[False, True, True]]
     assert second["timestep"].tolist() == [[0, 0, 1]]
     assert first["proprio"].shape == (1, 3, 1)
+
+
+class FeelingEnv(LineEnv):
+    """The same world with two more sensors, of which policies may read none."""
+
+    def __init__(self):
+        super().__init__()
+        sensors = {key: gym.spaces.Box(-np.inf, np.inf, (2, 3), np.float32) for key in ("touch", "heat")}
+        self.observation_space = gym.spaces.Dict({**self.observation_space.spaces, **sensors})
+
+    def _observe(self):
+        values = np.full((2, 3), self.x, np.float32)
+        return {**super()._observe(), "touch": values, "heat": values}
+
+
+def test_other_sensors_reach_the_policies_that_read_them():
+    policy = LinePolicy()
+    policy.batch_spec = dataclasses.replace(policy.batch_spec, extra_observations={"touch": (2, 3)})
+    evaluate(policy, FeelingEnv, SEEDS[:1], batch_size=1, exec_horizon=1)
+    seen = policy.calls[1]["observations"]
+    assert seen["touch"].shape == (1, 2, 2, 3) and "heat" not in seen
+    np.testing.assert_array_equal(seen["touch"][..., 0, 0], seen["proprio"][..., 0])
 
 
 def test_images_are_resized_to_what_the_policy_reads():
