@@ -113,6 +113,7 @@ class Checkpointer:
         if root.exists() and not root.is_dir():
             raise CheckpointError(f"workdir {root} is a file, expected a directory")
         self.directory = root / FOLDER
+        _commit_complete(self.directory)
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -415,7 +416,27 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
 
 
 def _listed_steps(folder: epath.Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir() and _is_complete(p))
+
+
+def _is_complete(step: epath.Path) -> bool:
+    """Whether a step was written to its end. In a bucket a save that was killed has the step's final name already."""
+    return (step / MANIFEST).exists() or ocp.utils.is_checkpoint_finalized(step)
+
+
+def _commit_complete(folder: epath.Path) -> None:
+    """Marks steps in a bucket that are complete and lack Orbax's mark, as Orbax would remove them.
+
+    The manifest is written after everything else and right before the mark. A step without the mark was saved by a
+    process that was killed in between, or comes from a local run and was copied into the bucket.
+    """
+    if jax.process_index() == 0 and folder.is_dir():
+        for step in folder.iterdir():
+            if step.name.isdigit() and (step / MANIFEST).exists() and not ocp.utils.is_checkpoint_finalized(step):
+                log.warning("%s is complete, but not marked as such; marked now", step)
+                (step / "commit_success.txt").write_text("the manifest is complete")
+    if jax.process_count() > 1 and "://" in os.fspath(folder):
+        multihost_utils.sync_global_devices("complete checkpoints marked")
 
 
 def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from octo_like.common.schema import flatten
 from octo_like.training import sharding
+from octo_like.training.attempt import command
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import train  # noqa: E402
@@ -46,4 +47,4 @@ def recorded(batch, mesh):
 
 sharding.put_batch = recorded
 if __name__ == "__main__":
-    train.run()
+    command(train.main)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from octo_like.training import metrics
+from octo_like.training.clock import Clock
 
 
 class FakeTime:
@@ -208,7 +209,7 @@ class TestProgress:
 class TestClock:
     def test_sections_are_exclusive(self):
         time = FakeTime()
-        clock = metrics.Clock(clock=time)
+        clock = Clock(clock=time)
         time.now += 5
         clock.switch("train")
         time.now += 60
@@ -229,36 +230,36 @@ class TestClock:
 
     def test_survives_a_restart_and_counts_lost_time(self):
         time = FakeTime()
-        clock = metrics.Clock(clock=time)
+        clock = Clock(clock=time)
         clock.switch("train")
         time.now += 80
         state = json.loads(json.dumps(clock.state()))
-        again = metrics.Clock.resume(state, last_seen=state["saved_at"] + 15, clock=time)
+        again = Clock.resume(state, last_seen=state["saved_at"] + 15, clock=time)
         time.now += 5
         again.switch("train")
         summary = again.summary()
         assert summary["clock/train"] == 80 and summary["clock/restart"] == 5
         assert summary["clock/lost"] == pytest.approx(15)
         assert summary["clock/goodput"] == pytest.approx(0.8)
-        assert metrics.Clock.resume(None, clock=time).summary()["clock/total"] == 0
+        assert Clock.resume(None, clock=time).summary()["clock/total"] == 0
 
     def test_time_before_the_clock_and_between_processes(self, monkeypatch):
         """A process counts from its beginning; the time in which none ran is told apart."""
         now = FakeTime()
         now.now = 1000.0
         monkeypatch.setattr(metrics.time, "time", lambda: now.now + 5e8)
-        first = metrics.Clock.resume(None, started=now.now - 7, clock=now)
+        first = Clock.resume(None, started=now.now - 7, clock=now)
         assert first.seconds("startup") == 7
         state, saved_at = first.state(), now.now
         now.now += 100  # 30 s of work that is lost, then 50 s of nothing, then 20 s of start-up
-        again = metrics.Clock.resume(state, last_seen=saved_at + 5e8 + 30, started=now.now - 20, clock=now)
+        again = Clock.resume(state, last_seen=saved_at + 5e8 + 30, started=now.now - 20, clock=now)
         summary = again.summary()
         assert (summary["clock/lost"], summary["clock/down"], summary["clock/restart"]) == (30, 50, 20)
         assert summary["clock/total"] == 7 + 30 + 20 and summary["clock/goodput"] == 0
 
     def test_an_error_inside_a_section_ends_it(self):
         time = FakeTime()
-        clock = metrics.Clock(clock=time)
+        clock = Clock(clock=time)
         with pytest.raises(KeyError), clock.section("eval"):
             time.now += 3
             raise KeyError
