@@ -207,7 +207,8 @@ class Checkpointer:
         saving = self._saving
         step = str(saving["step"])
         remote = "://" in os.fspath(self.directory)
-        names = [step] if remote else [p.name for p in self.directory.iterdir() if p.name.startswith(step + _TEMPORARY)]
+        # In a bucket it has its final name already.
+        names = [p.name for p in self.directory.iterdir() if p.name == step or p.name.startswith(step + _TEMPORARY)]
         if len(names) != 1:
             raise CheckpointError(
                 f"expected one unfinished directory of step {step} in {self.directory}, found {names}"
