@@ -26,11 +26,11 @@ from jax.experimental import multihost_utils
 
 from octo_like.common.config import ConfigError, to_dict
 from octo_like.training import distributed, exits
-from octo_like.training.checkpoint import CheckpointError, has_checkpoint
+from octo_like.training.checkpoint import CheckpointError, NonFiniteState, has_checkpoint
 from octo_like.training.lease import Lease, WorkdirInUse, lease_path
 from octo_like.training.peers import Failure, Peers
 from octo_like.training.provenance import library_versions, source_digests
-from octo_like.training.watch import Watchdog
+from octo_like.training.watch import TooManyBadSteps, Watchdog
 
 # What the command cannot get past by being run again, as long as no step was taken.
 MISTAKES = (ValueError, FileNotFoundError)
@@ -72,6 +72,7 @@ class Attempt:
         self._leaving, self._phases = threading.Lock(), 0
         self.lease: Lease | None = None
         self.peers: Peers | None = None
+        self._timer: threading.Timer | None = None
         options = config.watchdog
         self.watchdog = Watchdog(
             flags.workdir,
@@ -151,13 +152,15 @@ class Attempt:
         except BaseException as error:
             if distributed.process_count() > 1:
                 text, status = _in_words(error), status_of(error, begun=self.begun)
-                timer = threading.Timer(self._flags.heartbeat_timeout, self.leave, (status, text))
-                timer.daemon = True
-                timer.start()
+                self._timer = threading.Timer(self._flags.heartbeat_timeout, self.leave, (status, text))
+                self._timer.daemon = True
+                self._timer.start()
             raise
 
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
+            if self._timer is not None:
+                self._timer.cancel()  # the loop has made a status of it
             self._end_together()
             return
         status = status_of(error, begun=self.begun)
@@ -174,11 +177,12 @@ class Attempt:
         try:
             distributed.wait_for_all("octo_like/end", self._flags.shutdown_timeout)
         except jax.errors.JaxRuntimeError as error:
-            log.warning("not all processes have come to the end: %s", error)
-            self.leave(exits.DONE, "done, unlike others")
+            self.leave(exits.ERROR, f"not all processes have come to the end: {error}")
         self._close()
 
     def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self.watchdog.__exit__(None, None, None)
         if self.peers is not None:
             self.peers.close()
@@ -265,6 +269,8 @@ def status_of(error: BaseException, *, begun: bool) -> int:
     """The exit status for what ended an attempt."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else exits.DONE if error.code is None else exits.ERROR
+    if isinstance(error, (TooManyBadSteps, NonFiniteState)):
+        return exits.NOT_FINITE
     return exits.USAGE if isinstance(error, MISTAKES) and not begun else exits.ERROR
 
 

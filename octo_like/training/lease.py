@@ -187,6 +187,7 @@ class Lease:
             message = self._lost()
             if message is not None:
                 log.error("%s", message)
+                self._thread = None  # it may be long at it, and `release` does not wait for it
                 self._on_lost(message)
                 return
             with self._lock:
@@ -199,7 +200,7 @@ class Lease:
 
     def _lost(self) -> str | None:
         try:
-            others, mine = self._others(), self.path.exists()
+            others, mine = self._others(), self.path.name in self._listed()
         except Exception as error:  # storage that does not answer is no proof
             log.warning("%s cannot be read: %s", self._folder, error)
             return None
@@ -212,11 +213,21 @@ class Lease:
     def _others(self) -> dict[str, str]:
         """{id: content} of the files that are not this process's."""
         found = {}
-        for path in self._folder.iterdir():
-            if path.name.endswith(".json") and path.name != self.path.name:
-                with contextlib.suppress(FileNotFoundError):  # released in between
-                    found[path.name.removesuffix(".json")] = path.read_bytes().decode(errors="replace")
+        for name in self._listed() - {self.path.name}:
+            try:
+                found[name.removesuffix(".json")] = (self._folder / name).read_bytes().decode(errors="replace")
+            except Exception:  # TensorFlow's file systems have errors of their own
+                if name in self._listed():
+                    raise
+                # It was released in between.
         return found
+
+    def _listed(self) -> set[str]:
+        """Names of the files of all claimants, now."""
+        file_system = getattr(getattr(self._folder, "_backend", None), "fs", None)
+        if file_system is not None:
+            file_system(self._folder).invalidate_cache()  # gcsfs and s3fs remember what they have listed
+        return {path.name for path in self._folder.iterdir() if path.name.endswith(".json")}
 
     def _write(self) -> None:
         self._fields["beats"] += 1

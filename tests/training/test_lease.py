@@ -9,6 +9,8 @@ import threading
 import time
 
 import pytest
+from etils.epath import gpath
+from fsspec.implementations import memory
 
 from octo_like.training import lease
 from octo_like.training.lease import Lease, WorkdirInUse
@@ -164,6 +166,47 @@ def test_numbers_of_processes_are_used_again(tmp_path):
     fields = json.loads(mine.path.read_text())
     assert fields["overtaken"] == [old.id] and fields["pid"] == os.getpid() and fields["held"] is True
     mine.release()
+
+
+class Bucket(memory.MemoryFileSystem):
+    """Objects without folders, under gs://, whose listings are remembered as gcsfs remembers them."""
+
+    protocol, store, pseudo_dirs, listings = ("gs", "gcs"), {}, [""], {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + os.fspath(path).removeprefix("gs://").strip("/")
+
+    def ls(self, path, detail=True, **kwargs):
+        path = self._strip_protocol(path)
+        if path not in self.listings:
+            self.listings[path] = super().ls(path, detail=True)
+        return self.listings[path] if detail else [entry["name"] for entry in self.listings[path]]
+
+    def invalidate_cache(self, path=None):
+        self.listings.clear()
+
+
+def test_in_a_bucket(monkeypatch, elsewhere):
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setattr(gpath.backend_lib.fsspec_backend, "fs", lambda path: bucket)
+    bucket = Bucket(skip_instance_cache=True)
+    first = Lease("gs://bucket/run", **QUICK)
+    first._fields["machine"] = "of its own"
+    first.take()
+    assert first.path.exists() and len(first._listed()) == 1
+    with pytest.raises(WorkdirInUse, match="gs://bucket/run is in use: process"):
+        Lease("gs://bucket/run", stale=600, pulse=0.1).take()
+    first.check()
+    first._over.set()  # as if killed: no more signs of life
+    first._thread.join()
+    second = Lease("gs://bucket/run", **QUICK)
+    second.take()
+    with pytest.raises(WorkdirInUse, match="lost the workdir"):
+        first.check()
+    second.check()
+    second.release()
+    assert not bucket.find("/bucket")
 
 
 def test_storage_that_does_not_answer_is_no_loss(tmp_path, monkeypatch, caplog):
