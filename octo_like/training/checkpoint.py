@@ -206,14 +206,12 @@ class Checkpointer:
         """Called by Orbax on process 0, in its thread, when all files are closed but not yet in place."""
         saving = self._saving
         step = str(saving["step"])
-        remote = "://" in os.fspath(self.directory)
-        # In a bucket it has its final name already.
         names = [p.name for p in self.directory.iterdir() if p.name == step or p.name.startswith(step + _TEMPORARY)]
         if len(names) != 1:
             raise CheckpointError(
                 f"expected one unfinished directory of step {step} in {self.directory}, found {names}"
             )
-        write_manifest(self.directory / names[0], saving, hash_files=not remote)
+        write_manifest(self.directory / names[0], saving, hash_files="://" not in os.fspath(self.directory))
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete on disk.
@@ -426,11 +424,7 @@ def _is_complete(step: epath.Path) -> bool:
 
 
 def _commit_complete(folder: epath.Path) -> None:
-    """Marks steps in a bucket that are complete and lack Orbax's mark, as Orbax would remove them.
-
-    The manifest is written after everything else and right before the mark. A step without the mark was saved by a
-    process that was killed in between, or comes from a local run and was copied into the bucket.
-    """
+    """Marks steps in a bucket that have a manifest and lack Orbax's mark: copied there, or killed between the two."""
     if jax.process_index() == 0 and folder.is_dir():
         for step in folder.iterdir():
             if step.name.isdigit() and (step / MANIFEST).exists() and not ocp.utils.is_checkpoint_finalized(step):

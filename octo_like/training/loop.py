@@ -42,7 +42,6 @@ from octo_like.training.metrics import (
     memory_stats,
     mfu,
 )
-from octo_like.training.optimizer import frozen_paths
 from octo_like.training.program import build_program
 from octo_like.training.provenance import code_version
 from octo_like.training.state import TrainState
@@ -484,11 +483,6 @@ def _head_of_batch(batch, heads: Iterable[str]) -> str:
     """The head that learns from a validation batch (all of one dataset)."""
     learns = jax.device_get(batch["action_head_mask"])
     return next((head for head in heads if np.any(learns.get(head, True))), list(heads)[0])
-
-
-def frozen_from_config(params: Any, config: Any) -> frozenset[str]:
-    """Paths that config.optimizer.freeze names."""
-    return frozen_paths(params, tuple(config.optimizer.freeze))
 
 
 def describe(run: Run) -> str:
