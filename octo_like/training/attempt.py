@@ -125,7 +125,7 @@ class Attempt:
         self._phases += 1
         seconds = self.watchdog.enter(name)
         yield
-        distributed.wait_for_all(f"octo_like/{name}/{self._phases}", seconds)
+        distributed.wait_for_all(f"octo_like/{name}/{self._phases}", 2 * seconds + 60)  # the watchdog comes first
         self.watchdog.enter("startup")
 
     def check_lease(self) -> None:

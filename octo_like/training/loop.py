@@ -252,7 +252,7 @@ def _train(
             checkpointer.wait()
             report_progress(start, step)
             _export(run, workdir, state, "export")
-            wait_for_all("octo_like/export", seconds)  # process 0 writes it
+            wait_for_all("octo_like/export", 2 * seconds + 60)  # process 0 writes it; the watchdog comes first
     return exits.DONE
 
 
