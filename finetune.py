@@ -10,7 +10,7 @@ Running the same command again continues from the newest checkpoint. See docs/fi
 
 import argparse
 import logging
-import sys
+from typing import Any
 
 import jax
 
@@ -20,7 +20,7 @@ from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.surgery import check_inputs, condition, operate
-from octo_like.training import distributed, exits
+from octo_like.training import distributed
 from octo_like.training.adaptation import (
     check_actions,
     load_pretrained,
@@ -30,7 +30,7 @@ from octo_like.training.adaptation import (
     with_inputs,
     with_schedule,
 )
-from octo_like.training.checkpoint import CheckpointError
+from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import Run, describe, run_loop
 from octo_like.training.sharding import make_mesh
 
@@ -41,14 +41,19 @@ def main(argv=None) -> int:
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv, default="configs/finetune.py")
-    distributed.start(flags, config)
+    with Attempt(flags, config) as attempt:
+        return adapt(flags, config, attempt)
+
+
+def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
 
     # ------------------------------------------------------------------------------------------ pretrained, surgery
     if config.init_from:
         raise ConfigError("init_from is for train.py; here the weights come from config.pretrained")
     modules = own_modules(config)
-    pretrained = load_pretrained(config.pretrained, modules) if config.pretrained else None
+    with attempt.phase("restore"):
+        pretrained = load_pretrained(config.pretrained, modules) if config.pretrained else None
     base = pretrained.model if pretrained else to_dict(config)["model"]
     if base is None:
         raise ConfigError("nothing to start from: set config.pretrained, or config.model to train from scratch")
@@ -62,9 +67,9 @@ def main(argv=None) -> int:
     model = build_model(model_config, vocab_size=tokenizer.vocab_size if tokenizer else 0, modules=modules)
 
     # --------------------------------------------------------------------------------------------------------- data
-    inputs = inputs_from_config(
-        config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    with attempt.phase("data"):
+        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        inputs = inputs_from_config(config, spec, tokenizer, **processes)
     transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
     config = with_schedule(config, transitions, validated=bool(inputs.validation))
     untrained = check_actions(model, inputs.statistics)
@@ -88,6 +93,8 @@ def main(argv=None) -> int:
         init_from=weights.params,
         inputs=inputs,
         make_policy=lambda params: Policy(policy_config, weights.merged(params), inputs.statistics, tokenizer),
+        attempt=attempt,
+        loaded_from=config.pretrained,
         frozen=weights.frozen,
         documents=weights.documents(),
     )
@@ -96,9 +103,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
-        # Mistakes in config or data say what is wrong; a traceback would hide it.
-        print(f"finetune.py: error: {error}", file=sys.stderr)
-        sys.exit(exits.ERROR if isinstance(error, CheckpointError) else exits.USAGE)
+    command(main)

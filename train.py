@@ -3,22 +3,23 @@
     python train.py --config configs/tabletop.py --workdir runs/tabletop --config.data.data_dir=runs/data
     python train.py --config configs/octo_small.py --workdir runs/smoke --config.data.kind=synthetic
 
-Running the same command again continues from the newest checkpoint. Exit statuses: 0 done, 2 a mistake in command line,
-config or data, 75 stopped by SIGTERM with the state saved, 76 stopped by the NaN guard, 77 stalled; docs/training.md.
+Running the same command again continues from the newest checkpoint. Exit statuses: 0 done, 1 a crash, 2 a mistake in
+command line, config or data, found before the first step, 75 stopped by SIGTERM with the state saved, 76 stopped by the
+NaN guard, 77 stalled; docs/training.md.
 """
 
 import argparse
 import json
 import logging
-import sys
+from typing import Any
 
 import jax
 
 from octo_like.common.config import parse_command_line, to_dict
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.policy import Policy, spec_to_json
-from octo_like.training import distributed, exits, sharding
-from octo_like.training.checkpoint import CheckpointError, has_checkpoint
+from octo_like.training import distributed, sharding
+from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import Run, describe, run_loop
 from octo_like.training.program import network_from_config
 from octo_like.training.sharding import make_mesh
@@ -31,23 +32,28 @@ def main(argv=None) -> int:
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv)
-    distributed.start(flags, config)
+    with Attempt(flags, config) as attempt:
+        return pretrain(flags, config, attempt)
+
+
+def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
 
     # -------------------------------------------------------------------------------------------------------- model
     network = network_from_config(config)
 
     # --------------------------------------------------------------------------------------------------------- data
-    inputs = inputs_from_config(
-        config, network.spec, network.tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    with attempt.phase("data"):
+        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        inputs = inputs_from_config(config, network.spec, network.tokenizer, **processes)
 
     # ------------------------------------------------------------------------------------------------------ weights
-    init, source, documents = network.init_params, jax.random.key(config.seed), {}
-    if config.init_from and not has_checkpoint(flags.workdir):
-        initial = sharding.to_host(jax.jit(init, out_shardings=sharding.replicated(mesh))(source), mesh)
-        params, report = warm_start(initial, config.init_from, frozen=network.frozen)
-        init, source = (lambda loaded: loaded), params
+    init, source, documents, loaded_from = network.init_params, jax.random.key(config.seed), {}, None
+    if config.init_from and not attempt.resumes:
+        with attempt.phase("restore"):
+            initial = sharding.to_host(jax.jit(init, out_shardings=sharding.replicated(mesh))(source), mesh)
+            params, report = warm_start(initial, config.init_from, frozen=network.frozen)
+        init, source, loaded_from = (lambda loaded: loaded), params, config.init_from
         documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -61,6 +67,8 @@ def main(argv=None) -> int:
         init_from=source,
         inputs=inputs,
         make_policy=lambda params: Policy(policy_config, params, inputs.statistics, network.tokenizer),
+        attempt=attempt,
+        loaded_from=loaded_from,
         frozen=network.frozen,
         documents=documents,
     )
@@ -68,14 +76,5 @@ def main(argv=None) -> int:
     return run_loop(run)
 
 
-def run() -> None:
-    """`main` as a command: mistakes in config or data say what is wrong; a traceback would hide it."""
-    try:
-        sys.exit(main())
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(exits.ERROR if isinstance(error, CheckpointError) else exits.USAGE)
-
-
 if __name__ == "__main__":
-    run()
+    command(main)

@@ -6,7 +6,8 @@
 What happens after the command has ended with status:
 
     0                 done: the supervisor ends with 0
-    2                 a mistake in command line, config or data: ends with 2, since it would happen again
+    2                 a mistake in command line, config or data, found before the first step: ends with 2, since it
+                      would happen again
     75                preempted, state saved: started again after --delay seconds
     76                stopped by the NaN guard: ends with 76, a person has to look
     77, any other     crashed or stalled: started again after --backoff seconds, twice as long after every further crash
@@ -14,7 +15,8 @@ What happens after the command has ended with status:
 
 SIGTERM and SIGINT reach the command as SIGTERM, so that it saves and leaves; then the supervisor ends with its status
 and does not start it again (the machine is going away, or somebody pressed Ctrl-C). A second one kills it. On several
-hosts every host runs its own supervisor: when one process dies, the others notice and end, and all of them start again.
+hosts every host runs its own supervisor: when one process fails, all of them end with its status, so that all
+supervisors do the same; when one is killed, the others notice and end, and all of them start again.
 """
 
 import argparse
@@ -131,18 +133,24 @@ class Supervisor:
         line = json.dumps(fields)
         print(f"supervise: {line}", file=sys.stderr, flush=True)
         if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a") as file:
-                file.write(line + "\n")
+            try:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, "a") as file:
+                    file.write(line + "\n")
+            except OSError as error:  # a full disk is no reason to leave the command alone
+                print(f"supervise: cannot write {self.log}: {error}", file=sys.stderr, flush=True)
 
 
 def _saved(progress: pathlib.Path) -> int:
-    """The newest step that is known to be saved; -1: none."""
+    """The newest step that is known to be saved; -1: none, or the command's note cannot be read."""
     try:
-        found = json.loads(progress.read_text())
+        saved = json.loads(progress.read_bytes())["saved"]
+        return -1 if saved is None else int(saved)
     except FileNotFoundError:
         return -1
-    return -1 if found["saved"] is None else int(found["saved"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        print(f"supervise: the command's note in {progress} cannot be read: {error!r}", file=sys.stderr, flush=True)
+        return -1
 
 
 def main(argv=None) -> int:

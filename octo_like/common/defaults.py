@@ -107,7 +107,15 @@ def default_config() -> ConfigDict:
     config.early_stopping = dict(patience=None)
     config.log_every = 50
     config.max_bad_steps = 10  # non-finite steps in a row after which the run stops; None: never
-    config.watchdog = dict(minutes=30.0, exit=True)  # without a finished step: dump all stacks, and exit; 0: off
+    # When nothing has moved for so long: dump all stacks, and exit. 0 minutes: that part is not watched.
+    config.watchdog = dict(
+        minutes=30.0,  # without a finished step; four times as long for the first one, evaluation and export
+        startup_minutes=30.0,  # finding the devices, building the model
+        data_minutes=1440.0,  # finding and indexing the data; hosts also wait for the slowest one
+        restore_minutes=120.0,  # making or loading the parameters, restoring a checkpoint
+        agreement_minutes=15.0,  # comparing config, code, data and workdir of all hosts
+        exit=True,
+    )
     config.profile_steps = None  # "100:110": trace these steps with XProf
     config.wandb = dict(project=None, name=None)
     return config

@@ -113,6 +113,7 @@ class Checkpointer:
         if root.exists() and not root.is_dir():
             raise CheckpointError(f"workdir {root} is a file, expected a directory")
         self.directory = root / FOLDER
+        _commit_complete(self.directory)
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -205,13 +206,12 @@ class Checkpointer:
         """Called by Orbax on process 0, in its thread, when all files are closed but not yet in place."""
         saving = self._saving
         step = str(saving["step"])
-        remote = "://" in os.fspath(self.directory)
-        names = [step] if remote else [p.name for p in self.directory.iterdir() if p.name.startswith(step + _TEMPORARY)]
+        names = [p.name for p in self.directory.iterdir() if p.name == step or p.name.startswith(step + _TEMPORARY)]
         if len(names) != 1:
             raise CheckpointError(
                 f"expected one unfinished directory of step {step} in {self.directory}, found {names}"
             )
-        write_manifest(self.directory / names[0], saving, hash_files=not remote)
+        write_manifest(self.directory / names[0], saving, hash_files="://" not in os.fspath(self.directory))
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete on disk.
@@ -415,7 +415,23 @@ def has_checkpoint(workdir: str | os.PathLike) -> bool:
 
 
 def _listed_steps(folder: epath.Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir() and _is_complete(p))
+
+
+def _is_complete(step: epath.Path) -> bool:
+    """Whether a step was written to its end. In a bucket a save that was killed has the step's final name already."""
+    return (step / MANIFEST).exists() or ocp.utils.is_checkpoint_finalized(step)
+
+
+def _commit_complete(folder: epath.Path) -> None:
+    """Marks steps in a bucket that have a manifest and lack Orbax's mark: copied there, or killed between the two."""
+    if jax.process_index() == 0 and folder.is_dir():
+        for step in folder.iterdir():
+            if step.name.isdigit() and (step / MANIFEST).exists() and not ocp.utils.is_checkpoint_finalized(step):
+                log.warning("%s is complete, but not marked as such; marked now", step)
+                (step / "commit_success.txt").write_text("the manifest is complete")
+    if jax.process_count() > 1 and "://" in os.fspath(folder):
+        multihost_utils.sync_global_devices("complete checkpoints marked")
 
 
 def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:

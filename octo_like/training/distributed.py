@@ -12,10 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed  # its client has no public name
 from jax.experimental import multihost_utils
-
-from octo_like.common.config import to_dict
-from octo_like.training.provenance import library_versions, source_digests
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num_processes", type=int)
     group.add_argument("--process_id", type=int)
-    group.add_argument("--heartbeat_timeout", type=int, default=100, metavar="SECONDS", help="silence that means death")
+    seconds = dict(type=int, metavar="SECONDS")
+    group.add_argument("--heartbeat_timeout", default=100, **seconds, help="silence that means death")
+    group.add_argument("--init_timeout", default=300, **seconds, help="how long to wait for all processes to be there")
+    group.add_argument("--shutdown_timeout", default=300, **seconds, help="how long to wait for all to be done")
 
 
 def initialize(
@@ -42,6 +43,8 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     heartbeat_timeout: int = 100,
+    init_timeout: int = 300,
+    shutdown_timeout: int = 300,
 ) -> bool:
     """Joins the other processes of the run. Call before anything touches a device.
 
@@ -50,13 +53,23 @@ def initialize(
         when an address is given (here or in JAX_COORDINATOR_ADDRESS) or JAX recognises a TPU pod, Slurm, Open MPI, GKE.
       coordinator_address, num_processes, process_id: only where JAX cannot find them out; all three or none.
       heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+      init_timeout: seconds for all processes to arrive here; JAX aborts those that have waited longer.
+      shutdown_timeout: seconds that a process which is done waits for the others.
 
     Returns:
       Whether jax.distributed is running.
 
     Raises:
-      ValueError: an incomplete set of arguments, or "off" together with an address.
+      ValueError: an incomplete set of arguments, "off" together with an address, or a timeout below one second.
     """
+    timeouts = {
+        "heartbeat_timeout": heartbeat_timeout,
+        "init_timeout": init_timeout,
+        "shutdown_timeout": shutdown_timeout,
+    }
+    for name, seconds in timeouts.items():
+        if seconds < 1:
+            raise ValueError(f"--{name} must be at least 1 second, got {seconds}")
     explicit = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     given = [name for name, value in explicit.items() if value is not None]
     if given and distributed == "off":
@@ -66,16 +79,24 @@ def initialize(
         raise ValueError(f"--{given[0]} was given, but not {', '.join(missing)}: pass all three or none")
     if distributed == "off" or jax.distributed.is_initialized():
         return jax.distributed.is_initialized()
+    limits = dict(
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        initialization_timeout=init_timeout,
+        shutdown_timeout_seconds=shutdown_timeout,
+    )
+    if num_processes is not None and num_processes > 1:
+        words = "joining %d processes at %s, for at most %d s (--init_timeout)"
+        log.info(words, num_processes, coordinator_address, init_timeout)
     try:
-        jax.distributed.initialize(**explicit, heartbeat_timeout_seconds=heartbeat_timeout)
+        jax.distributed.initialize(**explicit, **limits)
     except ValueError as error:
         if "should be defined" not in str(error):
             raise
         if distributed == "auto":
             return False
         address = f"localhost:{_free_port()}"
-        jax.distributed.initialize(address, 1, 0, heartbeat_timeout_seconds=heartbeat_timeout)
-    log.info("process %d of %d", jax.process_index(), jax.process_count())
+        jax.distributed.initialize(address, 1, 0, **limits)
+    log.info("process %d of %d", jax_distributed.global_state.process_id, process_count())
     return True
 
 
@@ -87,25 +108,48 @@ def initialize_from_flags(flags: argparse.Namespace) -> bool:
         num_processes=flags.num_processes,
         process_id=flags.process_id,
         heartbeat_timeout=flags.heartbeat_timeout,
+        init_timeout=flags.init_timeout,
+        shutdown_timeout=flags.shutdown_timeout,
     )
 
 
-def start(flags: argparse.Namespace, config: Any) -> None:
-    """What every training script does first: log lines, the other processes, the compilation cache, agreement on config
-    and code.
+def coordination_client() -> Any:
+    """JAX's client of the coordination service (key-value store, barriers), which needs no device; or None."""
+    return jax_distributed.global_state.client
+
+
+def process_id() -> int:
+    """Index of this process. Unlike `jax.process_index` it needs no device, so that a watchdog may ask."""
+    return jax_distributed.global_state.process_id
+
+
+def process_count() -> int:
+    """Number of processes that joined; needs no device."""
+    return jax_distributed.global_state.num_processes if coordination_client() is not None else 1
+
+
+def wait_for_all(name: str, seconds: float) -> None:
+    """Returns when all processes have come here. `name`: unique in the life of the run's processes.
 
     Raises:
-      ValueError: wrong flags of `add_arguments`.
-      RuntimeError: processes that were given different configs, or run different code or versions of libraries.
+      jax.errors.JaxRuntimeError: not all of them came within so many seconds; names those that are missing.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for chatty in ("absl", "jax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    initialize_from_flags(flags)
-    setup_compilation_cache()
-    fingerprint_across_hosts(to_dict(config))
-    fingerprint_across_hosts(library_versions(), "the versions of the libraries")
-    fingerprint_across_hosts(source_digests(), "the code of octo_like")
+    if process_count() > 1:
+        coordination_client().wait_at_barrier(name, int(1000 * seconds))
+
+
+def from_main(name: str, value: str | None, *, seconds: float = 600.0) -> str:
+    """The value that process 0 passes; the others wait for it. `name`: unique in the life of the run's processes.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it did not come within so many seconds.
+    """
+    if process_count() == 1:
+        return value
+    if process_id() == 0:
+        coordination_client().key_value_set(name, value)
+        return value
+    return coordination_client().blocking_key_value_get(name, int(1000 * seconds))
 
 
 def _free_port() -> int:

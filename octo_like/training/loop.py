@@ -27,27 +27,27 @@ from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel
 from octo_like.model.policy import Policy
 from octo_like.training import exits, provenance, sharding
-from octo_like.training.checkpoint import Checkpointer, NonFiniteState
-from octo_like.training.distributed import Preemption, fingerprint_across_hosts, is_main
+from octo_like.training.attempt import Attempt
+from octo_like.training.checkpoint import Checkpointer, CheckpointError, NonFiniteState
+from octo_like.training.clock import Clock
+from octo_like.training.distributed import Preemption, fingerprint_across_hosts, is_main, wait_for_all
 from octo_like.training.early_stopping import EarlyStopping
 from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
 from octo_like.training.flops import step_flops
 from octo_like.training.metrics import (
     METRICS_FILE,
     WANDB_ID_FILE,
-    Clock,
     MetricsWriter,
     Progress,
+    last_seen,
     memory_stats,
     mfu,
-    read_metrics,
 )
-from octo_like.training.optimizer import frozen_paths
 from octo_like.training.program import build_program
 from octo_like.training.provenance import code_version
 from octo_like.training.state import TrainState
 from octo_like.training.step import make_eval_step, sample_keys
-from octo_like.training.watch import LAG, FinishedSteps, ProfileSteps, TooManyBadSteps, Watchdog, report_progress
+from octo_like.training.watch import LAG, STACKS_FOLDER, FinishedSteps, ProfileSteps, TooManyBadSteps, report_progress
 from octo_like.training.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Run:
       init_from: a random key, or loaded parameters.
       inputs: `octo_like.data.inputs.Inputs`.
       make_policy: parameters to Policy, for evaluation and export.
+      attempt: what holds for this process; entered.
+      loaded_from: where the parameters in `init_from` were loaded from; None: from nowhere, they are made.
       frozen: paths of parameters that are not trained.
       documents: texts to keep in the workdir, by file name.
     """
@@ -78,6 +80,8 @@ class Run:
     init_from: Any
     inputs: Any
     make_policy: Callable[[Any], Policy]
+    attempt: Attempt
+    loaded_from: str | None = None
     frozen: frozenset[str] = frozenset()
     documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -88,37 +92,46 @@ def run_loop(run: Run) -> int:
     for head in check_datasets(run.model.heads, run.inputs.statistics):
         log.warning("no dataset trains the action head %r: it keeps the weights it starts from", head)
     ranking = Ranking.from_config(config)
+    attempt, watchdog = run.attempt, run.attempt.watchdog
     program = build_program(
         config, run.model, run.mesh, init_params=run.init_params, init_from=run.init_from, frozen=run.frozen
     )
-    state, shardings, step_fn = program.place(run.init_from), program.shardings, program.step
-    with (
-        Workdir(run.workdir, continued=(METRICS_FILE, WANDB_ID_FILE)) as workdir,
-        Checkpointer(
-            workdir.path,
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
-            keep_best=config.checkpoint.keep_best,
-            best_mode=config.checkpoint.best_mode,
-            metadata={"config": to_dict(config), "code": code_version()},
-        ) as checkpointer,
-        Preemption() as preemption,
-    ):
-        state, clock, saved = _resume(run, checkpointer, workdir, state, shardings)
-        stopping = EarlyStopping(config.early_stopping.patience, config.checkpoint.best_mode, saved)
-        check_hosts(stream.order_spec, run.inputs.statistics)
+    with contextlib.ExitStack() as stack:
+        with attempt.phase("restore"):
+            state = program.place(run.init_from)
+            workdir = stack.enter_context(Workdir(run.workdir, continued=(METRICS_FILE, WANDB_ID_FILE)))
+            watchdog.folder = workdir.local / STACKS_FOLDER
+            attempt.before_leaving(workdir.sync)
+            checkpointer = stack.enter_context(
+                Checkpointer(
+                    workdir.path,
+                    keep_last=config.checkpoint.keep_last,
+                    keep_every=config.checkpoint.keep_every,
+                    keep_best=config.checkpoint.keep_best,
+                    best_mode=config.checkpoint.best_mode,
+                    metadata={"config": to_dict(config), "code": code_version()},
+                )
+            )
+            preemption = stack.enter_context(Preemption())
+            state, clock, extra = _resume(run, checkpointer, workdir, state, program.shardings)
+        stopping = EarlyStopping(
+            config.early_stopping.patience, config.checkpoint.best_mode, extra.get("early_stopping")
+        )
+        with attempt.phase("agreement"):
+            check_hosts(stream.order_spec, run.inputs.statistics)
         if is_main():
             workdir.local.mkdir(parents=True, exist_ok=True)
             save_config(config, workdir.local / "config.json")
             for name, text in run.documents.items():
                 (workdir.local / name).write_text(text)
+        stack.callback(stream.close)
         try:
-            return _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, state, clock)
+            return _train(
+                run, workdir, checkpointer, preemption, ranking, stopping, program.step, state, clock, extra["began"]
+            )
         except (TooManyBadSteps, NonFiniteState) as error:
             log.error("%s", error)
             return exits.NOT_FINITE
-        finally:
-            stream.close()
 
 
 def check_hosts(order_spec: Mapping[str, Any], statistics: Mapping[str, Any]) -> None:
@@ -138,22 +151,27 @@ def check_hosts(order_spec: Mapping[str, Any], statistics: Mapping[str, Any]) ->
         fingerprint_across_hosts(of_dataset, f"the statistics of {name!r}{hint if name in approximate else ''}")
 
 
-def _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, state: TrainState, clock: Clock) -> int:
+def _train(
+    run, workdir, checkpointer, preemption, ranking, stopping, step_fn, state: TrainState, clock: Clock, began
+) -> int:
     config, stream, num_steps = run.config, run.inputs.stream, run.config.num_steps
     wandb = dict(config.wandb) if config.wandb.project else None
     start = step = int(jax.device_get(state.step))
     report_progress(start, start if start else None)
+    attempt, watchdog = run.attempt, run.attempt.watchdog
     with (
         MetricsWriter(workdir.local, config=to_dict(config), wandb=wandb) as writer,
         Progress(num_steps, initial=start, samples_per_step=config.batch_size) as progress,
-        Watchdog(workdir.local, 60 * (config.watchdog.minutes or 0), exit=config.watchdog.exit) as watchdog,
         ProfileSteps(workdir.local, config.profile_steps) as profile,
+        attempt.ends_in_time(),
     ):
+        watchdog.enter("steps")
         if start >= num_steps:
             log.warning("already at step %d of %d; evaluating and exporting again", start, num_steps)
         else:
             check_batch(stream.batch(start) if hasattr(stream, "batch") else next(stream), stream.batch_spec)
             stream.seek(start * config.batch_size)
+        attempt.begun = start >= num_steps
         evaluator = Evaluator(run, writer)
         meter = Meter(run, clock)
 
@@ -184,7 +202,9 @@ def _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, s
                     "order_spec": json.loads(json.dumps(stream.order_spec)),
                     "clock": clock.state(),
                     "early_stopping": stopping.state(),
+                    "began": began,
                 }
+                attempt.check_lease()
                 score = ranking.metric(scores)
                 checkpointer.save(step, state, extra, metric=score)
                 if score is not None and checkpointer.best_step(besides=step) == step:
@@ -200,6 +220,7 @@ def _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, s
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, batch)
             if step == start:
+                attempt.begun = True
                 clock.switch("train")  # until here: start-up, and the compilation of the step
                 meter.begin(step)
             step += 1
@@ -229,10 +250,11 @@ def _train(run, workdir, checkpointer, preemption, ranking, stopping, step_fn, s
             scores = evaluate()
         if rank:
             save(scores)
-        with clock.section("export"), watchdog.longer():
+        with clock.section("export"), watchdog.longer() as seconds:
             checkpointer.wait()
             report_progress(start, step)
             _export(run, workdir, state, "export")
+            wait_for_all("octo_like/export", 2 * seconds + 60)  # process 0 writes it; the watchdog comes first
     return exits.DONE
 
 
@@ -247,10 +269,26 @@ def _export(run: Run, workdir: Workdir, state: TrainState, name: str) -> None:
 
 def _resume(
     run: Run, checkpointer: Checkpointer, workdir: Workdir, state: TrainState, shardings
-) -> tuple[TrainState, Clock, dict[str, Any] | None]:
-    """State, clock and early stopping of the newest good checkpoint, or those of a new run; moves the data there."""
+) -> tuple[TrainState, Clock, dict[str, Any]]:
+    """State and clock of the newest good checkpoint, or those of a new run, and what else a checkpoint holds.
+
+    The log says which, and with what the run began. "began" in every checkpoint says it again.
+
+    Raises:
+      CheckpointError: it is in doubt whether the run begins with the parameters it should begin with.
+    """
+    wanted = run.config.get("init_from")
+    began = {"loaded_from": run.loaded_from, "init_from": wanted}
     if checkpointer.latest_step() is None:
-        return state, Clock.resume(None), None
+        if run.attempt.resumes or (wanted and not run.loaded_from):
+            raise CheckpointError(
+                f"{checkpointer.directory} held a checkpoint when this process started and holds none now: what the "
+                f"run should go on from is in doubt{f', and init_from={wanted} was not loaded' if wanted else ''}. See "
+                "who else writes there, then run the command again"
+            )
+        made = f"new ones (seed {run.config.seed})"
+        log.info("starts at step 0; parameters: %s", f"loaded from {run.loaded_from}" if run.loaded_from else made)
+        return state, Clock.resume(None), {"began": began}
     saved = checkpointer.read()
     for change in check_resume(comparable(saved.metadata["config"]), comparable(to_dict(run.config))):
         log.warning("resumed with %s", change)
@@ -259,10 +297,16 @@ def _resume(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     state, extra = checkpointer.restore(None, abstract)
     run.inputs.resume(extra["order_spec"], extra["position"])
-    log.info("resumed from step %d", int(jax.device_get(state.step)))
-    rows = read_metrics(workdir.local) if (workdir.local / METRICS_FILE).exists() else []
-    clock = Clock.resume(extra.get("clock"), last_seen=rows[-1]["time"] if rows else None)
-    return state, clock, extra.get("early_stopping")
+    began = extra.get("began", {"loaded_from": "unknown", "init_from": wanted})  # older checkpoints do not say
+    if wanted and began["loaded_from"] is None:
+        raise CheckpointError(
+            f"this run has init_from={wanted}, but its checkpoints in {checkpointer.directory} say that it began with "
+            "new parameters. Train in another --workdir"
+        )
+    source = f"loaded from {began['loaded_from']}" if began["loaded_from"] else "new ones"
+    log.info("resumed from step %d; parameters at step 0: %s", int(jax.device_get(state.step)), source)
+    clock = Clock.resume(extra.get("clock"), last_seen=last_seen(workdir.local))
+    return state, clock, {**extra, "began": began}
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -441,11 +485,6 @@ def _head_of_batch(batch, heads: Iterable[str]) -> str:
     """The head that learns from a validation batch (all of one dataset)."""
     learns = jax.device_get(batch["action_head_mask"])
     return next((head for head in heads if np.any(learns.get(head, True))), list(heads)[0])
-
-
-def frozen_from_config(params: Any, config: Any) -> frozenset[str]:
-    """Paths that config.optimizer.freeze names."""
-    return frozen_paths(params, tuple(config.optimizer.freeze))
 
 
 def describe(run: Run) -> str:

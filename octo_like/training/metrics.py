@@ -1,9 +1,10 @@
-"""What a run tells while it runs: metrics on disk, TensorBoard, W&B, a progress bar; and where its time went."""
+"""What a run tells while it runs: metrics on disk, TensorBoard, W&B, a progress bar; what its devices can do."""
 
 import contextlib
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -35,13 +36,26 @@ PEAK_FLOPS = {
 
 log = logging.getLogger(__name__)
 
-_IMPORTED = time.monotonic()  # close to when the process began: start-up is time, too
+
+@contextlib.contextmanager
+def tolerated(what: str, errors: type[Exception] = OSError) -> Iterator[None]:
+    """What fails inside is said and the run goes on: what a run tells is no reason to stop what it does.
+
+    Args:
+      what: what could not be written, in words.
+      errors: the kind of errors.
+    """
+    try:
+        yield
+    except errors as error:
+        log.warning("%s could not be written: %s: %s", what, type(error).__name__, error)
 
 
 class MetricsWriter:
     """Writes to `workdir`: metrics.jsonl and media/ always, TensorBoard files in tensorboard/, W&B when asked.
 
-    Only process 0 writes; on the others every method returns at once.
+    Only process 0 writes; on the others every method returns at once. What cannot be written (a full disk, a file that
+    is in the way, W&B that does not answer) is said and left out.
 
     Args:
       workdir: the run's directory.
@@ -65,65 +79,81 @@ class MetricsWriter:
         self._file: TextIO | None = None
         self._tensorboard = None
         self._wandb = None
+        self._active = False
         if jax.process_index() != 0:
             return
+        self._active = True
         if wandb is not None:
-            self._wandb = _start_wandb(self.workdir, config, wandb)
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self._file = _open_for_appending(self.workdir / METRICS_FILE)
+            _check_wandb(wandb)
+            with tolerated("W&B", Exception):  # of whichever kind: there is a network behind it
+                self._wandb = _start_wandb(self.workdir, config, wandb)
+        with tolerated(f"metrics in {self.workdir}"):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._file = _open_for_appending(self.workdir / METRICS_FILE)
         if tensorboard:
             import tensorboardX  # here, because it takes a second to import and robots never need it
 
-            self._tensorboard = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"))
+            with tolerated("TensorBoard's files"):
+                self._tensorboard = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes numbers (Python, NumPy or device scalars) of one step under names such as "train/loss"."""
-        if self._file is None:
+        if not self._active:
             return
         # An explicit transfer: allowed under the transfer guard of the training loop.
         numbers = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
-        self._file.write(json.dumps({"step": int(step), "time": time.time(), **numbers}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            with tolerated(f"metrics of step {step}"):
+                self._file.write(json.dumps({"step": int(step), "time": time.time(), **numbers}) + "\n")
+                self._file.flush()
+        for name, value in numbers.items():
+            self._to_tensorboard("add_scalar", name, value, step)
+        self._to_wandb(lambda _: numbers, step)
+
+    def _to_tensorboard(self, method: str, name: str, *arguments, **options) -> None:
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with tolerated(f"{name} for TensorBoard"):
+                getattr(self._tensorboard, method)(name, *arguments, **options)
+
+    def _to_wandb(self, make: Callable[[Any], Mapping[str, Any]], step: int) -> None:
+        """Logs what `make` makes of the module wandb."""
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            with tolerated(f"step {step} for W&B", Exception):
+                self._wandb.log(make(_wandb_module()), step=step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes (h, w, 3) uint8 images, also as media/<name>/<step>.png."""
-        if self._file is None:
+        if not self._active:
             return
         for name, image in images.items():
             image = _checked_frames(name, image, 3)
-            Image.fromarray(image).save(self._media(name, step, "png"))
-            if self._tensorboard is not None:
-                self._tensorboard.add_image(name, image, step, dataformats="HWC")
-            if self._wandb is not None:
-                self._wandb.log({name: _wandb_module().Image(image)}, step=step)
+            with tolerated(f"image {name} of step {step}"):
+                Image.fromarray(image).save(self._media(name, step, "png"))
+            self._to_tensorboard("add_image", name, image, step, dataformats="HWC")
+            self._to_wandb(lambda wandb, name=name, image=image: {name: wandb.Image(image)}, step)
 
     def video(self, step: int, name: str, frames: np.ndarray | Sequence[np.ndarray], *, fps: float = 10.0) -> None:
         """Writes (t, h, w, 3) uint8 frames as an animated GIF, also as media/<name>/<step>.gif."""
-        if self._file is None:
+        if not self._active:
             return
         frames = _checked_frames(name, np.asarray(frames), 4)
         gif = _encode_gif(frames, fps=fps)
-        path = self._media(name, step, "gif")
-        path.write_bytes(gif)
+        with tolerated(f"video {name} of step {step}"):
+            path = self._media(name, step, "gif")
+            path.write_bytes(gif)
+            self._to_wandb(lambda wandb: {name: wandb.Video(str(path))}, step)
         if self._tensorboard is not None:
-            _add_gif(self._tensorboard, name, gif, frames.shape, step)
-        if self._wandb is not None:
-            self._wandb.log({name: _wandb_module().Video(str(path))}, step=step)
+            with tolerated(f"video {name} for TensorBoard"):
+                _add_gif(self._tensorboard, name, gif, frames.shape, step)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes a text (Markdown in TensorBoard), also as media/<name>/<step>.txt."""
-        if self._file is None:
+        if not self._active:
             return
-        self._media(name, step, "txt").write_text(text, encoding="utf-8")
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(name, text, step)
-        if self._wandb is not None:
-            self._wandb.log({name: _wandb_module().Html(f"<pre>{text}</pre>")}, step=step)
+        with tolerated(f"text {name}"):
+            self._media(name, step, "txt").write_text(text, encoding="utf-8")
+        self._to_tensorboard("add_text", name, text, step)
+        self._to_wandb(lambda wandb: {name: wandb.Html(f"<pre>{text}</pre>")}, step)
 
     def _media(self, name: str, step: int, suffix: str) -> pathlib.Path:
         path = self.workdir / MEDIA_FOLDER / name / f"{step}.{suffix}"
@@ -132,14 +162,18 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes everything; the writer is silent afterwards."""
+        self._active = False
         if self._file is not None:
-            self._file.close()
+            with tolerated("metrics"):
+                self._file.close()
             self._file = None
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with tolerated("TensorBoard's files"):
+                self._tensorboard.close()
             self._tensorboard = None
         if self._wandb is not None:
-            self._wandb.finish()
+            with tolerated("the end of the W&B run", Exception):
+                self._wandb.finish()
             self._wandb = None
 
     def __enter__(self) -> "MetricsWriter":
@@ -153,19 +187,22 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
     """The metrics of a run, one dict per step in ascending order, each with "step" and "time".
 
     A run that was killed and resumed from an earlier checkpoint has written some steps twice: what the resumed run
-    wrote counts, and of the killed run only what lies before. A line that was cut short is left out.
+    wrote counts, and of the killed run only what lies before. A line that was cut short, or holds anything but metrics
+    (bytes that a file system has mixed up), is left out.
 
     Raises:
       FileNotFoundError: the run has no metrics.jsonl.
     """
     path = pathlib.Path(workdir) / METRICS_FILE
     rows: list[dict[str, float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
         if not line:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            row = None
+        if not (isinstance(row, dict) and all(_is_number(row.get(key)) for key in ("step", "time"))):
             log.warning("%s line %d is incomplete and was left out", path, number + 1)
             continue
         while rows and rows[-1]["step"] > row["step"]:
@@ -175,6 +212,22 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
         else:
             rows.append(row)
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def last_seen(workdir: str | os.PathLike) -> float | None:
+    """time.time() of the last metrics of a run; None: there are none that can be read."""
+    try:
+        rows = read_metrics(workdir)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("%s cannot be read: %s", pathlib.Path(workdir) / METRICS_FILE, error)
+        return None
+    return rows[-1]["time"] if rows else None
 
 
 def _open_for_appending(path: pathlib.Path) -> TextIO:
@@ -221,14 +274,20 @@ def _wandb_module():
     return wandb
 
 
-def _start_wandb(workdir: pathlib.Path, config: Mapping[str, Any] | None, arguments: Mapping[str, Any]):
-    wandb = _wandb_module()
+def _check_wandb(arguments: Mapping[str, Any]) -> None:
+    _wandb_module()
     if not arguments.get("project"):
         raise ValueError("logging to W&B needs a project name")
+
+
+def _start_wandb(workdir: pathlib.Path, config: Mapping[str, Any] | None, arguments: Mapping[str, Any]):
+    wandb = _wandb_module()
     workdir.mkdir(parents=True, exist_ok=True)
     # The same id after a restart continues the same W&B run.
     id_file = workdir / WANDB_ID_FILE
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text(errors="replace").strip() if id_file.exists() else ""
+    if not (run_id.isascii() and run_id.isprintable() and run_id):
+        run_id = wandb.util.generate_id()
     id_file.write_text(run_id)
     return wandb.init(
         **{"id": run_id, "resume": "allow", "dir": str(workdir), "config": dict(config or {}), **arguments}
@@ -335,104 +394,6 @@ def format_seconds(seconds: float) -> str:
     minutes, secs = divmod(rest, 60)
     text = f"{hours}:{minutes:02d}:{secs:02d}" if hours or days else f"{minutes}:{secs:02d}"
     return f"{days}d {text}" if days else text
-
-
-class Clock:
-    """Where the wall time of a run went, over all its restarts.
-
-        clock = Clock.resume(extra.get("clock"))       # counts as "startup" or "restart" until told otherwise
-        clock.switch("train")
-        with clock.section("eval"): ...                # exclusive: does not count as "train"
-        checkpointer.save(step, state, {"clock": clock.state(), ...})
-
-    Goodput is the share of "train" in everything. What a killed process did after its last checkpoint is done again, so
-    it counts as "lost" when `resume` is told how far the killed process came. Between two processes nothing runs: that
-    is "down", which is told but is no part of the total.
-
-    Args:
-      seconds: by name, of earlier processes.
-      name: what the time until the first `switch` counts as.
-      started: reading of `clock` when this process began; default: when this module was imported.
-    """
-
-    def __init__(
-        self,
-        seconds: Mapping[str, float] | None = None,
-        *,
-        name: str = "startup",
-        started: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._seconds = dict(seconds or {})
-        self._stack = [name]
-        self._now = clock
-        self._mark = clock() if started is None else started
-
-    @classmethod
-    def resume(
-        cls,
-        state: Mapping[str, Any] | None,
-        *,
-        last_seen: float | None = None,
-        started: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> "Clock":
-        """Continues the clock of a checkpoint (None: a new run).
-
-        Args:
-          state: what `state()` gave when the checkpoint was saved.
-          last_seen: time.time() of the last sign of life of the process that saved it, e.g. of its last metrics.
-          started: reading of `clock` when this process began; default: when this module was imported.
-        """
-        started = _IMPORTED if started is None and clock is time.monotonic else started
-        if state is None:
-            return cls(started=started, clock=clock)
-        seconds = dict(state["seconds"])
-        if last_seen is not None:
-            seconds["lost"] = seconds.get("lost", 0.0) + max(last_seen - state["saved_at"], 0.0)
-        began = time.time() - (clock() - (clock() if started is None else started))
-        gap = began - max(last_seen or 0.0, state["saved_at"])
-        seconds["down"] = seconds.get("down", 0.0) + max(gap, 0.0)
-        return cls(seconds, name="restart", started=started, clock=clock)
-
-    def _charge(self) -> None:
-        now = self._now()
-        name = self._stack[-1]
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
-        self._mark = now
-
-    def switch(self, name: str) -> None:
-        """From now on time outside of sections counts as `name`."""
-        self._charge()
-        self._stack[0] = name
-
-    @contextlib.contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """Time inside counts as `name` and as nothing else."""
-        self._charge()
-        self._stack.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._stack.pop()
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able; goes into the checkpoint."""
-        self._charge()
-        return {"seconds": dict(self._seconds), "saved_at": time.time()}
-
-    def seconds(self, name: str) -> float:
-        """Seconds charged to `name` so far."""
-        self._charge()
-        return self._seconds.get(name, 0.0)
-
-    def summary(self) -> dict[str, float]:
-        """{"clock/<name>": seconds, "clock/total": seconds, "clock/goodput": share in [0, 1]}."""
-        self._charge()
-        total = sum(value for name, value in self._seconds.items() if name != "down")
-        goodput = self._seconds.get("train", 0.0) / total if total > 0 else 0.0
-        return {f"clock/{k}": v for k, v in self._seconds.items()} | {"clock/total": total, "clock/goodput": goodput}
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from octo_like.training import exits
+from octo_like.training import distributed, exits
+from octo_like.training.metrics import tolerated
 
 # Steps in flight while an older one's numbers are read: one runs, one is queued behind it.
 LAG = 2
@@ -115,8 +117,9 @@ class FinishedSteps:
         path = self._folder / f"{step}.json"
         summary = describe_bad_batch(step, jax.device_get(metrics), self._names)
         if jax.process_index() == 0 and (last or self.bad_in_a_row == 1):  # the first and the last of a row
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**summary, "bad_in_a_row": self.bad_in_a_row}, indent=1))
+            with tolerated(f"the report {path}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({**summary, "bad_in_a_row": self.bad_in_a_row}, indent=1))
             log.warning("step %d was not finite and changed nothing (%d in a row): %s", step, self.bad_in_a_row, path)
         if last:
             raise TooManyBadSteps(
@@ -146,9 +149,12 @@ def describe_bad_batch(step: int, metrics: Mapping[str, Any], dataset_names: Seq
 
 
 class Watchdog:
-    """Notices that no step has finished for too long, dumps the stacks of all threads, and (optionally) exits.
+    """Notices that nothing has moved for too long, dumps the stacks of all threads, and (optionally) exits.
 
-        with Watchdog(workdir, seconds=1800) as watchdog:
+        with Watchdog(workdir, seconds=1800, limits={"data": 86400}) as watchdog:
+            watchdog.enter("data")              # what follows may take this long, until the next call
+            ...
+            watchdog.enter("steps")
             watchdog.beat(step)                 # a step has finished
             with watchdog.longer(): evaluate()  # at most `patience` times as long
 
@@ -156,69 +162,102 @@ class Watchdog:
     process that has exited is noticed by jax.distributed; this is for those that hang in storage, data or a collective.
 
     Args:
-      workdir: the run's directory.
-      seconds: without a finished step; None or 0: off.
+      workdir: the run's directory; one in a bucket gets its stacks when `folder` is set.
+      seconds: without a finished step; None or 0: steps are not watched.
       patience: factor for what takes longer than a step: the first step (which compiles), evaluation, export.
       exit: whether to end the process, with `exits.STALLED`, so that a supervisor starts it again.
+      limits: seconds of everything else by its name; 0: not watched.
+      leave: how the process is ended, given status and reason; default: at once.
+
+    Attributes:
+      folder: where stacks are written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, seconds: float | None, *, patience: float = 4.0, exit: bool = True):
-        self._folder = pathlib.Path(workdir) / STACKS_FOLDER
-        self._seconds, self._patience, self._exit = seconds, patience, exit
-        self._limit = (seconds or 0) * patience  # until the first step has finished
-        self._mark, self._step, self._said = time.monotonic(), None, False
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        seconds: float | None,
+        *,
+        patience: float = 4.0,
+        exit: bool = True,
+        limits: Mapping[str, float] | None = None,
+        leave: Callable[[int, str], Any] | None = None,
+    ):
+        parent = tempfile.gettempdir() if "://" in os.fspath(workdir) else workdir
+        self.folder = pathlib.Path(parent) / STACKS_FOLDER
+        self._seconds, self._patience, self._exit = seconds or 0, patience, exit
+        self._limits = {**(limits or {}), "steps": self._seconds * patience}  # until the first step has finished
+        self._leave = leave or (lambda status, reason: os._exit(status))
+        self._phase, self._step, self._said = "steps", None, False
+        self._limit, self._mark = self._limits["steps"], time.monotonic()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
         self._mark = time.monotonic()
-        if self._seconds:
+        if any(self._limits.values()):
             self._thread = threading.Thread(target=self._run, name="octo_like-watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *exc_info) -> None:
         self._over.set()
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def enter(self, phase: str) -> float:
+        """From now on the limit of this phase holds; returns its seconds, a day when it is not watched."""
+        limit = self._limits[phase]  # a name that is not there is a mistake in the code
+        self._phase, self._step, self._limit, self._mark, self._said = phase, None, limit, time.monotonic(), False
+        return limit or 86400.0
 
     def beat(self, step: int | None = None) -> None:
         """A step has finished."""
         if step is not None:
-            self._step, self._limit = step, self._seconds or 0
+            self._step, self._limit = step, self._seconds
         self._mark, self._said = time.monotonic(), False
 
     @contextlib.contextmanager
-    def longer(self) -> Iterator[None]:
-        """What runs inside may take `patience` times as long as a step."""
-        before, self._limit = self._limit, (self._seconds or 0) * self._patience
+    def longer(self) -> Iterator[float]:
+        """What runs inside may take `patience` times as long as a step; gives the seconds, a day when not watched."""
+        before, self._limit = self._limit, self._seconds * self._patience
         self.beat()
         try:
-            yield
+            yield self._limit or 86400.0
         finally:
             self._limit = before
             self.beat()
 
     def _run(self) -> None:
-        while not self._over.wait(min(self._seconds / 10, 5.0)):
-            if not self._said and time.monotonic() - self._mark > self._limit:
+        interval = min([5.0, *(limit / 10 for limit in (self._seconds, *self._limits.values()) if limit)])
+        while not self._over.wait(interval):
+            if self._limit and not self._said and time.monotonic() - self._mark > self._limit:
                 self._said = True
-                self.dump()
+                reason = self._reason()
+                try:
+                    self.dump()
+                except OSError as error:  # a full disk: the stacks go where there is no disk
+                    log.error("%s; the stacks cannot be written: %s", reason, error)
+                    faulthandler.dump_traceback(2, all_threads=True)
                 if self._exit:
-                    os._exit(exits.STALLED)  # the main thread hangs: nothing gentler gets through to it
+                    self._leave(exits.STALLED, reason)  # the main thread hangs: nothing gentler gets through to it
+
+    def _reason(self) -> str:
+        seconds = time.monotonic() - self._mark
+        if self._phase != "steps":
+            return f"{self._phase} was not done within {seconds:.0f} s (watchdog.{self._phase}_minutes)"
+        after = "before the first step" if self._step is None else f"after step {self._step}"
+        return f"no step finished for {seconds:.0f} s, {after}"
 
     def dump(self) -> pathlib.Path:
         """Writes the stacks of all threads and returns the file."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = self._folder / f"{stamp}-process{jax.process_index()}.txt"
-        after = "before the first step" if self._step is None else f"after step {self._step}"
+        path, reason = self.folder / f"{stamp}-process{distributed.process_id()}.txt", self._reason()
         with open(path, "w") as file:
-            print(f"no step finished for {time.monotonic() - self._mark:.0f} s, {after}", file=file, flush=True)
+            print(reason, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
-        log.error(
-            "no step finished for %.0f s, %s; all stacks are in %s\n%s", self._limit, after, path, path.read_text()
-        )
+        log.error("%s; all stacks are in %s\n%s", reason, path, path.read_text())
         for handler in logging.getLogger().handlers:
             handler.flush()
         return path
@@ -281,5 +320,6 @@ def report_progress(start: int, saved: int | None) -> None:
     """Tells the supervisor, if there is one, where this process started and what is saved."""
     if path := os.environ.get(exits.PROGRESS_VARIABLE):
         temporary = f"{path}.tmp"
-        pathlib.Path(temporary).write_text(json.dumps({"start": start, "saved": saved}))
-        os.replace(temporary, path)
+        with tolerated("the note to the supervisor"):
+            pathlib.Path(temporary).write_text(json.dumps({"start": start, "saved": saved}))
+            os.replace(temporary, path)

@@ -10,6 +10,7 @@ import os
 import pathlib
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 
 import jax
@@ -27,7 +28,7 @@ class Workdir:
       path: a folder, or a location that etils.epath knows (gs:// with gcsfs or TensorFlow, s3:// with s3fs).
       local: where logs are kept and copied from; default: `path` itself, or a temporary folder when it is not a folder
         of this machine.
-      continued: files that a restart goes on writing; fetched when they are there.
+      continued: files that a restart goes on writing; fetched when they are there and can be read.
       interval: seconds between copies.
     """
 
@@ -48,12 +49,19 @@ class Workdir:
         self.is_copied = os.fspath(self.local) != os.fspath(self.path)
         self._interval = interval
         self._copied: dict[pathlib.Path, tuple[int, int]] = {}
+        self._renamed: dict[str, str] = {}
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         for name in continued if self.is_copied and jax.process_index() == 0 else ():
-            if (self.path / name).exists():
-                (self.local / name).write_bytes((self.path / name).read_bytes())
-                self._copied[self.local / name] = _state(self.local / name)
+            try:
+                if (self.path / name).exists():
+                    (self.local / name).write_bytes((self.path / name).read_bytes())
+                    self._copied[self.local / name] = _state(self.local / name)
+            except Exception as error:  # of whichever file system: logs must not stop a resume
+                stem, dot, suffix = name.rpartition(".")
+                self._renamed[name] = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}{dot}{suffix}"
+                words = "%s could not be fetched and stays as it is, %s begins anew: %s"
+                log.warning(words, self.path / name, self._renamed[name], error)
 
     def sync(self) -> None:
         """Copies every local file that changed since the last time. What cannot be copied is said and tried again."""
@@ -64,7 +72,8 @@ class Workdir:
                 state = _state(file)
                 if self._copied.get(file) == state:
                     continue
-                target = self.path / file.relative_to(self.local).as_posix()
+                name = file.relative_to(self.local).as_posix()
+                target = self.path / self._renamed.get(name, name)
                 try:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(file.read_bytes())

@@ -90,7 +90,6 @@ def check_python(words: list[str]) -> None:
 def parse_config(script: str, arguments: list[str]) -> None:
     """Parses a command line with the script's own parser, up to the point where it would start to work."""
     module = importlib.import_module(pathlib.Path(script).stem)
-    from octo_like.training import distributed
 
     class Parsed(Exception):
         pass
@@ -100,7 +99,7 @@ def parse_config(script: str, arguments: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(distributed, "start", stop)
+        patch.setattr(module, "Attempt", stop)
         try:
             with contextlib.suppress(Parsed):
                 module.main(arguments)

@@ -32,6 +32,7 @@ class Launch:
       workdir: of the run; diaries and logs lie beside it.
       cache: folder of the compilation cache, shared by all launches of a test.
       wrapper: words before the command of every process, e.g. a supervisor's.
+      workdirs: the workdir of every process, when they are not the same.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Launch:
         fault="",
         heartbeat=10,
         wrapper=(),
+        workdirs=(),
     ):
         self.workdir, self.processes = pathlib.Path(workdir), processes
         self.diary = self.workdir.with_name(f"{self.workdir.name}.diary")
@@ -60,7 +62,7 @@ class Launch:
             "FAULT": fault,
         }
         command = [sys.executable, "tests/multiprocess/diary_train.py", "--config", f"{CONFIG}:{words}"]
-        command += ["--workdir", str(self.workdir), "--config.eval.every=None", "--config.log_every=1"]
+        command += ["--config.eval.every=None", "--config.log_every=1"]
         command += [f"--heartbeat_timeout={heartbeat}", *map(str, flags)]
         port = free_port()
         # Shared among launches: a run's logs follow each other.
@@ -69,7 +71,8 @@ class Launch:
         self.children = []
         for i, log in enumerate(self.logs):
             several = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-            words = [*wrapper, *command, *(several if processes > 1 else ())]
+            place = ["--workdir", str(workdirs[i] if workdirs else self.workdir)]
+            words = [*wrapper, *command, *place, *(several if processes > 1 else ())]
             with open(log, "a") as file:
                 self.children.append(
                     subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)

@@ -1,11 +1,13 @@
 """finetune.py: what it starts from, what it changes, what it leaves alone, and how it goes on after a SIGKILL."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -59,7 +61,8 @@ def export(tmp_path_factory):
 def prepared(monkeypatch, tmp_path):
     """Runs finetune.py up to the loop; returns what the loop was given."""
     found = {}
-    monkeypatch.setattr(finetune.distributed, "start", lambda flags, config: None)
+    alone = types.SimpleNamespace(phase=lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(finetune, "Attempt", lambda flags, config: contextlib.nullcontext(alone))
     monkeypatch.setattr(finetune, "run_loop", lambda given: found.update(run=given) or 0)
     # Random values in place of the model's own: nothing has to be compiled.
     monkeypatch.setattr(adaptation, "init_params", lambda model, spec, rng: tiny.random_params(model, spec, seed=9))

@@ -88,6 +88,43 @@ def test_a_kill_in_the_middle_of_a_save_leaves_nothing_half_written(tmp_path, re
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [str(s) for s in [*steps, 3]]
 
 
+# As on gs://: a step is written under its final name, and a file says in the end that it is complete.
+AS_IN_A_BUCKET = """
+from orbax.checkpoint._src.path import atomicity, atomicity_defaults
+atomicity_defaults.get_default_temporary_path_class = lambda *_, **__: atomicity.CommitFileTemporaryPath
+"""
+KILLED_IN_A_BUCKET = """
+saver = checkpoint.Checkpointer(sys.argv[1])
+kill = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+write = checkpoint.write_manifest
+checkpoint.write_manifest = kill if sys.argv[2] == "before the manifest" else lambda *a, **k: (write(*a, **k), kill())
+saver.save(1, {"x": jnp.arange(1000.0)}, {"position": 1})
+saver.wait()
+"""
+NEXT_START = """
+print("would resume:", checkpoint.has_checkpoint(sys.argv[1]))
+with checkpoint.Checkpointer(sys.argv[1]) as saver:
+    print("steps:", saver.all_steps())
+    if saver.all_steps():
+        restored, extra = saver.restore(None, {"x": jax.ShapeDtypeStruct((1000,), jnp.float32)})
+        assert (restored["x"] == jnp.arange(1000.0)).all() and extra == {"position": 1}
+"""
+IMPORTS = "import os, signal, sys\nimport jax, jax.numpy as jnp\nfrom octo_like.training import checkpoint\n"
+
+
+@pytest.mark.parametrize("moment,complete", [("before the manifest", False), ("before the mark", True)])
+def test_a_step_in_a_bucket_counts_when_it_is_complete(tmp_path, repository, moment, complete):
+    """The first save is killed. Whether the run would resume and what it would resume from are one question."""
+    source = AS_IN_A_BUCKET + IMPORTS
+    done = run_python(source + KILLED_IN_A_BUCKET, tmp_path, moment, repository=repository)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "checkpoints" / "1").is_dir()  # complete or not, the name is there
+    again = run_python(source + NEXT_START, tmp_path, repository=repository)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == f"would resume: {complete}\nsteps: {[1] if complete else []}\n"
+    assert ("marked now" in again.stderr) == complete
+
+
 def test_restores_onto_another_number_of_devices(tmp_path, repository):
     """1 device -> 4 x 2 devices (sharded both ways) -> 1 device."""
     w = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)

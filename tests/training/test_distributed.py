@@ -26,6 +26,8 @@ def test_flags_fit_initialize():
         (dict(coordinator_address="host:1"), "but not --num_processes, --process_id: pass all three or none"),
         (dict(process_id=0, num_processes=2), "--num_processes was given, but not --coordinator_address"),
         (dict(distributed="off", process_id=0), "--distributed=off contradicts --process_id"),
+        (dict(heartbeat_timeout=0), "--heartbeat_timeout must be at least 1 second, got 0"),
+        (dict(init_timeout=-1), "--init_timeout must be at least 1 second"),
     ],
 )
 def test_incomplete_arguments(arguments, message):

@@ -1,5 +1,6 @@
 """From recordings of every kind to a policy that runs, with one description of the robot, as docs/demos.md says it."""
 
+import logging
 import runpy
 import sys
 
@@ -66,7 +67,10 @@ def test_a_policy_from_recordings(name, export, tmp_path, monkeypatch):  # noqa:
     robot = tmp_path / "mine.py"
     robot.write_text(ROBOT.format(cameras=cameras, state=state))
 
-    monkeypatch.setattr(finetune.distributed, "start", lambda flags, config: None)  # JAX has been started
+    # JAX has been started, and the logs and the compilation cache are those of the tests.
+    for name in ("initialize_from_flags", "setup_compilation_cache"):
+        monkeypatch.setattr(finetune.distributed, name, lambda *_: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     arguments = [
         *("--config", f"{ROOT}/configs/finetune.py:lora,language,robot={robot}", "--workdir", str(tmp_path / "run")),
         f"--config.pretrained={export}",

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from octo_like.training import metrics
+from octo_like.training.clock import Clock
 
 
 class FakeTime:
@@ -134,6 +135,52 @@ class TestWriter:
         with pytest.raises(ValueError, match="needs a project name"):
             metrics.MetricsWriter(tmp_path, wandb={})
 
+    def test_what_cannot_be_written_is_said_and_left_out(self, tmp_path, caplog):
+        """Everything is in the way of everything."""
+        (tmp_path / "metrics.jsonl").mkdir()
+        (tmp_path / "media").write_text("a file")
+        (tmp_path / "tensorboard").write_text("a file")
+        with metrics.MetricsWriter(tmp_path) as writer:
+            writer.scalars(1, {"a": 1})
+            writer.images(1, {"b": np.zeros((2, 2, 3), np.uint8)})
+            writer.video(1, "c", np.zeros((2, 2, 2, 3), np.uint8))
+            writer.text(1, "d", "e")
+        for what in ("metrics in", "TensorBoard's files", "image b of step 1", "video c of step 1", "text d"):
+            assert f"{what}" in caplog.text and "could not be written" in caplog.text, what
+
+    def test_a_full_disk_is_no_reason_to_stop(self, tmp_path, caplog):
+        with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+            writer._file.close()
+            writer._file = open("/dev/full", "w")
+            writer.scalars(1, {"a": 1})
+            writer.scalars(2, {"a": 1})
+        assert "metrics of step 1 could not be written" in caplog.text and "No space left" in caplog.text
+
+    def test_wandb_that_does_not_answer_is_left_out(self, tmp_path, monkeypatch, caplog):
+        def unreachable(**kwargs):
+            raise ConnectionError("no route to host")
+
+        fake = types.SimpleNamespace(init=unreachable, util=types.SimpleNamespace(generate_id=lambda: "id0"))
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        (tmp_path / "wandb_id.txt").write_bytes(b"\xff\x00")
+        with metrics.MetricsWriter(tmp_path, wandb={"project": "p"}, tensorboard=False) as writer:
+            writer.scalars(1, {"a": 1})
+        assert "W&B could not be written: ConnectionError: no route to host" in caplog.text
+        assert (tmp_path / "wandb_id.txt").read_text() == "id0" and metrics.read_metrics(tmp_path)[0]["a"] == 1
+
+    def test_wandb_that_stops_answering(self, tmp_path, monkeypatch, caplog):
+        def lost(*args, **kwargs):
+            raise RuntimeError("connection lost")
+
+        fake = types.SimpleNamespace(
+            init=lambda **kwargs: types.SimpleNamespace(log=lost, finish=lost),
+            util=types.SimpleNamespace(generate_id=lambda: "id0"),
+        )
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        with metrics.MetricsWriter(tmp_path, wandb={"project": "p"}, tensorboard=False) as writer:
+            writer.scalars(1, {"a": 1})
+        assert caplog.text.count("connection lost") == 2 and len(metrics.read_metrics(tmp_path)) == 1
+
 
 class TestReading:
     def test_a_resumed_run_replaces_what_the_killed_one_did_after_its_checkpoint(self, tmp_path):
@@ -155,6 +202,37 @@ class TestReading:
             writer.scalars(5, {"val/loss": 2})
         (row,) = metrics.read_metrics(tmp_path)
         assert (row["train/loss"], row["val/loss"]) == (1, 2)
+
+    def test_broken_bytes_cost_their_lines_and_nothing_else(self, tmp_path, caplog):
+        good = b'{"step": 10, "time": 5.0, "loss": 1.5}\n'
+        broken = [
+            b"\xff\n",
+            b'{"step": 11, "time": 6.0, "lo\xff\xfe"\n',
+            b"[1, 2]\n",
+            b'"step"\n',
+            b"7\n",
+            b"\x00\x00\n",
+        ]
+        broken += [
+            b'{"time": 1}\n',
+            b'{"step": "x", "time": 1}\n',
+            b'{"step": NaN, "time": 1}\n',
+            b"[" * 100_000 + b"\n",
+        ]
+        last = b'{"step": 20, "time": 9.0, "note\xff": 3}\n'  # a name that is broken; its numbers are not
+        (tmp_path / "metrics.jsonl").write_bytes(good + b"".join(broken) + last)
+        rows = metrics.read_metrics(tmp_path)
+        assert [(row["step"], row["time"]) for row in rows] == [(10, 5.0), (20, 9.0)]
+        assert caplog.text.count("was left out") == len(broken)
+        assert metrics.last_seen(tmp_path) == 9.0
+        with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+            writer.scalars(30, {"loss": 0})
+        assert metrics.read_metrics(tmp_path)[-1]["step"] == 30
+
+    def test_a_run_whose_logs_cannot_be_read_begins_its_clock_anew(self, tmp_path, caplog):
+        assert metrics.last_seen(tmp_path) is None
+        (tmp_path / "metrics.jsonl").mkdir()
+        assert metrics.last_seen(tmp_path) is None and "cannot be read" in caplog.text
 
     def test_no_metrics(self, tmp_path):
         with pytest.raises(FileNotFoundError):
@@ -208,7 +286,7 @@ class TestProgress:
 class TestClock:
     def test_sections_are_exclusive(self):
         time = FakeTime()
-        clock = metrics.Clock(clock=time)
+        clock = Clock(clock=time)
         time.now += 5
         clock.switch("train")
         time.now += 60
@@ -229,36 +307,36 @@ class TestClock:
 
     def test_survives_a_restart_and_counts_lost_time(self):
         time = FakeTime()
-        clock = metrics.Clock(clock=time)
+        clock = Clock(clock=time)
         clock.switch("train")
         time.now += 80
         state = json.loads(json.dumps(clock.state()))
-        again = metrics.Clock.resume(state, last_seen=state["saved_at"] + 15, clock=time)
+        again = Clock.resume(state, last_seen=state["saved_at"] + 15, clock=time)
         time.now += 5
         again.switch("train")
         summary = again.summary()
         assert summary["clock/train"] == 80 and summary["clock/restart"] == 5
         assert summary["clock/lost"] == pytest.approx(15)
         assert summary["clock/goodput"] == pytest.approx(0.8)
-        assert metrics.Clock.resume(None, clock=time).summary()["clock/total"] == 0
+        assert Clock.resume(None, clock=time).summary()["clock/total"] == 0
 
     def test_time_before_the_clock_and_between_processes(self, monkeypatch):
         """A process counts from its beginning; the time in which none ran is told apart."""
         now = FakeTime()
         now.now = 1000.0
         monkeypatch.setattr(metrics.time, "time", lambda: now.now + 5e8)
-        first = metrics.Clock.resume(None, started=now.now - 7, clock=now)
+        first = Clock.resume(None, started=now.now - 7, clock=now)
         assert first.seconds("startup") == 7
         state, saved_at = first.state(), now.now
         now.now += 100  # 30 s of work that is lost, then 50 s of nothing, then 20 s of start-up
-        again = metrics.Clock.resume(state, last_seen=saved_at + 5e8 + 30, started=now.now - 20, clock=now)
+        again = Clock.resume(state, last_seen=saved_at + 5e8 + 30, started=now.now - 20, clock=now)
         summary = again.summary()
         assert (summary["clock/lost"], summary["clock/down"], summary["clock/restart"]) == (30, 50, 20)
         assert summary["clock/total"] == 7 + 30 + 20 and summary["clock/goodput"] == 0
 
     def test_an_error_inside_a_section_ends_it(self):
         time = FakeTime()
-        clock = metrics.Clock(clock=time)
+        clock = Clock(clock=time)
         with pytest.raises(KeyError), clock.section("eval"):
             time.now += 3
             raise KeyError

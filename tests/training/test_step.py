@@ -123,11 +123,16 @@ def test_frozen_parameters_have_no_state(model):
 
 def test_average_follows_its_formula(model):
     model, params = model
-    state, step = make(model, params, ema_decay=0.5)
-    first, _ = step(state, batch())
-    for path in state.ema:
-        want = 0.1 * np.asarray(state.ema[path]) + 0.9 * np.asarray(first.trained[path])
-        np.testing.assert_allclose(first.ema[path], want, rtol=1e-5, atol=1e-7)
+    """The decay warms up as (1 + t) / (10 + t) and stays at `ema_decay` from where the two meet, here at t = 80."""
+    state, step = make(model, params, ema_decay=0.9)
+    # Far from the parameters: what the old average contributes is seen in every entry.
+    state = state.replace(ema=jax.tree.map(lambda x: x + 1, state.trained))
+    decays = {0: 1 / 10, 1: 2 / 11, 10: 11 / 20, 79: 80 / 89, 80: 0.9, 81: 0.9, 1_000_000: 0.9}
+    for t, decay in decays.items():
+        after, _ = step(state.replace(step=jnp.int32(t)), batch())
+        for path, old in state.ema.items():
+            want = decay * np.asarray(old) + (1 - decay) * np.asarray(after.trained[path])
+            np.testing.assert_allclose(after.ema[path], want, rtol=1e-5, atol=1e-6, err_msg=f"t = {t}, {path}")
 
 
 def test_schedules_against_closed_forms():

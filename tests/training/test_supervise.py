@@ -81,6 +81,26 @@ def test_progress_forgives_earlier_crashes(tmp_path):
     assert [entry["saved_step"] for entry in log] == [None, None, 10, 10, 20, 20]
 
 
+def test_a_note_or_a_log_that_is_broken_is_no_reason_to_give_up(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    flags = ["--backoff=0.01", f"--log={tmp_path / 'log.jsonl'}"]
+    broken = "import os, pathlib, sys; pathlib.Path(os.environ['OCTO_LIKE_PROGRESS']).write_bytes(b'\\xff{'); " + (
+        "path = pathlib.Path(sys.argv[1]); begun = path.exists(); path.touch(); sys.exit(0 if begun else 1)"
+    )
+    command = [
+        sys.executable,
+        "scripts/supervise.py",
+        *flags,
+        "--",
+        sys.executable,
+        "-c",
+        broken,
+        str(tmp_path / "begun"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}, timeout=60)
+    assert done.returncode == 0 and "cannot be read" in done.stderr and "cannot write" in done.stderr
+
+
 def until(path):
     for _ in range(600):
         if path.exists():

@@ -169,6 +169,32 @@ def test_a_workdir_elsewhere_is_kept_up_to_date_and_continued(tmp_path, caplog):
     assert "could not be copied" in caplog.text and workdir.path == bucket.absolute()
 
 
+def test_logs_that_cannot_be_fetched_are_left_as_they_are(tmp_path, caplog):
+    bucket, local = tmp_path / "bucket", tmp_path / "local"
+    (bucket / "metrics.jsonl").mkdir(parents=True)  # reading it fails
+    local.mkdir()
+    with Workdir(bucket, local=local, continued=("metrics.jsonl",)) as workdir:
+        (local / "metrics.jsonl").write_text("new\n")
+    assert "could not be fetched" in caplog.text and (bucket / "metrics.jsonl").is_dir()
+    (copy,) = bucket.glob("metrics-*.jsonl")
+    assert copy.read_text() == "new\n" and workdir.path == bucket.absolute()
+
+
+def test_a_full_disk_does_not_stop_the_watchdog(tmp_path, capfd):
+    (tmp_path / "stacks").write_text("in the way")
+    left = []
+    with Watchdog(tmp_path, 0.05, patience=1.0, leave=lambda *reason: left.append(reason)):
+        wait_for(lambda: left)
+    assert left[0][0] == exits.STALLED and "no step finished" in left[0][1]
+    assert "wait_for" in capfd.readouterr().err
+
+
+def test_a_note_that_cannot_be_left_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(exits.PROGRESS_VARIABLE, str(tmp_path / "absent" / "progress.json"))
+    watch.report_progress(0, None)
+    assert "note to the supervisor could not be written" in caplog.text
+
+
 def test_a_workdir_here_is_itself(tmp_path):
     with Workdir(tmp_path / "run") as workdir:
         assert workdir.local == tmp_path / "run" and not workdir.is_copied
