@@ -19,7 +19,7 @@ from octo_like.common.defaults import batch_spec
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model
 from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.surgery import check_inputs, condition, operate
+from octo_like.model.surgery import check_inputs, condition, operate, replaced
 from octo_like.training import distributed, exits
 from octo_like.training.adaptation import (
     check_actions,
@@ -50,6 +50,8 @@ def main(argv=None) -> int:
     base = pretrained.model if pretrained else to_dict(config)["model"]
     if base is None:
         raise ConfigError("nothing to start from: set config.pretrained, or config.model to train from scratch")
+    for message in replaced(base, to_dict(config)["surgery"]) if pretrained else ():
+        logging.warning(message)
     model_config, goal_images = condition(
         operate(base, to_dict(config)["surgery"]), config.conditioning, tuple(config.goal_images)
     )

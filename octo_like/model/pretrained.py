@@ -131,6 +131,8 @@ class LoadReport:
       sizes: path to the number of entries.
       frozen: paths that will not be trained.
       itemsizes: path to the bytes of an entry; 4 where it does not say.
+      lost: paths of the checkpoint of which nothing is used, `unused` ones and those that fit nowhere, to their number
+        of entries.
     """
 
     status: dict[str, str]
@@ -139,6 +141,7 @@ class LoadReport:
     sizes: dict[str, int]
     frozen: frozenset[str] = frozenset()
     itemsizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def paths(self, column: str) -> list[str]:
         """Paths with a status, or those that are "frozen" or "trained"."""
@@ -176,6 +179,7 @@ class LoadReport:
             "status": self.status,
             "notes": self.notes,
             "unused": list(self.unused),
+            "lost": dict(self.lost),
             "frozen": sorted(self.frozen),
         }
 
@@ -203,6 +207,8 @@ class LoadReport:
             f"state on the devices: parameters {_bytes(whole)}, their average {_bytes(trained)}, optimizer "
             f"{_bytes(2 * trained)}; the last two are for what is trained only"
         )
+        lines.append(f"lost of the checkpoint: {_by_module(self.lost)}")
+        lines.append(f"new here: {_by_module({path: self.sizes[path] for path in self.paths('new')})}")
         lines += _listed((self.status[path], path, note) for path, note in self.notes.items())
         lines += _listed(("unused", path, "") for path in self.unused)
         return "\n".join(lines)
@@ -220,6 +226,16 @@ def _listed(entries: Iterable[tuple[str, str, str]]) -> list[str]:
         what = paths[0] if len(paths) == 1 else f"{module}: {len(paths)} arrays"
         lines.append(f"  {status:<8} {what}" + (f": {note}" if note else ""))
     return lines
+
+
+def _by_module(sizes: Mapping[str, int]) -> str:
+    """ "1,234 parameters (heads_action 1,000, ...)", largest first."""
+    modules: dict[str, int] = {}
+    for path, size in sizes.items():
+        modules[module_of(path)] = modules.get(module_of(path), 0) + size
+    ranked = sorted(modules.items(), key=lambda item: -item[1])
+    said = ", ".join(f"{module} {count:,}" for module, count in ranked)
+    return f"{sum(modules.values()):,} parameters ({said})" if modules else "nothing"
 
 
 COLUMNS = ("loaded", "resized", "new", "frozen", "trained")
@@ -273,7 +289,7 @@ def merge_params(
     for pattern in reinitialize:
         if not any(re.match(pattern, path) for path in new):
             raise PretrainedError(f"reinitialize pattern {pattern!r} matches no parameter; modules: {_modules(new)}")
-    merged, status, notes, used = {}, {}, {}, set()
+    merged, status, notes, used, carried = {}, {}, {}, set(), set()
     for path, leaf in new.items():
         merged[path], status[path] = leaf, "new"
         prefix = next((prefix for prefix in copies or {} if path.startswith(prefix)), "")
@@ -287,6 +303,7 @@ def merge_params(
         elif old[origin].shape == leaf.shape:
             merged[path], status[path] = np.asarray(old[origin], leaf.dtype), "loaded"
             used.add(origin)
+            carried.add(origin)
             if copied:
                 notes[path] = copied
         else:
@@ -300,6 +317,7 @@ def merge_params(
                 value = resize(path, was, np.asarray(leaf))
             if value is not None:
                 merged[path], status[path] = np.asarray(value, leaf.dtype), "resized"
+                carried.add(origin)
                 notes[path] = "; ".join(filter(None, [f"{_shape(was)} to {_shape(leaf)}", copied]))
             else:
                 notes[path] = f"shape {_shape(was)} in the checkpoint, {_shape(leaf)} here"
@@ -310,7 +328,8 @@ def merge_params(
     unused = tuple(path for path in old if path not in used)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in new.items()}
     itemsizes = {path: np.dtype(leaf.dtype).itemsize for path, leaf in new.items()}
-    return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen, itemsizes)
+    lost = {path: int(np.prod(np.shape(leaf))) for path, leaf in old.items() if path not in carried}
+    return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen, itemsizes, lost)
 
 
 def _shape(leaf) -> str:

@@ -96,6 +96,42 @@ def _part(where: str, name: str, entry: Any, present: Mapping[str, Any]) -> Any:
     return {**original, **fields}
 
 
+def replaced(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> list[str]:
+    """One message for every part that `surgery` replaces by one that says less: the fields that fall back to defaults.
+
+    A whole part (one with "kind") takes nothing over from the present one, and neither does a dict that stands in a
+    field, such as a "stem".
+    """
+    said = []
+    for group in GROUPS:
+        present = model.get(group) or {}
+        for name, entry in (surgery.get(group) or {}).items():
+            was = present.get(entry.get("copy_of", name)) if isinstance(entry, Mapping) else None
+            if not isinstance(was, Mapping):
+                continue
+            where = f"surgery.{group}.{name}"
+            pairs = [(where, was, entry)] if "kind" in entry else []
+            pairs += [
+                (f"{where}.{field}", was[field], value)
+                for field, value in entry.items()
+                if isinstance(value, Mapping) and isinstance(was.get(field), Mapping)
+            ]
+            for place, before, after in pairs:
+                if lost := {field: value for field, value in before.items() if field not in after}:
+                    fields = ", ".join(f"{field}={_shown(value)}" for field, value in lost.items())
+                    said.append(
+                        f"{place} replaces the present {before.get('kind', 'entry')!r}, and with it {fields} "
+                        "(now defaults of the new part). To change fields and keep the others, name these alone and "
+                        f"no 'kind': --config.{where}.FIELD=VALUE"
+                    )
+    return said
+
+
+def _shown(value: Any) -> str:
+    text = repr(_plain(value))
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def condition(
     model: Mapping[str, Any], conditioning: str, goal_images: Sequence[str] = ()
 ) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -397,6 +397,24 @@ def test_bad_input_is_one_clear_error(export, prepared, arguments, words):
         assert word in str(error.value)
 
 
+def test_a_replaced_head_is_warned_of_and_a_changed_one_is_not(export, prepared, caplog):
+    """The command of the README changes a field; a dict with a kind drops the pretrained head's other fields."""
+    common = (*SYNTHETIC, f"--config.pretrained={export}", "--config.num_steps=2")
+    kept = prepared(*common, "--config.surgery.heads.action.action_dim=8")
+    assert kept.model.heads["action"].hidden_dim == 32 and "replaces" not in caplog.text
+    assert "lost of the checkpoint: nothing" in kept.documents["weights.txt"]
+    entry = "{'kind': 'diffusion', 'readout': 'readout_action', 'action_horizon': 3, 'action_dim': 8}"
+    given = prepared(*common, f"--config.surgery.heads.action={entry}")
+    assert given.model.heads["action"].hidden_dim != 32
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("surgery.heads.action replaces" in message and "hidden_dim=32" in message for message in warned)
+    lines = given.documents["weights.txt"].splitlines()
+    assert any(line.startswith("lost of the checkpoint: ") and "heads_action" in line for line in lines)
+    # In the README as in the docs, a head of the same kind is changed and not replaced.
+    with open(f"{ROOT}/README.md", encoding="utf-8") as file:
+        assert "surgery.heads.action=" not in file.read()
+
+
 def test_a_bimanual_robot_needs_a_wider_head(export, prepared, monkeypatch, tmp_path):
     folder = tmp_path / "data"
     build(folder, "toy_bimanual", {"train": make_episodes(4, seed=5, action_dim=14)})
