@@ -276,7 +276,8 @@ def merge_params(
       source: loaded parameters.
       reinitialize: regexes (matched at the start of a path); matching parameters stay new.
       frozen: paths that will not be trained, for the report.
-      copies: prefix of paths in the target -> prefix in the source that is loaded there instead.
+      copies: prefix of paths in the target -> prefix in the source that is loaded there instead. Position embeddings of
+        copied groups of tokens are moved by a vector of the copy's own, see `_told_apart`.
       resize: (path, loaded array, initial array of another shape) to the array to use, or None; see `surgery.carry`.
 
     Returns:
@@ -295,12 +296,13 @@ def merge_params(
         prefix = next((prefix for prefix in copies or {} if path.startswith(prefix)), "")
         origin = copies[prefix] + path.removeprefix(prefix) if prefix else path
         copied = f"copied from {origin}" if prefix else ""
+        moved = bool(prefix) and re.fullmatch(GROUP_POSITIONS, path) is not None
         if any(re.match(pattern, path) for pattern in reinitialize):
             notes[path] = "replaced on request"
             used.add(origin)
         elif origin not in old:
             notes[path] = f"{origin} is not in the checkpoint" if prefix else "not in the checkpoint"
-        elif old[origin].shape == leaf.shape:
+        elif old[origin].shape == leaf.shape and not moved:
             merged[path], status[path] = np.asarray(old[origin], leaf.dtype), "loaded"
             used.add(origin)
             carried.add(origin)
@@ -312,13 +314,15 @@ def merge_params(
             if was.ndim == leaf.ndim and "pos_embed" in path.rsplit("/", 1)[-1]:
                 value = np.array(leaf)
                 common = tuple(slice(0, min(a, b)) for a, b in zip(was.shape, leaf.shape, strict=True))
-                value[common] = was[common]
+                value[common] = _told_apart(was[common], value) if moved else was[common]
             elif was.ndim == leaf.ndim:
                 value = resize(path, was, np.asarray(leaf))
             if value is not None:
                 merged[path], status[path] = np.asarray(value, leaf.dtype), "resized"
                 carried.add(origin)
-                notes[path] = "; ".join(filter(None, [f"{_shape(was)} to {_shape(leaf)}", copied]))
+                resized = "" if was.shape == leaf.shape else f"{_shape(was)} to {_shape(leaf)}"
+                apart = "moved by a vector of its own" if moved else ""
+                notes[path] = "; ".join(filter(None, [resized, copied, apart]))
             else:
                 notes[path] = f"shape {_shape(was)} in the checkpoint, {_shape(leaf)} here"
     if "loaded" not in status.values():
@@ -330,6 +334,22 @@ def merge_params(
     itemsizes = {path: np.dtype(leaf.dtype).itemsize for path, leaf in new.items()}
     lost = {path: int(np.prod(np.shape(leaf))) for path, leaf in old.items() if path not in carried}
     return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen, itemsizes, lost)
+
+
+# What is added to all tokens of a camera, of the proprioception, or of a task.
+GROUP_POSITIONS = r"octo_transformer/(obs|task)_.+_pos_embedding"
+
+
+def _told_apart(copied: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """Position embeddings (..., D) of a copy: those of the original plus one vector (D,), the same for all tokens.
+
+    Places within the picture keep the distances that they had. Without the vector the tokens of the two groups would
+    differ in nothing but what they show. Its direction is random (the first row of `fresh`), its size that of the
+    original's rows.
+    """
+    row = fresh.reshape(-1, fresh.shape[-1])[0].astype(np.float64)
+    size = np.sqrt(np.mean(np.square(copied, dtype=np.float64)) / max(np.mean(row**2), 1e-30))
+    return (copied + (size if size > 0 else 1.0) * row).astype(copied.dtype)
 
 
 def _shape(leaf) -> str:

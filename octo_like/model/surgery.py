@@ -240,7 +240,8 @@ class Carry:
     """How weights of the pretrained model reach the new one. Made by `carry`.
 
     Attributes:
-      copies: prefix of paths in the new model -> prefix of the paths in the pretrained one that it starts from.
+      copies: prefix of paths in the new model -> prefix of the paths in the pretrained one that it starts from. Such
+        parts are new, wherever their weights come from: every mode trains them.
       resize: (path, pretrained array, initial array) to the array that is used, or None where the two have nothing in
         common that would make sense.
     """
@@ -363,18 +364,24 @@ def never_trained(model: Mapping[str, Any], paths: Sequence[str]) -> frozenset[s
 
 
 def frozen_by_mode(
-    mode: str, patterns: Sequence[str], loaded: Mapping[str, bool], untrained_heads: Sequence[str] = ()
+    mode: str,
+    patterns: Sequence[str],
+    loaded: Mapping[str, bool],
+    untrained_heads: Sequence[str] = (),
+    copies: Sequence[str] = (),
 ) -> frozenset[str]:
     """Paths that keep their values.
 
     Only what was loaded whole is frozen: an array that is new, or has new rows, would otherwise stay the noise it was
-    initialised with.
+    initialised with. Nor does a mode freeze a part that is a copy: it begins as what it was copied from, and has to
+    become that of another camera or robot.
 
     Args:
       mode: one of `MODES`.
       patterns: further regexes, searched in paths.
       loaded: path -> whether it was loaded whole.
       untrained_heads: heads that no dataset trains; nothing but weight decay would change them.
+      copies: prefixes of the paths of parts that are copies; only `patterns` freeze them.
 
     Raises:
       PretrainedError: an unknown mode, a pattern that matches nothing, or nothing is left to train.
@@ -387,8 +394,13 @@ def frozen_by_mode(
     # A bias that was trained with another kernel is not worth keeping.
     kernels = {path.removesuffix("kernel") for path, whole in loaded.items() if path.endswith("/kernel") and not whole}
     loaded = {path: whole and path.rpartition("/")[0] + "/" not in kernels for path, whole in loaded.items()}
-    every = [*MODES[mode], *patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
-    frozen = {path for path, whole in loaded.items() if whole and any(re.search(p, path) for p in every)}
+    asked = [*patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
+
+    def is_frozen(path: str) -> bool:
+        by_mode = () if path.startswith(tuple(copies)) else MODES[mode]
+        return any(re.search(pattern, path) for pattern in (*by_mode, *asked))
+
+    frozen = {path for path, whole in loaded.items() if whole and is_frozen(path)}
     if len(frozen) == len(loaded):
         raise PretrainedError(f"mode {mode!r} with the freeze patterns {list(patterns)} leaves nothing to train")
     return frozenset(frozen)

@@ -309,7 +309,8 @@ def make_weights(
         surgery.check_vocabulary(params, vocab_size)
     loaded = {path: status == "loaded" for path, status in report.status.items()}
     _check_encoders(encoders, report.paths("loaded"), None)
-    frozen = surgery.frozen_by_mode(config.mode, patterns, loaded, untrained_heads) | encoders
+    copies = tuple(rules.copies)
+    frozen = surgery.frozen_by_mode(config.mode, patterns, loaded, untrained_heads, copies) | encoders
     report = dataclasses.replace(report, frozen=frozen)
     if config.mode != "lora":
         return Weights(params, frozen, report)
@@ -318,8 +319,8 @@ def make_weights(
     targets = lora.find_targets(params, adapters)
     if unreached := [path for path in targets if path in encoders]:
         raise ConfigError(f"lora.targets match {unreached[0]}, but no gradient reaches a frozen language encoder")
-    # A kernel that is new is trained itself; a loaded one keeps its values and learns through its factors.
-    targets = tuple(path for path in targets if loaded[path])
+    # A kernel that is new, or a copy, is trained itself; a loaded one keeps its values and learns through its factors.
+    targets = tuple(path for path in targets if loaded[path] and not path.startswith(copies))
     if not targets:
         raise ConfigError("lora.targets match only kernels that are new in this model; these are trained whole anyway")
     params = jax.tree.map(np.asarray, lora.add_adapters(params, targets, adapters, jax.random.fold_in(rng, 1)))

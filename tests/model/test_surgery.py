@@ -91,10 +91,31 @@ def test_a_copied_camera_starts_from_the_weights_of_the_other():
     old, _, tree, report = merged(BASE, new, changes, new_spec=spec)
     pairs = {path: path.replace("secondary", "primary") for path in tree if "secondary" in path}
     assert len(pairs) == len([path for path in tree if "primary" in path]) > 5
+    positions = "octo_transformer/obs_secondary_pos_embedding"
     for path, origin in pairs.items():
-        np.testing.assert_array_equal(tree[path], old[origin])
-        assert report.status[path] == "loaded" and origin in report.notes[path]
+        assert origin in report.notes[path]
+        if path != positions:
+            np.testing.assert_array_equal(tree[path], old[origin])
+            assert report.status[path] == "loaded"
     assert not report.unused
+    # All tokens are moved by one vector as large as the embeddings are: places keep their distances, cameras differ.
+    was = old[pairs[positions]]
+    moved = tree[positions] - was
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[:, :1, :1], moved.shape), atol=1e-6)
+    np.testing.assert_allclose(np.square(moved).mean(), np.square(was).mean(), rtol=1e-4)
+    assert report.status[positions] == "resized" and "moved by a vector of its own" in report.notes[positions]
+
+
+def test_a_copied_camera_with_a_longer_window_keeps_its_rows():
+    changes = {"observation_tokenizers": {"secondary": {"copy_of": "primary"}}, "max_window": 6}
+    sizes = {**tiny.SPEC.image_sizes, "secondary": (32, 32)}
+    spec = dataclasses.replace(tiny.SPEC, image_sizes=sizes)
+    old, new, tree, _ = merged(BASE, surgery.operate(BASE, changes), changes, new_spec=spec)
+    path = "octo_transformer/obs_secondary_pos_embedding"
+    was = old[path.replace("secondary", "primary")]
+    moved = tree[path][:, : was.shape[1]] - was
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[:, :1, :1], moved.shape), atol=1e-6)
+    np.testing.assert_array_equal(tree[path][:, was.shape[1] :], new[path][:, was.shape[1] :])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """finetune.py: what it starts from, what it changes, what it leaves alone, and how it goes on after a SIGKILL."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -257,7 +258,30 @@ def test_surgery_from_the_command_line(export, prepared):
         "octo_transformer/readout_action_pos_embedding",
         "octo_transformer/obs_proprio_projection/kernel",
         "octo_transformer/obs_proprio_projection/bias",
-    }, "what is new or has new rows, and nothing else"
+        *(path for path in params if re.match("octo_transformer/(observation_tokenizers|obs)_side", path)),
+    }, "what is new or a copy or has new rows, and nothing else"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copied_camera_is_trained_in_every_mode(export, prepared, mode):
+    """It begins as the other camera's and is this robot's to learn; only a regex of one's own keeps it as it is."""
+    common = (
+        *SYNTHETIC,
+        f"--config.pretrained={export}",
+        "--config.image_sizes={'primary': (32, 40), 'side': (32, 40)}",
+        "--config.surgery.observation_tokenizers.side.copy_of=primary",
+        "--config.num_steps=2",
+        f"--config.mode={mode}",
+        "--config.lora.rank=4",
+        "--config.lora.targets=('BlockTransformer_0/.*/query/kernel','observation_tokenizers_.*/Conv_0/kernel')",
+    )
+    own = "octo_transformer/(observation_tokenizers|obs)_side"
+    given = prepared(*common)
+    paths = [path for path, _ in flatten(given.init_from) if re.match(own, path)]
+    assert len(paths) >= 5 and not given.frozen & set(paths) and not any(map(is_adapter, paths))
+    assert mode == "full" or any("tokenizers_primary" in path for path in given.frozen) == (mode != "frozen_transformer")
+    kept = prepared(*common, "--config.optimizer.freeze=observation_tokenizers_side/")
+    assert {path for path in paths if "observation_tokenizers_side/" in path} <= kept.frozen
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
