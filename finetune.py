@@ -23,6 +23,8 @@ from octo_like.model.surgery import check_inputs, condition, operate, replaced
 from octo_like.training import distributed, exits
 from octo_like.training.adaptation import (
     check_actions,
+    check_settings,
+    check_weights,
     load_pretrained,
     make_weights,
     text_tokenizer,
@@ -31,7 +33,7 @@ from octo_like.training.adaptation import (
 )
 from octo_like.training.checkpoint import CheckpointError
 from octo_like.training.loop import Run, describe, run_loop
-from octo_like.training.sharding import make_mesh
+from octo_like.training.sharding import check_batch_size, make_mesh
 
 
 def main(argv=None) -> int:
@@ -40,8 +42,10 @@ def main(argv=None) -> int:
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv, default="configs/finetune.py")
+    check_settings(config)
     distributed.start(flags, config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch_size(config.batch_size, mesh, config.accumulate)
 
     # ------------------------------------------------------------------------------------------ pretrained, surgery
     if config.init_from:
@@ -59,7 +63,9 @@ def main(argv=None) -> int:
     tokenizer = text_tokenizer(config, model_config, pretrained)
     spec = batch_spec(config, model_config, tokenizer)
     check_inputs(model_config, spec)
-    model = build_model(model_config, vocab_size=tokenizer.vocab_size if tokenizer else 0)
+    vocab_size = tokenizer.vocab_size if tokenizer else 0
+    model = build_model(model_config, vocab_size=vocab_size)
+    check_weights(config, model, model_config, spec, pretrained, vocab_size=vocab_size)
 
     # --------------------------------------------------------------------------------------------------------- data
     inputs = inputs_from_config(
@@ -70,7 +76,6 @@ def main(argv=None) -> int:
     untrained = check_actions(model, inputs.statistics)
 
     # ------------------------------------------------------------------------------------------------------ weights
-    vocab_size = tokenizer.vocab_size if tokenizer else 0
     weights = make_weights(
         config, model, model_config, spec, pretrained, vocab_size=vocab_size, untrained_heads=untrained
     )

@@ -409,16 +409,82 @@ def test_words_of_the_config():
         (["--config.image_sizes={}", "--config.data.kind=rlds", "--config.data.datasets.toy.image_keys.top=x"],
          ["image_sizes.top"]),
         (["--config.proprio_dim=None", "--config.data.kind=rlds"], ["proprio_keys", "proprio_dim"]),
-        (["--config.num_steps=None"], ["num_steps"]),
         (["--config.num_steps=0"], ["num_steps", "at least 1"]),
         (["--config.text.t5_weights=nowhere"], ["nowhere"]),
+        (["--config.mode=lora", "--config.lora.rank=0"], ["lora.rank", "at least 1"]),
+        (["--config.mode=lora", "--config.lora.alpha=-1"], ["lora.alpha", "positive"]),
+        (["--config.mode=lora", "--config.lora.targets=()"], ["lora.targets is empty"]),
+        (["--config.mode=lora", "--config.lora.targets=(query"], ["lora.targets", "'(query'", "not a regular"]),
+        (["--config.mode=lora", "--config.lora.targets=language.*/kernel", "--config.lora.rank=17"], ["at most 16"]),
+        (["--config.optimizer.freeze=*heads"], ["optimizer.freeze", "'*heads'", "not a regular expression"]),
+        (["--config.optimizer.freeze=.*"], ["leaves nothing to train"]),
+        (["--config.optimizer.schedule=cosin"], ["cosin", "did you mean 'cosine'"]),
+        (["--config.optimizer.weight_decay=-1"], ["optimizer.weight_decay", "at least 0", "-1"]),
+        (["--config.optimizer.peak=0"], ["optimizer.peak", "positive"]),
+        (["--config.ema_decay=1.5"], ["ema_decay", "less than 1", "1.5"]),
+        (["--config.batch_size=6", "--config.accumulate=4"], ["batch_size 6", "4 micro-batches"]),
+        (["--config.augmentation.primary.brightnes=0.2"], ["augmentation.primary", "did you mean 'brightness'"]),
+        (["--config.augmentation.primary.crop_scale=(0.5, 2)"], ["augmentation.primary", "crop_scale"]),
+        (["--config.augmentation.primary.crop_scale=0.5"], ["augmentation.primary"]),
+        (["--config.augmentation.primry.shift=0.1"], ["augmentation.primry", "primary"]),
+        (["--config.checkpoint.best_mode=mix"], ["mix", "did you mean 'min'"]),
+        (["--config.surgery.heads.action.action_dims=8"], ["action_dims", "did you mean 'action_dim'"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_error(export, prepared, arguments, words):
+def test_bad_input_is_one_clear_error(export, prepared, monkeypatch, arguments, words):
+    """Before any data is read and before any parameter is made."""
+
+    def too_late(*args, **kwargs):
+        raise AssertionError("this comes after the mistakes")
+
+    if "--config.data.kind=rlds" not in arguments:
+        monkeypatch.setattr(finetune, "inputs_from_config", too_late)
+        monkeypatch.setattr(adaptation, "init_params", too_late)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         prepared(*SYNTHETIC, f"--config.pretrained={export}", *arguments)
     for word in words:
         assert word in str(error.value)
+
+
+def test_without_demonstrations_the_number_of_steps_has_to_be_given(export, prepared):
+    with pytest.raises(ConfigError, match="num_steps is None and there are no demonstrations"):
+        prepared(*SYNTHETIC, f"--config.pretrained={export}", "--config.num_steps=None")
+
+
+def test_settings_of_an_experiment_are_flags(export, tmp_path):
+    """Augmentation, weight decay, average, frozen parts, and LoRA of transformer and image encoder, in one real run."""
+    workdir = tmp_path / "run"
+    finetuned(
+        workdir,
+        *SYNTHETIC,
+        f"--config.pretrained={export}",
+        "--config.mode=lora",
+        "--config.lora.rank=3",
+        "--config.lora.targets=('BlockTransformer_0/.*/Dense_0/kernel','observation_tokenizers_primary/.*Conv_0/kernel')",
+        "--config.optimizer.freeze=('diffusion_model/time_','obs_proprio')",
+        "--config.optimizer.weight_decay=0.5",
+        "--config.optimizer.peak=0.01",
+        "--config.ema_decay=0.5",
+        "--config.augmentation.primary.shift=0.1",
+        "--config.augmentation.primary.hue=None",
+        "--config.augmentation.wrist.contrast=(0.8,1.2)",
+        "--config.num_steps=4",
+    )
+    reader = Checkpointer(workdir, read_only=True)
+    config = reader.read().metadata["config"]
+    assert config["augmentation"]["primary"]["shift"] == 0.1 and config["augmentation"]["primary"]["crop_scale"]
+    assert tuple(config["augmentation"]["wrist"]["contrast"]) == (0.8, 1.2)
+    before, after = (dict(flatten(Policy.load_pretrained(p).params)) for p in (export, workdir / "export"))
+    moved = {path for path in before if np.any(before[path] != after[path])}
+    adapted = {p for p in before if re.search("BlockTransformer_0/.*/Dense_0/kernel|tokenizers_primary/.*Conv_0/kernel", p)}
+    assert len(adapted) >= 3 and adapted <= moved
+    frozen = {p for p in before if p.startswith("octo_transformer/") and p not in adapted}
+    assert not moved & (frozen | {p for p in before if "diffusion_model/time_" in p})
+    # The export holds the average of the factors, merged, and not the last ones.
+    factors = {p: leaf for p, leaf in reader.load_arrays(4, "ema/").items() if is_adapter(p)}
+    path = next(p for p in adapted if "Conv_0" in p)
+    a, b = (factors[path.replace("kernel", name)] for name in ("lora_a", "lora_b"))
+    np.testing.assert_allclose(after[path], before[path] + 16 / 3 * (a @ b).reshape(before[path].shape), atol=1e-6)
 
 
 def test_a_replaced_head_is_warned_of_and_a_changed_one_is_not(export, prepared, caplog):
