@@ -19,10 +19,12 @@ from octo_like.common.defaults import batch_spec
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model
 from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.surgery import check_inputs, condition, operate
+from octo_like.model.surgery import check_inputs, condition, operate, replaced
 from octo_like.training import distributed
 from octo_like.training.adaptation import (
     check_actions,
+    check_settings,
+    check_weights,
     load_pretrained,
     make_weights,
     own_modules,
@@ -32,7 +34,7 @@ from octo_like.training.adaptation import (
 )
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import Run, describe, run_loop
-from octo_like.training.sharding import make_mesh
+from octo_like.training.sharding import check_batch_size, make_mesh
 
 
 def main(argv=None) -> int:
@@ -41,12 +43,14 @@ def main(argv=None) -> int:
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
     distributed.add_arguments(parser)
     flags, config = parse_command_line(parser, argv, default="configs/finetune.py")
+    check_settings(config)
     with Attempt(flags, config) as attempt:
         return adapt(flags, config, attempt)
 
 
 def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch_size(config.batch_size, mesh, config.accumulate)
 
     # ------------------------------------------------------------------------------------------ pretrained, surgery
     if config.init_from:
@@ -57,6 +61,8 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     base = pretrained.model if pretrained else to_dict(config)["model"]
     if base is None:
         raise ConfigError("nothing to start from: set config.pretrained, or config.model to train from scratch")
+    for message in replaced(base, to_dict(config)["surgery"]) if pretrained else ():
+        logging.warning(message)
     model_config, goal_images = condition(
         operate(base, to_dict(config)["surgery"]), config.conditioning, tuple(config.goal_images)
     )
@@ -64,7 +70,9 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     tokenizer = text_tokenizer(config, model_config, pretrained)
     spec = batch_spec(config, model_config, tokenizer)
     check_inputs(model_config, spec)
-    model = build_model(model_config, vocab_size=tokenizer.vocab_size if tokenizer else 0, modules=modules)
+    vocab_size = tokenizer.vocab_size if tokenizer else 0
+    model = build_model(model_config, vocab_size=vocab_size, modules=modules)
+    check_weights(config, model, model_config, spec, pretrained, vocab_size=vocab_size)
 
     # --------------------------------------------------------------------------------------------------------- data
     with attempt.phase("data"):
@@ -75,7 +83,6 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     untrained = check_actions(model, inputs.statistics)
 
     # ------------------------------------------------------------------------------------------------------ weights
-    vocab_size = tokenizer.vocab_size if tokenizer else 0
     weights = make_weights(
         config, model, model_config, spec, pretrained, vocab_size=vocab_size, untrained_heads=untrained
     )

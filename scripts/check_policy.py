@@ -4,7 +4,7 @@
     python scripts/check_policy.py runs/tabletop/export --data_dir runs/data --config configs/tabletop.py tabletop_arm
     python scripts/check_policy.py EXPORT --data_dir DATA my_robot --set image_keys='{"primary": "front"}'
 
-Replays the validation episodes: error per action dimension and step of the chunk in physical units, beside two answers
+Replays the validation episodes, those that training held out (the policy's statistics say which): error per action dimension and step of the chunk in physical units, beside two answers
 that need no policy; plots of what it would have done; commands outside the limits; how rough they are; latency of
 `sample_actions` on this machine against the control rate. Writes OUTPUT/DATASET/index.html and PNGs. docs/demos.md says
 how to read it. Exit status: 1 when something cannot be read; 2 with --strict when there are warnings.
@@ -61,6 +61,10 @@ def main() -> int:
                     f"the policy has no statistics of {statistics or name!r}; --unnormalize, "
                     f"{suggest(statistics or name, policy.statistics)}"
                 )
+            trained = policy.statistics[statistics].get("held_out") or {}
+            spec, differs = spec.held_out_as(trained, [item.partition("=")[0] for item in args.set])
+            if differs:
+                print(f"{name}: {differs}: episodes that were trained on may be among the replayed ones")
             prepared = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
             index = prepared.train if args.train else prepared.val
             if not len(index):

@@ -9,9 +9,9 @@ import numpy as np
 from octo_like.common import pages
 from octo_like.common.pages import Finding, findings_text
 from octo_like.common.robot import Description
-from octo_like.data import check_frames, report, rlds
+from octo_like.data import check_frames, check_mixups, report, rlds
 from octo_like.data.check_numbers import LAGS, Numbers, Relation, check, idle_steps
-from octo_like.data.index import PreparedDataset, training_values
+from octo_like.data.index import Index, PreparedDataset, values_of, whole_split
 from octo_like.data.spec import DataError
 
 
@@ -62,29 +62,48 @@ def check_dataset(
     split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=1.0)
     times = check_frames.timestamps(split, prepared.train, episodes=episodes)
     hz = description.control_hz if description else _recorded_hz(split) or _rate(times)
-    actions, proprios = [], []
-    for action, proprio in training_values(prepared, data_dir, cache_dir):
+    whole = whole_split(prepared, spec.split, data_dir, cache_dir)
+    actions, proprios, digests = [], [], []
+    for number, action, proprio in values_of(prepared, prepared.train, whole):
+        digests.append(((prepared.train, number), check_mixups.digest(action, proprio)))
         if len(action):
             actions.append(action[:, 0] if action.ndim == 3 else action)
             proprios.append(proprio)
+    if len(prepared.val):
+        held = whole if spec.val_split is None else whole_split(prepared, spec.val_split, data_dir, cache_dir)
+        for number, action, proprio in values_of(prepared, prepared.val, held):
+            digests.append(((prepared.val, number), check_mixups.digest(action, proprio)))
     mask = np.asarray(prepared.statistics["action"]["mask"], bool)
     numbers = Numbers(actions, proprios if proprios[0].shape[1] else None, mask, description, hz, horizon)
     findings, relations = check(numbers)
+    findings += check_mixups.check_pairing(numbers) + check_mixups.check_short(whole.index.raw_steps)
     cameras = [slot for slot, key in spec.image_keys.items() if key is not None]
-    for slot in cameras:
-        seen = check_frames.look(prepared, prepared.train, slot, episodes=episodes)
+    looks = {slot: check_frames.look(prepared, prepared.train, slot, episodes=episodes) for slot in cameras}
+    for slot, seen in looks.items():
         findings += check_frames.check_camera(slot, seen)
+    findings += check_mixups.check_cameras({slot: seen.thumbnails for slot, seen in looks.items()})
     if not cameras:
         findings.append(Finding("no_camera", "no image_keys: a policy would see nothing"))
     if times is not None:
         findings += check_frames.check_times(times, hz)
     labelled = np.asarray(prepared.train.has_language)
     findings += check_frames.check_words(prepared.instructions, labelled, spec.language_key is not None)
-    findings += check_frames.check_copies(np.concatenate([prepared.train.record_hash, prepared.val.record_hash]))
+    findings += _copies(prepared, digests)
     findings.sort(key=lambda finding: not finding.warning)
     return Checked(
         prepared, numbers, findings, relations, _facts(prepared, numbers, relations, hz, times, labelled), hz
     )
+
+
+def _copies(prepared: PreparedDataset, digests: Sequence[tuple[tuple[Index, int], str]]) -> list[Finding]:
+    """Copies among the training and held-out episodes: ((index, number), digest of its numbers) of each."""
+    places = [place for place, _ in digests]
+    copies = check_mixups.find_copies(
+        [key for _, key in digests],
+        lambda first, second: check_frames.same_pictures(prepared, places[first], places[second]),
+    )
+    names = [index.where(number) for index, number in places]
+    return check_mixups.check_copies(copies, names, [index is prepared.val for index, _ in places])
 
 
 def _recorded_hz(split: rlds.RldsSplit) -> float | None:

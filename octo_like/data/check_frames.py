@@ -16,6 +16,8 @@ from octo_like.data.tf import tf
 EPISODES = 64  # whose frames are looked at, spread over the data
 DROPPED, REPEATED = 0.01, 0.05  # shares of the steps
 MOVING = 0.05  # of a dimension's standard deviation: a change of proprioception in which the picture should change
+THUMBNAIL = 8 * 8 * 3
+SAME_PICTURE = 4.0  # mean difference in grey levels of frames that were encoded again
 DARK = 3.0  # mean grey level of a black image
 
 
@@ -31,6 +33,7 @@ class Look:
         exchanged.
       reddish: (E,) share of red pixels minus share of blue ones.
       texts: (E,) instructions.
+      thumbnails: (E, 192) mean picture of an episode, 8 x 8 RGB in 0..255; NaN where there is none.
     """
 
     missing: np.ndarray
@@ -41,13 +44,14 @@ class Look:
     cold: float
     reddish: np.ndarray
     texts: Sequence[str]
+    thumbnails: np.ndarray
 
 
 def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = EPISODES) -> Look:
     """Reads some episodes and looks at the frames of one camera: all of them as bytes, three of each as pixels."""
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
     table, lock = _Words(), threading.Lock()
-    missing, black, reddish, colours, texts = [], [], [], [], []
+    missing, black, reddish, colours, texts, thumbnails = [], [], [], [], [], []
     repeated = moving = 0
     for number in chosen:
         episode = load_episode(prepared, index, int(number), [slot], table, lock)
@@ -63,6 +67,7 @@ def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = 
         if not steps:
             black.append(False)
             reddish.append(0.0)
+            thumbnails.append(np.full(THUMBNAIL, np.nan))
             continue
         pixels = _pixels(stored, steps)
         if slot in prepared.spec.bgr_slots:
@@ -71,11 +76,20 @@ def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = 
         if not black[-1]:
             repeated += int((same & moves & there[1:]).sum())
             moving += int((moves & there[1:]).sum())
+        thumbnails.append(np.full(THUMBNAIL, np.nan) if black[-1] else _thumbnail(pixels))
         reddish.append(_reddish(pixels))
         colours.append(warm_and_cold(pixels))
     warm, cold = np.mean(colours, axis=0) if colours else (0.0, 0.0)
     return Look(
-        np.array(missing), np.array(black), repeated, moving, float(warm), float(cold), np.array(reddish), texts
+        np.array(missing),
+        np.array(black),
+        repeated,
+        moving,
+        float(warm),
+        float(cold),
+        np.array(reddish),
+        texts,
+        np.array(thumbnails),
     )
 
 
@@ -100,6 +114,26 @@ def _pixels(stored, steps: Sequence[int]) -> np.ndarray:
     if isinstance(stored, np.ndarray):
         return frames.resize_frames(stored[list(steps)], (64, 64))
     return frames.decode_frames([stored[s] for s in steps], (64, 64))
+
+
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """(192,) mean over frames (N, 64, 64, 3), in blocks of 8 x 8 pixels."""
+    return pixels.mean(0).reshape(8, 8, 8, 8, 3).mean((1, 3)).reshape(-1)
+
+
+def same_pictures(prepared: PreparedDataset, one: tuple[Index, int], other: tuple[Index, int]) -> bool:
+    """Whether two (index, number) episodes of equal length show the same in all cameras: first, middle, last frame."""
+    slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
+    first, second = (load_episode(prepared, index, n, slots, _Words(), threading.Lock()) for index, n in (one, other))
+    for slot in slots:
+        a, b = first.images[slot], second.images[slot]
+        steps = [s for s in np.unique([0, len(a) // 2, len(a) - 1]) if s < len(b)]
+        there = [s for s in steps if len(a[s]) and len(b[s])]
+        if any(bool(len(a[s])) != bool(len(b[s])) for s in steps):
+            return False
+        if there and np.abs(_pixels(a, there).astype(float) - _pixels(b, there)).mean() > SAME_PICTURE:
+            return False
+    return True
 
 
 def _reddish(pixels: np.ndarray) -> float:
@@ -230,15 +264,3 @@ def check_words(instructions: Mapping[str, int], labelled: np.ndarray, wanted: b
                     "leaves them out")
         ]  # fmt: skip
     return []
-
-
-def check_copies(record_hash: np.ndarray) -> list[Finding]:
-    """Episodes that are there more than once: training ones would be among the held-out ones."""
-    copies = len(record_hash) - len(np.unique(record_hash))
-    if not copies:
-        return []
-    return [
-        Finding("duplicates", f"{copies} of {len(record_hash)} episodes are byte-wise copies of others: "
-                              f"held-out errors "
-                "would be too small")
-    ]  # fmt: skip

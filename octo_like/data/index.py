@@ -168,21 +168,25 @@ def _check_robot(key: str, spec: DatasetSpec, function: EpisodeFunction) -> None
             )
 
 
-def training_values(
-    prepared: PreparedDataset, data_dir: str, cache_dir: str | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(action (T, A) or (T, N, A), proprio (T, P)) of each training episode, physical units, read from the index.
+def whole_split(prepared: PreparedDataset, split: str, data_dir: str, cache_dir: str | None = None) -> SplitIndex:
+    """The index of all episodes of a split, also of those that are not used."""
+    files = rlds.open_split(prepared.spec.name, data_dir, prepared.spec.version, split, max_bad_fraction=1.0)
+    return load_index(files, prepared.function, cache_dir, False, max_bad_fraction=1.0)
 
-    No record is read and no image decoded. P is 0 without proprioception.
+
+def values_of(
+    prepared: PreparedDataset, index: Index, whole: SplitIndex
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(number in `index`, action (T, A) or (T, N, A), proprio (T, P)) of the episodes of `index`, some of `whole`.
+
+    In physical units, read from the index: no record is read and no image decoded. P is 0 without proprioception.
     """
-    spec = prepared.spec
-    split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=1.0)
-    whole = load_index(split, prepared.function, cache_dir, False, max_bad_fraction=1.0)
-    chosen = np.isin(whole.index.record_hash, prepared.train.record_hash)
-    for number, rows in enumerate(_episodes(whole)):
-        if chosen[number]:
+    place = {key: number for number, key in enumerate(zip(index.file.tolist(), index.offset.tolist(), strict=True))}
+    keys = zip(whole.index.file.tolist(), whole.index.offset.tolist(), strict=True)
+    for key, rows in zip(keys, _episodes(whole), strict=True):
+        if key in place:
             values = columns.from_rows(rows, prepared.function)
-            yield values["action"], values["proprio"]
+            yield place[key], values["action"], values["proprio"]
 
 
 def _statistics(

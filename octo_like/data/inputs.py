@@ -135,6 +135,7 @@ def inputs_from_config(
             **stats,
             "normalization": specs[name].normalization,
             "head": specs[name].head,
+            **({"held_out": specs[name].held_out()} if data.kind == "rlds" else {}),
             **({} if specs[name].robot is None else {"robot": specs[name].robot}),
             **({} if specs[name].relative_to is None else {"relative_to": list(specs[name].relative_to)}),
         }

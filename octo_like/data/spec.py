@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import logging
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from octo_like.common.normalization import KINDS
@@ -12,6 +12,8 @@ from octo_like.common.robot import Description, RobotError
 from octo_like.common.schema import RESERVED
 
 IDLE_OF = ("action", "change")
+# What decides which episodes are held out, and which of the others are used.
+HELD_OUT = ("name", "split", "val_split", "val_fraction", "num_demos")
 
 
 class DataError(ValueError):
@@ -267,6 +269,25 @@ class DatasetSpec:
         for field in ("frame_slice", "relative_to"):
             data[field] = None if data.get(field) is None else tuple(data[field])
         return cls(**data)
+
+    def held_out(self) -> dict[str, Any]:
+        """The fields `HELD_OUT`. They travel with a policy's statistics, so that it is tried on what it has not seen."""
+        return {field: getattr(self, field) for field in HELD_OUT}
+
+    def held_out_as(self, trained: Mapping[str, Any], given: Collection[str] = ()) -> tuple["DatasetSpec", str | None]:
+        """(spec that holds out what a policy's training did, what differs and was given), see `held_out`.
+
+        Args:
+          trained: the policy's `held_out`; {} where its statistics do not say, and of another dataset: left alone.
+          given: fields that the user has set, which stay.
+        """
+        if trained.get("name") != self.name:
+            return self, None
+        fields = {field: value for field, value in trained.items() if field in HELD_OUT and field != "name"}
+        other = [f"{field}={getattr(self, field)!r}, trained with {value!r}"
+                 for field, value in fields.items() if field in given and value != getattr(self, field)]  # fmt: skip
+        kept = {field: value for field, value in fields.items() if field not in given}
+        return dataclasses.replace(self, **kept), "; ".join(other) or None
 
     def transform_fields(self) -> dict[str, Any]:
         """The fields that determine the content of an episode (not its weight, split or normalisation)."""

@@ -131,6 +131,8 @@ class LoadReport:
       sizes: path to the number of entries.
       frozen: paths that will not be trained.
       itemsizes: path to the bytes of an entry; 4 where it does not say.
+      lost: paths of the checkpoint of which nothing is used, `unused` ones and those that fit nowhere, to their number
+        of entries.
     """
 
     status: dict[str, str]
@@ -139,6 +141,7 @@ class LoadReport:
     sizes: dict[str, int]
     frozen: frozenset[str] = frozenset()
     itemsizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def paths(self, column: str) -> list[str]:
         """Paths with a status, or those that are "frozen" or "trained"."""
@@ -176,6 +179,7 @@ class LoadReport:
             "status": self.status,
             "notes": self.notes,
             "unused": list(self.unused),
+            "lost": dict(self.lost),
             "frozen": sorted(self.frozen),
         }
 
@@ -203,6 +207,8 @@ class LoadReport:
             f"state on the devices: parameters {_bytes(whole)}, their average {_bytes(trained)}, optimizer "
             f"{_bytes(2 * trained)}; the last two are for what is trained only"
         )
+        lines.append(f"lost of the checkpoint: {_by_module(self.lost)}")
+        lines.append(f"new here: {_by_module({path: self.sizes[path] for path in self.paths('new')})}")
         lines += _listed((self.status[path], path, note) for path, note in self.notes.items())
         lines += _listed(("unused", path, "") for path in self.unused)
         return "\n".join(lines)
@@ -220,6 +226,16 @@ def _listed(entries: Iterable[tuple[str, str, str]]) -> list[str]:
         what = paths[0] if len(paths) == 1 else f"{module}: {len(paths)} arrays"
         lines.append(f"  {status:<8} {what}" + (f": {note}" if note else ""))
     return lines
+
+
+def _by_module(sizes: Mapping[str, int]) -> str:
+    """ "1,234 parameters (heads_action 1,000, ...)", largest first."""
+    modules: dict[str, int] = {}
+    for path, size in sizes.items():
+        modules[module_of(path)] = modules.get(module_of(path), 0) + size
+    ranked = sorted(modules.items(), key=lambda item: -item[1])
+    said = ", ".join(f"{module} {count:,}" for module, count in ranked)
+    return f"{sum(modules.values()):,} parameters ({said})" if modules else "nothing"
 
 
 COLUMNS = ("loaded", "resized", "new", "frozen", "trained")
@@ -260,7 +276,8 @@ def merge_params(
       source: loaded parameters.
       reinitialize: regexes (matched at the start of a path); matching parameters stay new.
       frozen: paths that will not be trained, for the report.
-      copies: prefix of paths in the target -> prefix in the source that is loaded there instead.
+      copies: prefix of paths in the target -> prefix in the source that is loaded there instead. Position embeddings of
+        copied groups of tokens are moved by a vector of the copy's own, see `_told_apart`.
       resize: (path, loaded array, initial array of another shape) to the array to use, or None; see `surgery.carry`.
 
     Returns:
@@ -273,20 +290,22 @@ def merge_params(
     for pattern in reinitialize:
         if not any(re.match(pattern, path) for path in new):
             raise PretrainedError(f"reinitialize pattern {pattern!r} matches no parameter; modules: {_modules(new)}")
-    merged, status, notes, used = {}, {}, {}, set()
+    merged, status, notes, used, carried = {}, {}, {}, set(), set()
     for path, leaf in new.items():
         merged[path], status[path] = leaf, "new"
         prefix = next((prefix for prefix in copies or {} if path.startswith(prefix)), "")
         origin = copies[prefix] + path.removeprefix(prefix) if prefix else path
         copied = f"copied from {origin}" if prefix else ""
+        moved = bool(prefix) and re.fullmatch(GROUP_POSITIONS, path) is not None
         if any(re.match(pattern, path) for pattern in reinitialize):
             notes[path] = "replaced on request"
             used.add(origin)
         elif origin not in old:
             notes[path] = f"{origin} is not in the checkpoint" if prefix else "not in the checkpoint"
-        elif old[origin].shape == leaf.shape:
+        elif old[origin].shape == leaf.shape and not moved:
             merged[path], status[path] = np.asarray(old[origin], leaf.dtype), "loaded"
             used.add(origin)
+            carried.add(origin)
             if copied:
                 notes[path] = copied
         else:
@@ -295,12 +314,15 @@ def merge_params(
             if was.ndim == leaf.ndim and "pos_embed" in path.rsplit("/", 1)[-1]:
                 value = np.array(leaf)
                 common = tuple(slice(0, min(a, b)) for a, b in zip(was.shape, leaf.shape, strict=True))
-                value[common] = was[common]
+                value[common] = _told_apart(was[common], value) if moved else was[common]
             elif was.ndim == leaf.ndim:
                 value = resize(path, was, np.asarray(leaf))
             if value is not None:
                 merged[path], status[path] = np.asarray(value, leaf.dtype), "resized"
-                notes[path] = "; ".join(filter(None, [f"{_shape(was)} to {_shape(leaf)}", copied]))
+                carried.add(origin)
+                resized = "" if was.shape == leaf.shape else f"{_shape(was)} to {_shape(leaf)}"
+                apart = "moved by a vector of its own" if moved else ""
+                notes[path] = "; ".join(filter(None, [resized, copied, apart]))
             else:
                 notes[path] = f"shape {_shape(was)} in the checkpoint, {_shape(leaf)} here"
     if "loaded" not in status.values():
@@ -310,7 +332,24 @@ def merge_params(
     unused = tuple(path for path in old if path not in used)
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in new.items()}
     itemsizes = {path: np.dtype(leaf.dtype).itemsize for path, leaf in new.items()}
-    return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen, itemsizes)
+    lost = {path: int(np.prod(np.shape(leaf))) for path, leaf in old.items() if path not in carried}
+    return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen, itemsizes, lost)
+
+
+# What is added to all tokens of a camera, of the proprioception, or of a task.
+GROUP_POSITIONS = r"octo_transformer/(obs|task)_.+_pos_embedding"
+
+
+def _told_apart(copied: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """Position embeddings (..., D) of a copy: those of the original plus one vector (D,), the same for all tokens.
+
+    Places within the picture keep the distances that they had. Without the vector the tokens of the two groups would
+    differ in nothing but what they show. Its direction is random (the first row of `fresh`), its size that of the
+    original's rows.
+    """
+    row = fresh.reshape(-1, fresh.shape[-1])[0].astype(np.float64)
+    size = np.sqrt(np.mean(np.square(copied, dtype=np.float64)) / max(np.mean(row**2), 1e-30))
+    return (copied + (size if size > 0 else 1.0) * row).astype(copied.dtype)
 
 
 def _shape(leaf) -> str:

@@ -97,6 +97,42 @@ def _part(where: str, name: str, entry: Any, present: Mapping[str, Any]) -> Any:
     return {**original, **fields}
 
 
+def replaced(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> list[str]:
+    """One message for every part that `surgery` replaces by one that says less: the fields that fall back to defaults.
+
+    A whole part (one with "kind") takes nothing over from the present one, and neither does a dict that stands in a
+    field, such as a "stem".
+    """
+    said = []
+    for group in GROUPS:
+        present = model.get(group) or {}
+        for name, entry in (surgery.get(group) or {}).items():
+            was = present.get(entry.get("copy_of", name)) if isinstance(entry, Mapping) else None
+            if not isinstance(was, Mapping):
+                continue
+            where = f"surgery.{group}.{name}"
+            pairs = [(where, was, entry)] if "kind" in entry else []
+            pairs += [
+                (f"{where}.{field}", was[field], value)
+                for field, value in entry.items()
+                if isinstance(value, Mapping) and isinstance(was.get(field), Mapping)
+            ]
+            for place, before, after in pairs:
+                if lost := {field: value for field, value in before.items() if field not in after}:
+                    fields = ", ".join(f"{field}={_shown(value)}" for field, value in lost.items())
+                    said.append(
+                        f"{place} replaces the present {before.get('kind', 'entry')!r}, and with it {fields} "
+                        "(now defaults of the new part). To change fields and keep the others, name these alone and "
+                        f"no 'kind': --config.{where}.FIELD=VALUE"
+                    )
+    return said
+
+
+def _shown(value: Any) -> str:
+    text = repr(_plain(value))
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def condition(
     model: Mapping[str, Any], conditioning: str, goal_images: Sequence[str] = ()
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -210,7 +246,8 @@ class Carry:
     """How weights of the pretrained model reach the new one. Made by `carry`.
 
     Attributes:
-      copies: prefix of paths in the new model -> prefix of the paths in the pretrained one that it starts from.
+      copies: prefix of paths in the new model -> prefix of the paths in the pretrained one that it starts from. Such
+        parts are new, wherever their weights come from: every mode trains them.
       resize: (path, pretrained array, initial array) to the array that is used, or None where the two have nothing in
         common that would make sense.
     """
@@ -333,18 +370,24 @@ def never_trained(model: Mapping[str, Any], paths: Sequence[str]) -> frozenset[s
 
 
 def frozen_by_mode(
-    mode: str, patterns: Sequence[str], loaded: Mapping[str, bool], untrained_heads: Sequence[str] = ()
+    mode: str,
+    patterns: Sequence[str],
+    loaded: Mapping[str, bool],
+    untrained_heads: Sequence[str] = (),
+    copies: Sequence[str] = (),
 ) -> frozenset[str]:
     """Paths that keep their values.
 
     Only what was loaded whole is frozen: an array that is new, or has new rows, would otherwise stay the noise it was
-    initialised with.
+    initialised with. Nor does a mode freeze a part that is a copy: it begins as what it was copied from, and has to
+    become that of another camera or robot.
 
     Args:
       mode: one of `MODES`.
       patterns: further regexes, searched in paths.
       loaded: path -> whether it was loaded whole.
       untrained_heads: heads that no dataset trains; nothing but weight decay would change them.
+      copies: prefixes of the paths of parts that are copies; only `patterns` freeze them.
 
     Raises:
       PretrainedError: an unknown mode, a pattern that matches nothing, or nothing is left to train.
@@ -357,8 +400,13 @@ def frozen_by_mode(
     # A bias that was trained with another kernel is not worth keeping.
     kernels = {path.removesuffix("kernel") for path, whole in loaded.items() if path.endswith("/kernel") and not whole}
     loaded = {path: whole and path.rpartition("/")[0] + "/" not in kernels for path, whole in loaded.items()}
-    every = [*MODES[mode], *patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
-    frozen = {path for path, whole in loaded.items() if whole and any(re.search(p, path) for p in every)}
+    asked = [*patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
+
+    def is_frozen(path: str) -> bool:
+        by_mode = () if path.startswith(tuple(copies)) else MODES[mode]
+        return any(re.search(pattern, path) for pattern in (*by_mode, *asked))
+
+    frozen = {path for path, whole in loaded.items() if whole and is_frozen(path)}
     if len(frozen) == len(loaded):
         raise PretrainedError(f"mode {mode!r} with the freeze patterns {list(patterns)} leaves nothing to train")
     return frozenset(frozen)

@@ -6,7 +6,9 @@ Every function takes values and returns values; `finetune.py` is the order in wh
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,14 +21,20 @@ from octo_like.common.parts import Modules, modules_in
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.model import lora, surgery
+from octo_like.model.describe import abstract_params
 from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel, init_params
 from octo_like.model.policy import Policy
 from octo_like.model.pretrained import LoadReport, PretrainedError, load_t5, merge_params, with_t5
+from octo_like.training.augment import Augmentation, augmentation_from_config
 from octo_like.training.checkpoint import FOLDER, Checkpointer
+from octo_like.training.optimizer import SCHEDULES
 from octo_like.training.warm_start import load_params
 
 log = logging.getLogger(__name__)
+
+# Cameras for which configs/finetune.py brings an augmentation, whether the robot has them or not.
+PRESET = ("primary", "secondary", "wrist")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +93,66 @@ def own_modules(config: Any) -> tuple[str, ...]:
     return (*given, *modules_in({"model": tree["model"], "surgery": tree["surgery"]}))
 
 
+def check_settings(config: Any) -> None:
+    """What can be said of a config before anything is read.
+
+    Raises:
+      ConfigError, ValueError: a word, number, regular expression or augmentation that no run could use.
+    """
+    surgery.check_word(config.mode, tuple(surgery.MODES), "mode")
+    surgery.check_word(config.conditioning, surgery.CONDITIONINGS, "conditioning")
+    surgery.check_word(config.optimizer.schedule, SCHEDULES, "optimizer.schedule")
+    surgery.check_word(config.checkpoint.export, ("ema", "raw"), "checkpoint.export")
+    surgery.check_word(config.checkpoint.best_mode, ("min", "max"), "checkpoint.best_mode")
+    if config.mode == "lora":
+        lora.LoraSpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    for key, patterns in (
+        ("optimizer.freeze", config.optimizer.freeze),
+        ("reinitialize", config.reinitialize),
+        ("lora.targets", config.lora.targets),
+    ):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
+    options = config.optimizer
+    for key, value, holds, valid in (
+        ("num_steps", config.num_steps, lambda x: _is_whole(x) and x >= 1, "a whole number of at least 1, or None"),
+        ("batch_size", config.batch_size, lambda x: x >= 1, "at least 1"),
+        ("window_size", config.window_size, lambda x: x >= 1, "at least 1"),
+        ("ema_decay", config.ema_decay, lambda x: 0 <= x < 1, "at least 0 and less than 1, or None"),
+        ("optimizer.peak", options.peak, lambda x: x > 0, "positive"),
+        ("optimizer.weight_decay", options.weight_decay, lambda x: x >= 0, "at least 0"),
+        ("optimizer.warmup_steps", options.warmup_steps, lambda x: x >= 0, "at least 0, or None"),
+        ("optimizer.clip_norm", options.clip_norm, lambda x: x > 0, "positive, or None"),
+        ("optimizer.b2", options.b2, lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+        ("recipe.passes", config.recipe.passes, lambda x: x > 0, "positive"),
+    ):
+        if value is not None and (isinstance(value, str | bool | tuple) or not holds(value)):
+            raise ConfigError(f"{key} must be {valid}; got {value!r}")
+    for slot, fields in config.augmentation.items():
+        _check_augmentation(slot, fields)
+    if config.text.t5_weights and not any(Path(config.text.t5_weights).glob("*.safetensors")):
+        raise ConfigError(f"text.t5_weights: no *.safetensors in {config.text.t5_weights!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_augmentation(slot: str, fields: Any) -> None:
+    if fields is None:
+        return
+    if not isinstance(fields, Mapping | FrozenConfigDict):
+        valid = ", ".join(field.name for field in dataclasses.fields(Augmentation))
+        raise ConfigError(f"augmentation.{slot} is {fields!r}; give its fields ({valid}), or None for none")
+    try:
+        augmentation_from_config(slot, dict(fields))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"augmentation.{slot}: {str(error).removeprefix('augmentation: ')}") from error
+
+
 def with_inputs(
     config: Any, model: Mapping[str, Any], goal_images: tuple[str, ...], pretrained: BatchSpec | None
 ) -> FrozenConfigDict:
@@ -132,7 +200,13 @@ def with_inputs(
                 f"image_sizes.{slot} out, or replace the tokenizer by surgery"
             )
     tree["goal_images"] = goal_images
-    tree["augmentation"] = {slot: entry for slot, entry in tree["augmentation"].items() if slot in tree["image_sizes"]}
+    if unknown := [slot for slot in tree["augmentation"] if slot not in tree["image_sizes"] and slot not in PRESET]:
+        raise ConfigError(f"augmentation.{unknown[0]}: the run has no such camera, but {sorted(tree['image_sizes'])}")
+    tree["augmentation"] = {
+        slot: entry
+        for slot, entry in tree["augmentation"].items()
+        if slot in tree["image_sizes"] and entry is not None
+    }
     if config.conditioning == "goal_image":
         tree["text"]["model"] = None
     elif tree["text"]["model"] is None:
@@ -229,8 +303,6 @@ def with_schedule(config: Any, transitions: int, *, validated: bool = True) -> F
             "num_steps %d: %g passes over %d transitions in batches of %d, within %d and %d",
             *(steps, recipe["passes"], transitions, tree["batch_size"], recipe["min_steps"], recipe["max_steps"]),
         )
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ConfigError(f"num_steps must be a whole number of at least 1, or None; got {steps!r}")
     if tree["optimizer"]["warmup_steps"] is None:
         tree["optimizer"]["warmup_steps"] = steps // 20
     if tree["ema_decay"] is None:
@@ -313,7 +385,7 @@ def make_weights(
     pretrained: Pretrained | None,
     *,
     vocab_size: int = 0,
-    untrained_heads: list[str] = (),
+    untrained_heads: Sequence[str] = (),
 ) -> Weights:
     """Initial parameters, with those of the pretrained policy where they fit, and what is frozen of them.
 
@@ -324,7 +396,39 @@ def make_weights(
     params = jax.tree.map(np.asarray, jax.device_get(init_params(model, spec, rng)))
     if config.text.t5_weights:
         params = with_t5(params, load_t5(config.text.t5_weights))
-    surgery.check_word(config.mode, tuple(surgery.MODES), "mode")
+    weights, targets = _weights(config, params, model_config, pretrained, vocab_size, untrained_heads)
+    if weights.adapters is None:
+        return weights
+    adapted = lora.add_adapters(weights.params, targets, weights.adapters, jax.random.fold_in(rng, 1))
+    params = jax.tree.map(np.asarray, adapted)
+    return dataclasses.replace(weights, params=params, report=weights.report.with_adapters(params))
+
+
+def check_weights(
+    config: Any,
+    model: OctoModel,
+    model_config: Mapping[str, Any],
+    spec: BatchSpec,
+    pretrained: Pretrained | None,
+    *,
+    vocab_size: int = 0,
+) -> None:
+    """Raises what `make_weights` would, from shapes alone: nothing is initialised, copied or compiled."""
+    # A stand-in has one entry, seen as many times as its shape asks for.
+    shapes = abstract_params(model, spec)
+    stand_ins = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
+    _weights(config, stand_ins, model_config, pretrained, vocab_size, ())
+
+
+def _weights(
+    config: Any,
+    params: Any,
+    model_config: Mapping[str, Any],
+    pretrained: Pretrained | None,
+    vocab_size: int,
+    untrained_heads: Sequence[str],
+) -> tuple[Weights, tuple[str, ...]]:
+    """Weights without factors, from initial parameters, and the kernels that get factors."""
     patterns = tuple(config.optimizer.freeze)
     paths = [path for path, _ in flatten(params)]
     encoders = surgery.never_trained(model_config, paths)
@@ -333,7 +437,7 @@ def make_weights(
             raise ConfigError(f"mode {config.mode!r} keeps pretrained weights, but config.pretrained is not set")
         frozen = surgery.frozen_by_mode("full", patterns, dict.fromkeys(paths, True), untrained_heads)
         _check_encoders(encoders, (), config.text.t5_weights)
-        return Weights(params, frozen | encoders, None)
+        return Weights(params, frozen | encoders, None), ()
 
     rules = surgery.carry(pretrained.model, model_config, to_dict(config)["surgery"])
     source = dict(flatten(jax.device_get(pretrained.params)))
@@ -346,22 +450,22 @@ def make_weights(
         surgery.check_vocabulary(params, vocab_size)
     loaded = {path: status == "loaded" for path, status in report.status.items()}
     _check_encoders(encoders, report.paths("loaded"), None)
-    frozen = surgery.frozen_by_mode(config.mode, patterns, loaded, untrained_heads) | encoders
+    copies = tuple(rules.copies)
+    frozen = surgery.frozen_by_mode(config.mode, patterns, loaded, untrained_heads, copies) | encoders
     report = dataclasses.replace(report, frozen=frozen)
     if config.mode != "lora":
-        return Weights(params, frozen, report)
+        return Weights(params, frozen, report), ()
 
     adapters = lora.LoraSpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
     targets = lora.find_targets(params, adapters)
     if unreached := [path for path in targets if path in encoders]:
         raise ConfigError(f"lora.targets match {unreached[0]}, but no gradient reaches a frozen language encoder")
-    # A kernel that is new is trained itself; a loaded one keeps its values and learns through its factors.
-    targets = tuple(path for path in targets if loaded[path])
+    # A kernel that is new, or a copy, is trained itself; a loaded one keeps its values and learns through its factors.
+    targets = tuple(path for path in targets if loaded[path] and not path.startswith(copies))
     if not targets:
         raise ConfigError("lora.targets match only kernels that are new in this model; these are trained whole anyway")
-    params = jax.tree.map(np.asarray, lora.add_adapters(params, targets, adapters, jax.random.fold_in(rng, 1)))
-    report = dataclasses.replace(report, frozen=frozen | set(targets)).with_adapters(params)
-    return Weights(params, report.frozen, report, adapters)
+    report = dataclasses.replace(report, frozen=frozen | set(targets))
+    return Weights(params, report.frozen, report, adapters), targets
 
 
 def _check_encoders(encoders: frozenset[str], loaded, t5_weights) -> None:

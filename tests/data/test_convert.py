@@ -105,22 +105,26 @@ def test_the_stream_reads_it(sources, tmp_path):
         assert set(stream.datasets["mine"].instructions) == set(recordings.TEXTS)
 
 
-def test_missing_cameras(demos, tmp_path):
-    """An error that names the episode; or empty frames, which the stream marks as missing."""
-    partly = [demos[0], {key: value for key, value in demos[1].items() if key != "hand"}, demos[2]]
+@pytest.mark.parametrize(
+    "lacking,said", [(0, r"episode_1.npz: a camera 'hand', which .* has not"), (1, r"episode_1.npz: no camera 'hand'")]
+)
+def test_missing_cameras(demos, tmp_path, lacking, said):
+    """An error that names the episode; or empty frames, which the stream marks as missing. Of any episode, also of the
+    first, from which a sequential writer would take the dataset's cameras."""
+    partly = [{k: v for k, v in demo.items() if k != "hand" or n != lacking} for n, demo in enumerate(demos)]
     root = recordings.write_npz(tmp_path / "raw", partly)
-    with pytest.raises(
-        DataError, match=r"episode_1.npz: no camera 'hand', which the first episode .*--missing_cameras"
-    ):
+    with pytest.raises(DataError, match=rf"{said}.*--missing_cameras mask"):
         write_rlds(Npz(str(root)), str(tmp_path / "data"), "mine")
-    write_rlds(Npz(str(root)), str(tmp_path / "data"), "mine", options=Options(missing_cameras="mask"))
+    mask = Options(missing_cameras="mask", bgr=("hand",))
+    written = write_rlds(Npz(str(root)), str(tmp_path / "data"), "mine", options=mask)
+    assert set(written.cameras) == {"front", "hand"}
     spec = BatchSpec(1, 2, 3, {"primary": (32, 32), "wrist": (16, 16)}, (), None, 16)
     fields = dict(image_keys=dict(primary="front", wrist="hand"), val_fraction=0)
     options = dict(data_dir=str(tmp_path / "data"), seed=0, batch_size=27, progress=False)
     with make_train_stream({"mine": fields}, spec, TextTokenizer.load(), **options) as stream:
         batch = next(stream)
     present = batch["observation"]["pad_mask_dict"]["image_wrist"][:, 0]
-    assert (~present).sum() == 6  # one pass: every step of the episode of six, and no other
+    assert (~present).sum() == len(demos[lacking]["action"])  # one pass: every step of that episode, and no other
     assert not batch["observation"]["image_wrist"][~present].any()
     assert batch["observation"]["image_wrist"][present].reshape(present.sum(), -1).any(1).all()
     assert batch["observation"]["pad_mask_dict"]["image_primary"].all()

@@ -8,6 +8,7 @@ import pytest
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
 from octo_like.model import lora
 from octo_like.model.octo import build_model
+from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.training.optimizer import make_optimizer, make_schedule
 from octo_like.training.state import create_state
 from octo_like.training.step import StepConfig, make_train_step
@@ -107,6 +108,41 @@ def test_the_product_entry_by_entry():
             row, column = index[: inputs[path]], index[inputs[path] :]
             delta = 3.0 * sum(a[(*row, r)] * b[(r, *column)] for r in range(2))
             np.testing.assert_allclose(merged[path][index], flat[path][index] + delta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        SmallStem(patch_size=4, features=(32, 32), num_features=12, use_film=True),
+        ResNetStem(num_layers=(1,), width=0.5),
+        PatchStem(patch_size=8, num_features=12, use_film=True),
+        ConvStem(layers=((4, 4, 8), (3, 1, 8)), use_film=True),
+        KeypointStem(layers=((4, 4, 8), (3, 1, 8)), num_keypoints=5, use_film=True),
+    ],
+    ids=lambda stem: type(stem).__name__,
+)
+def test_image_encoders_are_adapted_and_merged(stem):
+    """Every kernel of every stem: convolutions, also those that are standardised, and FiLM. At the start nothing has
+    changed, every factor of a kernel learns, and the exported kernels alone are what the factors were trained to."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 32, 32, 3)).astype(np.float32) / 127.5 - 1
+    words = rng.normal(size=(2, 6)).astype(np.float32)
+    params = tiny.random_values(jax.eval_shape(lambda: stem.init(jax.random.key(0), images, words)["params"]))
+    spec = lora.LoraSpec(rank=3, alpha=2.0, targets=(r"/kernel$",))
+    targets = lora.find_targets(params, spec)
+    assert set(targets) == {path for path, _ in flatten(params) if path.endswith("/kernel")}
+    tree = lora.add_adapters(params, targets, spec, jax.random.key(1))
+    network = lora.AdaptedModel(stem, spec)
+    apply = jax.jit(lambda p: network.apply({"params": p}, images, words))
+    alone = jax.jit(lambda p: stem.apply({"params": p}, images, words))
+    np.testing.assert_array_equal(apply(tree), alone(params))
+    tree = trained(tree)
+    merged = lora.merge(tree, spec)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    np.testing.assert_allclose(apply(tree), alone(merged), atol=1e-4)
+    assert not np.allclose(alone(merged), alone(params), atol=1e-2), "the factors do something"
+    gradients = dict(flatten(jax.grad(lambda p: jnp.mean(jnp.square(apply(p))))(tree)))
+    assert all(np.any(leaf) for path, leaf in gradients.items() if lora.is_adapter(path))
 
 
 def test_a_depends_on_its_own_kernel_only(params):

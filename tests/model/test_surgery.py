@@ -40,6 +40,47 @@ def test_fields_of_a_part_are_changed_without_repeating_the_others():
     assert surgery.operate(BASE, {"readouts": {"extra": 2}})["readouts"] == {"action": 1, "extra": 2}
 
 
+def test_a_replacement_says_what_it_drops():
+    """`operate` takes a part with a kind as it is: fields of the present part that it does not repeat are gone."""
+    head = {"kind": "diffusion", "readout": "readout_action", "action_horizon": 3, "action_dim": 8}
+    changes = {"heads": {"action": head}}
+    assert "hidden_dim" not in surgery.operate(BASE, changes)["heads"]["action"]
+    (said,) = surgery.replaced(BASE, changes)
+    assert said.startswith("surgery.heads.action replaces the present 'diffusion', and with it ")
+    dropped = BASE["heads"]["action"].keys() - head.keys()
+    assert dropped and all(f"{field}=" in said for field in dropped)
+    assert "action_dim=" not in said and "--config.surgery.heads.action.FIELD=VALUE" in said
+    # What changes fields, repeats them all, adds or removes loses nothing.
+    whole = BASE["heads"]["action"] | {"action_dim": 8}
+    for entry in ({"action_dim": 8}, whole, {"copy_of": "action", "action_dim": 8}, None):
+        assert not surgery.replaced(BASE, {"heads": {"action": entry}, "max_window": 5})
+    assert not surgery.replaced(BASE, {"heads": {"mine": head}, "readouts": {"action": 2}})
+    # A stem is a dict in a field: it, too, is replaced whole.
+    (said,) = surgery.replaced(BASE, {"observation_tokenizers": {"primary": {"stem": {"kind": "small"}}}})
+    assert said.startswith("surgery.observation_tokenizers.primary.stem replaces ") and "'kind'" in said
+
+
+def test_the_report_counts_what_is_lost():
+    """A replaced head's parameters that fit nowhere and those of a removed camera, and what is new in their place."""
+    changes = {"heads": {"action": BASE["heads"]["action"] | {"hidden_dim": 24}},
+               "observation_tokenizers": {"wrist": None}}  # fmt: skip
+    new = surgery.operate(BASE, changes)
+    spec = dataclasses.replace(tiny.SPEC, image_sizes={"primary": (32, 32)})
+    old, _, tree, report = merged(BASE, new, changes, new_spec=spec)
+    kept = {path for path in tree if report.status[path] != "new"}
+    assert report.lost == {path: leaf.size for path, leaf in old.items() if path not in kept}
+    of_head = sum(size for path, size in report.lost.items() if path.startswith("heads_action/"))
+    made = sum(leaf.size for path, leaf in tree.items() if path not in kept)
+    assert of_head and any("wrist" in path for path in report.lost)
+    lost = next(line for line in str(report).splitlines() if line.startswith("lost of the checkpoint: "))
+    assert f"{sum(report.lost.values()):,} parameters" in lost and f"heads_action {of_head:,}" in lost
+    assert f"new here: {made:,} parameters (heads_action " in str(report)
+    assert report.to_dict()["lost"] == report.lost
+    widened, spec = {"heads": {"action": {"action_dim": 9}}}, dataclasses.replace(tiny.SPEC, action_dim=9)
+    report = merged(BASE, surgery.operate(BASE, widened), widened, new_spec=spec)[3]
+    assert "lost of the checkpoint: nothing" in str(report) and "new here: nothing" in str(report)
+
+
 def test_a_copied_camera_starts_from_the_weights_of_the_other():
     changes = {"observation_tokenizers": {"secondary": {"copy_of": "primary"}}}
     new = surgery.operate(BASE, changes)
@@ -50,10 +91,31 @@ def test_a_copied_camera_starts_from_the_weights_of_the_other():
     old, _, tree, report = merged(BASE, new, changes, new_spec=spec)
     pairs = {path: path.replace("secondary", "primary") for path in tree if "secondary" in path}
     assert len(pairs) == len([path for path in tree if "primary" in path]) > 5
+    positions = "octo_transformer/obs_secondary_pos_embedding"
     for path, origin in pairs.items():
-        np.testing.assert_array_equal(tree[path], old[origin])
-        assert report.status[path] == "loaded" and origin in report.notes[path]
+        assert origin in report.notes[path]
+        if path != positions:
+            np.testing.assert_array_equal(tree[path], old[origin])
+            assert report.status[path] == "loaded"
     assert not report.unused
+    # All tokens are moved by one vector as large as the embeddings are: places keep their distances, cameras differ.
+    was = old[pairs[positions]]
+    moved = tree[positions] - was
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[:, :1, :1], moved.shape), atol=1e-6)
+    np.testing.assert_allclose(np.square(moved).mean(), np.square(was).mean(), rtol=1e-4)
+    assert report.status[positions] == "resized" and "moved by a vector of its own" in report.notes[positions]
+
+
+def test_a_copied_camera_with_a_longer_window_keeps_its_rows():
+    changes = {"observation_tokenizers": {"secondary": {"copy_of": "primary"}}, "max_window": 6}
+    sizes = {**tiny.SPEC.image_sizes, "secondary": (32, 32)}
+    spec = dataclasses.replace(tiny.SPEC, image_sizes=sizes)
+    old, new, tree, _ = merged(BASE, surgery.operate(BASE, changes), changes, new_spec=spec)
+    path = "octo_transformer/obs_secondary_pos_embedding"
+    was = old[path.replace("secondary", "primary")]
+    moved = tree[path][:, : was.shape[1]] - was
+    np.testing.assert_allclose(moved, np.broadcast_to(moved[:, :1, :1], moved.shape), atol=1e-6)
+    np.testing.assert_array_equal(tree[path][:, was.shape[1] :], new[path][:, was.shape[1] :])
 
 
 @pytest.mark.parametrize(

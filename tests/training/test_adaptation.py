@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -260,7 +261,30 @@ def test_surgery_from_the_command_line(export, prepared):
         "octo_transformer/readout_action_pos_embedding",
         "octo_transformer/obs_proprio_projection/kernel",
         "octo_transformer/obs_proprio_projection/bias",
-    }, "what is new or has new rows, and nothing else"
+        *(path for path in params if re.match("octo_transformer/(observation_tokenizers|obs)_side", path)),
+    }, "what is new or a copy or has new rows, and nothing else"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copied_camera_is_trained_in_every_mode(export, prepared, mode):
+    """It begins as the other camera's and is this robot's to learn; only a regex of one's own keeps it as it is."""
+    common = (
+        *SYNTHETIC,
+        f"--config.pretrained={export}",
+        "--config.image_sizes={'primary': (32, 40), 'side': (32, 40)}",
+        "--config.surgery.observation_tokenizers.side.copy_of=primary",
+        "--config.num_steps=2",
+        f"--config.mode={mode}",
+        "--config.lora.rank=4",
+        "--config.lora.targets=('BlockTransformer_0/.*/query/kernel','observation_tokenizers_.*/Conv_0/kernel')",
+    )
+    own = "octo_transformer/(observation_tokenizers|obs)_side"
+    given = prepared(*common)
+    paths = [path for path, _ in flatten(given.init_from) if re.match(own, path)]
+    assert len(paths) >= 5 and not given.frozen & set(paths) and not any(map(is_adapter, paths))
+    assert mode == "full" or any("tokenizers_primary" in path for path in given.frozen) == (mode != "frozen_transformer")
+    kept = prepared(*common, "--config.optimizer.freeze=observation_tokenizers_side/")
+    assert {path for path in paths if "observation_tokenizers_side/" in path} <= kept.frozen
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -388,16 +412,100 @@ def test_words_of_the_config():
         (["--config.image_sizes={}", "--config.data.kind=rlds", "--config.data.datasets.toy.image_keys.top=x"],
          ["image_sizes.top"]),
         (["--config.proprio_dim=None", "--config.data.kind=rlds"], ["proprio_keys", "proprio_dim"]),
-        (["--config.num_steps=None"], ["num_steps"]),
         (["--config.num_steps=0"], ["num_steps", "at least 1"]),
         (["--config.text.t5_weights=nowhere"], ["nowhere"]),
+        (["--config.mode=lora", "--config.lora.rank=0"], ["lora.rank", "at least 1"]),
+        (["--config.mode=lora", "--config.lora.alpha=-1"], ["lora.alpha", "positive"]),
+        (["--config.mode=lora", "--config.lora.targets=()"], ["lora.targets is empty"]),
+        (["--config.mode=lora", "--config.lora.targets=(query"], ["lora.targets", "'(query'", "not a regular"]),
+        (["--config.mode=lora", "--config.lora.targets=language.*/kernel", "--config.lora.rank=17"], ["at most 16"]),
+        (["--config.optimizer.freeze=*heads"], ["optimizer.freeze", "'*heads'", "not a regular expression"]),
+        (["--config.optimizer.freeze=.*"], ["leaves nothing to train"]),
+        (["--config.optimizer.schedule=cosin"], ["cosin", "did you mean 'cosine'"]),
+        (["--config.optimizer.weight_decay=-1"], ["optimizer.weight_decay", "at least 0", "-1"]),
+        (["--config.optimizer.peak=0"], ["optimizer.peak", "positive"]),
+        (["--config.ema_decay=1.5"], ["ema_decay", "less than 1", "1.5"]),
+        (["--config.batch_size=6", "--config.accumulate=4"], ["batch_size 6", "4 micro-batches"]),
+        (["--config.augmentation.primary.brightnes=0.2"], ["augmentation.primary", "did you mean 'brightness'"]),
+        (["--config.augmentation.primary.crop_scale=(0.5, 2)"], ["augmentation.primary", "crop_scale"]),
+        (["--config.augmentation.primary.crop_scale=0.5"], ["augmentation.primary"]),
+        (["--config.augmentation.primry.shift=0.1"], ["augmentation.primry", "primary"]),
+        (["--config.checkpoint.best_mode=mix"], ["mix", "did you mean 'min'"]),
+        (["--config.surgery.heads.action.action_dims=8"], ["action_dims", "did you mean 'action_dim'"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_error(export, prepared, arguments, words):
+def test_bad_input_is_one_clear_error(export, prepared, monkeypatch, arguments, words):
+    """Before any data is read and before any parameter is made."""
+
+    def too_late(*args, **kwargs):
+        raise AssertionError("this comes after the mistakes")
+
+    if "--config.data.kind=rlds" not in arguments:
+        monkeypatch.setattr(finetune, "inputs_from_config", too_late)
+        monkeypatch.setattr(adaptation, "init_params", too_late)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         prepared(*SYNTHETIC, f"--config.pretrained={export}", *arguments)
     for word in words:
         assert word in str(error.value)
+
+
+def test_without_demonstrations_the_number_of_steps_has_to_be_given(export, prepared):
+    with pytest.raises(ConfigError, match="num_steps is None and there are no demonstrations"):
+        prepared(*SYNTHETIC, f"--config.pretrained={export}", "--config.num_steps=None")
+
+
+def test_settings_of_an_experiment_are_flags(export, tmp_path):
+    """Augmentation, weight decay, average, frozen parts, and LoRA of transformer and image encoder, in one real run."""
+    workdir = tmp_path / "run"
+    finetuned(
+        workdir,
+        *SYNTHETIC,
+        f"--config.pretrained={export}",
+        "--config.mode=lora",
+        "--config.lora.rank=3",
+        "--config.lora.targets=('BlockTransformer_0/.*/Dense_0/kernel','observation_tokenizers_primary/.*Conv_0/kernel')",
+        "--config.optimizer.freeze=('diffusion_model/time_','obs_proprio')",
+        "--config.optimizer.weight_decay=0.5",
+        "--config.optimizer.peak=0.01",
+        "--config.ema_decay=0.5",
+        "--config.augmentation.primary.shift=0.1",
+        "--config.augmentation.primary.hue=None",
+        "--config.augmentation.wrist.contrast=(0.8,1.2)",
+        "--config.num_steps=4",
+    )
+    reader = Checkpointer(workdir, read_only=True)
+    config = reader.read().metadata["config"]
+    assert config["augmentation"]["primary"]["shift"] == 0.1 and config["augmentation"]["primary"]["crop_scale"]
+    assert tuple(config["augmentation"]["wrist"]["contrast"]) == (0.8, 1.2)
+    before, after = (dict(flatten(Policy.load_pretrained(p).params)) for p in (export, workdir / "export"))
+    moved = {path for path in before if np.any(before[path] != after[path])}
+    adapted = {p for p in before if re.search("BlockTransformer_0/.*/Dense_0/kernel|tokenizers_primary/.*Conv_0/kernel", p)}
+    assert len(adapted) >= 3 and adapted <= moved
+    frozen = {p for p in before if p.startswith("octo_transformer/") and p not in adapted}
+    assert not moved & (frozen | {p for p in before if "diffusion_model/time_" in p})
+    # The export holds the average of the factors, merged, and not the last ones.
+    factors = {p: leaf for p, leaf in reader.load_arrays(4, "ema/").items() if is_adapter(p)}
+    path = next(p for p in adapted if "Conv_0" in p)
+    a, b = (factors[path.replace("kernel", name)] for name in ("lora_a", "lora_b"))
+    np.testing.assert_allclose(after[path], before[path] + 16 / 3 * (a @ b).reshape(before[path].shape), atol=1e-6)
+
+
+def test_a_replaced_head_is_warned_of_and_a_changed_one_is_not(export, prepared, caplog):
+    """The command of the README changes a field; a dict with a kind drops the pretrained head's other fields."""
+    common = (*SYNTHETIC, f"--config.pretrained={export}", "--config.num_steps=2")
+    kept = prepared(*common, "--config.surgery.heads.action.action_dim=8")
+    assert kept.model.heads["action"].hidden_dim == 32 and "replaces" not in caplog.text
+    assert "lost of the checkpoint: nothing" in kept.documents["weights.txt"]
+    entry = "{'kind': 'diffusion', 'readout': 'readout_action', 'action_horizon': 3, 'action_dim': 8}"
+    given = prepared(*common, f"--config.surgery.heads.action={entry}")
+    assert given.model.heads["action"].hidden_dim != 32
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("surgery.heads.action replaces" in message and "hidden_dim=32" in message for message in warned)
+    lines = given.documents["weights.txt"].splitlines()
+    assert any(line.startswith("lost of the checkpoint: ") and "heads_action" in line for line in lines)
+    # In the README as in the docs, a head of the same kind is changed and not replaced.
+    with open(f"{ROOT}/README.md", encoding="utf-8") as file:
+        assert "surgery.heads.action=" not in file.read()
 
 
 def test_a_bimanual_robot_needs_a_wider_head(export, prepared, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from octo_like.common.schema import BatchSpec
 from octo_like.data.index import prepare_dataset
 from octo_like.data.replay import load_demos
 from octo_like.data.spec import DatasetSpec
-from octo_like.training import policy_check
+from octo_like.training import policy_check, policy_report
 from octo_like.training.policy_check import Latency, check_policy, findings_of, observations, replay
 from octo_like.training.policy_report import summary, write_page
 from tests.data.conftest import build, make_episodes
@@ -232,6 +232,38 @@ def test_demos_are_the_recorded_ones(tmp_path):
         np.testing.assert_allclose(demo.proprio[:, :3], [step["observation"]["joints"] for step in episode], rtol=1e-6)
         assert demo.instruction == episode[0]["task_text"]
     assert len(list(load_demos(prepared, prepared.train, {}, 2))) == 2
+
+
+def test_what_is_replayed_is_what_training_held_out(tmp_path, repository, monkeypatch, capsys):
+    """finetune.py holds out a tenth, a dataset named on the command line a twentieth: the policy says what it was."""
+    build(tmp_path, "toy", {"train": make_episodes(20)})
+    fields = dict(image_keys=dict(primary="front_rgb"), proprio_keys=("joints", "aperture"), action_key="control",
+                  language_key="task_text")  # fmt: skip
+    trained = DatasetSpec.from_dict({"name": "toy", "val_fraction": 0.3, "num_demos": 9, **fields}, "mine")
+    policy = tiny_policy("mine", 4, 4)
+    policy.statistics["mine"]["held_out"] = trained.held_out()
+    policy.save_pretrained(tmp_path / "export")
+    spec = importlib.util.spec_from_file_location("check_policy", repository / "scripts" / "check_policy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    replayed = []
+    monkeypatch.setattr(policy_check, "check_policy", lambda policy, demos, *args, **kwargs: replayed.append(demos))
+    monkeypatch.setattr(policy_report, "write_page", lambda *args: "page")
+    monkeypatch.setattr(policy_report, "summary", lambda *args: (_ for _ in ()).throw(ValueError("enough")))
+    keys = ['image_keys={"primary": "front_rgb"}', 'proprio_keys=["joints", "aperture"]', "action_key=control",
+            "language_key=task_text"]  # fmt: skip
+
+    def main(*more):
+        command = [tmp_path / "export", "--data_dir", tmp_path, "--episodes", 99, "toy", *more]
+        monkeypatch.setattr(sys, "argv", ["check_policy.py", *map(str, command)])
+        module.main()
+        return [demo.where for demo in replayed[-1]], capsys.readouterr().out
+
+    held = prepare_dataset("mine", trained, str(tmp_path), progress=False)
+    assert main("--set", *keys)[0] == [held.val.where(i) for i in range(len(held.val))] and len(held.val) == 6
+    assert len(main("--train", "--set", *keys)[0]) == 9
+    wheres, printed = main("--set", *keys, "val_fraction=0.1")
+    assert len(wheres) == 2 and "val_fraction=0.1, trained with 0.3" in printed
 
 
 def test_command(tmp_path, repository, monkeypatch, capsys):

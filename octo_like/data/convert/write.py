@@ -32,8 +32,8 @@ class Options:
       quality: of JPEG. Frames that are JPEG (or PNG) already, and keep size and colours, are stored as they are.
       image_size: (height, width) that all frames are resized to; None: as recorded.
       bgr: cameras whose frames are recorded blue first; they are turned.
-      missing_cameras: "error", or "mask": an episode without one of the first episode's cameras gets empty frames,
-        which the input stream marks as missing.
+      missing_cameras: "error": every episode has the first one's cameras; or "mask": an episode without a camera that
+        any of them has gets empty frames, which the input stream marks as missing.
     """
 
     encoding: str = "jpeg"
@@ -125,10 +125,13 @@ class _Writer:
         self._source, self._name, self._version, self._folder = source, name, version, folder
         self._options, self._hz = options, control_hz or source.control_hz
         self._first: Recording | None = None
+        self._cameras: tuple[str, ...] | None = None  # of the dataset; None: not known yet
         self._tfds: Any = None
 
     def write(self, skip_broken: bool, preview: Preview | None, advance: Callable[[int], Any]) -> Written:
         done = Written(str(self._folder))
+        if self._options.missing_cameras == "mask":
+            self._cameras = self._all_cameras(skip_broken)
         for number in range(len(self._source)):
             try:
                 episode = self._episode(self._source.read(number), done.episodes, preview)
@@ -149,23 +152,34 @@ class _Writer:
             reasons = f": {done.broken[0]}" if done.broken else ""
             raise DataError(f"no episode to write ({len(done.broken)} broken){reasons}")
         self._tfds.close_all()
-        done.cameras = tuple(self._first.cameras)
+        done.cameras = self._cameras
         done.vectors = {key: rows.shape[1] for key, rows in self._first.vectors.items()}
         done.action_dim = self._first.action.shape[1]
         return done
+
+    def _all_cameras(self, skip_broken: bool) -> tuple[str, ...]:
+        """Cameras of any episode, in the order in which they appear; frames are not read."""
+        cameras: dict[str, None] = {}
+        for number in range(len(self._source)):
+            try:
+                cameras |= dict.fromkeys(self._source.read(number).cameras)
+            except DataError:
+                if not skip_broken:  # else it is left out, and listed, when it is written
+                    raise
+        return tuple(cameras)
 
     def _episode(self, recording: Recording, number: int, preview: Preview | None) -> dict[str, Any]:
         """The episode as TFDS's features want it, its frames encoded."""
         _check(recording)
         if self._first is not None:
             self._check_like_first(recording)
-        unknown = sorted(set(self._options.bgr) - recording.cameras.keys())
+        cameras = tuple(recording.cameras) if self._cameras is None else self._cameras
+        unknown = sorted(set(self._options.bgr) - set(cameras))
         if unknown and self._first is None:
-            raise DataError(f"bgr: no camera {unknown[0]!r}; {suggest(unknown[0], recording.cameras)}")
-        first = self._first or recording
+            raise DataError(f"bgr: no camera {unknown[0]!r}; {suggest(unknown[0], cameras)}")
         steps = len(recording.action)
         frames: dict[str, list[bytes]] = {}
-        for camera in first.cameras:
+        for camera in cameras:
             if camera not in recording.cameras:
                 frames[camera] = [b""] * steps
                 continue
@@ -180,7 +194,8 @@ class _Writer:
             frames[camera] = encoded
         if preview is not None:
             preview.caption(number, recording.instructions[0], steps)
-        self._first = first  # only an episode that was read to its end sets the pattern
+        # Only an episode that was read to its end sets the pattern.
+        self._first, self._cameras = self._first or recording, cameras
         times = recording.timestamps
         if times is None and self._hz:
             times = np.arange(steps) / self._hz
@@ -214,15 +229,12 @@ class _Writer:
                 f"{where}: actions have {recording.action.shape[1]} dimensions, in {pattern} {first.action.shape[1]}: "
                 "one dataset has one action space; convert them apart"
             )
-        missing = sorted(first.cameras.keys() - recording.cameras.keys())
-        if missing and self._options.missing_cameras == "error":
-            raise DataError(
-                f"{where}: no camera {missing[0]!r}, which {pattern} has. --missing_cameras mask writes such episodes "
-                "with empty frames, which training marks as missing"
-            )
-        extra = sorted(recording.cameras.keys() - first.cameras.keys())
-        if extra:
-            raise DataError(f"{where}: a camera {extra[0]!r}, which {pattern} has not")
+        mask = "--missing_cameras mask writes such episodes with empty frames, which training marks as missing"
+        if missing := sorted(set(self._cameras) - recording.cameras.keys()):
+            if self._options.missing_cameras == "error":
+                raise DataError(f"{where}: no camera {missing[0]!r}, which {pattern} has. {mask}")
+        if extra := sorted(recording.cameras.keys() - set(self._cameras)):
+            raise DataError(f"{where}: a camera {extra[0]!r}, which {pattern} has not. For episodes without it, {mask}")
         if (recording.timestamps is None) != (first.timestamps is None):
             raise DataError(f"{where}: timestamps are in some episodes and not in {pattern}, or the other way round")
         mine, its = ({key: rows.shape[1] for key, rows in one.vectors.items()} for one in (recording, first))
@@ -244,7 +256,7 @@ class _Writer:
 
         observation = {
             camera: features.Image(shape=(None, None, 3), encoding_format=self._options.encoding)
-            for camera in first.cameras
+            for camera in self._cameras
         }
         observation |= {key: numbers(key, rows) for key, rows in first.vectors.items()}
         step: dict[str, Any] = {
