@@ -131,8 +131,8 @@ def unnormalize(x: Any, stats: Mapping[str, Any], kind: str = "normal") -> Any:
 def to_absolute(action: Any, proprio: Any, relative_to: Sequence[int | None]) -> Any:
     """Actions relative to the proprioception of the time of their prediction, made absolute again.
 
-    action[..., d] + proprio[..., relative_to[d]], without the second term where `relative_to[d]` is None: the inverse of
-    what `DatasetSpec.relative_to` does to training's chunks.
+    action[..., d] + proprio[..., relative_to[d]], without the second term where `relative_to[d]` is None: the inverse
+    of what `DatasetSpec.relative_to` does to training's chunks.
 
     Args:
       action: (..., A) in physical units (NumPy or JAX).

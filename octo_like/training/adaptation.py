@@ -17,7 +17,7 @@ from ml_collections import FrozenConfigDict
 
 from octo_like.common.config import ConfigError, freeze, to_dict
 from octo_like.common.defaults import batch_spec
-from octo_like.common.parts import Modules, modules_in
+from octo_like.common.parts import Modules, PartError, modules_in
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.model import lora, surgery
@@ -149,8 +149,10 @@ def _check_augmentation(slot: str, fields: Any) -> None:
         raise ConfigError(f"augmentation.{slot} is {fields!r}; give its fields ({valid}), or None for none")
     try:
         augmentation_from_config(slot, dict(fields))
-    except (TypeError, ValueError, IndexError) as error:
-        raise ConfigError(f"augmentation.{slot}: {str(error).removeprefix('augmentation: ')}") from error
+    except PartError as error:
+        raise ConfigError(str(error)) from error
+    except IndexError as error:
+        raise ConfigError(f"augmentation.{slot}: {error}") from error
 
 
 def with_inputs(

@@ -92,7 +92,7 @@ def test_relative_actions_become_absolute(policy, observation, tmp_path):
     blind = {key: value for key, value in observation.items() if not key.startswith("proprio")}
     masked = dict(observation, pad_mask_dict={**observation["pad_mask_dict"], "proprio": np.zeros((2, 2), bool)})
     for without in (blind, masked):
-        with pytest.raises(ValueError, match="observation/proprio is missing, but the actions of 'relative' are relative"):
+        with pytest.raises(ValueError, match="proprio is missing, but the actions of 'relative' are relative"):
             relative.sample_actions(without, tasks, unnormalize="relative", **sample)
 
 
