@@ -23,27 +23,26 @@ def main() -> int:
     parser.add_argument("--statistics", metavar="FILE", help="also write the statistics of all datasets as JSON")
     parser.add_argument("--workers", type=int, help="files read at the same time; default: up to 8, one per core")
     parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="share of the records that may be damaged (default 0.01)"
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        help="share of the records that may be damaged or invalid (default 0.01)",
     )
     args = parser.parse_args()
 
     from octo_like.common import normalization
     from octo_like.data import report
-    from octo_like.data.index import prepare_dataset
+    from octo_like.data.index import prepare_datasets
     from octo_like.data.spec import DataError
 
     try:
-        datasets = {
-            name: prepare_dataset(
-                name,
-                spec,
-                args.data_dir,
-                args.cache_dir,
-                workers=args.workers,
-                max_bad_fraction=args.max_bad_fraction,
-            )
-            for name, spec in specs_from_arguments(args).items()
-        }
+        datasets = prepare_datasets(
+            specs_from_arguments(args),
+            args.data_dir,
+            args.cache_dir,
+            workers=args.workers,
+            max_bad_fraction=args.max_bad_fraction,
+        )
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -61,7 +60,7 @@ def main() -> int:
             if len(empty) > 20:
                 print(f"  and {len(empty) - 20:,} more")
         if prepared.damaged:
-            print(f"\n{len(prepared.damaged)} damaged records are left out:")
+            print(f"\n{len(prepared.damaged)} damaged or invalid records are left out:")
             print("\n".join(f"  {message}" for message in prepared.damaged[:20]))
     print(f"\n{report.mixture_table(datasets)}")
     if args.statistics:

@@ -12,7 +12,16 @@ from octo_like.data import filters, order, rlds
 from octo_like.data.oxe import registry
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.split_index import MAX_BAD_FRACTION, Index, SplitIndex, cached, digest_of, load_index, with_usable
+from octo_like.data.split_index import (
+    MAX_BAD_FRACTION,
+    Index,
+    SplitIndex,
+    TooManyBadRecords,
+    cached,
+    digest_of,
+    load_index,
+    with_usable,
+)
 from octo_like.data.statistics import read_rows, streamed_statistics
 
 
@@ -26,7 +35,7 @@ class PreparedDataset:
       statistics: see `octo_like.common.normalization`; over all steps of the training episodes, before the filters
         that look at values, as in Octo (which need the statistics themselves).
       instructions: every instruction of the split(s) and the number of episodes that have it.
-      damaged: one message per record that could not be read when the dataset was indexed.
+      damaged: one message per record that could not be read or used when the dataset was indexed.
     """
 
     key: str
@@ -291,5 +300,17 @@ def _no_values(index: Index, function: EpisodeFunction) -> Iterator[np.ndarray]:
 def prepare_datasets(
     specs: dict[str, DatasetSpec], data_dir: str, cache_dir: str | None = None, progress: bool = True, **options: Any
 ) -> dict[str, PreparedDataset]:
-    """`prepare_dataset` for a whole mixture, in its order."""
-    return {key: prepare_dataset(key, spec, data_dir, cache_dir, progress, **options) for key, spec in specs.items()}
+    """`prepare_dataset` for a whole mixture, in its order.
+
+    Raises:
+      DataError: as `prepare_dataset`; bad records of all datasets are in one error.
+    """
+    prepared, bad = {}, []
+    for key, spec in specs.items():
+        try:
+            prepared[key] = prepare_dataset(key, spec, data_dir, cache_dir, progress, **options)
+        except TooManyBadRecords as error:  # the others are looked at before it is told
+            bad.append(error)
+    if bad:
+        raise bad[0] if len(bad) == 1 else TooManyBadRecords("\n\n".join(map(str, bad)))
+    return prepared

@@ -1,4 +1,7 @@
-"""One pass over the records of one TFRecord file: a summary of every episode, and a list of those that are damaged.
+"""One pass over the records of one TFRecord file: a summary of every episode, and a list of those that are bad.
+
+Bad is what cannot be read, and what can be read but not used: numbers that are not finite, leaves of unequal length. An
+episode that the user's filter refuses as a whole is never bad: it is as if it were not there.
 
 A record whose checksum fails is stepped over by the length in its header, which has a checksum of its own. When that
 fails too, or the file ends early, nothing says where the next record begins: the rest of the file is lost.
@@ -41,8 +44,8 @@ class FileSummary:
       episodes: one array per entry of COLUMNS, one value per readable episode.
       usable: (steps,) bool, of the user's filter, all episodes after each other.
       rows: (steps, width) float32, standardised action and proprioception of all steps.
-      instructions: instruction -> number of episodes that have it.
-      damaged: one message per record that cannot be read.
+      instructions: instruction -> number of episodes that have it; of those that the user's filter does not refuse.
+      damaged: one message per record that cannot be read or used.
     """
 
     episodes: dict[str, np.ndarray]
@@ -122,7 +125,7 @@ def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]
         "action": episode["action"],
         "proprio": episode.get("proprio", tf.zeros([tf.shape(episode["action"])[0], 0])),
         "language": tf.unique(language)[0],
-        # Leaves that a user's function cut differently are found here, before training starts.
+        # Leaves that a user's function cut differently are found by these, before training starts.
         "lengths": {
             **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
             **{f"depth of {slot}": tf.shape(depth)[0] for slot, depth in episode["depths"].items()},
@@ -187,7 +190,7 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
     """Summary of file `number` of a split. `advance(1)` is called for every record.
 
     Raises:
-      DataError: more episodes than the dataset says, non-finite numbers, leaves of unequal length.
+      DataError: more episodes than the dataset says, or the storage does not answer.
     """
     path, expected = split.files[number], split.shard_lengths[number]
     if split.file_bytes[number] < 0:
@@ -220,8 +223,11 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
             advance(lost)
             break
         item["record"] = record
-        _check_episode(item, f"{path}: episode {record}", function.spec)
-        episodes.append(item)
+        problem = None if _refused(item) else _problem(item, function.spec)
+        if problem is None:
+            episodes.append(item)
+        else:
+            damaged.append(f"{path}: episode {record}: {problem}")
         record += 1
         advance(1)
     says = f"{path}: {record} episodes, but {rlds.INFO_FILE} says {expected}"
@@ -231,16 +237,22 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
     return _collect(episodes, damaged, function)
 
 
-def _check_episode(item: dict[str, Any], where: str, spec: DatasetSpec) -> None:
+def _refused(item: dict[str, Any]) -> bool:
+    """Whether the user's filter leaves no step of an episode that has some."""
+    return len(item["usable"]) > 0 and not item["usable"].any()
+
+
+def _problem(item: dict[str, Any], spec: DatasetSpec) -> str | None:
+    """Why an episode cannot be used; None: it can."""
     steps = len(item["action"])
     wrong = [f"{key} has {count}" for key, count in item["lengths"].items() if count != steps]
     if wrong:
-        raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
+        return f"action has {steps} steps, but {', '.join(wrong)}"
     for key, name in (("action", spec.action_key), ("proprio", ", ".join(spec.proprio_keys))):
         bad = rlds.non_finite(item[key])
         if bad is not None:
-            value = item[key][bad]
-            raise DataError(f"{where}: {key} ({name!r}) is {value} at step {bad[0]}, dimension {bad[-1]}")
+            return f"{key} ({name!r}) is {item[key][bad]} at step {bad[0]}, dimension {bad[-1]}"
+    return None
 
 
 def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: EpisodeFunction) -> FileSummary:
@@ -255,6 +267,10 @@ def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: Episo
         values["has_language"].append(any(text.strip() for text in texts))
         for key in ("record", "offset", "length", "raw_steps"):
             values[key].append(item[key])
+        if _refused(item):  # its leaves may be of any length, and its numbers anything
+            rows.append(np.zeros((steps, width), np.float32))
+            usable.append(np.zeros(steps, bool))
+            continue
         action = item["action"].reshape(steps, width - item["proprio"].shape[1])
         rows.append(np.concatenate([action, item["proprio"]], axis=1))
         usable.append(item["usable"])
