@@ -61,7 +61,12 @@ def main(argv=None) -> int:
 
     # --------------------------------------------------------------------------------------------------------- data
     inputs = inputs_from_config(
-        config, spec, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+        config,
+        spec,
+        tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workdir=flags.workdir,
     )
     transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
     config = with_schedule(config, transitions, validated=bool(inputs.validation))

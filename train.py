@@ -39,7 +39,12 @@ def main(argv=None) -> int:
 
     # --------------------------------------------------------------------------------------------------------- data
     inputs = inputs_from_config(
-        config, network.spec, network.tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
+        config,
+        network.spec,
+        network.tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workdir=flags.workdir,
     )
 
     # ------------------------------------------------------------------------------------------------------ weights

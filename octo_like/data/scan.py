@@ -33,6 +33,7 @@ COLUMNS = {
     "steps": np.int32,
     "has_language": bool,
 }
+PARTS = "parts"  # folder of the summaries, below that of the index
 _RETRIES = 3
 
 
@@ -65,6 +66,16 @@ class FileSummary:
         with np.load(io.BytesIO(content)) as arrays:
             text = json.loads(str(arrays["text"]))
             return cls({key: arrays[key] for key in COLUMNS}, arrays["usable"], arrays["rows"], **text)
+
+
+def part_name(number: int) -> str:
+    """File of the summary of TFRecord file `number`, in `parts/`."""
+    return f"{number:05d}.npz"
+
+
+def bad_name(number: int) -> str:
+    """In its place when some records are bad: it says that the file was read by this pass."""
+    return f"{number:05d}.bad"
 
 
 # ---------------------------------------------------------------- the format

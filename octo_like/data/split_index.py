@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
-from octo_like.data.scan import COLUMNS, FileSummary, scan_file, traced_summary
+from octo_like.data.scan import COLUMNS, PARTS, FileSummary, part_name, scan_file, traced_summary
 from octo_like.data.spec import DataError
 from octo_like.data.spot_check import find_stale
 from octo_like.data.stall import StallWatch
@@ -163,7 +163,7 @@ def _cache_place(split: RldsSplit, function: EpisodeFunction, cache_dir: str | N
         "definition": function.definition,
     }
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:20]
-    if cache_dir is None and _writable(split.directory):
+    if cache_dir is None and can_hold_caches(split.directory):
         shared = os.path.dirname(os.path.dirname(split.directory))  # data_dir/name/version
         root = os.path.join(split.directory, CACHE_FOLDER)
     else:
@@ -172,12 +172,13 @@ def _cache_place(split: RldsSplit, function: EpisodeFunction, cache_dir: str | N
     return os.path.join(root, f"{split.split.replace('+', '-')}-{key}"), shared
 
 
-def _writable(directory: str) -> bool:
+def can_hold_caches(directory: str) -> bool:
+    """Whether indices may be kept beside the data of a dataset version."""
     if "://" in directory:
         # Buckets have no permission bits to look at: public ones are found out by trying.
         probe = os.path.join(directory, CACHE_FOLDER, f"probe-{uuid.uuid4().hex[:8]}")
         try:
-            _write_atomically(probe, b"")
+            write_atomically(probe, b"")
             tf.io.gfile.remove(probe)
         except tf.errors.OpError:
             return False
@@ -186,7 +187,7 @@ def _writable(directory: str) -> bool:
     return os.access(directory, os.W_OK) and bool(os.stat(directory).st_mode & stat.S_IWUSR)
 
 
-def _write_atomically(path: str, content: bytes) -> None:
+def write_atomically(path: str, content: bytes) -> None:
     tf.io.gfile.makedirs(os.path.dirname(path))
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -201,7 +202,7 @@ def _write_atomically(path: str, content: bytes) -> None:
 def _save(path: str, arrays: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **{f"index_{key}": value for key, value in arrays.items()})  # a key may be called "file"
-    _write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -242,14 +243,19 @@ def digest_of(*parts: Any) -> str:
 # ---------------------------------------------------------------- one pass over the records
 
 
+def default_workers() -> int:
+    """Files that a process reads at the same time."""
+    return min(8, os.cpu_count() or 1)
+
+
 def _build(
     split: RldsSplit, function: EpisodeFunction, folder: str, progress: bool, workers: int, limit: float
 ) -> None:
     """Scans all files, several at a time, and writes the index; those that an earlier pass finished are not read."""
     total, numbers = sum(split.shard_lengths), range(len(split.files))
-    parts = os.path.join(folder, "parts")
+    parts = os.path.join(folder, PARTS)
     tf.io.gfile.makedirs(parts)
-    part = [os.path.join(parts, f"{number:05d}.npz") for number in numbers]
+    part = [os.path.join(parts, part_name(number)) for number in numbers]
     done = set(tf.io.gfile.listdir(parts))
     finished = {number for number in numbers if os.path.basename(part[number]) in done}
     if finished:
@@ -278,7 +284,7 @@ def _build(
             summary = scan_file(split, number, function, lambda count: (moved(), advance(count)))
         if summary.damaged:
             return number, summary
-        _write_atomically(part[number], summary.to_bytes())
+        write_atomically(part[number], summary.to_bytes())
         return number, None
 
     watch = StallWatch(f"index of {split.name} {split.split}")
@@ -365,7 +371,7 @@ def _report_damage(name: str, folder: str, summaries: dict[int, FileSummary], to
     """Writes a list of all bad records of a pass, if there are many. Raises TooManyBadRecords."""
     damaged = [message for number in sorted(summaries) for message in summaries[number].damaged]
     if len(damaged) > LISTED:
-        _write_atomically(os.path.join(folder, BAD_RECORDS), "".join(f"{line}\n" for line in damaged).encode())
+        write_atomically(os.path.join(folder, BAD_RECORDS), "".join(f"{line}\n" for line in damaged).encode())
     check_damage(name, len(damaged), total, limit, _listed(damaged, folder))
 
 
@@ -393,7 +399,7 @@ def load_index(
     function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
     folder, shared = _cache_place(split, function, cache_dir)
     path = os.path.join(folder, "index.npz")
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = workers or default_workers()
     found = None
     for _ in range(3):
         if not tf.io.gfile.exists(path):
