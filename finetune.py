@@ -77,7 +77,7 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     # --------------------------------------------------------------------------------------------------------- data
     with attempt.phase("data"):
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        inputs = inputs_from_config(config, spec, tokenizer, **processes)
+        inputs = inputs_from_config(config, spec, tokenizer, workdir=flags.workdir, **processes)
     transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
     config = with_schedule(config, transitions, validated=bool(inputs.validation))
     untrained = check_actions(model, inputs.statistics)

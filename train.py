@@ -45,7 +45,7 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     # --------------------------------------------------------------------------------------------------------- data
     with attempt.phase("data"):
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        inputs = inputs_from_config(config, network.spec, network.tokenizer, **processes)
+        inputs = inputs_from_config(config, network.spec, network.tokenizer, workdir=flags.workdir, **processes)
 
     # ------------------------------------------------------------------------------------------------------ weights
     init, source, documents, loaded_from = network.init_params, jax.random.key(config.seed), {}, None

@@ -7,11 +7,15 @@
 
 Training does this by itself when it first meets a dataset; doing it beforehand finds damaged files early. The index is
 cached beside the data (or in --cache_dir): a second run takes a second, and one that was killed goes on where it was.
+What will be read is said before. Several of these commands at once, on machines that share the cache, read other files
+each: --host 0/4 to --host 3/4.
 Exit status 1: something is wrong with data or arguments, named in one line.
 """
 
 import argparse
 import json
+import logging
+import shlex
 import sys
 
 
@@ -21,29 +25,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataset_arguments(parser)
     parser.add_argument("--statistics", metavar="FILE", help="also write the statistics of all datasets as JSON")
-    parser.add_argument("--workers", type=int, help="files read at the same time; default: up to 8, one per core")
     parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="share of the records that may be damaged (default 0.01)"
+        "--workers", type=int, help="files that each process reads at the same time; default: up to 8, one per core"
+    )
+    parser.add_argument(
+        "--processes", type=int, help="processes that read; default: by bytes and cores (one below 8 GB)"
+    )
+    parser.add_argument(
+        "--beam",
+        metavar="OPTIONS",
+        help="read with Apache Beam (the extra `beam`) instead; options of the pipeline, e.g. "
+        "'--runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=8' (docs/data.md)",
+    )
+    parser.add_argument("--host", metavar="I/N", default="0/1", help="this is machine I of N that do the same now")
+    parser.add_argument(
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        help="share of the records that may be damaged or invalid (default 0.01)",
     )
     args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("octo_like").setLevel(logging.INFO)
 
     from octo_like.common import normalization
     from octo_like.data import report
-    from octo_like.data.index import prepare_dataset
+    from octo_like.data.index import prepare_datasets
     from octo_like.data.spec import DataError
 
     try:
-        datasets = {
-            name: prepare_dataset(
-                name,
-                spec,
-                args.data_dir,
-                args.cache_dir,
-                workers=args.workers,
-                max_bad_fraction=args.max_bad_fraction,
-            )
-            for name, spec in specs_from_arguments(args).items()
-        }
+        host, _, hosts = args.host.partition("/")
+        if not (host.isdigit() and hosts.isdigit() and int(host) < int(hosts)):
+            raise DataError(f"--host is I/N with I below N, e.g. 0/4, got {args.host!r}")
+        datasets = prepare_datasets(
+            specs_from_arguments(args),
+            args.data_dir,
+            args.cache_dir,
+            workers=args.workers,
+            processes=args.processes,
+            beam=None if args.beam is None else shlex.split(args.beam),
+            max_bad_fraction=args.max_bad_fraction,
+            process_index=int(host),
+            process_count=int(hosts),
+        )
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -61,7 +85,7 @@ def main() -> int:
             if len(empty) > 20:
                 print(f"  and {len(empty) - 20:,} more")
         if prepared.damaged:
-            print(f"\n{len(prepared.damaged)} damaged records are left out:")
+            print(f"\n{len(prepared.damaged)} damaged or invalid records are left out:")
             print("\n".join(f"  {message}" for message in prepared.damaged[:20]))
     print(f"\n{report.mixture_table(datasets)}")
     if args.statistics:

@@ -4,7 +4,8 @@
     python scripts/verify_checkpoint.py runs/my_run --all      # every step
     python scripts/verify_checkpoint.py runs/my_run --step 1000
 
-Exit status: 0 when all of them are what was saved, 1 otherwise.
+Exit status: 0 when all of them are what was saved, 1 otherwise. A storage that does not answer is asked again for
+half a minute; that it cannot be read says nothing about a step.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # verifying needs no accelerator, and one may be busy training
 
-from octo_like.training.checkpoint import Checkpointer, CheckpointError  # noqa: E402
+from octo_like.training.checkpoint import Checkpointer, CheckpointError, CheckpointUnreadable  # noqa: E402
 
 
 def main() -> int:
@@ -34,7 +35,12 @@ def main() -> int:
     chosen = steps if flags.all else [flags.step if flags.step is not None else steps[-1]]
     bad = 0
     for step in chosen:
-        problems = checkpointer.verify(step)
+        try:
+            problems = checkpointer.verify(step)
+        except CheckpointUnreadable as error:
+            print(f"step {step}: CANNOT BE READ, so nothing is known of it\n  {error}")
+            bad += 1
+            continue
         bad += bool(problems)
         if problems:
             print(f"step {step}: DAMAGED")

@@ -59,6 +59,7 @@ RESUME_ALLOWED = (
     "data.data_dir",
     "data.cache_dir",
     "data.host_*",
+    "data.index_*",
     "data.max_bad_fraction",
     "data.prefetch",
 )

@@ -43,6 +43,8 @@ def default_config() -> ConfigDict:
         workers=2,  # memory: processes that make them
         data_dir=None,
         cache_dir=None,  # where indices and statistics are kept; None: beside the data
+        index_workers=None,  # files that a process reads at the same time to make an index; None: up to 8, by cores
+        index_processes=None,  # processes of each host that read them; None: by bytes and cores
         mix=None,  # a mixture of octo_like/data/oxe/mixes.py, e.g. "oxe_magic_soup"
         mix_only=(),  # these datasets of it; (): all
         datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec, over those of the mixture

@@ -4,17 +4,31 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from octo_like.data import columns, filters, order, rlds
+from octo_like.data import beam_pass, columns, filters, order, rlds, shared_pass
 from octo_like.data.oxe import registry
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.split_index import MAX_BAD_FRACTION, Index, SplitIndex, cached, digest_of, load_index, with_usable
+from octo_like.data.split_index import (
+    MAX_BAD_FRACTION,
+    Index,
+    SplitIndex,
+    TooManyBadRecords,
+    cache_folder,
+    cached,
+    can_hold_caches,
+    default_workers,
+    digest_of,
+    load_index,
+    with_usable,
+)
 from octo_like.data.statistics import read_rows, streamed_statistics
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +41,7 @@ class PreparedDataset:
       statistics: see `octo_like.common.normalization`; over all steps of the training episodes, before the filters
         that look at values, as in Octo (which need the statistics themselves).
       instructions: every instruction of the split(s) and the number of episodes that have it.
-      damaged: one message per record that could not be read when the dataset was indexed.
+      damaged: one message per record that could not be read or used when the dataset was indexed.
     """
 
     key: str
@@ -60,46 +74,78 @@ def first_demos(record_hash: np.ndarray, count: int) -> np.ndarray:
     return np.sort(ranked[:count])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A dataset whose files were found and whose function was traced; no record has been read.
+
+    Attributes:
+      split: of training (and of a validation that is a share of it). val_split: another one for validation, or None.
+      cache_dir: where its indices are kept; None: beside the data, or where the user's caches are.
+    """
+
+    split: RldsSplit
+    val_split: RldsSplit | None
+    function: EpisodeFunction
+    cache_dir: str | None
+
+    def jobs(self) -> list[shared_pass.Job]:
+        """Splits that are not indexed yet."""
+        found = []
+        for split in (self.split, self.val_split):
+            if split is not None:
+                folder = cache_folder(split, self.function, self.cache_dir)
+                job = shared_pass.Job(self.function.spec, split, folder)
+                job.function = self.function  # traced already
+                if not job.indexed():
+                    found.append(job)
+        return found
+
+
+def _open(
+    key: str, spec: DatasetSpec, data_dir: str, cache_dir: str | None, max_bad_fraction: float, pod_dir: str | None
+) -> _Opened:
+    def opened(name: str) -> RldsSplit:
+        return rlds.open_split(spec.name, data_dir, spec.version, name, max_bad_fraction=max_bad_fraction)
+
+    split = opened(spec.split)
+    _caution(key, spec, split)
+    function = EpisodeFunction(spec, split.features)
+    _check_robot(key, spec, function)
+    function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
+    if cache_dir is None and pod_dir is not None and not can_hold_caches(split.directory):
+        cache_dir = pod_dir
+    return _Opened(split, None if spec.val_split is None else opened(spec.val_split), function, cache_dir)
+
+
 def prepare_dataset(
     key: str,
     spec: DatasetSpec,
     data_dir: str,
     cache_dir: str | None = None,
     progress: bool = True,
-    *,
-    workers: int | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    process_index: int = 0,
+    **options: Any,
 ) -> PreparedDataset:
     """Finds, indexes, splits and filters a dataset, and computes the statistics of its training episodes.
+
+    Options are those of `prepare_datasets`.
 
     Raises:
       DataError: whatever is wrong with the files or the spec, with what would be valid.
     """
-    if not 0 <= max_bad_fraction <= 1:
-        raise DataError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
-    if workers is not None and workers < 1:
-        raise DataError(f"workers must be at least 1, or None for up to 8, got {workers}")
-    if spec.source is not None:
-        from octo_like.data.approximate import prepare_source
+    return prepare_datasets({key: spec}, data_dir, cache_dir, progress, **options)[key]
 
-        return prepare_source(key, spec)
-    options = dict(workers=workers, max_bad_fraction=max_bad_fraction, process_index=process_index)
-    split = rlds.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=max_bad_fraction)
-    _caution(key, spec, split)
-    function = EpisodeFunction(spec, split.features)
-    _check_robot(key, spec, function)
-    whole = load_index(split, function, cache_dir, progress, **options)
+
+def _prepare(key: str, spec: DatasetSpec, opened: _Opened, progress: bool, options: dict[str, Any]) -> PreparedDataset:
+    process_index = options["process_index"]
+    split, function = opened.split, opened.function
+    whole = load_index(split, function, opened.cache_dir, progress, **options)
     index, val_whole = whole.index, whole
     instructions = collections.Counter(whole.instructions)
     # What the user's filter refused and what has no step is as if it were not there: an empty episode would take a
     # place in validation or among num_demos and show nothing.
     everything = np.flatnonzero(index.frames > 0)
     if spec.val_split is not None:
-        val_files = rlds.open_split(
-            spec.name, data_dir, spec.version, spec.val_split, max_bad_fraction=max_bad_fraction
-        )
-        val_whole = load_index(val_files, function, cache_dir, progress, **options)
+        val_whole = load_index(opened.val_split, function, opened.cache_dir, progress, **options)
         instructions.update(val_whole.instructions)
         chosen = everything
         held = np.flatnonzero(val_whole.index.frames > 0)
@@ -150,7 +196,7 @@ def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
         for said in registry.cautions(
             spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots, spec.image_keys
         ):
-            logging.warning("%s: %s", key, said)
+            log.warning("%s: %s", key, said)
 
 
 def _check_robot(key: str, spec: DatasetSpec, function: EpisodeFunction) -> None:
@@ -297,7 +343,70 @@ def _no_values(index: Index, function: EpisodeFunction) -> Iterator[np.ndarray]:
 
 
 def prepare_datasets(
-    specs: dict[str, DatasetSpec], data_dir: str, cache_dir: str | None = None, progress: bool = True, **options: Any
+    specs: dict[str, DatasetSpec],
+    data_dir: str,
+    cache_dir: str | None = None,
+    progress: bool = True,
+    *,
+    workers: int | None = None,
+    processes: int | None = None,
+    beam: Sequence[str] | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    process_index: int = 0,
+    process_count: int = 1,
+    pod_dir: str | None = None,
 ) -> dict[str, PreparedDataset]:
-    """`prepare_dataset` for a whole mixture, in its order."""
-    return {key: prepare_dataset(key, spec, data_dir, cache_dir, progress, **options) for key, spec in specs.items()}
+    """Finds, indexes, splits and filters the datasets of a mixture, and computes statistics; in the mixture's order.
+
+    What has no index is read in one pass over the files of all datasets. What it will read is logged before.
+
+    Args:
+      cache_dir: where indices are kept; None: beside the data, or in ~/.cache/octo_like when that is read-only.
+      workers: files that a process reads at the same time; None: up to 8, by the number of cores.
+      processes: processes of this machine that read; None: by bytes and cores, one below 8 GB.
+      beam: options of an Apache Beam pipeline that reads in their place (the extra `beam`); None: no Beam.
+      max_bad_fraction: see `split_index.load_index`.
+      process_index, process_count: hosts that prepare the same datasets at the same time; they share the files to read.
+      pod_dir: in place of ~/.cache, a folder that all of these hosts see; used by several hosts only.
+
+    Raises:
+      DataError: whatever is wrong with files or specs, with what would be valid. Bad records of all datasets are in one
+        error (TooManyBadRecords).
+    """
+    if not 0 <= max_bad_fraction <= 1:
+        raise DataError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
+    for name, value in (("workers", workers), ("processes", processes)):
+        if value is not None and value < 1:
+            default = "up to 8" if name == "workers" else "as many as there is work for"
+            raise DataError(f"{name} must be at least 1, or None for {default}, got {value}")
+    options = dict(workers=workers, max_bad_fraction=max_bad_fraction, process_index=process_index)
+    pod_dir = pod_dir if process_count > 1 else None
+    opened = {
+        key: _open(key, spec, data_dir, cache_dir, max_bad_fraction, pod_dir)
+        for key, spec in specs.items()
+        if spec.source is None
+    }
+    jobs = [job for dataset in opened.values() for job in dataset.jobs()]
+    if jobs:
+        log.info(shared_pass.estimate(jobs))
+        processes = processes or shared_pass.default_processes(jobs)
+        if beam is not None:
+            beam_pass.run(jobs, beam)
+        elif processes > 1 or process_count > 1:
+            hosts = dict(process_index=process_index, process_count=process_count)
+            threads = workers or default_workers()
+            shared_pass.take_part(jobs, threads=threads, processes=processes, progress=progress, **hosts)
+    prepared, bad = {}, []
+    for key, spec in specs.items():
+        try:
+            if spec.source is not None:
+                from octo_like.data.approximate import prepare_source
+
+                prepared[key] = prepare_source(key, spec)
+            else:
+                prepared[key] = _prepare(key, spec, opened[key], progress, options)
+        except TooManyBadRecords as error:  # the others are looked at before it is told
+            bad.append(error)
+    if bad:
+        raise bad[0] if len(bad) == 1 else TooManyBadRecords("\n\n".join(map(str, bad)))
+    return prepared

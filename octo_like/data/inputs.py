@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,9 +49,19 @@ class Inputs:
 
 
 def inputs_from_config(
-    config: Any, spec: BatchSpec, tokenizer: TextTokenizer | None, *, process_index: int = 0, process_count: int = 1
+    config: Any,
+    spec: BatchSpec,
+    tokenizer: TextTokenizer | None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    workdir: str | None = None,
 ) -> Inputs:
     """Builds the inputs of `config.data`.
+
+    Args:
+      workdir: of the run. Several hosts whose data is read-only keep its indices there, to read its files once and not
+        each, unless `data.cache_dir` names a place.
 
     Raises:
       ConfigError or DataError (both ValueErrors): with the valid choices.
@@ -89,7 +100,14 @@ def inputs_from_config(
         )
     else:
         datasets = prepare_datasets(
-            specs, data.data_dir, data.cache_dir, max_bad_fraction=data.max_bad_fraction, process_index=process_index
+            specs,
+            data.data_dir,
+            data.cache_dir,
+            workers=data.index_workers,
+            processes=data.index_processes,
+            max_bad_fraction=data.max_bad_fraction,
+            pod_dir=None if workdir is None else os.path.join(os.path.expanduser(workdir), "data_index"),
+            **processes,
         )
     shared = dict(
         decode=data.decode,

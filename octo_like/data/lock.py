@@ -28,7 +28,7 @@ HOLDER_SECONDS = 20.0  # how long other processes let process 0 be the first to 
 _without_process_0: set[str] = set()
 
 
-def _create(path: str, content: str) -> bool:
+def create(path: str, content: str) -> bool:
     """Whether this call made the file."""
     if "://" not in path:
         try:
@@ -84,7 +84,7 @@ def _is_dead(holder: str) -> bool:
     return False
 
 
-class _Pulse:
+class Pulse:
     """Rewrites the lock file every few seconds while the builder works."""
 
     def __init__(self, path: str, name: str):
@@ -92,7 +92,7 @@ class _Pulse:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="octo_like-lock", daemon=True)
 
-    def __enter__(self) -> _Pulse:
+    def __enter__(self) -> Pulse:
         self._thread.start()
         return self
 
@@ -107,8 +107,36 @@ class _Pulse:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if tf.io.gfile.exists(self._path):
+        try:
             tf.io.gfile.remove(self._path)
+        except tf.errors.NotFoundError:  # its folder was removed: what was to be built is there
+            pass
+
+
+def holder_name(process_index: int) -> str:
+    """What this process writes into its lock files."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}:{process_index}"
+
+
+class Watched:
+    """A lock of another process, looked at now and then."""
+
+    def __init__(self, path: str):
+        self._path, self._seen, self._changed = path, _look(path), time.monotonic()
+
+    def gone(self) -> bool:
+        """Whether there is no such lock. A dead one counts; it is removed."""
+        now, content = time.monotonic(), _look(self._path)
+        if content is None:
+            return True
+        if content != self._seen:
+            self._seen, self._changed = content, now
+        holder = content.split(" ")[0]
+        if now - self._changed <= STALE_SECONDS and not _is_dead(holder):
+            return False
+        log.warning("%s: %s is dead or has been silent for %.0f s", self._path, holder, now - self._changed)
+        _break(self._path, content)
+        return True
 
 
 def build_once(
@@ -135,7 +163,7 @@ def build_once(
       DataError: it is not there after `wait_seconds`; says who was building it.
     """
     lock = f"{target}.lock"
-    name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}:{process_index}"
+    name = holder_name(process_index)
     root = os.path.dirname(target) if root is None else root
     start = changed = reported = time.monotonic()
     seen: str | None = None
@@ -145,8 +173,8 @@ def build_once(
             may_build = True
             if not met_process_0:
                 _without_process_0.add(root)
-        if may_build and _create(lock, name):
-            with _Pulse(lock, name):
+        if may_build and create(lock, name):
+            with Pulse(lock, name):
                 # Another process may have finished between the look and the lock.
                 if not tf.io.gfile.exists(target):
                     build()

@@ -1,4 +1,7 @@
-"""One pass over the records of one TFRecord file: a summary of every episode, and a list of those that are damaged.
+"""One pass over the records of one TFRecord file: a summary of every episode, and a list of those that are bad.
+
+Bad is what cannot be read, and what can be read but not used: numbers that are not finite, leaves of unequal length. An
+episode that the user's filter refuses as a whole is never bad: it is as if it were not there.
 
 A record whose checksum fails is stepped over by the length in its header, which has a checksum of its own. When that
 fails too, or the file ends early, nothing says where the next record begins: the rest of the file is lost.
@@ -30,6 +33,7 @@ COLUMNS = {
     "steps": np.int32,
     "has_language": bool,
 }
+PARTS = "parts"  # folder of the summaries, below that of the index
 _RETRIES = 3
 
 
@@ -41,8 +45,8 @@ class FileSummary:
       episodes: one array per entry of COLUMNS, one value per readable episode.
       usable: (steps,) bool, of the user's filter, all episodes after each other.
       rows: (steps, width) float32, standardised values of all steps (see `columns.py`).
-      instructions: instruction -> number of episodes that have it.
-      damaged: one message per record that cannot be read.
+      instructions: instruction -> number of episodes that have it; of those that the user's filter does not refuse.
+      damaged: one message per record that cannot be read or used.
     """
 
     episodes: dict[str, np.ndarray]
@@ -62,6 +66,16 @@ class FileSummary:
         with np.load(io.BytesIO(content)) as arrays:
             text = json.loads(str(arrays["text"]))
             return cls({key: arrays[key] for key in COLUMNS}, arrays["usable"], arrays["rows"], **text)
+
+
+def part_name(number: int) -> str:
+    """File of the summary of TFRecord file `number`, in `parts/`."""
+    return f"{number:05d}.npz"
+
+
+def bad_name(number: int) -> str:
+    """In its place when some records are bad: it says that the file was read by this pass."""
+    return f"{number:05d}.bad"
 
 
 # ---------------------------------------------------------------- the format
@@ -123,7 +137,7 @@ def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]
         "proprio": episode.get("proprio", tf.zeros([tf.shape(episode["action"])[0], 0])),
         "extras": episode["extras"],
         "language": tf.unique(language)[0],
-        # Leaves that a user's function cut differently are found here, before training starts.
+        # Leaves that a user's function cut differently are found by these, before training starts.
         "lengths": {
             **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
             **{f"depth of {slot}": tf.shape(depth)[0] for slot, depth in episode["depths"].items()},
@@ -189,7 +203,7 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
     """Summary of file `number` of a split. `advance(1)` is called for every record.
 
     Raises:
-      DataError: more episodes than the dataset says, non-finite numbers, leaves of unequal length.
+      DataError: more episodes than the dataset says, or the storage does not answer.
     """
     path, expected = split.files[number], split.shard_lengths[number]
     if split.file_bytes[number] < 0:
@@ -222,8 +236,11 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
             advance(lost)
             break
         item["record"] = record
-        _check_episode(item, f"{path}: episode {record}", function.spec)
-        episodes.append(item)
+        problem = None if _refused(item) else _problem(item, function.spec)
+        if problem is None:
+            episodes.append(item)
+        else:
+            damaged.append(f"{path}: episode {record}: {problem}")
         record += 1
         advance(1)
     says = f"{path}: {record} episodes, but {rlds.INFO_FILE} says {expected}"
@@ -233,18 +250,24 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
     return _collect(episodes, damaged, function)
 
 
-def _check_episode(item: dict[str, Any], where: str, spec: DatasetSpec) -> None:
+def _refused(item: dict[str, Any]) -> bool:
+    """Whether the user's filter leaves no step of an episode that has some."""
+    return len(item["usable"]) > 0 and not item["usable"].any()
+
+
+def _problem(item: dict[str, Any], spec: DatasetSpec) -> str | None:
+    """Why an episode cannot be used; None: it can."""
     steps = len(item["action"])
     wrong = [f"{key} has {count}" for key, count in item["lengths"].items() if count != steps]
     if wrong:
-        raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
+        return f"action has {steps} steps, but {', '.join(wrong)}"
     checked = [("action", spec.action_key, item["action"]), ("proprio", ", ".join(spec.proprio_keys), item["proprio"])]
     checked += [(key, spec.extra_keys[key], values) for key, values in item["extras"].items()]
     for key, name, values in checked:
         bad = rlds.non_finite(values)
         if bad is not None:
-            value = values[bad]
-            raise DataError(f"{where}: {key} ({name!r}) is {value} at step {bad[0]}, dimension {bad[-1]}")
+            return f"{key} ({name!r}) is {values[bad]} at step {bad[0]}, dimension {bad[-1]}"
+    return None
 
 
 def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: EpisodeFunction) -> FileSummary:
@@ -258,6 +281,10 @@ def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: Episo
         values["has_language"].append(any(text.strip() for text in texts))
         for key in ("record", "offset", "length", "raw_steps"):
             values[key].append(item[key])
+        if _refused(item):  # its leaves may be of any length, and its numbers anything
+            rows.append(np.zeros((steps, columns.width(function)), np.float32))
+            usable.append(np.zeros(steps, bool))
+            continue
         rows.append(columns.to_rows(item, function))
         usable.append(item["usable"])
         instructions.update(text.decode("utf-8", "replace") for text in texts)

@@ -3,6 +3,7 @@
     train-0123456789abcdef0123/
       index.npz             per episode: file, byte offset, length, hash of the record, steps, has an instruction
       rows.npy              float32: standardised values of all steps of all episodes (see `columns.py`)
+      bad_records.txt       every record that cannot be read or used, if there are many
       statistics-*.npz      of one choice of training episodes, exact (see `statistics.py`)
       usable-*.npz          steps that one set of filters leaves (see `filters.py`)
       parts/                of an unfinished pass: one file per TFRecord file, so that a killed pass goes on
@@ -28,7 +29,7 @@ import stat
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from octo_like.data import columns as row_columns
 from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
-from octo_like.data.scan import COLUMNS, FileSummary, scan_file, traced_summary
+from octo_like.data.scan import COLUMNS, PARTS, FileSummary, part_name, scan_file, traced_summary
 from octo_like.data.spec import DataError
 from octo_like.data.spot_check import find_stale
 from octo_like.data.stall import StallWatch
@@ -47,6 +48,9 @@ from octo_like.data.tf import tf
 FORMAT = 2
 CACHE_FOLDER = ".octo_like"
 MAX_BAD_FRACTION = 0.01
+BAD_RECORDS = "bad_records.txt"
+LISTED = 20  # bad records that an error names; of more there is a file
+STOP_AFTER = 1000  # bad records beyond the limit after which a pass does not look for more
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +131,7 @@ class SplitIndex:
       index: its episodes; usable are those steps that the user's filter left.
       folder: of the cache.
       instructions: every instruction and the number of episodes that have it.
-      damaged: one message per record that cannot be read; these are not in `index`.
+      damaged: one message per record that cannot be read or used; these are not in `index`.
       shared: folder that processes share as a whole or not at all (see `lock.build_once`).
     """
 
@@ -160,7 +164,7 @@ def _cache_place(split: RldsSplit, function: EpisodeFunction, cache_dir: str | N
         "definition": function.definition,
     }
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:20]
-    if cache_dir is None and _writable(split.directory):
+    if cache_dir is None and can_hold_caches(split.directory):
         shared = os.path.dirname(os.path.dirname(split.directory))  # data_dir/name/version
         root = os.path.join(split.directory, CACHE_FOLDER)
     else:
@@ -169,12 +173,13 @@ def _cache_place(split: RldsSplit, function: EpisodeFunction, cache_dir: str | N
     return os.path.join(root, f"{split.split.replace('+', '-')}-{key}"), shared
 
 
-def _writable(directory: str) -> bool:
+def can_hold_caches(directory: str) -> bool:
+    """Whether indices may be kept beside the data of a dataset version."""
     if "://" in directory:
         # Buckets have no permission bits to look at: public ones are found out by trying.
         probe = os.path.join(directory, CACHE_FOLDER, f"probe-{uuid.uuid4().hex[:8]}")
         try:
-            _write_atomically(probe, b"")
+            write_atomically(probe, b"")
             tf.io.gfile.remove(probe)
         except tf.errors.OpError:
             return False
@@ -183,7 +188,7 @@ def _writable(directory: str) -> bool:
     return os.access(directory, os.W_OK) and bool(os.stat(directory).st_mode & stat.S_IWUSR)
 
 
-def _write_atomically(path: str, content: bytes) -> None:
+def write_atomically(path: str, content: bytes) -> None:
     tf.io.gfile.makedirs(os.path.dirname(path))
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -198,7 +203,7 @@ def _write_atomically(path: str, content: bytes) -> None:
 def _save(path: str, arrays: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **{f"index_{key}": value for key, value in arrays.items()})  # a key may be called "file"
-    _write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -239,16 +244,21 @@ def digest_of(*parts: Any) -> str:
 # ---------------------------------------------------------------- one pass over the records
 
 
+def default_workers() -> int:
+    """Files that a process reads at the same time."""
+    return min(8, os.cpu_count() or 1)
+
+
 def _build(
     split: RldsSplit, function: EpisodeFunction, folder: str, progress: bool, workers: int, limit: float
 ) -> None:
     """Scans all files, several at a time, and writes the index; those that an earlier pass finished are not read."""
     total, numbers = sum(split.shard_lengths), range(len(split.files))
-    parts = os.path.join(folder, "parts")
+    parts = os.path.join(folder, PARTS)
     tf.io.gfile.makedirs(parts)
-    part = [os.path.join(parts, f"{number:05d}.npz") for number in numbers]
+    part = [os.path.join(parts, part_name(number)) for number in numbers]
     done = set(tf.io.gfile.listdir(parts))
-    finished = [number for number in numbers if os.path.basename(part[number]) in done]
+    finished = {number for number in numbers if os.path.basename(part[number]) in done}
     if finished:
         log.info("%s: %d of %d files were indexed by an earlier pass", folder, len(finished), len(part))
     traced_summary(function)  # once, before the threads ask for it
@@ -275,23 +285,23 @@ def _build(
             summary = scan_file(split, number, function, lambda count: (moved(), advance(count)))
         if summary.damaged:
             return number, summary
-        _write_atomically(part[number], summary.to_bytes())
+        write_atomically(part[number], summary.to_bytes())
         return number, None
 
     watch = StallWatch(f"index of {split.name} {split.split}")
     with bar, watch, concurrent.futures.ThreadPoolExecutor(workers, "octo_like-index") as pool:
         try:
-            futures = [pool.submit(scan, number) for number in numbers if number not in set(finished)]
+            futures = [pool.submit(scan, number) for number in numbers if number not in finished]
             for future in concurrent.futures.as_completed(futures):
                 number, summary = future.result()
                 if summary is not None:
                     with_damage[number] = summary
                     damaged += len(summary.damaged)
-                    first = with_damage[min(with_damage)].damaged[0]
-                    check_damage(f"{split.name} {split.split}", damaged, total, limit, first)
-        except BaseException:
+                    if damaged > limit * total + STOP_AFTER:
+                        break
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    _report_damage(f"{split.name} {split.split}", folder, with_damage, total, limit)
 
     def summary_of(number: int) -> FileSummary:
         if number in with_damage:
@@ -336,13 +346,33 @@ def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary],
     _save(os.path.join(folder, "index.npz"), arrays)
 
 
-def check_damage(name: str, damaged: int, total: int, limit: float, first: str) -> None:
-    """Raises DataError when more than `limit` of a dataset's records are damaged, with the first of them."""
+class TooManyBadRecords(DataError):
+    """More of a dataset's records than `max_bad_fraction` cannot be read or used."""
+
+
+def check_damage(name: str, damaged: int, total: int, limit: float, said: str) -> None:
+    """Raises TooManyBadRecords when more than `limit` of a dataset's records are bad; `said` names them."""
     if damaged > limit * total:
-        raise DataError(
-            f"{first}\n{name}: {damaged} of {total} records are damaged, more than max_bad_fraction={limit:g}; "
-            "restore the files, or allow more"
+        raise TooManyBadRecords(
+            f"{said}\n{name}: {damaged} of {total} records are damaged or invalid, more than max_bad_fraction="
+            f"{limit:g}; restore the files, leave them out with a filter, or allow more"
         )
+
+
+def _listed(damaged: Sequence[str], folder: str) -> str:
+    """The first bad records, one a line, and where the others are named."""
+    lines = list(damaged[:LISTED])
+    if len(damaged) > LISTED:
+        lines.append(f"and {len(damaged) - LISTED} more, listed in {os.path.join(folder, BAD_RECORDS)}")
+    return "\n".join(lines)
+
+
+def _report_damage(name: str, folder: str, summaries: dict[int, FileSummary], total: int, limit: float) -> None:
+    """Writes a list of all bad records of a pass, if there are many. Raises TooManyBadRecords."""
+    damaged = [message for number in sorted(summaries) for message in summaries[number].damaged]
+    if len(damaged) > LISTED:
+        write_atomically(os.path.join(folder, BAD_RECORDS), "".join(f"{line}\n" for line in damaged).encode())
+    check_damage(name, len(damaged), total, limit, _listed(damaged, folder))
 
 
 def load_index(
@@ -359,15 +389,17 @@ def load_index(
 
     Args:
       workers: files read at the same time; None: up to 8, by the number of cores.
-      max_bad_fraction: share of the records that may be damaged; they are left out, and named in the log.
+      max_bad_fraction: share of the records that may be damaged, or hold numbers that are not finite or leaves of
+        unequal length; they are left out, and named in the log.
 
     Raises:
-      DataError: too much damage, non-finite actions or proprioception, leaves of unequal length.
+      TooManyBadRecords (a DataError): there are more, all of them named.
+      DataError: more episodes than the dataset says, or the storage does not answer.
     """
     function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
     folder, shared = _cache_place(split, function, cache_dir)
     path = os.path.join(folder, "index.npz")
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = workers or default_workers()
     found = None
     for _ in range(3):
         if not tf.io.gfile.exists(path):
@@ -431,10 +463,10 @@ def _split_index(
     damaged = tuple(text["damaged"])
     if damaged:
         label = f"{split.name} {split.split}"
-        check_damage(label, len(damaged), sum(split.shard_lengths), max_bad_fraction, damaged[0])
+        check_damage(label, len(damaged), sum(split.shard_lengths), max_bad_fraction, _listed(damaged, folder))
         log.warning(
-            "%s: %d of %d records were damaged when it was indexed and are left out: %s%s. If the files have been "
-            "restored since, delete %s",
+            "%s: %d of %d records were damaged or invalid when it was indexed and are left out: %s%s. If the files "
+            "have been restored since, delete %s",
             label,
             len(damaged),
             sum(split.shard_lengths),

@@ -68,6 +68,9 @@ def _pick(index: "Index") -> list[int]:
 
 def _same(now: dict, index: "Index", episode: int, rows_path: str, function: EpisodeFunction) -> bool:
     steps = int(index.steps[episode])
+    usable = np.flatnonzero(now["usable"].numpy())
+    if steps and not len(usable) and not index.frames[episode]:
+        return True  # refused by the user's filter: what it holds is not in the index
     if len(now["action"]) != steps or int(now["raw_steps"]) != index.raw_steps[episode]:
         return False
     numbers = {key: now[key].numpy() for key in ("action", "proprio") if key in now}
@@ -79,7 +82,5 @@ def _same(now: dict, index: "Index", episode: int, rows_path: str, function: Epi
     close = np.abs(rows - kept) <= ROUNDING * np.abs(kept).max(0)
     language = any(text.strip() for text in now["language"].numpy().tolist()) if "language" in now else False
     return bool(
-        close.all()
-        and np.array_equal(np.flatnonzero(now["usable"].numpy()), index.usable(episode))
-        and language == index.has_language[episode]
+        close.all() and np.array_equal(usable, index.usable(episode)) and language == index.has_language[episode]
     )

@@ -8,13 +8,14 @@
 
 A checkpoint that loads is the checkpoint that was saved: `integrity` says how this is verified. Remote files are not
 read back for hashing; the checksums of the arrays hold for them as well. When the newest step fails its verification,
-`restore(None, ...)` says so and falls back to the newest good one.
+`restore(None, ...)` says so and falls back to the newest good one. A storage that does not answer is asked again
+(`storage`); when it still does not, that is an error, and no step is set aside for it.
 """
 
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,16 +25,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from octo_like.training import storage
 from octo_like.training.integrity import (
     MANIFEST,
-    CheckpointDamaged,
-    CheckpointError,
     Manifest,
     checked_json,
     checksums,
     contents,
     read_manifest,
     some,
+    verify_arrays,
     verify_files,
     write_manifest,
 )
@@ -47,6 +48,7 @@ from octo_like.training.leaves import (
     leaf_entry,
     named_leaves,
 )
+from octo_like.training.storage import CheckpointDamaged, CheckpointError, CheckpointUnreadable
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
@@ -154,7 +156,11 @@ class Checkpointer:
         return next(iter(self._ranked(sorted(steps))), None)
 
     def _ranked(self, steps: Iterable[int]) -> list[int]:
-        """Those of `steps` that have a metric, the best first. Manifests are read once: they never change."""
+        """Those of `steps` that have a metric, the best first. Manifests are read once: they never change.
+
+        Raises:
+          CheckpointUnreadable: the storage does not answer.
+        """
         for step in steps:
             if step not in self._metrics:
                 try:
@@ -264,6 +270,7 @@ class Checkpointer:
           CheckpointNotFound: no such step, or none at all.
           StateMismatch: the arrays of the checkpoint and of `abstract_state` differ in names, shapes or dtypes.
           CheckpointDamaged: the step, or with None every step, failed its verification.
+          CheckpointUnreadable: the storage does not answer; nothing was set aside.
         """
         self.wait()
         steps = self.all_steps()
@@ -283,30 +290,27 @@ class Checkpointer:
 
     def _try_restore(self, step: int, abstract_state: Any, cast: bool):
         """((state, extra), None) or (None, why the step is damaged), the same on every process."""
-        result, problem = None, None
+        folder = self.directory / str(step)
+        manifest, problem = None, None
         try:
-            manifest = read_manifest(self.directory / str(step))
+            manifest = read_manifest(folder)
             if jax.process_index() == 0:
-                verify_files(self.directory / str(step), manifest)
-        except CheckpointDamaged as error:
-            problem = str(error)
-        problem = _agree(problem)
-        if problem is not None:
-            return None, problem
-        names, treedef = named_leaves(abstract_state)
-        check_structure(names, manifest, self.directory / str(step), cast)
+                verify_files(folder, manifest)
+        except CheckpointError as error:
+            problem = error
         try:
+            if (problem := storage.agree(problem)) is not None:
+                raise problem
+            names, treedef = named_leaves(abstract_state)
+            check_structure(names, manifest, folder, cast)
             with jax.transfer_guard("allow"):
-                arrays = _load(self.directory / str(step), names, manifest)
-                _verify_arrays(arrays, manifest)
+                arrays = _load_verified(folder, names, manifest, manifest.files is not None, storage.agree)
                 if cast:
                     arrays = {name: cast_to(array, names[name]) for name, array in arrays.items()}
-            leaves = [from_data(arrays[name], manifest.leaves[name]) for name in names]
-            result = (jax.tree_util.tree_unflatten(treedef, leaves), manifest.extra)
         except CheckpointDamaged as error:
-            problem = str(error)
-        problem = _agree(problem)
-        return (None, problem) if problem is not None else (result, None)
+            return None, str(error)
+        leaves = [from_data(arrays[name], manifest.leaves[name]) for name in names]
+        return (jax.tree_util.tree_unflatten(treedef, leaves), manifest.extra), None
 
     def load_arrays(self, step: int, prefix: str) -> dict[str, np.ndarray]:
         """The arrays whose names begin with `prefix`, verified, on the host; reads no others.
@@ -316,6 +320,7 @@ class Checkpointer:
         Raises:
           CheckpointNotFound: no such step, or no such array in it.
           CheckpointDamaged: what was read is not what was saved.
+          CheckpointUnreadable: the storage does not answer.
         """
         folder = self.directory / str(step)
         manifest = self.read(step)
@@ -325,8 +330,7 @@ class Checkpointer:
             raise CheckpointNotFound(f"{folder} has no array under {prefix!r}; it holds {', '.join(tops)}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         names = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in names.items()}
-        arrays = _load(folder, names, manifest)
-        _verify_arrays(arrays, manifest)
+        arrays = _load_verified(folder, names, manifest, hashed=False)
         return {name.removeprefix(prefix): np.asarray(array) for name, array in arrays.items()}
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
@@ -352,6 +356,7 @@ class Checkpointer:
         Raises:
           CheckpointNotFound: there is no such step.
           CheckpointDamaged: the manifest is damaged, with None those of all steps are.
+          CheckpointUnreadable: the storage does not answer.
         """
         steps = self.all_steps()
         if not steps or (step is not None and step not in steps):
@@ -369,23 +374,19 @@ class Checkpointer:
 
         Returns:
           The problems found; empty when the step is what was saved.
+
+        Raises:
+          CheckpointUnreadable: the storage does not answer.
         """
         folder = self.directory / str(step)
-        problems = []
         try:
             manifest = read_manifest(folder)
+            verify_files(folder, manifest)
+            names = {name: data_struct(entry) for name, entry in manifest.leaves.items()}
+            _load_verified(folder, names, manifest, manifest.files is not None)
         except CheckpointDamaged as error:
             return [str(error)]
-        try:
-            verify_files(folder, manifest)
-        except CheckpointDamaged as error:
-            problems.append(str(error))
-        try:
-            names = {name: data_struct(entry) for name, entry in manifest.leaves.items()}
-            _verify_arrays(_load(folder, names, manifest), manifest)
-        except CheckpointDamaged as error:
-            problems.append(str(error))
-        return problems
+        return []
 
 
 class _KeepBest:
@@ -396,7 +397,11 @@ class _KeepBest:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         steps = [info.step for info in checkpoints]
-        kept = set(self._checkpointer._ranked(steps)[: self._count])
+        try:
+            kept = set(self._checkpointer._ranked(steps)[: self._count])
+        except CheckpointUnreadable as error:
+            log.warning("no old checkpoint is deleted this time, since the best are not known: %s", error)
+            kept = set(steps)
         return [step in kept for step in steps]
 
 
@@ -457,7 +462,8 @@ def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     raise CheckpointNotFound(f"{root} is not a checkpoint: it holds {contents(root)}; {expected}")
 
 
-def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest) -> dict[str, jax.Array]:
+def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest, hashed: bool) -> dict[str, jax.Array]:
+    """Arrays of a step as they are read; `hashed`: its files have just been compared with their hashes."""
     abstract = {}
     for name, leaf in names.items():
         # As it was saved: what is verified are the saved bits, whatever dtype is wanted in the end.
@@ -472,10 +478,9 @@ def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest) -> dict
             )
             arrays = reader.restore(folder / _STATE, args=arguments)
     except Exception as error:  # damaged storage surfaces as many types: ValueError, OSError, XlaRuntimeError, …
-        first = str(error).strip().splitlines() or [""]
-        raise CheckpointDamaged(
-            f"{folder / _STATE} cannot be read: {type(error).__name__}: {first[0][:300]}"
-        ) from error
+        # Files that have just been found to be those that were saved do not become damaged by an error.
+        kind = CheckpointUnreadable if hashed or storage.may_pass(error) else CheckpointDamaged
+        raise kind(f"{folder / _STATE} cannot be read: {storage.first_line(error)}") from error
     # What Orbax's own list of arrays does not name (it was damaged), a partial restore leaves as it was asked for.
     absent = [name for name in names if not isinstance(arrays.get(name), jax.Array)]
     if absent:
@@ -483,18 +488,22 @@ def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest) -> dict
     return {name: arrays[name] for name in names}
 
 
-def _verify_arrays(arrays: dict[str, jax.Array], manifest: Manifest) -> None:
-    sums, _ = checksums(arrays)
-    wrong = [name for name in arrays if list(sums[name]) != manifest.leaves[name]["sums"]]
-    if wrong:
-        raise CheckpointDamaged(f"the values of {some(wrong)} are not those that were saved")
+def _load_verified(
+    folder: epath.Path, names: dict[str, Any], manifest: Manifest, hashed: bool, agree: Callable = storage.alone
+) -> dict[str, jax.Array]:
+    """The arrays of a step that are named, equal to what was saved; `agree` as in `storage.settled`."""
 
+    def look() -> dict[str, jax.Array]:
+        arrays, problem = {}, None
+        try:
+            arrays = _load(folder, names, manifest, hashed)
+        except CheckpointError as error:
+            problem = error
+        # Before the checksums, which are one program of all processes.
+        problem = agree(problem)
+        if problem is not None:
+            raise problem
+        verify_arrays(arrays, manifest)
+        return arrays
 
-def _agree(problem: str | None) -> str | None:
-    """A problem of any process is a problem of all, so that all take the same branch."""
-    if jax.process_count() == 1:
-        return problem
-    flags = multihost_utils.process_allgather(np.array(problem is not None))
-    if problem is None and flags.any():
-        return f"process {int(np.flatnonzero(flags)[0])} found it damaged (see its log)"
-    return problem
+    return storage.settled(look, folder, agree)

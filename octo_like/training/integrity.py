@@ -21,19 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from octo_like.training.storage import CheckpointDamaged, CheckpointError, is_gone, settled
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 
 # Written or rewritten by Orbax while it gives the directory its final name, after the hashes were taken.
 _NOT_HASHED = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be saved or restored; the message says which, why and what would be valid."""
-
-
-class CheckpointDamaged(CheckpointError):
-    """What is on disk is not what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +74,26 @@ def write_manifest(folder: epath.Path, body: dict[str, Any], *, hash_files: bool
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
-    """Reads and checks the manifest of one step's directory.
+    """Reads and checks the manifest of one step's directory, whose name is the step.
 
     Raises:
-      CheckpointDamaged: missing, no JSON, of an unknown format, or its own SHA-256 does not match.
+      CheckpointDamaged: missing, no JSON, of an unknown format or another step, or its own SHA-256 does not match.
+      CheckpointUnreadable: the storage does not answer.
     """
+    return settled(lambda: _read_manifest(folder), folder / MANIFEST)
+
+
+def _read_manifest(folder: epath.Path) -> Manifest:
     path = folder / MANIFEST
-    if not path.exists():
-        raise CheckpointDamaged(f"{path} is missing; the directory holds {contents(folder)}")
     try:
-        outer = json.loads(path.read_text())
+        content = path.read_bytes()
+    except Exception as error:  # every storage has kinds of its own
+        if not is_gone(error):
+            raise
+        reason = "is a directory" if isinstance(error, IsADirectoryError) else "is missing"
+        raise CheckpointDamaged(f"{path} {reason}; the directory holds {contents(folder)}") from error
+    try:
+        outer = json.loads(content)
         body = outer["body"]
         sound = _digest(body) == outer["sha256"]
     except (ValueError, KeyError, TypeError) as error:
@@ -98,25 +102,62 @@ def read_manifest(folder: epath.Path) -> Manifest:
         raise CheckpointDamaged(f"{path} was altered: its SHA-256 does not match")
     if body["format"] != FORMAT:
         raise CheckpointDamaged(f"{path} has format {body['format']}, this version reads {FORMAT}")
+    if str(body["step"]) != folder.name:
+        raise CheckpointDamaged(f"{path} is that of step {body['step']}: a step's folder was copied or renamed")
     # `metric` came later than format 1.
     return Manifest(**{field.name: body[field.name] for field in dataclasses.fields(Manifest) if field.name in body})
 
 
 def verify_files(folder: epath.Path, manifest: Manifest) -> None:
-    """Raises CheckpointDamaged naming files that are missing, cut short or altered."""
-    problems = []
-    for name, expected in (manifest.files or {}).items():
-        path = folder / name
-        if not path.exists():
-            problems.append(f"{name} is missing")
-            continue
+    """Compares the files of a step with their hashes.
+
+    Raises:
+      CheckpointDamaged: names files that are missing, cut short or altered.
+      CheckpointUnreadable: the storage does not answer.
+    """
+    left = dict(manifest.files or {})
+
+    def look() -> None:
+        """Looks at the files that were not found to be good before."""
+        problems, errors = [], []
+        for name in list(left):
+            try:
+                problem = _difference(folder / name, left[name])
+            except OSError as error:
+                errors.append(error)
+                continue
+            if problem is None:
+                del left[name]
+            else:
+                problems.append(f"{name} {problem}")
+        if problems:
+            more = f"; and {len(problems) - 4} more" if problems[4:] else ""
+            raise CheckpointDamaged("; ".join(problems[:4]) + more)
+        if errors:
+            raise errors[0]
+
+    settled(look, folder)
+
+
+def verify_arrays(arrays: dict[str, jax.Array], manifest: Manifest) -> None:
+    """Raises CheckpointDamaged naming arrays whose checksums are not those in the manifest."""
+    sums, _ = checksums(arrays)
+    wrong = [name for name in arrays if list(sums[name]) != manifest.leaves[name]["sums"]]
+    if wrong:
+        raise CheckpointDamaged(f"the values of {some(wrong)} are not those that were saved")
+
+
+def _difference(path: epath.Path, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file; None: nothing. Raises OSError when it cannot be read."""
+    try:
         found = _hash_file(path)
-        if found["bytes"] != expected["bytes"]:
-            problems.append(f"{name} has {found['bytes']} bytes instead of {expected['bytes']}")
-        elif found["sha256"] != expected["sha256"]:
-            problems.append(f"{name} was altered (SHA-256 differs)")
-    if problems:
-        raise CheckpointDamaged("; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if problems[4:] else ""))
+    except OSError as error:
+        if not is_gone(error):
+            raise
+        return "is a directory" if isinstance(error, IsADirectoryError) else "is missing"
+    if found["bytes"] != expected["bytes"]:
+        return f"has {found['bytes']} bytes instead of {expected['bytes']}"
+    return None if found["sha256"] == expected["sha256"] else "was altered (SHA-256 differs)"
 
 
 def _files_below(folder: epath.Path) -> list[str]:

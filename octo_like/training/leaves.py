@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from octo_like.training.integrity import CheckpointError, Manifest, some
+from octo_like.training.integrity import Manifest, some
+from octo_like.training.storage import CheckpointError
 
 
 class StateMismatch(CheckpointError):

@@ -15,7 +15,13 @@ import numpy as np
 import optax
 import pytest
 
-from octo_like.training import checkpoint, integrity, leaves
+from octo_like.training import checkpoint, integrity, leaves, storage
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Damage is looked at twice; nobody has to wait for that here."""
+    monkeypatch.setattr(storage, "PAUSES", (0.0,) * len(storage.PAUSES))
 
 
 @flax.struct.dataclass

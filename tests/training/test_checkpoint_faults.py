@@ -1,0 +1,280 @@
+"""A storage that fails for a moment, or for long: nothing is set aside for it. Real errors of real system calls.
+
+The faults are made below Python and Orbax alike, by a library between the process and libc. It is compiled here;
+without a C compiler those tests are skipped, and what remains are faults of Python's own reads.
+"""
+
+import errno
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from octo_like.training import checkpoint, integrity, storage
+from tests.training.test_checkpoint import abstract, assert_same, data_files, flip, make_state, save, without_hashes
+
+FAULTS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Opening a file for reading whose path contains $FAULT_PATH fails with $FAULT_ERRNO, so often as $FAULT_COUNT says. */
+static int failed = 0;
+static int faulty(const char *path, int flags) {
+  const char *part = getenv("FAULT_PATH"), *count = getenv("FAULT_COUNT"), *code = getenv("FAULT_ERRNO");
+  if (!part || !count || !code || !path || (flags & O_ACCMODE) != O_RDONLY || (flags & O_DIRECTORY)) return 0;
+  if (!strstr(path, part) || __sync_fetch_and_add(&failed, 1) >= atoi(count)) return 0;
+  errno = atoi(code);
+  return 1;
+}
+#define MODE va_list l; va_start(l, flags); int mode = (flags & O_CREAT) ? va_arg(l, int) : 0; va_end(l);
+int open(const char *path, int flags, ...) {
+  MODE if (faulty(path, flags)) return -1;
+  return ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open"))(path, flags, mode);
+}
+int open64(const char *path, int flags, ...) {
+  MODE if (faulty(path, flags)) return -1;
+  return ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64"))(path, flags, mode);
+}
+int openat(int at, const char *path, int flags, ...) {
+  MODE if (faulty(path, flags)) return -1;
+  return ((int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, "openat"))(at, path, flags, mode);
+}
+int openat64(int at, const char *path, int flags, ...) {
+  MODE if (faulty(path, flags)) return -1;
+  return ((int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, "openat64"))(at, path, flags, mode);
+}
+int faults_so_far(void) { return failed; }
+"""
+
+RESTORE = """
+import ctypes, json, logging, os, sys
+from octo_like.training import checkpoint, storage
+from tests.training.test_checkpoint import abstract, assert_same, make_state
+
+workdir, library, fault, hashed = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+logging.basicConfig(level=logging.WARNING)
+storage.PAUSES = (0.0,) * 4
+with checkpoint.Checkpointer(workdir) as saver:
+    wanted = abstract(make_state(0))
+    os.environ.update(fault)
+    try:
+        restored, extra = saver.restore(None, wanted)
+    except checkpoint.CheckpointError as error:
+        print(type(error).__name__, error)
+    else:
+        assert_same(restored, make_state(extra["position"] // 32))
+        print("restored", extra["position"] // 32)
+    for name in fault:
+        del os.environ[name]
+    print("steps", saver.all_steps(), "faults", ctypes.CDLL(library).faults_so_far())
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0,) * len(storage.PAUSES))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler on Linux to put faults below the file system's calls")
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "faults.c").write_text(FAULTS)
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(folder / "faults.so"), str(folder / "faults.c"), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
+    return str(folder / "faults.so")
+
+
+def restore_with(repository, library, workdir, part, count, code, hashed):
+    fault = {"FAULT_PATH": part, "FAULT_COUNT": str(count), "FAULT_ERRNO": str(code)}
+    environment = os.environ | {"LD_PRELOAD": library, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(workdir), library, json.dumps(fault), json.dumps(hashed)],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said, facts = done.stdout.splitlines()
+    return said, facts, done.stderr
+
+
+@pytest.mark.parametrize(
+    "code,hashed", [(errno.EIO, True), (errno.ESTALE, False)], ids=["EIO-hashed", "ESTALE-checksums only"]
+)
+@pytest.mark.parametrize("count", [1, 1000], ids=["once", "for good"])
+def test_an_error_of_the_storage_sets_no_step_aside(tmp_path, repository, library, code, count, hashed):
+    """Below Orbax: the data files of the newest step fail to open, once or for as long as anybody tries."""
+    save(tmp_path, 1, 2)
+    if not hashed:
+        without_hashes(tmp_path / "checkpoints" / "2")
+    # Without hashes the first to read it is TensorStore.
+    part = "/checkpoints/2/state/"
+    said, facts, log = restore_with(repository, library, tmp_path, part, count, code, hashed)
+    assert facts.startswith("steps [1, 2] faults ") and int(facts.split()[-1]) >= 1, facts
+    assert not (tmp_path / "checkpoints" / "damaged").exists()
+    if count == 1:
+        assert said == "restored 2" and "looking again in" in log
+    else:
+        assert said.startswith("CheckpointUnreadable") and "/checkpoints/2" in said
+    # Nothing was wrong with it.
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(2))
+
+
+class Storage:
+    """Faults of Python's own reads: the manifest and the hashing of files."""
+
+    def __init__(self, monkeypatch, part, error, times):
+        self.part, self.error, self.left, self.met = part, error, times, 0
+        self._hash, self._read = integrity._hash_file, integrity._read_manifest
+        monkeypatch.setattr(integrity, "_hash_file", self.hash_file)
+        monkeypatch.setattr(integrity, "_read_manifest", self.read_manifest)
+
+    def meet(self, path):
+        if self.part in str(path) and self.left:
+            self.left, self.met = self.left - 1, self.met + 1
+            raise self.error
+
+    def hash_file(self, path):
+        self.meet(path)
+        return self._hash(path)
+
+    def read_manifest(self, folder):
+        self.meet(folder / "manifest.json")
+        return self._read(folder)
+
+
+class UnavailableError(Exception):
+    """As TensorFlow's, of a bucket."""
+
+
+ERRORS = [OSError(errno.EIO, "EIO"), OSError(errno.ESTALE, "ESTALE"), TimeoutError(), PermissionError(13, "EACCES")]
+
+
+@pytest.mark.parametrize("error", [*ERRORS, UnavailableError("503")], ids=lambda e: type(e).__name__ + str(e.args[:1]))
+@pytest.mark.parametrize("part", ["2/manifest.json", "2/state/manifest.ocdbt"])
+def test_reads_are_tried_again_and_then_it_is_an_error(tmp_path, monkeypatch, error, part):
+    if isinstance(error, UnavailableError) and "state" in part:
+        pytest.skip("files in buckets are not hashed")
+    save(tmp_path, 1, 2)
+    faults = Storage(monkeypatch, part, error, len(storage.PAUSES))
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(2))
+        assert faults.met == len(storage.PAUSES)
+        faults.left = 100
+        with pytest.raises(checkpoint.CheckpointUnreadable, match="checkpoints/2"):
+            saver.restore(None, abstract(make_state(0)))
+        with pytest.raises(checkpoint.CheckpointUnreadable, match="checkpoints/2"):
+            saver.verify(2)
+        assert saver.all_steps() == [1, 2] and not (tmp_path / "checkpoints" / "damaged").exists()
+        faults.left = 0
+        assert saver.verify(2) == []
+
+
+def test_the_pauses_grow(monkeypatch):
+    slept = []
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
+    monkeypatch.setattr(storage, "PAUSES", (0.5, 2.0, 8.0))
+
+    def look():
+        raise OSError(errno.EIO, "EIO")
+
+    with pytest.raises(checkpoint.CheckpointUnreadable, match="there cannot be read: OSError"):
+        storage.settled(look, "there")
+    assert slept == [0.5, 2.0, 8.0]
+
+
+def test_a_mismatch_that_is_seen_once_proves_nothing(tmp_path, monkeypatch):
+    """A cache that is behind: the first look at a file finds it short."""
+    save(tmp_path, 1, 2)
+    hashes, seen = integrity._hash_file, []
+
+    def short_once(path):
+        found = hashes(path)
+        if path.name == "manifest.ocdbt" and not seen:
+            seen.append(path)
+            return {**found, "bytes": 0}
+        return found
+
+    monkeypatch.setattr(integrity, "_hash_file", short_once)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(2))
+        assert seen and saver.all_steps() == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["manifest.json", "state/manifest.ocdbt"])
+def test_a_directory_in_place_of_a_file_is_damage(tmp_path, what, caplog):
+    save(tmp_path, 1, 2)
+    path = tmp_path / "checkpoints" / "2" / what
+    path.unlink()
+    path.mkdir()
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        (problem,) = saver.verify(2)
+        assert what in problem and "is a directory" in problem
+        assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(1))
+        assert saver.all_steps() == [1]
+    assert (tmp_path / "checkpoints" / "damaged" / "2").is_dir()
+
+
+def test_a_folder_with_the_name_of_another_step_is_damage(tmp_path):
+    """Step 1 copied to 7: sound in itself, but not what was saved at step 7."""
+    save(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "7")
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        (problem,) = saver.verify(7)
+        assert "is that of step 1" in problem
+        restored, extra = saver.restore(None, abstract(make_state(0)))
+        assert extra == {"position": 64} and saver.all_steps() == [1, 2]
+        assert_same(restored, make_state(2))
+
+
+def test_the_best_step_outlives_a_storage_that_does_not_answer(tmp_path, monkeypatch, caplog):
+    """Retention reads the metrics of old steps: those that it cannot read are kept."""
+    with checkpoint.Checkpointer(tmp_path, keep_last=1, keep_best=1) as saver:
+        for step, metric in ((1, 0.1), (2, 0.5), (3, 0.4)):
+            saver.save(step, make_state(step), metric=metric)
+        saver.wait()
+        assert saver.all_steps() == [1, 3]
+    faults = Storage(monkeypatch, "1/manifest.json", OSError(errno.EIO, "EIO"), 100)
+    with checkpoint.Checkpointer(tmp_path, keep_last=1, keep_best=1) as saver:
+        saver.save(4, make_state(4), metric=0.3)
+        saver.wait()
+        assert faults.met and saver.all_steps() == [1, 3, 4] and "no old checkpoint is deleted" in caplog.text
+        faults.left = 0
+        saver.save(5, make_state(5), metric=0.2)
+        saver.wait()
+        assert saver.all_steps() == [1, 5]
+
+
+def test_verify_says_that_it_could_not_read(tmp_path, repository, monkeypatch, capsys):
+    save(tmp_path, 1, 2)
+    Storage(monkeypatch, "2/state/", OSError(errno.EIO, "EIO"), 1000)
+    monkeypatch.setattr(sys, "argv", ["verify_checkpoint.py", str(tmp_path), "--all"])
+    status = runpy.run_path(str(repository / "scripts" / "verify_checkpoint.py"))["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 1 and lines[0].startswith("step 1: good") and "step 2: CANNOT BE READ" in lines[1]
+    assert "DAMAGED" not in "".join(lines)
+
+
+def test_what_is_wrong_stays_wrong(tmp_path):
+    """The other direction: real damage is found at once and named, with no wait for a storage."""
+    save(tmp_path, 1, 2)
+    flip(data_files(tmp_path / "checkpoints" / "2" / "state")[0], 20)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(1))
+        assert saver.all_steps() == [1]
