@@ -41,7 +41,7 @@ from octo_like.data.spec import DataError
 from octo_like.data.spot_check import find_stale
 from octo_like.data.stall import StallWatch
 from octo_like.data.statistics import RowWriter
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 FORMAT = 2
 CACHE_FOLDER = ".octo_like"
@@ -415,7 +415,7 @@ def _discard(folder: str, made: int) -> None:
     except tf.errors.NotFoundError:
         pass  # by another process
     except tf.errors.PermissionDeniedError as error:
-        raise DataError(f"{folder}: out of date, and cannot be removed here ({error.message}); remove it") from error
+        raise DataError(f"{folder}: out of date, and is not ours to remove ({error_text(error)}); remove it") from error
 
 
 def _split_index(
@@ -431,6 +431,7 @@ def _split_index(
     damaged = tuple(text["damaged"])
     if damaged:
         label = f"{split.name} {split.split}"
+        named = tuple(dict.fromkeys(damaged))  # a file that is gone says the same of each of its episodes
         check_damage(label, len(damaged), sum(split.shard_lengths), max_bad_fraction, damaged[0])
         log.warning(
             "%s: %d of %d records were damaged when it was indexed and are left out: %s%s. If the files have been "
@@ -438,8 +439,8 @@ def _split_index(
             label,
             len(damaged),
             sum(split.shard_lengths),
-            "; ".join(damaged[:3]),
-            " ..." if len(damaged) > 3 else "",
+            "; ".join(named[:3]),
+            " ..." if len(named) > 3 else "",
             folder,
         )
     bits = arrays.pop("bits")

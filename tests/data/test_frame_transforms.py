@@ -126,7 +126,7 @@ def crop_by_hand(image, box):
 
 
 def test_augmentation_draws_what_dlimp_draws():
-    """Each operation has a seed that is drawn from the one before; a crop has one number. Bytes are cut, not rounded."""
+    """Each operation has a seed that is drawn from the one before; a crop has one number; bytes are cut off."""
     from octo_like.data import trajectory as dl
 
     image, seed = image_of(), tf.constant([7, 11])
