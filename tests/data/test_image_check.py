@@ -3,7 +3,6 @@
 import concurrent.futures
 import json
 import multiprocessing
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from octo_like.data import image_check
 from octo_like.data.frames import decode_frames
 from octo_like.data.tf import tf
+from scripts import prepare_data
 
 
 def entropy_start(jpeg: bytes) -> int:
@@ -56,15 +56,16 @@ def damaged(copied):
     return copied, path
 
 
-def test_what_the_script_lists(damaged):
+def test_what_the_script_lists(damaged, monkeypatch, capsys):
     toy, path = damaged
     fields = [f"{key}={json.dumps(value)}" for key, value in toy.fields().items() if key != "name"]
-    command = [sys.executable, "scripts/prepare_data.py", "--data_dir", toy.data_dir, toy.name, "--workers", "1"]
-    done = subprocess.run([*command, "--check_images", "--set", *fields], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
+    options = ["--data_dir", toy.data_dir, toy.name, "--workers", "1", "--check_images", "--set", *fields]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *options])
+    assert prepare_data.main() == 1
+    printed = capsys.readouterr().out
     count = 2 * sum(map(len, toy.episodes)) - 1
-    assert f"toy_buttons: 3 of {count} frames are damaged" in done.stdout
-    listed = [line.strip() for line in done.stdout.splitlines() if line.startswith(f"  {path}")]
+    assert f"toy_buttons: 3 of {count} frames are damaged" in printed
+    listed = [line.strip() for line in printed.splitlines() if line.startswith(f"  {path}")]
     found = dict(line.removeprefix(f"{path}: ").split(": ", 1) for line in listed)
     assert set(found) == {
         "episode 1, step 2, 'hand_rgb' (wrist)",
