@@ -10,13 +10,12 @@ do not hold it: without --text-model the policy takes goal images and refuses te
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from octo_like.model.locations import LocationError
 from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError
+from octo_like.model.pretrained import PretrainedError, read_json
 
 
 def main(argv=None) -> int:
@@ -27,7 +26,7 @@ def main(argv=None) -> int:
     parser.add_argument("--text-model", help="sentencepiece model of the language encoder (T5's spiece.model)")
     parser.add_argument("--t5-config", type=Path, help="JSON with the fields of T5Config, for a T5 of unusual sizes")
     flags = parser.parse_args(argv)
-    t5 = json.loads(flags.t5_config.read_text()) if flags.t5_config else None
+    t5 = read_json(flags.t5_config) if flags.t5_config else None
     policy = Policy.load_pretrained(flags.source, step=flags.step, text_model=flags.text_model, t5=t5)
     policy.push(flags.target, message=f"Import {flags.source}")
     print(policy.get_pretty_spec())
@@ -40,5 +39,5 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (PretrainedError, LocationError, FileNotFoundError, json.JSONDecodeError) as error:
+    except (PretrainedError, LocationError, FileNotFoundError) as error:
         sys.exit(f"import_octo.py: error: {error}")

@@ -9,7 +9,9 @@ Training does this by itself when it first meets a dataset; doing it beforehand 
 cached beside the data (or in --cache_dir): a second run takes a second, and one that was killed goes on where it was.
 What will be read is said before. Several of these commands at once, on machines that share the cache, read other files
 each: --host 0/4 to --host 3/4.
-Exit status 1: something is wrong with data or arguments, named in one line.
+--check_images also decodes every frame, which takes longer than all the rest: it finds pictures that cannot be decoded
+and JPEGs whose compressed data is damaged, which training would use as they come out (docs/data.md, "Damaged records").
+Exit status 1: something is wrong with data or arguments, named in one line, or with the images, which are listed.
 """
 
 import argparse
@@ -44,12 +46,16 @@ def main() -> int:
         default=0.01,
         help="share of the records that may be damaged or invalid (default 0.01)",
     )
+    parser.add_argument(
+        "--check_images", action="store_true", help="decode every frame, and list those that are damaged"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("octo_like").setLevel(logging.INFO)
 
     from octo_like.common import normalization
     from octo_like.data import report
+    from octo_like.data.image_check import check_images
     from octo_like.data.index import prepare_datasets
     from octo_like.data.spec import DataError
 
@@ -85,14 +91,23 @@ def main() -> int:
             if len(empty) > 20:
                 print(f"  and {len(empty) - 20:,} more")
         if prepared.damaged:
+            named = dict.fromkeys(prepared.damaged)  # a file that is gone says the same of each of its episodes
             print(f"\n{len(prepared.damaged)} damaged or invalid records are left out:")
-            print("\n".join(f"  {message}" for message in prepared.damaged[:20]))
+            print("\n".join(f"  {message}" for message in list(named)[:20]))
+    bad_images = 0
+    for name, prepared in datasets.items() if args.check_images else ():
+        looked = check_images(prepared, workers=args.workers)
+        bad_images += len(looked.complaints)
+        print(f"\n{name}: {len(looked.complaints):,} of {looked.frames:,} frames are damaged")
+        print("\n".join(f"  {message}" for message in looked.complaints[:50]))
+        if len(looked.complaints) > 50:
+            print(f"  and {len(looked.complaints) - 50:,} more")
     print(f"\n{report.mixture_table(datasets)}")
     if args.statistics:
         with open(args.statistics, "w", encoding="utf-8") as file:
             json.dump(normalization.to_json({name: d.statistics for name, d in datasets.items()}), file, indent=1)
         print(f"\nstatistics: {args.statistics}")
-    return 0
+    return 1 if bad_images else 0
 
 
 if __name__ == "__main__":

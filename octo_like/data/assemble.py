@@ -14,7 +14,7 @@ from octo_like.data.episodes import Episode, EpisodeStore
 from octo_like.data.gather import FrameGatherer
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.order import uniform
-from octo_like.data.rlds import DamagedRecord
+from octo_like.data.rlds import DamagedRecord, LostRecord
 from octo_like.data.spec import DataError, suggest
 from octo_like.data.texts import Texts
 
@@ -167,7 +167,8 @@ class Assembler:
             for row, reason in bad.items():
                 if row in request.held:
                     raise DataError(f"{reason}; leave such trajectories out in the source itself")
-                self._damage.report(int(request.dataset[row]), int(request.episode[row]), reason)
+                gone = isinstance(found[row], LostRecord)
+                self._damage.report(int(request.dataset[row]), int(request.episode[row]), reason, file_gone=gone)
             if not bad:
                 return batch
             episode, step = request.episode.copy(), request.step.copy()

@@ -28,10 +28,14 @@ class DamageLog:
             raise DataError(f"max_bad_fraction must be in [0, 1], got {max_fraction}")
         self._sources, self._max_fraction = sources, max_fraction
         self._seen: list[set[int]] = [set() for _ in sources]
+        self._gone: set[str] = set()  # files
         self._lock = threading.Lock()
 
-    def report(self, dataset: int, episode: int, reason: str) -> None:
+    def report(self, dataset: int, episode: int, reason: str, *, file_gone: bool = False) -> None:
         """Notes a damaged record (once), with a message that names file and episode.
+
+        Args:
+          file_gone: it was not found; the log names the file once, and not again for each of its episodes.
 
         Raises:
           DataError: it is one too many.
@@ -41,15 +45,22 @@ class DamageLog:
                 return
             self._seen[dataset].add(episode)
             count = len(self._seen[dataset])
-        prepared, index = self._sources[dataset]
+            prepared, index = self._sources[dataset]
+            file, is_news = index.files[index.file[episode]], True
+            if file_gone:
+                is_news = file not in self._gone
+                self._gone.add(file)
+                lost = int((index.file == index.file[episode]).sum())
+                reason = f"{file} is gone, and with it {lost} of {len(index)} episodes"
         check_damage(prepared.key, count, len(index), self._max_fraction, reason)
-        log.warning(
-            "%s: damaged record %d (of %d allowed), others take its place: %s",
-            prepared.key,
-            count,
-            int(self._max_fraction * len(index)),
-            reason,
-        )
+        if is_news:
+            log.warning(
+                "%s: damaged record %d (of %d allowed), others take its place: %s",
+                prepared.key,
+                count,
+                int(self._max_fraction * len(index)),
+                reason,
+            )
 
     @property
     def counts(self) -> dict[str, int]:

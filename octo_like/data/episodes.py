@@ -17,6 +17,7 @@ from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.rlds import DamagedRecord
 from octo_like.data.spec import DataError
 from octo_like.data.texts import Texts
+from octo_like.data.tf import error_text
 
 RETRIES = 3  # of a read that the storage refused
 SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
@@ -82,8 +83,8 @@ def load_episode(
             raise rlds.damaged(path, int(index.record[episode]), offset, error) from error
         except rlds.transient_errors() as error:
             if attempt == RETRIES:
-                raise DataError(f"{index.where(episode)}: cannot be read: {error.message}") from error
-            log.warning("%s: reading failed (%s), trying again", index.where(episode), error.message)
+                raise DataError(f"{index.where(episode)}: cannot be read: {error_text(error)}") from error
+            log.warning("%s: reading failed (%s), trying again", index.where(episode), error_text(error))
             time.sleep(2.0**attempt)
     if raw.hash != index.record_hash[episode]:
         raise DataError(

@@ -22,7 +22,7 @@ import numpy as np
 
 from octo_like.data.resample import resample_uint8
 from octo_like.data.spec import DataError, suggest
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 # Mode -> the kernel that resizes in it.
 KERNELS = {"parity": "lanczos3", "fast": "triangle"}
@@ -139,9 +139,9 @@ def reduction(raw: tuple[int, int] | None, size: tuple[int, int]) -> int:
     return next((r for r in (8, 4, 2) if raw[0] >= r * size[0] and raw[1] >= r * size[1]), 1)
 
 
-def _decode(tensor: tf.Tensor, ratio: int) -> np.ndarray:
-    """(h, w, 3) uint8. One operation of TensorFlow per frame: cheaper than a traced loop over many, and it lets other
-    Python threads run while it works."""
+def decode_reduced(tensor: tf.Tensor, ratio: int) -> np.ndarray:
+    """(h, w, 3) uint8 of an image, or of a JPEG at 1/2, 1/4 or 1/8. One operation of TensorFlow per frame: cheaper
+    than a traced loop over many, and it lets other Python threads run while it works."""
     if ratio == 1:
         return np.asarray(tf.raw_ops.DecodeImage(contents=tensor, channels=3, dtype=tf.uint8, expand_animations=False))
     # The defaults, spelled out: with any of them left to TensorFlow the operation takes a slower path.
@@ -166,7 +166,7 @@ def decode_frame(contents: bytes | EncodedFrame, size: tuple[int, int], mode: st
     """
     frame = contents if isinstance(contents, EncodedFrame) else EncodedFrame(contents)
     try:
-        image = _decode(frame.tensor, reduction(frame.jpeg_size, size) if mode == "fast" else 1)
+        image = decode_reduced(frame.tensor, reduction(frame.jpeg_size, size) if mode == "fast" else 1)
     except tf.errors.InvalidArgumentError as error:
         raise FrameError(0, _reason("image", bytes(frame), error)) from error
     resize_frame(image, size, mode, out)
@@ -191,8 +191,7 @@ def decode_frames(contents: Sequence[bytes | EncodedFrame], size: tuple[int, int
 
 
 def _reason(what: str, contents: bytes, error: tf.errors.OpError) -> str:
-    lines = str(error.message).strip().splitlines()
-    return f"not a decodable {what} (starts with {bytes(contents[:8])!r}): {lines[0] if lines else error}"
+    return f"not a decodable {what} (starts with {bytes(contents[:8])!r}): {error_text(error)}"
 
 
 def resize_frame(image: np.ndarray, size: tuple[int, int], mode: str, out: np.ndarray) -> None:

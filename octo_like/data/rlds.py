@@ -20,7 +20,7 @@ from octo_like.data import standardize
 from octo_like.data.frames import RawEpisode, as_points, stored_frames
 from octo_like.data.leaves import select
 from octo_like.data.spec import DataError, DatasetSpec, suggest
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 # Around each record of a TFRecord file: length (8 bytes) and its CRC (4) before, CRC of the data (4) after.
 HEADER_BYTES, FOOTER_BYTES = 12, 4
@@ -48,6 +48,10 @@ def transient_errors() -> tuple[type[Exception], ...]:
 
 class DamagedRecord(DataError):
     """A record that cannot be read: damaged, truncated, or in a file that is gone."""
+
+
+class LostRecord(DamagedRecord):
+    """A record whose file is gone."""
 
 
 # ---------------------------------------------------------------- finding a dataset
@@ -83,6 +87,18 @@ def _has_info(path: str) -> bool:
     return tf.io.gfile.exists(os.path.join(path, INFO_FILE))
 
 
+def _versions(root: str) -> list[str]:
+    return [entry for entry in _subfolders(root) if _has_info(os.path.join(root, entry))]
+
+
+def _datasets(data_dir: str) -> list[str]:
+    """Folders that are datasets. Others lie beside them, e.g. `downloads`, which TFDS makes."""
+    names = _subfolders(data_dir)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda name: bool(_versions(os.path.join(data_dir, name))), names)
+        return [name for name, is_dataset in zip(names, found, strict=True) if is_dataset]
+
+
 def _version_key(version: str) -> tuple:
     return tuple(int(part) if part.isdigit() else -1 for part in version.split("."))
 
@@ -98,8 +114,8 @@ def find_dataset(name: str, data_dir: str, version: str | None = None) -> str:
         raise DataError(f"dataset {name!r}: data_dir {data_dir!r} does not exist")
     root = os.path.join(data_dir, name)
     if not tf.io.gfile.isdir(root):
-        raise DataError(f"dataset {name!r} is not in {data_dir!r}; {suggest(name, _subfolders(data_dir))}")
-    versions = [entry for entry in _subfolders(root) if _has_info(os.path.join(root, entry))]
+        raise DataError(f"dataset {name!r} is not in {data_dir!r}; {suggest(name, _datasets(data_dir))}")
+    versions = _versions(root)
     if version is None and not versions:
         raise DataError(
             f"dataset {name!r}: no version folder with {INFO_FILE} in {root!r} (an unfinished or interrupted build?); "
@@ -431,10 +447,12 @@ def read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
 
 def damaged(path: str, record: int, offset: int, error: Exception) -> DamagedRecord:
     """One readable error for a record that cannot be read."""
-    reason = re.sub(r"\s*\{\{.*|\s*\[\[.*|\s*\[Op:.*", "", str(getattr(error, "message", error))).strip().splitlines()
-    return DamagedRecord(
-        f"{path}: episode {record} (byte {offset}) is damaged or truncated: {reason[0] if reason else error}"
-    )
+    if isinstance(error, tf.errors.NotFoundError):
+        return LostRecord(f"{path}: the file is gone, with episode {record}")
+    text = error_text(error)
+    if text.startswith("Dataset was empty"):  # of one record, asked for by its offset
+        text = "the file ends before it"
+    return DamagedRecord(f"{path}: episode {record} (byte {offset}) is damaged or truncated: {text}")
 
 
 def non_finite(values: np.ndarray) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ import numpy as np
 from octo_like.data import columns, rlds
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 COLUMNS = {
     "record": np.int32,
@@ -221,7 +221,7 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
         except rlds.transient_errors() as error:
             failures += 1
             if failures > _RETRIES:
-                raise DataError(f"{path}: cannot be read (byte {cursor.offset}): {error.message}") from error
+                raise DataError(f"{path}: cannot be read (byte {cursor.offset}): {error_text(error)}") from error
             cursor.retry()
             continue
         except rlds.damage_errors() as error:

@@ -43,7 +43,7 @@ from octo_like.data.spec import DataError
 from octo_like.data.spot_check import find_stale
 from octo_like.data.stall import StallWatch
 from octo_like.data.statistics import RowWriter
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 FORMAT = 2
 CACHE_FOLDER = ".octo_like"
@@ -447,7 +447,7 @@ def _discard(folder: str, made: int) -> None:
     except tf.errors.NotFoundError:
         pass  # by another process
     except tf.errors.PermissionDeniedError as error:
-        raise DataError(f"{folder}: out of date, and cannot be removed here ({error.message}); remove it") from error
+        raise DataError(f"{folder}: out of date, and is not ours to remove ({error_text(error)}); remove it") from error
 
 
 def _split_index(
@@ -463,15 +463,16 @@ def _split_index(
     damaged = tuple(text["damaged"])
     if damaged:
         label = f"{split.name} {split.split}"
-        check_damage(label, len(damaged), sum(split.shard_lengths), max_bad_fraction, _listed(damaged, folder))
+        named = tuple(dict.fromkeys(damaged))  # a file that is gone says the same of each of its episodes
+        check_damage(label, len(damaged), sum(split.shard_lengths), max_bad_fraction, _listed(named, folder))
         log.warning(
             "%s: %d of %d records were damaged or invalid when it was indexed and are left out: %s%s. If the files "
             "have been restored since, delete %s",
             label,
             len(damaged),
             sum(split.shard_lengths),
-            "; ".join(damaged[:3]),
-            " ..." if len(damaged) > 3 else "",
+            "; ".join(named[:3]),
+            " ..." if len(named) > 3 else "",
             folder,
         )
     bits = arrays.pop("bits")

@@ -13,7 +13,7 @@ from octo_like.data import columns, rlds
 from octo_like.data.order import hash_key
 from octo_like.data.rlds import EpisodeFunction
 from octo_like.data.statistics import row_range
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 if TYPE_CHECKING:
     from octo_like.data.split_index import Index
@@ -42,7 +42,7 @@ def find_stale(index: "Index", rows_path: str, function: EpisodeFunction) -> str
             damaged += 1
             continue
         except rlds.transient_errors() as error:
-            log.warning("%s: cannot be read to check the cached index: %s", where, error.message)
+            log.warning("%s: cannot be read to check the cached index: %s", where, error_text(error))
             return None
         if int(now["hash"]) != index.record_hash[episode]:
             return f"{where}: the record is another one than when it was indexed"

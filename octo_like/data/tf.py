@@ -7,6 +7,7 @@ used: episodes that are in memory become batches on machines that do not have it
 import importlib
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -56,4 +57,15 @@ if TYPE_CHECKING:
 else:
     tf = _Lazily()
 
-__all__ = ["tf"]
+# Around what an operation says: the function, before or after; the node; the operation, and an empty name.
+_SURROUNDINGS = re.compile(r"\{\{function_node .*?\}\}|\[\[.*?\]\]|\[Op:\w*\](\s*name:.*)?")
+
+
+def error_text(error: Exception) -> str:
+    """What an error of TensorFlow says, in one line, without the names of functions, nodes and operations around it."""
+    text = str(getattr(error, "message", None) or error)
+    lines = [line.strip() for line in _SURROUNDINGS.sub("\n", text).splitlines()]
+    return next(filter(None, lines), type(error).__name__)
+
+
+__all__ = ["error_text", "tf"]

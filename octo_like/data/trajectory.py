@@ -4,11 +4,11 @@ A trajectory is a dict of tensors whose first axis is the step. Pipelines are wr
 
     TrajectoryDataset.from_rlds("~/data/bridge_dataset/1.0.0").traj_map(relabel).flatten().frame_map(decode).batch(32)
 
-so scripts written for dlimp run with the import changed: `DLataset`, `vmap`, `parallel_vmap` and `transforms` are here
-under dlimp's names. The order of the elements is the same every time (until something shuffles), also where dlimp's
-depends on the number of cores. The training stream reads the same trajectories (`rlds.parse_episode`) and applies the
-same kind of functions, but in an order it can seek in; use this class for pipelines of your own, for inspection, and
-for conversions.
+so scripts written for dlimp run with the import changed: `DLataset`, `vmap`, `parallel_vmap`, `transforms`, `utils` and
+`augmentations` are here under dlimp's names (docs/data.md lists them all). The order of the elements is the same every
+time (until something shuffles), also where dlimp's depends on the number of cores. The training stream reads the same
+trajectories (`rlds.parse_episode`) and applies the same kind of functions, but in an order it can seek in; use this
+class for pipelines of your own, for inspection, and for conversions.
 """
 
 from __future__ import annotations
@@ -22,29 +22,13 @@ import numpy as np
 
 from octo_like.data import frame_transforms as transforms
 from octo_like.data import rlds, tensor_records
+from octo_like.data.frame_transforms import parallel_vmap, vmap
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
 
-__all__ = ["DLataset", "TrajectoryDataset", "parallel_vmap", "transforms", "vmap"]
+__all__ = ["DLataset", "TrajectoryDataset", "augmentations", "parallel_vmap", "transforms", "utils", "vmap"]
 
 Tensors = dict[str, Any]
-
-
-def vmap(fn: Callable[[Any], Any], num_parallel_calls: int | None = None) -> Callable[[Any], Any]:
-    """`fn` of one frame, applied to all frames of a trajectory (at least one)."""
-
-    def mapped(trajectory: Any) -> Any:
-        steps = tf.shape(tf.nest.flatten(trajectory)[0], tf.int64)[0]
-        frames = tf.data.Dataset.from_tensor_slices(trajectory)
-        frames = frames.map(fn, num_parallel_calls, deterministic=True if num_parallel_calls else None)
-        return frames.batch(steps).get_single_element()
-
-    return mapped
-
-
-def parallel_vmap(fn: Callable[[Any], Any], num_parallel_calls: int | None = tf.data.AUTOTUNE) -> Callable[[Any], Any]:
-    """`vmap` on several cores."""
-    return vmap(fn, num_parallel_calls)
 
 
 class TrajectoryDataset(tf.data.Dataset):
@@ -257,5 +241,6 @@ def _adopt() -> None:
 
 _adopt()
 
-# The class's name in dlimp: `from octo_like.data import trajectory as dl` in place of `import dlimp as dl`.
+# Names in dlimp: `from octo_like.data import trajectory as dl` in place of `import dlimp as dl`.
 DLataset = TrajectoryDataset
+utils = augmentations = transforms

@@ -6,150 +6,34 @@ overrides of defaults; `example_batch.msgpack` tells token counts. Parameter nam
 configuration is translated. The models behave as they were trained: `octo_compat=True`.
 """
 
-import json
+import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import msgpack
 import numpy as np
 
-from octo_like.common.schema import BatchSpec, flatten, unflatten
-from octo_like.model.pretrained import PretrainedError
+from octo_like.common.schema import BatchSpec, flatten
+from octo_like.model.entries import BOOL, INTEGER, NUMBER, OBJECT, SIZE, SIZES, WORD, WORDS, Entry, Kind
+from octo_like.model.octo_arrays import read_msgpack, read_params
+from octo_like.model.pretrained import PARAMS_FILE, PretrainedError, check_feed_forward, read_json
+from octo_like.model.t5 import T5_CONFIGS, T5Config
 
-_ARRAY, _SCALAR, _TUPLE = 1, 3, 4
-
-
-def read_msgpack(path: str | os.PathLike) -> Any:
-    """A Flax msgpack file: arrays are extension 1 with payload (shape, dtype name, bytes), scalars 3, tuples 4."""
-
-    def extension(code, data):
-        if code in (_ARRAY, _SCALAR):
-            shape, dtype, raw = msgpack.unpackb(data, raw=True)
-            array = np.frombuffer(raw, np.dtype(dtype.decode())).reshape(shape)
-            return array if code == _ARRAY else array[()]
-        if code == _TUPLE:
-            return tuple(msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=False))
-        raise PretrainedError(f"{path}: unknown msgpack extension {code}")
-
-    try:
-        tree = msgpack.unpackb(Path(path).read_bytes(), ext_hook=extension, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.exceptions.ExtraData) as error:
-        raise PretrainedError(f"{path} is not a Flax msgpack file: {error}") from error
-    return _join_chunks(tree)
-
-
-def _join_chunks(node: Any) -> Any:
-    """Arrays over 2^30 bytes are stored as a dict of flat pieces."""
-    if not isinstance(node, Mapping):
-        return node
-    if "__msgpack_chunked_array__" in node:
-        pieces = node["chunks"]
-        flat = np.concatenate(
-            [pieces[key] for key in sorted(pieces, key=int)] if isinstance(pieces, Mapping) else pieces
-        )
-        shape = node["shape"]
-        shape = [shape[key] for key in sorted(shape, key=int)] if isinstance(shape, Mapping) else shape
-        return flat.reshape(shape)
-    return {key: _join_chunks(value) for key, value in node.items()}
-
-
-_PLACEHOLDER = "PLACEHOLDER://"
-
-
-def read_params(folder: str | os.PathLike) -> dict[str, Any]:
-    """The parameter tree in a step's folder, whichever way it was written.
-
-    Known: one msgpack file `checkpoint` with all arrays; the same with arrays in zarr folders beside it; zarr arrays in
-    an OCDBT store (`manifest.ocdbt`), zarr version 2 or 3. Array names join the keys of the tree by dots.
-
-    Raises:
-      PretrainedError: none of these is there, or an array cannot be read.
-    """
-    folder = Path(folder)
-    file = folder / "checkpoint"
-    tree = read_msgpack(file) if file.is_file() else None
-    if tree is not None and not _placeholders(tree):
-        return _unwrapped(tree)
-    names = _array_names(folder)
-    if not names:
-        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "nothing"
-        raise PretrainedError(f"{folder} holds no parameters: expected checkpoint or manifest.ocdbt, found {found}")
-    if tree is not None:
-        for path, name in _placeholders(tree).items():
-            if name not in names:
-                raise PretrainedError(f"{folder}: array {name!r} that checkpoint refers to is missing")
-            *parents, last = path
-            node = tree
-            for key in parents:
-                node = node[key]
-            node[last] = _read_array(folder, name, names[name])
-        return _unwrapped(tree)
-    keys = _metadata_keys(folder)
-    arrays = {"/".join(keys.get(name, name.split("."))): _read_array(folder, name, names[name]) for name in names}
-    return _unwrapped(unflatten(arrays))
-
-
-def _unwrapped(tree: dict[str, Any]) -> dict[str, Any]:
-    return tree["params"] if set(tree) == {"params"} else tree
-
-
-def _placeholders(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    if isinstance(node, Mapping):
-        return {k: v for key, value in node.items() for k, v in _placeholders(value, (*path, key)).items()}
-    if isinstance(node, str) and node.startswith(_PLACEHOLDER):
-        return {path: node.removeprefix(_PLACEHOLDER)}
-    return {}
-
-
-def _array_names(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Array name to (tensorstore driver, key-value store)."""
-    import tensorstore
-
-    base = f"file://{quote(str(folder.resolve()))}/"
-    ocdbt = (folder / "manifest.ocdbt").is_file()
-    names = {}
-    if ocdbt:
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        files = [key.decode() for key in store.list().result()]
-    else:
-        files = [str(p.relative_to(folder)) for pattern in ("*/.zarray", "*/zarr.json") for p in folder.glob(pattern)]
-    for file in files:
-        name, _, last = file.rpartition("/")
-        driver = {".zarray": "zarr", "zarr.json": "zarr3"}.get(last)
-        if driver:
-            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if ocdbt else f"{base}{quote(name)}/"
-            names[name] = driver, store
-    return names
-
-
-def _read_array(folder: Path, name: str, where: tuple[str, Any]) -> np.ndarray:
-    import tensorstore
-
-    driver, store = where
-    try:
-        return tensorstore.open({"driver": driver, "kvstore": store}, open=True).result().read().result()
-    except ValueError as error:
-        raise PretrainedError(f"{folder}: array {name!r} cannot be read: {error}") from error
-
-
-def _metadata_keys(folder: Path) -> dict[str, list[str]]:
-    """Array name to the keys of the tree, for trees whose keys contain dots; empty when the file does not say."""
-    file = folder / "_METADATA"
-    if not file.is_file():
-        return {}
-    entries = json.loads(file.read_text()).get("tree_metadata", {}).values()
-    paths = [[str(part["key"]) for part in entry["key_metadata"]] for entry in entries]
-    return {".".join(path): path for path in paths}
+CONFIG, EXAMPLE = "config.json", "example_batch.msgpack"
 
 
 def is_release(path: str | os.PathLike) -> bool:
-    """Whether a folder is laid out as a released Octo checkpoint."""
+    """Whether a folder is laid out as a released Octo checkpoint, complete or not."""
     path = Path(path)
-    return (path / "config.json").is_file() and (path / "example_batch.msgpack").is_file()
+    if not path.is_dir() or (path / PARAMS_FILE).exists():
+        return False
+    steps = any(
+        (path / str(step) / "default").is_dir() for step in release_steps(entry.name for entry in path.iterdir())
+    )
+    return (path / EXAMPLE).is_file() or (steps and (path / CONFIG).is_file())
 
 
 def release_steps(names: Iterable[str]) -> list[int]:
@@ -178,105 +62,136 @@ def load_release(path: str | os.PathLike, *, step: int | None = None, t5: Mappin
     """
     path = Path(path)
     steps = release_steps(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
-    if not steps or not (path / "config.json").is_file():
+    if not steps or not (path / CONFIG).is_file():
         raise PretrainedError(
-            f"{path} is not a released Octo checkpoint: expected config.json and <step>/default/, "
+            f"{path} is not a released Octo checkpoint: expected {CONFIG} and <step>/default/, "
             f"found {sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else 'nothing'}"
         )
     if step is not None and step not in steps:
         raise PretrainedError(f"{path} has no step {step}; valid: {steps}")
     step = steps[-1] if step is None else step
-    config = json.loads((path / "config.json").read_text())
-    example = read_msgpack(path / "example_batch.msgpack")
+    config = Entry(read_json(path / CONFIG), path / CONFIG)
+    if not (path / EXAMPLE).is_file():
+        raise PretrainedError(f"{path / EXAMPLE} is missing; expected the example batch, which tells the inputs' sizes")
+    example = read_msgpack(path / EXAMPLE)
     statistics_file = path / "dataset_statistics.json"
-    statistics = json.loads(statistics_file.read_text()) if statistics_file.is_file() else {}
-    params = _in_float32(read_params(path / str(step) / "default"))
-    sizes = t5_sizes(params)
+    statistics = read_json(statistics_file) if statistics_file.is_file() else {}
+    for name in statistics if "action" not in statistics else ("action",):
+        Entry(statistics, statistics_file).entry(name)
+    params = read_params(path / str(step) / "default")
+    sizes = t5_sizes(params, path / str(step) / "default")
     if sizes is not None:
-        sizes |= _t5_file(path / "t5_config.json") | dict(t5 or {})
-    return translate_config(config["model"], t5=sizes), params, statistics, example
-
-
-def _in_float32(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A release may have been stored in half precision; it was trained in float32 and is computed so."""
-    return unflatten({name: np.asarray(leaf, np.float32) for name, leaf in flatten(params)})
+        sizes |= _t5_file(path / "t5_config.json", sizes["gated"]) | _t5_fields(t5 or {})
+    return translate_config(config.get("model", OBJECT), t5=sizes, file=path / CONFIG), params, statistics, example
 
 
 # Hugging Face's names of what a T5 encoder's parameters do not tell.
 _T5_FIELDS = {"relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "epsilon"}
 
 
-def _t5_file(path: Path) -> dict[str, Any]:
+def _t5_file(path: Path, gated: bool) -> dict[str, Any]:
     """From a T5's own config, which a release does not bring but may have been given."""
     if not path.is_file():
         return {}
-    given = json.loads(path.read_text())
-    return {ours: given[name] for name, ours in _T5_FIELDS.items() if name in given}
+    given = Entry(read_json(path), path)
+    check_feed_forward(path, given.value, gated)
+    return {ours: given.get(name, NUMBER) for name, ours in _T5_FIELDS.items() if name in given.value}
 
 
-def t5_sizes(params: Mapping[str, Any]) -> dict[str, Any] | None:
+def _t5_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(T5Config)}
+    entry = Entry(given, "fields of the T5")
+    entry.check_options(fields, "T5Config")
+    kinds = {"gated": BOOL, "epsilon": NUMBER}
+    return {name: entry.get(name, kinds.get(name, INTEGER)) for name in given}
+
+
+def t5_sizes(params: Mapping[str, Any], where: str | os.PathLike = "the parameters") -> dict[str, Any] | None:
     """Sizes of the T5 encoder among a release's parameters, for encoders that no name stands for; None without one.
 
     Shapes tell all but the longest distance, which is 128 in every published T5; the relative bias has a column a head.
+
+    Raises:
+      PretrainedError: an array that tells a size is missing or has no such shape.
     """
     flat = {name: leaf.shape for name, leaf in flatten(params) if "/hf_model/" in name}
     if not flat:
         return None
     inner = {name.split("/hf_model/", 1)[1]: shape for name, shape in flat.items()}
-    vocab_size, d_model = inner["shared/embedding"]
-    num_buckets, num_heads = inner["encoder/block/0/layer/0/SelfAttention/relative_attention_bias/embedding"]
+
+    def table(name: str) -> tuple[int, int]:
+        shape = inner.get(name, "missing")
+        if len(shape) != 2 or not all(shape):
+            prefix = next(iter(flat)).split("/hf_model/")[0]
+            raise PretrainedError(
+                f"{where}: {prefix}/hf_model/{name} is {shape}; expected an array with two axes, since the tree "
+                "holds a T5 encoder"
+            )
+        return shape
+
+    vocab_size, d_model = table("shared/embedding")
+    num_buckets, num_heads = table("encoder/block/0/layer/0/SelfAttention/relative_attention_bias/embedding")
     gated = "encoder/block/0/layer/1/DenseReluDense/wi_0/kernel" in inner
-    feed_forward = inner[f"encoder/block/0/layer/1/DenseReluDense/{'wi_0' if gated else 'wi'}/kernel"][1]
+    blocks = [int(found[1]) for name in inner if (found := re.match(r"encoder/block/(\d+)/", name))]
     return {
         "vocab_size": vocab_size,
         "d_model": d_model,
-        "d_kv": inner["encoder/block/0/layer/0/SelfAttention/q/kernel"][1] // num_heads,
-        "d_ff": feed_forward,
-        "num_layers": 1 + max(int(name.split("/")[2]) for name in inner if name.startswith("encoder/block/")),
+        "d_kv": table("encoder/block/0/layer/0/SelfAttention/q/kernel")[1] // num_heads,
+        "d_ff": table(f"encoder/block/0/layer/1/DenseReluDense/{'wi_0' if gated else 'wi'}/kernel")[1],
+        "num_layers": 1 + max(blocks),
         "num_heads": num_heads,
         "num_buckets": num_buckets,
         "gated": gated,
     }
 
 
-def translate_config(model: Mapping[str, Any], *, t5: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def translate_config(
+    model: Mapping[str, Any], *, t5: Mapping[str, Any] | None = None, file: str | os.PathLike = CONFIG
+) -> dict[str, Any]:
     """A release's `config["model"]` in our vocabulary (see configs/octo_small.py).
 
+    Args:
+      t5: sizes of the T5 encoder, where the parameters hold one.
+      file: where the config comes from, for messages.
+
     Raises:
-      PretrainedError: the config names a class or an option that is unknown here, or lacks one that has no default.
+      PretrainedError: the config names a class or an option that is unknown here, lacks one that has no default, or
+        has a value of another kind.
     """
-    required = ("token_embedding_size", "max_horizon", "transformer_kwargs", "readouts", "heads")
-    missing = [name for name in (*required, "task_tokenizers", "observation_tokenizers") if model.get(name) is None]
-    missing += [
-        n for n in ("num_layers", "mlp_dim", "num_attention_heads") if n not in model.get("transformer_kwargs", {})
-    ]
-    if missing:
-        raise PretrainedError(f"the release's config lacks model.{', model.'.join(missing)}; it has {sorted(model)}")
-    known = {"num_layers", "mlp_dim", "num_attention_heads", "dropout_rate", "attention_dropout_rate"}
-    for name, value in model["transformer_kwargs"].items():
-        if name not in known and not (name == "add_position_embedding" and not value):
-            raise PretrainedError(f"transformer_kwargs.{name}={value!r} in the release's config is not supported here")
-    transformer = {"num_heads": model["transformer_kwargs"]["num_attention_heads"]}
-    for name, default in (
-        ("num_layers", None),
-        ("mlp_dim", None),
-        ("dropout_rate", 0.1),
-        ("attention_dropout_rate", 0.1),
-    ):
-        transformer[name] = model["transformer_kwargs"].get(name, default)
+    model = Entry(model, file, "model.")
+    kwargs = model.entry("transformer_kwargs")
+    if not kwargs.get("add_position_embedding", BOOL, False):
+        kwargs = Entry({k: v for k, v in kwargs.value.items() if k != "add_position_embedding"}, file, kwargs.path)
+    rates = {"dropout_rate", "attention_dropout_rate"}
+    for name, value in kwargs.value.items():
+        if name not in {"num_layers", "mlp_dim", "num_attention_heads", *rates}:
+            raise kwargs.error(name, f"is {value!r}, which is not supported here")
+    transformer = {
+        "num_heads": kwargs.get("num_attention_heads", SIZE),
+        "num_layers": kwargs.get("num_layers", SIZE),
+        "mlp_dim": kwargs.get("mlp_dim", SIZE),
+        "dropout_rate": kwargs.get("dropout_rate", NUMBER, 0.1),
+        "attention_dropout_rate": kwargs.get("attention_dropout_rate", NUMBER, 0.1),
+    }
+    tokenizers = {
+        group: {name: _tokenizer(spec, t5) for name, spec in model.entries(group).items()}
+        for group in ("task_tokenizers", "observation_tokenizers")
+    }
+    readouts = model.entry("readouts")
+    groups = {"task", "obs"} | {f"readout_{name}" for name in readouts.value}
+    groups |= {f"task_{name}" for name in tokenizers["task_tokenizers"]}
+    groups |= {f"obs_{name}" for name in tokenizers["observation_tokenizers"]}
     return {
-        "token_dim": model["token_embedding_size"],
-        "max_window": model["max_horizon"],
-        "repeat_task_tokens": model.get("repeat_task_tokens", False),
-        "legacy_attention": not model.get("use_correct_attention", False),
+        "token_dim": model.get("token_embedding_size", SIZE),
+        "max_window": model.get("max_horizon", SIZE),
+        "repeat_task_tokens": model.get("repeat_task_tokens", BOOL, False),
+        # The first releases do not know the option and were trained with the look-up that is off by one.
+        "legacy_attention": not model.get("use_correct_attention", BOOL, False),
         "octo_compat": True,
         "transformer": transformer,
-        "task_tokenizers": {name: _tokenizer(spec, t5) for name, spec in model["task_tokenizers"].items()},
-        "observation_tokenizers": {
-            name: _tokenizer(spec, t5) for name, spec in model["observation_tokenizers"].items()
-        },
-        "readouts": dict(model["readouts"]),
-        "heads": {name: _head(spec) for name, spec in model["heads"].items()},
+        **tokenizers,
+        "readouts": {name: readouts.get(name, SIZE) for name in readouts.value},
+        "heads": {name: _head(spec, groups) for name, spec in model.entries("heads").items()},
     }
 
 
@@ -296,94 +211,96 @@ _TOKENIZER_OPTIONS = {
 }
 
 
-def _kwargs(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Keyword arguments of a component; positional ones would be lost silently."""
-    if spec.get("args"):
-        raise PretrainedError(f"{spec['name']} has positional arguments {spec['args']} in the release's config")
-    return spec.get("kwargs") or {}
-
-
-def _tokenizer(spec: Mapping[str, Any], t5) -> dict[str, Any]:
-    kwargs = _kwargs(spec)
-    for option in kwargs:
-        valid = _TOKENIZER_OPTIONS.get(spec["name"])
-        if valid is not None and option not in valid:
-            raise PretrainedError(
-                f"unknown option {option!r} of {spec['name']} in the release's config; known: {sorted(valid)}"
-            )
-    if spec["name"] == "ImageTokenizer":
-        encoder = kwargs["encoder"]
-        stem = _stem(encoder)
-        learned = kwargs.get("num_tokens", 8) if kwargs.get("use_token_learner", False) else 0
+def _tokenizer(spec: Entry, t5: Mapping[str, Any] | None) -> dict[str, Any]:
+    name, kwargs = spec.component()
+    if name not in _TOKENIZER_OPTIONS:
+        raise spec.error("name", f"is an unknown tokenizer {name!r}; known: {sorted(_TOKENIZER_OPTIONS)}")
+    kwargs.check_options(_TOKENIZER_OPTIONS[name], name)
+    if name == "ImageTokenizer":
+        stem, normalization = _stem(kwargs.entry("encoder"))
+        learned = kwargs.get("num_tokens", SIZE, 8) if kwargs.get("use_token_learner", BOOL, False) else 0
         return {
             "kind": "image",
             "stem": stem,
-            "obs_keys": tuple(kwargs.get("obs_stack_keys", ("image_.*", "depth_.*"))),
-            "goal_keys": tuple(kwargs.get("task_stack_keys", ())),
-            "film_keys": tuple(kwargs.get("task_film_keys", ())),
+            "obs_keys": kwargs.get("obs_stack_keys", WORDS, ("image_.*", "depth_.*")),
+            "goal_keys": kwargs.get("task_stack_keys", WORDS, ()),
+            "film_keys": kwargs.get("task_film_keys", WORDS, ()),
             "num_learned_tokens": learned,
-            "normalization": _kwargs(encoder).get("img_norm_type", "default"),
-            "use_pad_mask": kwargs.get("proper_pad_mask", True),
+            "normalization": normalization,
+            "use_pad_mask": kwargs.get("proper_pad_mask", BOOL, True),
         }
-    if spec["name"] == "LanguageTokenizer":
-        encoder = kwargs.get("encoder")
-        entry = {"kind": "language", "use_pad_mask": kwargs.get("proper_pad_mask", True)}
+    if name == "LanguageTokenizer":
+        encoder = kwargs.get("encoder", WORD, None)
+        entry = {"kind": "language", "use_pad_mask": kwargs.get("proper_pad_mask", BOOL, True)}
         if encoder is None:
             return entry | {"encoder": "embedding"}
         # What the parameters say is right, whatever the encoder is called.
+        if t5 is None and encoder not in T5_CONFIGS:
+            raise kwargs.error(
+                "encoder",
+                f"is {encoder!r}, a size that is not known here, and the parameters hold no T5 encoder that would tell "
+                f"it; expected one of {sorted(T5_CONFIGS)}",
+            )
         size = encoder if t5 is None else dict(t5)
-        return entry | {"encoder": "t5", "t5": size, "finetune_encoder": kwargs.get("finetune_encoder", False)}
-    if spec["name"] == "LowdimObsTokenizer":
-        return {
-            "kind": "lowdim",
-            "per": "scalar",
-            "obs_keys": tuple(kwargs["obs_keys"]),
-            "discretize": kwargs.get("discretize", False),
-            "num_bins": kwargs.get("n_bins", 256),
-            "bin_type": kwargs.get("bin_type", "uniform"),
-            "low": kwargs.get("low", 0.0),
-            "high": kwargs.get("high", 1.0),
+        return entry | {
+            "encoder": "t5",
+            "t5": size,
+            "finetune_encoder": kwargs.get("finetune_encoder", BOOL, False),
         }
-    raise PretrainedError(
-        f"unknown tokenizer {spec['name']!r} in the release's config; known: {sorted(_TOKENIZER_OPTIONS)}"
-    )
-
-
-def _stem(encoder: Mapping[str, Any]) -> dict[str, Any]:
-    name, kwargs = encoder["name"], dict(_kwargs(encoder))
-    stems = {
-        "SmallStem": ("small", {"patch_size": 32}),
-        "SmallStem16": ("small", {"patch_size": 16}),
-        "SmallStem32": ("small", {"patch_size": 32}),
-        "PatchEncoder": ("patch", {"patch_size": 32}),
-        "ViTResnet": ("resnet", {"num_layers": ()}),
-        "ResNet26FILM": ("resnet", {"use_film": True, "num_layers": (2, 2, 2, 2)}),
+    return {
+        "kind": "lowdim",
+        "per": "scalar",
+        "obs_keys": kwargs.get("obs_keys", WORDS),
+        "discretize": kwargs.get("discretize", BOOL, False),
+        "num_bins": kwargs.get("n_bins", SIZE, 256),
+        "bin_type": kwargs.get("bin_type", WORD, "uniform"),
+        "low": kwargs.get("low", NUMBER, 0.0),
+        "high": kwargs.get("high", NUMBER, 1.0),
     }
-    if name not in stems:
-        raise PretrainedError(f"unknown image encoder {name!r} in the release's config; known: {sorted(stems)}")
-    kind, defaults = stems[name]
-    kwargs.pop("img_norm_type", None)
+
+
+_STEMS = {
+    "SmallStem": ("small", {"patch_size": 32}),
+    "SmallStem16": ("small", {"patch_size": 16}),
+    "SmallStem32": ("small", {"patch_size": 32}),
+    "PatchEncoder": ("patch", {"patch_size": 32}),
+    "ViTResnet": ("resnet", {"num_layers": ()}),
+    "ResNet26FILM": ("resnet", {"use_film": True, "num_layers": (2, 2, 2, 2)}),
+}
+_STEM_OPTIONS = {
+    "small": {
+        "patch_size": SIZE,
+        "num_features": SIZE,
+        "use_film": BOOL,
+        "features": SIZES,
+        "kernel_sizes": SIZES,
+        "strides": SIZES,
+        "padding": SIZES,
+    },
+    "patch": {"patch_size": SIZE, "num_features": SIZE, "use_film": BOOL},
+    "resnet": {"width": NUMBER, "num_layers": SIZES, "use_film": BOOL},
+}
+
+
+def _stem(encoder: Entry) -> tuple[dict[str, Any], str]:
+    """The stem, and how its images are normalised."""
+    name, kwargs = encoder.component()
+    if name not in _STEMS:
+        raise encoder.error("name", f"is an unknown image encoder {name!r}; known: {sorted(_STEMS)}")
+    kind, defaults = _STEMS[name]
     stem = {"kind": kind, "module_name": f"{name}_0", "use_film": False, **defaults}
     if kind != "resnet":
         stem["num_features"] = 512
     if kind == "small":
         stem["features"] = (32, 96, 192, 384)
-    valid = {
-        "small": {"patch_size", "num_features", "use_film", "features", "kernel_sizes", "strides", "padding"},
-        "patch": {"patch_size", "num_features", "use_film"},
-        "resnet": {"width", "num_layers", "use_film"},
-    }[kind]
-    for option, value in kwargs.items():
-        if option not in valid:
-            raise PretrainedError(
-                f"unknown option {option!r} of {name} in the release's config; known: {sorted(valid)}"
-            )
-        stem[option] = tuple(value) if isinstance(value, list) else value
+    valid = _STEM_OPTIONS[kind]
+    kwargs.check_options({*valid, "img_norm_type"}, name)
+    stem |= {option: kwargs.get(option, valid[option]) for option in kwargs.given() if option in valid}
     if kind == "small":
         # There, the patch embedding is patch_size / 16 wide whatever came before; here, patch_size counts pixels.
         strides = stem.get("strides", (2,) * len(stem["features"]))
         stem["patch_size"] = max(1, stem["patch_size"] // 16) * math.prod(strides)
-    return stem
+    return stem, kwargs.get("img_norm_type", WORD, "default")
 
 
 _HEADS = {
@@ -394,72 +311,96 @@ _HEADS = {
     "DiscreteActionHead": ("discrete", {"use_map": False}),
 }
 _HEAD_OPTIONS = {
-    "use_map": "use_map",
-    "action_horizon": "action_horizon",
-    "pred_horizon": "action_horizon",
-    "action_dim": "action_dim",
-    "max_action": "max_action",
-    "loss_type": "loss",
-    "time_dim": "time_dim",
-    "num_blocks": "num_blocks",
-    "hidden_dim": "hidden_dim",
-    "use_layer_norm": "use_layer_norm",
-    "dropout_rate": "dropout_rate",
-    "diffusion_steps": "num_steps",
-    "n_diffusion_samples": "num_samples",
-    "token_per": "token_per",
-    "vocab_size": "num_bins",
-    "normalization_type": "bin_type",
+    "use_map": ("use_map", BOOL),
+    "action_horizon": ("action_horizon", SIZE),
+    "pred_horizon": ("action_horizon", SIZE),
+    "action_dim": ("action_dim", SIZE),
+    "max_action": ("max_action", NUMBER),
+    "loss_type": ("loss", WORD),
+    "time_dim": ("time_dim", SIZE),
+    "num_blocks": ("num_blocks", INTEGER),
+    "hidden_dim": ("hidden_dim", SIZE),
+    "use_layer_norm": ("use_layer_norm", BOOL),
+    "dropout_rate": ("dropout_rate", NUMBER),
+    "diffusion_steps": ("num_steps", SIZE),
+    "n_diffusion_samples": ("num_samples", SIZE),
+    "token_per": ("token_per", WORD),
+    "vocab_size": ("num_bins", SIZE),
+    "normalization_type": ("bin_type", WORD),
 }
 
 
-def _head(spec: Mapping[str, Any]) -> dict[str, Any]:
-    if spec["name"] not in _HEADS:
-        raise PretrainedError(f"unknown action head {spec['name']!r} in the release's config; known: {sorted(_HEADS)}")
-    kind, defaults = _HEADS[spec["name"]]
-    kwargs = _kwargs(spec)
-    entry = {"kind": kind, **defaults, "readout": kwargs["readout_key"]}
-    for name, value in kwargs.items():
-        if name in _HEAD_OPTIONS:
-            entry[_HEAD_OPTIONS[name]] = value
-        elif name != "readout_key":
-            raise PretrainedError(f"unknown option {name!r} of {spec['name']} in the release's config")
+def _head(spec: Entry, groups: Iterable[str]) -> dict[str, Any]:
+    name, kwargs = spec.component()
+    if name not in _HEADS:
+        raise spec.error("name", f"is an unknown action head {name!r}; known: {sorted(_HEADS)}")
+    kwargs.check_options({"readout_key", *_HEAD_OPTIONS}, name)
+    kind, defaults = _HEADS[name]
+    readout = kwargs.get("readout_key", WORD)
+    if readout not in groups:
+        raise kwargs.error("readout_key", f"is {readout!r}; expected one of {sorted(groups)}")
+    entry = {"kind": kind, **defaults, "readout": readout}
+    for option in kwargs.given():
+        if option in _HEAD_OPTIONS:
+            ours, expected = _HEAD_OPTIONS[option]
+            entry[ours] = kwargs.get(option, expected)
     return entry
 
 
-def release_spec(config: Mapping[str, Any], example: Mapping[str, Any], heads: Mapping[str, Any]) -> BatchSpec:
-    """The batch spec of a release, from its example batch."""
-    observation, task = example["observation"], example.get("task", example.get("tasks", {}))
-    images = {
-        key.removeprefix("image_"): tuple(map(int, value.shape[2:4]))
-        for key, value in observation.items()
-        if key.startswith("image_")
-    }
-    depths = {
-        key.removeprefix("depth_"): tuple(map(int, value.shape[2:4]))
-        for key, value in observation.items()
-        if key.startswith("depth_")
-    }
-    extras = {
-        key: tuple(map(int, value.shape[2:]))
-        for key, value in observation.items()
-        if np.ndim(value) > 2 and key != "proprio" and not key.startswith(("image_", "depth_"))
-    }
-    text = task.get("language_instruction")
-    embedded = text is not None and not isinstance(text, Mapping)
+def release_spec(
+    config: Mapping[str, Any],
+    example: Mapping[str, Any],
+    heads: Mapping[str, Any],
+    file: str | os.PathLike = EXAMPLE,
+) -> BatchSpec:
+    """The batch spec of a release, from its example batch.
+
+    Args:
+      file: where the example batch comes from, for messages.
+
+    Raises:
+      PretrainedError: the example batch lacks a part, or one has not the axes that it should have.
+    """
+    whole = Entry(example, file)
+    observation = whole.entry("observation")
+    task = whole.entry("task" if "task" in example else "tasks", {})
+    pad_mask = "timestep_pad_mask" if "timestep_pad_mask" in observation.value else "pad_mask"
+
+    def sizes(prefix: str) -> dict[str, tuple[int, int]]:
+        keys = [key for key in observation.value if key.startswith(prefix)]
+        return {key.removeprefix(prefix): _shape(observation, key, "B W h w channels")[2:4] for key in keys}
+
+    images = sizes("image_")
+    others = (key for key in observation.value if key != "proprio" and not key.startswith(("image_", "depth_")))
+    text = task.value.get("language_instruction")
+    tokens = isinstance(text, Mapping)
+    embedded = None if tokens or text is None else _shape(task, "language_instruction", "B ... d")[1:]
     return BatchSpec(
-        window_size=observation["timestep_pad_mask" if "timestep_pad_mask" in observation else "pad_mask"].shape[1],
-        action_horizon=max(head.get("action_horizon", 1) for head in heads.values()),
-        action_dim=max(head.get("action_dim", 7) for head in heads.values()),
+        window_size=_shape(observation, pad_mask, "B W")[1],
+        action_horizon=max((head.get("action_horizon", 1) for head in heads.values()), default=1),
+        action_dim=max((head.get("action_dim", 7) for head in heads.values()), default=7),
         image_sizes=images,
-        depth_sizes=depths,
-        goal_images=tuple(slot for slot in images if f"image_{slot}" in task),
-        proprio_dim=observation["proprio"].shape[-1] if "proprio" in observation else None,
-        language_length=text["input_ids"].shape[-1] if isinstance(text, Mapping) else None,
+        depth_sizes=sizes("depth_"),
+        goal_images=tuple(slot for slot in images if f"image_{slot}" in task.value),
+        proprio_dim=_shape(observation, "proprio", "B W P")[-1] if "proprio" in observation.value else None,
+        language_length=_shape(task.entry("language_instruction"), "input_ids", "B L")[-1] if tokens else None,
         heads=tuple(heads),
-        extra_observations=extras,
-        language_embedding=tuple(map(int, text.shape[1:])) if embedded else None,
+        extra_observations={
+            key: tuple(map(int, observation.value[key].shape[2:]))
+            for key in others
+            if np.ndim(observation.value[key]) > 2
+        },
+        language_embedding=embedded,
     )
+
+
+def _shape(batch: Entry, key: str, axes: str) -> tuple[int, ...]:
+    """Shape of an array of the example batch. `axes`: their names; "..." for any number."""
+    kind = Kind(f"an array ({axes.replace(' ', ', ')})", lambda value: isinstance(value, np.ndarray))
+    shape, names = batch.get(key, kind).shape, axes.split()
+    if len(shape) < len(names) - 1 if "..." in names else len(shape) != len(names):
+        raise batch.error(key, f"has shape {shape}; expected {kind.name}")
+    return tuple(map(int, shape))
 
 
 def name_statistics(statistics: Mapping[str, Any]) -> dict[str, Any]:

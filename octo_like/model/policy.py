@@ -24,7 +24,14 @@ from octo_like.common.text import TextTokenizer
 from octo_like.model import locations, parts
 from octo_like.model.describe import model_card, pretty_spec
 from octo_like.model.octo import OctoModel, build_model, init_params
-from octo_like.model.octo_release import is_release, load_release, name_statistics, release_files, release_spec
+from octo_like.model.octo_release import (
+    EXAMPLE,
+    is_release,
+    load_release,
+    name_statistics,
+    release_files,
+    release_spec,
+)
 from octo_like.model.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
 from octo_like.model.tokenizers import match_keys
 
@@ -114,10 +121,13 @@ class Policy:
     @classmethod
     def _from_release(cls, folder, step, text_model, t5) -> "Policy":
         model, params, statistics, example = load_release(folder, step=step, t5=t5)
-        spec = release_spec(model, example, model["heads"])
+        spec = release_spec(model, example, model["heads"], os.path.join(folder, EXAMPLE))
         tokenizer = TextTokenizer.load(os.fspath(text_model), spec.language_length) if text_model is not None else None
         named = normalization.from_json(name_statistics(statistics)) if statistics else {}
-        return cls({"model": model, "batch_spec": spec_to_json(spec)}, params, named, tokenizer, modules=())
+        try:
+            return cls({"model": model, "batch_spec": spec_to_json(spec)}, params, named, tokenizer, modules=())
+        except (ValueError, TypeError) as error:
+            raise PretrainedError(f"{folder}: {CONFIG_FILE} describes no model that can be built: {error}") from error
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes the policy as one self-contained directory; it appears whole or not at all."""
@@ -148,7 +158,10 @@ class Policy:
             locations.push(os.path.join(folder, "policy"), location, last=CONFIG_FILE, message=message)
 
     def _check_params(self, path) -> None:
-        expected = jax.eval_shape(lambda: init_params(self.model, self.batch_spec, jax.random.key(0)))
+        try:
+            expected = jax.eval_shape(lambda: init_params(self.model, self.batch_spec, jax.random.key(0)))
+        except Exception as error:  # modules, Flax and JAX raise many kinds
+            raise PretrainedError(f"{path}: {CONFIG_FILE} describes no model that can be built: {error}") from error
         want = {name: leaf.shape for name, leaf in flatten(expected)}
         got = {name: leaf.shape for name, leaf in flatten(self.params)}
         problems = [

@@ -49,6 +49,23 @@ class PretrainedError(ValueError):
     """A directory that cannot be loaded as a policy, and why."""
 
 
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      PretrainedError: no such file, no JSON (with the place of the mistake), or something else than an object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PretrainedError(f"{path} is missing") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise PretrainedError(f"{path} is damaged, expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise PretrainedError(f"{path} holds {value!r:.60}; expected a JSON object")
+    return value
+
+
 def save_directory(
     path: str | os.PathLike, *, config: Mapping, params: Mapping, statistics: Mapping, save_text=None, card: str = ""
 ) -> None:
@@ -104,14 +121,13 @@ def load_directory(path: str | os.PathLike) -> tuple[dict, dict, dict, Path | No
         exported = sorted(str(p.parent.relative_to(path)) for p in path.glob(f"*/{CONFIG_FILE}"))
         hint = f"; did you mean {path / exported[0]}?" if exported else ""
         raise PretrainedError(f"{path} is not an exported policy: {', '.join(missing)} missing (found: {found}){hint}")
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-        statistics = json.loads((path / STATISTICS_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise PretrainedError(f"{path}: a JSON file is damaged: {error}") from error
+    config, statistics = read_json(path / CONFIG_FILE), read_json(path / STATISTICS_FILE)
     version = config.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise PretrainedError(f"{path}: format version {version}, this release reads 1 to {FORMAT_VERSION}")
+    lacking = [key for key in ("params_sha256", "model", "batch_spec") if key not in config]
+    if lacking:
+        raise PretrainedError(f"{path / CONFIG_FILE} lacks {', '.join(lacking)}; it has {sorted(config)}")
     data = (path / PARAMS_FILE).read_bytes()
     if hashlib.sha256(data).hexdigest() != config["params_sha256"]:
         raise PretrainedError(f"{path / PARAMS_FILE} is damaged: its SHA-256 differs from the one in {CONFIG_FILE}")
@@ -363,8 +379,10 @@ def _modules(flat: Mapping[str, Any]) -> list[str]:
 def load_t5(path: str | os.PathLike) -> dict:
     """A T5 encoder from a directory of Hugging Face safetensors, as the tree of `octo_like.model.t5`.
 
+    The weights do not tell the activation of the feed-forward layers: config.json beside them does, if it is there.
+
     Raises:
-      PretrainedError: no safetensors there, or they hold no T5 encoder.
+      PretrainedError: no safetensors there, they hold no T5 encoder, or one with another activation.
     """
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
@@ -386,7 +404,28 @@ def load_t5(path: str | os.PathLike) -> dict:
                 flat["shared/embedding"] = array
     if "shared/embedding" not in flat or not any(path.startswith("encoder/block/0") for path in flat):
         raise PretrainedError(f"{path}: the safetensors hold no T5 encoder (no shared.weight or encoder.block.0...)")
+    if (path / CONFIG_FILE).is_file():
+        check_feed_forward(path / CONFIG_FILE, read_json(path / CONFIG_FILE), any("/wi_0/" in name for name in flat))
     return unflatten(flat)
+
+
+def check_feed_forward(file: str | os.PathLike, config: Mapping[str, Any], gated: bool) -> None:
+    """A T5's own config (Hugging Face's) has the feed-forward layers that `octo_like.model.t5` computes.
+
+    Args:
+      gated: whether the weights are those of a gated feed-forward layer (wi_0 and wi_1, not wi).
+
+    Raises:
+      PretrainedError: it has others.
+    """
+    expected = "gated-gelu" if gated else "relu"
+    given = config.get("feed_forward_proj", expected)
+    if given != expected:
+        weights = "wi_0 and wi_1" if gated else "wi"
+        raise PretrainedError(
+            f"{file}: feed_forward_proj is {given!r}; expected {expected!r}, the only one that is computed here for "
+            f"weights with {weights}"
+        )
 
 
 def with_t5(params: Mapping, t5: Mapping | None) -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -14,11 +15,12 @@ import pytest
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data import episodes as episodes_module
-from octo_like.data import scan
+from octo_like.data import rlds, scan
+from octo_like.data.frames import decode_frames
 from octo_like.data.index import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.stream import make_train_stream, make_val_iterators
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52), "wrist": (24, 24)}, ("primary",), proprio_dim=4, language_length=8)
 
@@ -127,10 +129,11 @@ def test_a_truncated_file(copied, original, cut):
     assert left.damaged[0].startswith(str(path_of(copied, 0))) and "truncated" in left.damaged[0]
 
 
-def test_a_missing_file(copied, original):
+def test_a_missing_file(copied, original, caplog):
     whole = original.train
     path_of(copied, 1).unlink()
     left = prepare(copied, 0.5)
+    assert caplog.text.count("00001-of-00003") == 1  # not once an episode
     assert len(left.damaged) == (whole.file == 1).sum() and set(left.train.file) == {0, 2}
     assert "00001-of-00003: the file is missing" in left.damaged[0]
     with pytest.raises(DataError, match="1 of 3 files.*are missing.*00001-of-00003"):
@@ -247,7 +250,7 @@ def test_damage_changes_the_samples_of_that_record_only(prepared, clean, tokeniz
 
 
 @pytest.mark.parametrize("how", ["gone", "truncated"])
-def test_a_file_that_is_lost_while_training(prepared, clean, tokenizer, how):
+def test_a_file_that_is_lost_while_training(prepared, clean, tokenizer, how, caplog):
     batches, samples = clean
     with stream_of(prepared, tokenizer, max_bad_fraction=0.5) as stream:
         if how == "gone":
@@ -262,6 +265,14 @@ def test_a_file_that_is_lost_while_training(prepared, clean, tokenizer, how):
             good = equal_rows(batches[number], next(stream))
             np.testing.assert_array_equal(good, ~np.isin(samples.episode[rows], victims))
         assert stream.bad_counts == {"toy": len(victims)}
+    told = [record.getMessage() for record in caplog.records if "others take its place" in record.getMessage()]
+    if how == "gone":  # named once, not for each of its episodes
+        assert len(victims) > 1 and len(told) == 1
+        assert f"{prepared.train.files[1]} is gone, and with it {len(victims)} of 23 episodes" in told[0]
+    else:
+        assert len(told) == len(victims)
+        reasons = sorted(message.rpartition("truncated: ")[2] for message in told)
+        assert reasons[0] == "the file ends before it" and reasons[-1].startswith("truncated record at")
 
 
 def test_too_much_damage_is_fatal_and_names_the_first(prepared, tokenizer):
@@ -432,6 +443,30 @@ def test_a_read_that_began_during_an_outage_is_done_again(prepared, tokenizer, m
         assert len(episode.action) == prepared.train.steps[key[1]] and len(held) == 1
         for number in range(BATCHES):
             assert equal_rows(next(stream), clean[0][number]).all()
+
+
+def test_what_tensorflow_says_is_kept(copied, original):
+    """Since 2.21 the name of the function comes before the message, which went with it."""
+    path, whole = path_of(copied, 0), original.train
+    said = {}
+    changes = {"flipped": lambda: flip(path, 40), "cut": lambda: os.truncate(path, 30), "gone": path.unlink}
+    for name, change in changes.items():
+        change()
+        with pytest.raises(rlds.damage_errors()) as found:
+            original.function.from_file(str(path), int(whole.offset[0]))
+        said[name] = str(rlds.damaged(str(path), 0, 0, found.value))
+    where = f"{path}: episode 0 (byte 0) is damaged or truncated: "
+    assert said["flipped"] == where + "corrupted record at 12"
+    assert said["cut"].startswith(where + "truncated record at 0")
+    assert said["gone"] == f"{path}: the file is gone, with episode 0"
+    with pytest.raises(tf.errors.InvalidArgumentError) as found:
+        tf.io.decode_png(b"certainly not")
+    assert "{{" not in error_text(found.value) and "[Op" not in error_text(found.value) and error_text(found.value)
+    old = "corrupted record at 12\n\t [[{{node ReadDataset}}]] [Op:IteratorGetNext] name: "
+    assert error_text(tf.errors.DataLossError(None, None, old)) == "corrupted record at 12"
+    assert error_text(tf.errors.DataLossError(None, None, "[[{{node x}}]]")) == "DataLossError"
+    with pytest.raises(DataError, match=r"starts with b'garbage'\): Unknown image file format"):
+        decode_frames([b"garbage"], (8, 8))
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5])

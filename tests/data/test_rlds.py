@@ -271,6 +271,17 @@ def test_missing_folder(toy, tmp_path):
         prepare_dataset("toy", spec_of(toy), str(tmp_path))
 
 
+def test_only_datasets_are_offered(copied):
+    """TFDS keeps what it downloads beside the datasets."""
+    data_dir = copied.path.parent.parent
+    (data_dir / "downloads" / "extracted").mkdir(parents=True, exist_ok=True)
+    (data_dir / "toy_unfinished" / "1.0.0.incompleteABC").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"'toy_butons' is not in .*; did you mean 'toy_buttons'\? valid: toy_buttons$"):
+        prepare_dataset("toy", spec_of(copied, name="toy_butons"), str(data_dir))
+    with pytest.raises(DataError, match=r"'download' is not in .*; valid: toy_buttons$"):
+        prepare_dataset("toy", spec_of(copied, name="download"), str(data_dir))
+
+
 def test_empty_mixture():
     with pytest.raises(DataError, match="empty"):
         specs_from_config({})

@@ -242,68 +242,6 @@ def test_from_tfrecords(tmp_path, parallel):
         TrajectoryDataset.from_tfrecords(str(tmp_path / "none"))
 
 
-def test_transforms_have_the_names_of_dlimp(toy):
-    """`dl.transforms`: decode, resize, augment, and functions on nested dicts."""
-    from octo_like.data import trajectory as dl
-
-    image = toy.episodes[0][0]["observation"]["front_rgb"]
-    frame = {"observation": {"image_front": tf.io.encode_png(image), "text": tf.constant("x")}, "_traj_index": 3}
-    decoded = dl.transforms.decode_images(frame)
-    np.testing.assert_array_equal(decoded["observation"]["image_front"], image)
-    assert decoded["observation"]["text"].numpy() == b"x" and decoded["_traj_index"] == 3
-    frame = {"observation": {"image_front": tf.constant(image), "depth": tf.ones([8, 6]), "image_mask": tf.ones([4])}}
-    resized = dl.transforms.resize_images(frame, size=(20, 26))["observation"]
-    whole = tf.image.resize(image, (20, 26), method="lanczos3", antialias=True)
-    assert np.abs(resized["image_front"].numpy() - np.clip(whole, 0, 255)).max() <= 0.5
-    assert resized["image_mask"].shape == (4,)
-    assert dl.transforms.resize_depth_images(frame, size=(4, 3))["observation"]["depth"].shape == (4, 3)
-    assert dl.transforms.resize_depth_image(tf.ones([8, 6, 1]), (4, 3)).shape == (4, 3, 1)
-    with pytest.raises(DataError, match="resize_image needs uint8, got float32"):
-        dl.transforms.resize_image(tf.ones([2, 2, 3]), size=(1, 1))
-
-    tree = {"a": {"b": 1, "c": 2}, "d": 3}
-    assert dl.transforms.flatten_dict(tree) == {"a/b": 1, "a/c": 2, "d": 3}
-    assert dl.transforms.unflatten_dict({"a/b": 1, "a/c": 2, "d": 3}) == tree
-    assert dl.transforms.selective_tree_map(tree, ["a/b", "d"], str) == {"a": {"b": "1", "c": 2}, "d": "3"}
-    assert dl.transforms.selective_tree_map(tree, "*c", str) == {"a": {"b": 1, "c": "2"}, "d": 3}
-    assert dl.transforms.selective_tree_map(tree, lambda path, x: x > 1, str)["a"] == {"b": 1, "c": "2"}
-    moved = dl.transforms.add_next_obs({"obs": {"x": tf.range(3)}, "action": tf.range(3)})
-    assert moved["next_obs"]["x"].numpy().tolist() == [1, 2] and moved["action"].numpy().tolist() == [0, 1]
-    assert dl.parallel_vmap(lambda x: x + 1)(tf.range(3)).numpy().tolist() == [1, 2, 3]
-
-
-def test_augment_image():
-    from octo_like.data import trajectory as dl
-
-    image = tf.cast(tf.random.stateless_uniform([32, 24, 3], [1, 2], 0, 256, tf.int32), tf.uint8)
-    arguments = dict(
-        random_resized_crop=dict(scale=[0.5, 0.9], ratio=[0.9, 1.1]),
-        random_brightness=[0.2],
-        random_contrast=[0.8, 1.2],
-        random_saturation=[0.8, 1.2],
-        random_hue=[0.1],
-    )
-    arguments["augment_order"] = list(arguments)
-    one, again, other = (dl.transforms.augment_image(image, seed=[5, n], **arguments).numpy() for n in (1, 1, 2))
-    assert one.shape == (32, 24, 3) and one.dtype == np.uint8
-    np.testing.assert_array_equal(one, again)
-    assert (one != other).mean() > 0.5 and (one != image.numpy()).mean() > 0.5
-    np.testing.assert_array_equal(dl.transforms.augment_image(image, augment_order=[]), image)
-    whole = dict(augment_order=["random_resized_crop"], random_resized_crop=dict(scale=[1, 1], ratio=[1, 1]))
-    np.testing.assert_array_equal(dl.transforms.augment_image(image, seed=[0, 0], **whole), image)
-    with pytest.raises(DataError, match="no operation 'random_huge'; did you mean 'random_hue'"):
-        dl.transforms.augment_image(image, augment_order=["random_huge"])
-    with pytest.raises(DataError, match="'random_hue' is not in augment_order"):
-        dl.transforms.augment_image(image, random_hue=[0.1], augment_order=[])
-    # In a pipeline: alike for the frames of a trajectory.
-    frames = dl.DLataset.from_tensor_slices({"image": tf.stack([[image] * 2] * 3)}).enumerate()
-    frames = frames.map(lambda n, x: {**x, "_traj_index": tf.repeat(n, 2)})
-    frames = frames.frame_map(lambda x: dl.transforms.augment(x, augment_kwargs=arguments))
-    first, second, _ = [item["image"] for item in frames.iterator()]
-    np.testing.assert_array_equal(first[0], first[1])
-    assert (first != second).any()
-
-
 def test_other_operations_of_tf_data(trajectories):
     window = trajectories.flatten().frame_map(lambda frame: {"x": frame["control"]}).padded_batch(4)
     assert window.is_flattened and next(window.iterator())["x"].shape == (4, 4)

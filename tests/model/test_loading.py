@@ -19,7 +19,8 @@ import pytest
 from octo_like.common.schema import flatten, synthetic_batch
 from octo_like.model.describe import abstract_params, parameter_counts
 from octo_like.model.octo import build_model
-from octo_like.model.octo_release import load_release, read_params, release_files, translate_config
+from octo_like.model.octo_arrays import read_msgpack, read_params
+from octo_like.model.octo_release import load_release, release_files, release_spec, translate_config
 from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.pretrained import PretrainedError
 from scripts import import_octo
@@ -87,8 +88,6 @@ def example_batch():
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """A release with other tokenizers, heads and widths than the golden ones; its parameters' names come from us."""
-    from octo_like.model.octo_release import release_spec
-
     path = tmp_path_factory.mktemp("other")
     (path / "config.json").write_text(json.dumps({"model": OTHER, "window_size": 2}))
     (path / "example_batch.msgpack").write_bytes(pack(example_batch()))
@@ -193,8 +192,6 @@ SIZES = {"small": (12, 384, 6, 1536, 27_000_000), "base": (12, 768, 12, 3072, 92
 @pytest.mark.parametrize("size", SIZES)
 def test_the_shapes_of_the_released_sizes(shared, size):
     """Octo-small-1.5 and octo-base-1.5: shapes only, nothing of that size is allocated."""
-    from octo_like.model.octo_release import read_msgpack, release_spec
-
     layers, width, heads, mlp, total = SIZES[size]
     config = json.loads((shared / "golden" / "octo_tiny_diffusion" / "config.json").read_text())["model"]
     config["token_embedding_size"] = width

@@ -291,16 +291,20 @@ def test_parameters_in_half_precision_are_computed_in_float32(params, tmp_path):
 @pytest.mark.parametrize(
     "where,value,message",
     [
-        (("transformer_kwargs", "add_position_embedding"), True, "add_position_embedding=True .* not supported"),
-        (("transformer_kwargs", "gated"), 1, "transformer_kwargs.gated=1"),
-        (("max_horizon",), None, r"lacks model.max_horizon; it has \["),
-        (("transformer_kwargs", "mlp_dim"), ..., "lacks model.mlp_dim"),
-        (("observation_tokenizers", "hand", "kwargs", "obs_stack_key"), [], "'obs_stack_key' of ImageTokenizer.*known"),
+        (("transformer_kwargs", "add_position_embedding"), True, "add_position_embedding is True, .* not supported"),
+        (("transformer_kwargs", "gated"), 1, "transformer_kwargs.gated is 1, .* not supported"),
+        (("max_horizon",), None, r"model.max_horizon is missing; .* \(there is \["),
+        (("transformer_kwargs", "mlp_dim"), ..., "model.transformer_kwargs.mlp_dim is missing"),
+        (
+            ("observation_tokenizers", "hand", "kwargs", "obs_stack_key"),
+            [],
+            "obs_stack_key is an unknown opt.*known",
+        ),
         (("observation_tokenizers", "hand", "kwargs", "encoder", "name"), "ViT", "unknown image encoder 'ViT'.*known"),
         (("observation_tokenizers", "touch", "name"), "Lidar", "unknown tokenizer 'Lidar'.*known"),
-        (("observation_tokenizers", "touch", "args"), [3], r"LowdimObsTokenizer has positional arguments \[3\]"),
+        (("observation_tokenizers", "touch", "args"), [3], r"args is \[3\]: LowdimObsTokenizer has positional arg"),
         (("heads", "mean", "name"), "UNetDDPMActionHead", "unknown action head 'UNet.*known"),
-        (("heads", "mean", "kwargs", "layers"), 3, "unknown option 'layers' of MSEActionHead"),
+        (("heads", "mean", "kwargs", "layers"), 3, "layers is an unknown option of MSEActionHead"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(where, value, message):
