@@ -88,8 +88,8 @@ def test_fresh_noise_is_no_better():
 @pytest.mark.parametrize("error", [0.03, -0.03])
 @pytest.mark.parametrize("num_steps", [8, 20])
 def test_a_small_error_of_the_noise_stays_small(error, num_steps):
-    """Asked at the end of the schedule, 0.03 is an error of 12 in the action: the textbook's sampler takes one way only,
-    whatever the number of steps."""
+    """Asked at the end of the schedule, 0.03 is an error of 12 in the action: the textbook's sampler takes one way
+    only, whatever the number of steps."""
     assert worst("half", num_steps=num_steps, error=error) < 8.0
     assert worst("half", num_steps=num_steps, error=error, min_signal=0.0) > 25.0
 

@@ -99,8 +99,7 @@ def test_t5_gated_and_not(gated):
 
 
 def test_t5_begins_with_its_scales_and_sizes():
-    """Mesh TensorFlow: q by 1/sqrt(d d_kv), what comes from the residual stream by 1/sqrt(d), what goes to it by its own
-    width."""
+    """Mesh TensorFlow: q by 1/sqrt(d d_kv), what reads the residual stream by 1/sqrt(d), what adds by its own width."""
     config = t5.T5Config(400, 64, 16, 128, 1, 8, gated=True)
     p = dict(flatten(t5.init_params(config, jax.random.key(0))))
     block = "encoder/block/0/layer"

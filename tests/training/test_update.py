@@ -1,4 +1,4 @@
-"""A whole update by hand, with a model so small that every number can be followed: averages, skipping, keys, metrics."""
+"""A whole update by hand, with a model so small that every number can be followed: averages, skipping, keys."""
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class Line:
 def batch(rows=4):
     rng = np.random.default_rng(0)
     return {
+        "observation": {},
+        "task": {},
         "x": jnp.asarray(rng.normal(size=rows), jnp.float32),
         "action": jnp.asarray(rng.normal(size=rows), jnp.float32),
         "near": jnp.asarray([1.0, 1.0, 1.0, 0.0]),
