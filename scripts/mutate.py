@@ -112,7 +112,7 @@ SWAPS = {
 # Functions of one array that can be left out without changing shapes.
 ELEMENTWISE = {"sqrt", "abs", "exp", "log", "clip", "maximum", "minimum", "square", "tanh", "stop_gradient", "cos"}
 ELEMENTWISE |= {"relu", "swish", "gelu", "asarray", "sorted", "dropout", "cumsum", "rsqrt"}
-COMMUTATIVE = {"maximum", "minimum"}
+COMMUTATIVE = {"maximum", "minimum", "max", "min"}
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:

@@ -178,5 +178,8 @@ def test_every_prediction_is_calibrated_in_eight_steps(prediction, seed):
 
 
 @pytest.mark.slow
-def test_the_textbooks_sampler_is_not_with_predicted_noise():
-    assert max(learned_errors("noise", 0, sample_steps=8, clip="x0", min_signal=0.0).values()) > 15.0
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("num_steps", [8, 20])
+def test_the_textbooks_sampler_is_not_with_predicted_noise(num_steps, seed):
+    errors = learned_errors("noise", seed, sample_steps=num_steps, clip="x0", min_signal=0.0)
+    assert max(errors.values()) > 10.0
