@@ -37,20 +37,27 @@ MARKERS = "not slow and not multiprocess and not sim and not aot"
 
 # Which tests are asked about a file, those that answer soonest first.
 MODEL, TRAINING = "tests/model/test_", "tests/training/test_"
-SMALL, DRAWN = f"{MODEL}small_print.py", f"{MODEL}randomness.py"
-GENERATIVE = (f"{MODEL}heads_generative.py", SMALL, DRAWN, f"{MODEL}calibration.py", f"{MODEL}heads.py")
+SMALL, DRAWN, PLAIN = (f"{MODEL}{name}.py" for name in ("small_print", "randomness", "defaults"))
+GENERATIVE = (PLAIN, f"{MODEL}heads_generative.py", SMALL, DRAWN, f"{MODEL}calibration.py", f"{MODEL}heads.py")
 UPDATE = (f"{TRAINING}update.py", f"{TRAINING}step.py")
 TARGETS = {
     "octo_like/model/tokens.py": (SMALL, f"{MODEL}masks.py"),
-    "octo_like/model/flow.py": GENERATIVE[:2],
+    "octo_like/model/flow.py": GENERATIVE[1:3],
     "octo_like/model/diffusion.py": (f"{MODEL}components.py", *GENERATIVE),
     "octo_like/model/generative.py": GENERATIVE,
-    "octo_like/model/heads.py": (SMALL, DRAWN, f"{MODEL}heads.py", f"{MODEL}heads_embodiments.py"),
-    "octo_like/model/t5.py": (SMALL, f"{MODEL}components.py"),
-    "octo_like/model/stems.py": (SMALL, f"{MODEL}components.py", f"{MODEL}stems.py"),
-    "octo_like/model/attention.py": (f"{MODEL}components.py", DRAWN, f"{MODEL}attention.py", f"{MODEL}masks.py"),
-    "octo_like/model/transformer.py": (DRAWN, f"{MODEL}components.py", f"{MODEL}numerics.py", f"{MODEL}masks.py"),
+    "octo_like/model/heads.py": (PLAIN, SMALL, DRAWN, f"{MODEL}heads.py", f"{MODEL}heads_embodiments.py"),
+    "octo_like/model/t5.py": (PLAIN, SMALL, f"{MODEL}components.py"),
+    "octo_like/model/stems.py": (PLAIN, SMALL, f"{MODEL}components.py", f"{MODEL}stems.py"),
+    "octo_like/model/attention.py": (PLAIN, f"{MODEL}components.py", DRAWN, f"{MODEL}attention.py", f"{MODEL}masks.py"),
+    "octo_like/model/transformer.py": (
+        PLAIN,
+        DRAWN,
+        f"{MODEL}components.py",
+        f"{MODEL}numerics.py",
+        f"{MODEL}masks.py",
+    ),
     "octo_like/model/tokenizers.py": (
+        PLAIN,
         SMALL,
         f"{MODEL}components.py",
         f"{MODEL}stems.py",
@@ -58,6 +65,7 @@ TARGETS = {
         f"{MODEL}masks.py",
     ),
     "octo_like/model/octo.py": (
+        PLAIN,
         DRAWN,
         f"{MODEL}heads.py",
         f"{MODEL}heads_embodiments.py",
@@ -143,8 +151,9 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             if keyword.arg not in (None, "name"):
                 yield changed(keywords=node.keywords[:i] + node.keywords[i + 1 :])
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        starred = any(isinstance(arg, ast.Starred) for arg in node.args[:2])
-        if len(node.args) >= 2 and not starred and called not in COMMUTATIVE:
+        # Two of a kind: others would not be taken for each other, and fail at once.
+        alike = len(node.args) >= 2 and type(node.args[0]) is type(node.args[1]) is not ast.Starred
+        if alike and called not in COMMUTATIVE:
             yield changed(args=[node.args[1], node.args[0], *node.args[2:]])
         if called in ELEMENTWISE and node.args:
             yield node.args[0]

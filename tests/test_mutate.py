@@ -31,6 +31,7 @@ def mutate():
         ("-a", {"(a)"}),
         ("a if b else c", {"(c if b else a)"}),
         ("f(1.5, True)", {"(f(True, 1.5))", "(2.25)", "(False)"}),
+        ("f(x, y, 1)", {"(f(y, x, 1))", "(2)"}),
         ("f(x, key=y, **z)", {"(f(x, **z))"}),
         ("maximum(x, y)", {"(x)"}),
         ("if a:\n    b()\n", {"(not a)", "pass"}),

@@ -201,25 +201,31 @@ def test_the_flow_network_is_told_twenty_times_tau():
 
 
 def test_ddim_clips_what_it_estimates_and_what_it_returns():
-    """A network that says the action is 3 x: bounded by 1 on the way ("x0"), or only after every step ("sample")."""
+    """A network that says the action is 3 x where it is noisy and 0.4 x where it is not; bounds of 1 on the way ("x0"),
+    or after every step ("sample")."""
     schedule = cosine_schedule(10)
     levels = np.append(np.asarray(schedule.alpha_hats, np.float64), 1.0)
 
     def denoise(x, t):
         level = schedule.alpha_hats[t]
-        return (x - jnp.sqrt(level) * 3 * x) / jnp.sqrt(1 - level)
+        return (x - jnp.sqrt(level) * jnp.where(t > 3, 3.0, 0.4) * x) / jnp.sqrt(1 - level)
 
-    start = jnp.array([-2.0, -0.2, 0.1, 1.5])
+    start = jnp.array([-4.0, -0.2, 0.1, 2.5])
     for clip in ("x0", "sample"):
         x = np.asarray(start, np.float64)
         for t, s in ((9, 7), (7, 4), (4, 2), (2, -1)):
-            x0 = np.clip(3 * x, -1, 1) if clip == "x0" else 3 * x
+            x0 = (3 if t > 3 else 0.4) * x
+            x0 = np.clip(x0, -1, 1) if clip == "x0" else x0
             eps = (x - np.sqrt(levels[t]) * x0) / np.sqrt(1 - levels[t])
             x = np.sqrt(levels[s]) * x0 + np.sqrt(1 - levels[s]) * eps
             if clip == "sample":
                 x = np.clip(x, -1, 1)
         out = ddim_sample(denoise, schedule, start, num_steps=4, max_action=1.0, clip=clip)
-        np.testing.assert_allclose(out, np.clip(x, -1, 1), atol=2e-3)
+        np.testing.assert_allclose(out, x, atol=2e-3)
+        assert np.sum(np.abs(x) < 0.95) >= 3, "bounds at the end would hide those on the way"
+    greedy = lambda x, t: (x - jnp.sqrt(schedule.alpha_hats[t]) * 9.0) / jnp.sqrt(1 - schedule.alpha_hats[t])  # noqa: E731
+    for clip in ("x0", "sample"):
+        assert np.all(ddim_sample(greedy, schedule, start, num_steps=4, max_action=1.0, clip=clip) == 1.0)
     with pytest.raises(ValueError, match="eta=0.5 draws noise"):
         ddim_sample(denoise, schedule, start, num_steps=4, max_action=1.0, eta=0.5)
 
