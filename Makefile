@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-processes test-faults aot test-aot test-lerobot test-sim demo lint lock doctor clean
+.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-sim demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -76,6 +76,9 @@ test-processes: $(READY) ## runs of several processes, signals, bad batches, sta
 
 test-faults: $(READY) ## all of tests/multiprocess: also random kills and moves to other topologies
 	@$(PY) -m pytest -v tests/multiprocess $(ARGS)
+
+mutate: $(READY) ## changes the code in small ways and counts how often the tests notice (docs/testing.md)
+	@$(PY) scripts/mutate.py --jobs $(WORKERS) $(ARGS)
 
 # Beside the environment, not in it: with libtpu installed every start of JAX would look for a TPU.
 AOT := $(VENV)/aot

@@ -131,6 +131,7 @@ def ddim_sample(
     eta: float = 0.0,
     max_action: float,
     clip: str = "x0",
+    min_signal: float = 0.0,
     valid: jax.Array | None = None,
 ) -> jax.Array:
     """Denoising diffusion implicit model (Song et al. 2021, equations 12 and 16) in `num_steps` of the schedule's T.
@@ -138,10 +139,17 @@ def ddim_sample(
     x_s = sqrt(alpha_hat_s) x0 + sqrt(1 - alpha_hat_s - sigma^2) eps + sigma z for the next earlier time s, with
     sigma = eta sqrt((1 - alpha_hat_s) / (1 - alpha_hat_t)) sqrt(1 - alpha_hat_t / alpha_hat_s).
 
+    At the noisiest times x0 = (x - sqrt(1 - alpha_hat) eps) / sqrt(alpha_hat) magnifies an error of eps by
+    1 / sqrt(alpha_hat), which is 406 at the end of the cosine schedule of 20 steps (`cosine_schedule` keeps 1 - beta at
+    0.001 there), and the first of few steps leads straight to where modes part. There the best x0 hardly depends on x:
+    it is the mean of the actions. So the network is asked for it at a time that it can answer, see `min_signal`.
+
     Args:
       step_noise: (num_steps, *x.shape) standard normal; not needed at eta = 0.
       eta: 0 is deterministic given the initial noise; 1 has the posterior's variance (Ho et al. 2020, equation 7).
       clip: "x0": clip the estimate of the action to [-max_action, max_action]; "sample": clip x after every step.
+      min_signal: x0 is asked for at no later time than the last whose sqrt(alpha_hat) is at least this, as if x were of
+        that time; 0 asks at the time of x, as the paper.
       Others: as in `ddpm_sample`. Padding carries the level's share of the initial noise.
     """
     _check_clip(clip)
@@ -149,15 +157,16 @@ def ddim_sample(
         raise ValueError(f"DDIM with eta={eta} draws noise at every step; give step_noise")
     times = ddim_times(schedule.num_steps, num_steps)
     levels = jnp.append(schedule.alpha_hats, 1.0)  # index -1 is the clean end
+    latest = jnp.maximum(jnp.sum(jnp.sqrt(schedule.alpha_hats) >= min_signal) - 1, 0)
 
     def step(x, inputs):
         t, s, z = inputs
         level, target = levels[t], levels[s]
-        eps = denoise(x, t)
-        x0 = action_from_noise(schedule, x, eps, t)
+        asked = jnp.minimum(t, latest)
+        x0 = action_from_noise(schedule, x, denoise(x, asked), asked)
         if clip == "x0":
             x0 = jnp.clip(x0, -max_action, max_action)
-            eps = noise_from_action(schedule, x, x0, t)
+        eps = noise_from_action(schedule, x, x0, t)
         # The variance is at most that of the target's noise; rounding may not make the rest negative.
         variance = eta**2 * (1 - target) / (1 - level) * (1 - level / target)
         x = jnp.sqrt(target) * x0 + jnp.sqrt(jnp.maximum(1 - target - variance, 0.0)) * eps
@@ -169,8 +178,8 @@ def ddim_sample(
             x = jnp.where(valid, x, jnp.sqrt(1 - target) * initial_noise)
         return x, None
 
-    x = jax.lax.scan(step, initial_noise, (times[:-1], times[1:], step_noise if eta else None))[0]
-    return jnp.clip(x, -max_action, max_action)
+    # The last step ends on x0 itself: what is returned is within the bounds, whichever way of clipping.
+    return jax.lax.scan(step, initial_noise, (times[:-1], times[1:], step_noise if eta else None))[0]
 
 
 def _check_clip(clip: str) -> None:

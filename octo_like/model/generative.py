@@ -98,6 +98,9 @@ class DiffusionHead(GenerativeHead):
       sample_steps: of "ddim"; None: all T.
       eta: noise of "ddim"; 0 is deterministic given the initial noise.
       clip: "sample" (x after every step, as the Octo releases) or "x0" (the estimate of the action); see `ddpm_sample`.
+      min_signal: of "ddim": where the share of the action in what the network sees, sqrt(alpha_hat), is smaller than
+        this, it is asked as if it were this; see `ddim_sample`. 0 is the textbook's sampler, which is not calibrated in
+        few steps, and with `prediction="noise"` in no number of steps.
     """
 
     num_steps: int = 20
@@ -106,6 +109,7 @@ class DiffusionHead(GenerativeHead):
     sample_steps: int | None = None
     eta: float = 0.0
     clip: str = "sample"
+    min_signal: float = 0.15
 
     def setup(self):
         super().setup()
@@ -115,6 +119,8 @@ class DiffusionHead(GenerativeHead):
             raise ValueError(f"unknown sampler {self.sampler!r}; valid: 'ddpm', 'ddim'")
         if self.sampler == "ddpm" and (self.sample_steps not in (None, self.num_steps) or self.eta):
             raise ValueError("sample_steps and eta belong to sampler='ddim'; 'ddpm' takes every step of the schedule")
+        if not 0 <= self.min_signal < 1:
+            raise ValueError(f"min_signal is a square root of alpha_hat, at least 0 and below 1, got {self.min_signal}")
         self.diffusion_model = self._network()
         self.schedule = cosine_schedule(self.num_steps)
 
@@ -165,9 +171,8 @@ class DiffusionHead(GenerativeHead):
         if self.sampler == "ddpm":
             out = ddpm_sample(denoise, self.schedule, initial, per_step, **bounds)
         else:
-            out = ddim_sample(
-                denoise, self.schedule, initial, per_step if self.eta else None, num_steps=steps, eta=self.eta, **bounds
-            )
+            bounds |= dict(num_steps=steps, eta=self.eta, min_signal=self.min_signal)
+            out = ddim_sample(denoise, self.schedule, initial, per_step if self.eta else None, **bounds)
         return self._chunk(out)
 
 
