@@ -213,7 +213,7 @@ def collectives(module: Module, times: Mapping[str, int], slices: int = 1) -> li
     found: dict[tuple, Collective] = {}
     for name, body in module.computations.items():
         for one in body.values():
-            made = _between_slices(one, slices) or _collective(name, one)
+            made = _between_slices(one, slices) or _collective(name, body, one)
             if made is None:
                 continue
             channel = re.search(r"channel_id=(\d+)", one.attributes)
@@ -223,7 +223,7 @@ def collectives(module: Module, times: Mapping[str, int], slices: int = 1) -> li
     return list(found.values())
 
 
-def _collective(computation: str, one: Instruction) -> Collective | None:
+def _collective(computation: str, body: Mapping[str, Instruction], one: Instruction) -> Collective | None:
     kind = one.op.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -231,6 +231,9 @@ def _collective(computation: str, one: Instruction) -> Collective | None:
     if one.op != kind and kind in ("all-gather", "collective-permute") and len(results) > 1:
         # (what goes in, what comes out, bookkeeping)
         results = results[len(results) // 2 :] if kind == "all-gather" else results[1:2]
+    if kind == "reduce-scatter":  # its result is the part that is kept
+        given = [body[each].shape for each in one.operands if each in body]
+        results = tuple((array.dtype, array.dims) for shape in given for array in arrays(shape)) or results
     if kind == "all-reduce" and computation.startswith(REDUCE_SCATTER):
         kind = "reduce-scatter"
     source = re.search(r'op_name="([^"]*)"', one.attributes)

@@ -4,7 +4,7 @@
     memory        bytes that the compiled program moves per chip / bandwidth of the chip's memory
     interconnect  bytes on the wire per chip / bandwidth of the chip's links
     network       of s slices: bytes per chip to the others / the chip's share of its host's network; without a
-                  compilation 2 (s-1)/s x gradient bytes / (chips of a slice x that share)
+                  compilation 2 (s-1)/s x 4 bytes per trained parameter / (chips of a slice x that share)
     input         batch / (hosts x virtual CPUs x share for the loader x samples/s of one virtual CPU)
 
     hours         steps x max(...) / 3600 / goodput
@@ -159,8 +159,9 @@ def estimate(
     """One line of docs/scaling.md.
 
     Args:
-      report: of the ahead-of-time proof for the same config, topology and batch; without it the interconnect and the
-        network between slices carry one reduction of 16-bit gradients, and memory traffic is left out.
+      report: of the ahead-of-time proof for the same config, topology and batch; without it the interconnect carries
+        one reduction of 16-bit gradients, the network between slices one of 32-bit gradients (as compiled programs
+        do), and memory traffic is left out.
     """
     chip, chips = topology.chip, topology.chips
     seconds = {"compute": facts.flops_per_sample * batch_size / (chips * chip.peak_flops * assumptions.mfu)}
@@ -174,7 +175,7 @@ def estimate(
         seconds["network"] = report.network_seconds()
     elif topology.slices > 1:
         share = 2 * (topology.slices - 1) / topology.slices
-        seconds["network"] = share * gradient_bytes / (topology.chips_per_slice * chip.dcn_bandwidth)
+        seconds["network"] = share * 4 * facts.trained / (topology.chips_per_slice * chip.dcn_bandwidth)
     per_host = topology.host_vcpus * assumptions.loader_share * assumptions.loader_rate
     seconds["input"] = batch_size / (topology.hosts * per_host)
     step = max(seconds.values())

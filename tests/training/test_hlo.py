@@ -137,6 +137,16 @@ ENTRY %m (p: f32[8]) -> f32[8] {
     assert [one.times for one in collectives(text)] == [2, 1]
 
 
+def test_a_reduce_scatter_is_as_large_as_what_goes_in():
+    text = """ENTRY %m (p: f32[64,8]) -> f32[16,8] {
+  %p = f32[64,8] parameter(0)
+  ROOT %r = f32[16,8] reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}
+"""
+    (one,) = collectives(text)
+    assert (one.kind, one.bytes) == ("reduce-scatter", 64 * 8 * 4) and one.wire_bytes(4) == 64 * 8 * 4 * 3 / 4
+
+
 def test_between_slices():
     """As the compiler hands it to the hosts: a sum of what each slice has, and a part that every slice gets."""
     send = '{name} = (f32[{size}]{{0:T(128)}}, u32[], token[]) send(%p, %t), channel_id={channel}, is_host_transfer=true, frontend_attributes={{{kind}_xla_megascale_target="{{1,2}}x{{0:7}}"}}'

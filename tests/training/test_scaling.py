@@ -41,8 +41,8 @@ def test_what_binds():
 
 def test_slices_pay_for_the_network_between_them():
     one, two = (estimate(FACTS, parse_topology("v5e-16", n), 2048, Assumptions()) for n in (1, 2))
-    # 2 (s-1)/s of 200 MB over the four hosts of a slice with 100 Gbit/s each; the chips' links carry the rest.
-    assert two.seconds["network"] == pytest.approx(2e8 / (4 * 12.5e9)) and "network" not in one.seconds
+    # 2 (s-1)/s of 400 MB over the four hosts of a slice with 100 Gbit/s each; the chips' links carry the rest.
+    assert two.seconds["network"] == pytest.approx(4e8 / (4 * 12.5e9)) and "network" not in one.seconds
     assert two.seconds["interconnect"] == pytest.approx(2 * 31 / 32 * 2e8 / 200e9)
     sent = {"between-slices": {"count": 1, "bytes": 1e9, "wire_bytes": 3.125e9}}
     compiled = fake_report(topology="v5e:4x4", slices=2, chips=32, collectives=sent)
