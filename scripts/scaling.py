@@ -7,6 +7,7 @@ python scripts/scaling.py --write                # into docs/scaling.md
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -35,15 +36,14 @@ def main(argv=None) -> int:
     parser.add_argument("--batch_size", type=int, help="global; default: the config's")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
     defaults = scaling.Assumptions()
-    for name in ("mfu", "loader_rate", "loader_share", "goodput", "steps"):
+    for name in (field.name for field in dataclasses.fields(defaults) if field.name != "prices"):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
     parser.add_argument("--price", action="append", default=[], metavar="CHIP=USD", help="of a chip-hour")
     flags = parser.parse_args(argv)
     prices = {chip: float(usd) for chip, _, usd in (text.partition("=") for text in flags.price)}
-    assumptions = scaling.Assumptions(
-        flags.mfu, flags.loader_rate, flags.loader_share, flags.goodput, flags.steps, scaling.PRICES | prices
-    )
+    given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(defaults) if field.name != "prices"}
+    assumptions = scaling.Assumptions(**given, prices=scaling.PRICES | prices)
     kept, rows = read(DATA), []
     for name in flags.configs.split(","):
         config = load_config(name)
@@ -51,7 +51,7 @@ def main(argv=None) -> int:
         facts = scaling.facts_of(config, jax.devices()[:1])
         for text in flags.topologies.split(","):
             topology = parse_topology(text, flags.num_slices)
-            entry = kept.get(f"{name} {text} {flags.num_slices}")
+            entry = kept.get(f"{name} {topology.accelerator_of_slice} {flags.num_slices}")
             report = Report.from_dict(entry["report"]) if entry else None
             if report is not None and (report.batch_size != batch_size or not report.fits):
                 report = None

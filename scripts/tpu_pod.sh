@@ -53,6 +53,9 @@ yes=no
 now=no
 wait=no
 restart=yes
+# Hosts that gcloud talks to at the same time. Its default of 64 would start a larger pod in parts, and the first part
+# would wait for the others.
+at_once=1024
 worker=""
 node=""
 lines=50
@@ -153,7 +156,8 @@ check_settings() {
   [[ -n $project && $project != "(unset)" ]] ||
     die "no project: pass --project PROJECT, set TPU_PROJECT, or run gcloud config set project PROJECT"
   [[ -n $zone ]] || die "no zone: pass --zone ZONE or set TPU_ZONE, such as us-central2-b; your quota is for certain zones"
-  [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || die "zone '$zone': expected a zone such as us-central2-b, not a region"
+  # us-central2-b; zones for accelerators have longer names, such as us-central1-ai1a.
+  [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-([a-z]|ai[0-9]+[a-z])$ ]] || die "zone '$zone': expected a zone such as us-central2-b or us-central1-ai1a, not a region"
   [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices $slices: expected a whole number from 1"
   is_number "$lines" || die "--lines $lines: expected a whole number"
   [[ -z $worker ]] || is_index "$worker" || die "--worker $worker: expected a number, a range such as 0-3, or all"
@@ -193,6 +197,7 @@ check_type() {
       esac
       if [[ $family == v6e ]]; then : "${runtime:=v2-alpha-tpuv6e}"; else : "${runtime:=v2-alpha-tpuv5-lite}"; fi
       ;;
+    tpu7x) die "accelerator type $type: TPU7x is sold through GKE (scripts/xpk_run.sh --type $type), not as a queued resource; valid here: $valid" ;;
     *) die "unknown accelerator type '$type'; valid: $valid" ;;
   esac
   [[ -z $spot || -z $reserved ]] || die "--spot and --reserved exclude each other"
@@ -205,7 +210,7 @@ gcloud_tpu() { run gcloud compute tpus queued-resources "$@" --project="$project
 # `remote NODE WORKER COMMAND`: on the hosts that are named, all at once.
 remote() {
   # shellcheck disable=SC2086  # flags are separate words
-  gcloud_tpu ssh "$name" --node="$1" --worker="$2" --batch-size=all --command="$3" $ssh_flags
+  gcloud_tpu ssh "$name" --node="$1" --worker="$2" --batch-size="$at_once" --command="$3" $ssh_flags
 }
 
 # The command for tpu_host.sh: environment, then the words after --.
@@ -281,7 +286,7 @@ pod_setup() {
   # `|| return`: `keep` calls this where a failure does not end the script.
   if [[ $dry_run == yes ]]; then echo "$pack"; else eval "$pack" || return; fi
   # shellcheck disable=SC2086  # flags are separate words
-  gcloud_tpu scp "$archive" "$name:octo_like.tgz" --node=all --worker=all --batch-size=all $ssh_flags || return
+  gcloud_tpu scp "$archive" "$name:octo_like.tgz" --node=all --worker=all --batch-size="$at_once" $ssh_flags || return
   # A runs folder that someone keeps on the host stays.
   local line="mkdir -p octo_like && find octo_like -mindepth 1 -maxdepth 1 ! -name runs -exec rm -rf {} +"
   line+=" && tar -xzf octo_like.tgz -C octo_like && bash octo_like/scripts/tpu_host.sh setup"

@@ -12,7 +12,7 @@
 #   --workload NAME        XPK_WORKLOAD   at most 40 characters; the same name cannot be used twice at a time
 #   --project PROJECT      XPK_PROJECT
 #   --zone ZONE            XPK_ZONE
-#   --type TYPE            XPK_TYPE       such as v5e-64 or v6e-256
+#   --type TYPE            XPK_TYPE       such as v5e-64, v6e-256 or tpu7x-128 (N: cores, two to a chip; or tpu7x-4x4x4)
 #   --slices N             XPK_SLICES     default 1
 #   --image IMAGE          XPK_IMAGE      such as us-docker.pkg.dev/PROJECT/REPOSITORY/octo_like:TAG
 #   --extras EXTRAS        XPK_EXTRAS     for `build`; default data,tpu
@@ -141,7 +141,8 @@ xpk_run() {
     *) die "--priority $priority: valid: very-low, low, medium, high, very-high" ;;
   esac
   type=${type/#v5e-/v5litepod-}
-  [[ $type =~ ^(v4|v5p|v5litepod|v6e)-[0-9]+$ ]] || die "unknown accelerator type '$type'; valid: v4-N, v5p-N, v5e-N, v6e-N"
+  [[ $type =~ ^(v4|v5p|v5litepod|v6e|tpu7x)-[0-9]+$ || $type =~ ^tpu7x-[0-9]+x[0-9]+x[0-9]+$ ]] ||
+    die "unknown accelerator type '$type'; valid: v4-N, v5p-N, v5e-N, v6e-N, tpu7x-N"
   ((${#command[@]})) || die "no command: put it after --, such as xpk_run.sh run -- python train.py --config configs/octo_base.py ..."
   local item
   local -a flags=()

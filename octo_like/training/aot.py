@@ -27,7 +27,7 @@ from octo_like.common.schema import flatten, unflatten
 from octo_like.model.describe import matmul_flops
 from octo_like.model.octo import build_model
 from octo_like.model.policy import Policy, spec_to_json
-from octo_like.training import hlo, sharding
+from octo_like.training import hlo, hlo_cost, sharding
 from octo_like.training.aot_report import GIB, Report
 from octo_like.training.chips import Topology
 from octo_like.training.program import Network, Program, build_program, network_from_config
@@ -66,8 +66,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as JAX uses them
-    if topology.chips_per_slice == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]
+    if topology.host_bounds is not None:
+        options["chips_per_host_bounds"] = topology.host_bounds
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except jax.errors.JaxRuntimeError as error:
@@ -249,6 +249,7 @@ def _report(
             temporaries=max(0, needed - arguments),
             code=0,
             total=needed,
+            loops=[],
             compiled_flops=0.0,
             memory_traffic=0.0,
             collectives={},
@@ -256,7 +257,9 @@ def _report(
             error=error.splitlines()[0],
         )
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    found = hlo.collectives(compiled.as_text())
+    module = hlo.parse(compiled.as_text())
+    work = hlo_cost.work_of(module)
+    found = hlo.collectives(module, work.times, topology.slices)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = dict(
         arguments=memory.argument_size_in_bytes,
@@ -275,8 +278,9 @@ def _report(
         **fields,
         **parts,
         total=sum(parts.values()),
-        compiled_flops=float(cost.get("flops", 0.0)),
-        memory_traffic=float(cost.get("bytes accessed", 0.0)),
+        loops=list(work.trips),
+        compiled_flops=round(work.weigh_flops(cost.get("flops", 0.0))),
+        memory_traffic=round(work.weigh_bytes(cost.get("bytes accessed", 0.0))),
         collectives=by_kind,
         activation_gathers=[
             f"{one.kind} {', '.join(f'{dtype}{list(shape)}' for dtype, shape in one.shapes)} of {one.source or '?'}"

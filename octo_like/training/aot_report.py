@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from octo_like.training.chips import Chip, parse_topology
+from octo_like.training.hlo import BETWEEN_SLICES
 
 GIB = 2**30
 MFUS = (0.3, 0.4, 0.5)
@@ -27,8 +28,10 @@ class Report:
       arguments, outputs, temporaries, code: bytes; outputs are those that do not reuse the memory of arguments.
       total, capacity: bytes needed and bytes there are.
       model_flops: matrix products of a step of the whole batch, without what rematerialisation computes again.
-      compiled_flops, memory_traffic: FLOPs, and bytes read and written, of the compiled program.
-      collectives: by kind, {"count", "bytes", "wire_bytes"}.
+      loops: how often the body of each loop of the compiled program runs; None: not known, counted once.
+      compiled_flops, memory_traffic: FLOPs, and bytes read and written, of one run of the compiled program: the
+        compiler's, with the loops as often as they run.
+      collectives: by kind, {"count", "bytes", "wire_bytes"}; "between-slices" goes over the data-centre network.
       activation_gathers: "all-gather bf16(2048, 16, 768) of SOURCE" of each that is none of a parameter.
       compile_seconds: wall time of the compiler, on the machine that ran it.
       fingerprint: of the traced program (SHA-256, 12 digits): equal programs have equal ones.
@@ -56,6 +59,7 @@ class Report:
     total: int
     capacity: int
     model_flops: int
+    loops: list[int | None]
     compiled_flops: float
     memory_traffic: float
     collectives: dict[str, dict[str, float]]
@@ -90,7 +94,21 @@ class Report:
 
     def interconnect_seconds(self) -> float:
         """Bytes on the wire over the bandwidth of a chip's links, none of it hidden behind computation."""
-        return sum(part["wire_bytes"] for part in self.collectives.values()) / self.chip().ici_bandwidth
+        sent = sum(part["wire_bytes"] for kind, part in self.collectives.items() if kind != BETWEEN_SLICES)
+        return sent / self.chip().ici_bandwidth
+
+    def network_seconds(self) -> float:
+        """Bytes that go to other slices over a chip's share of its host's network, none of it hidden."""
+        return self.collectives.get(BETWEEN_SLICES, {"wire_bytes": 0})["wire_bytes"] / self.chip().dcn_bandwidth
+
+    def seconds(self, mfu: float) -> dict[str, float]:
+        """What might bind a step, in seconds; the step takes at least the longest."""
+        parts = {"compute": self.compute_seconds(mfu)}
+        if self.error is None:
+            parts |= {"memory": self.memory_seconds(), "interconnect": self.interconnect_seconds()}
+        if self.slices > 1:
+            parts["network"] = self.network_seconds()
+        return parts
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with what is calculated."""
@@ -101,6 +119,7 @@ class Report:
             "step_seconds": {f"{mfu:.0%}": round(self.compute_seconds(mfu), 5) for mfu in MFUS},
             "memory_seconds": round(self.memory_seconds(), 5),
             "interconnect_seconds": round(self.interconnect_seconds(), 6),
+            "network_seconds": round(self.network_seconds(), 6),
         }
 
     @classmethod
@@ -153,6 +172,10 @@ def table(report: Report) -> str:
         ("model FLOPs per step", f"{r.model_flops:.4g}"),
     ]
     if r.error is None:
+        if r.loops:
+            rows.append(
+                ("trips of loops", ", ".join("unknown, counted once" if n is None else f"{n}" for n in r.loops))
+            )
         rows.append(("compiled FLOPs per chip", f"{r.compiled_flops:.4g}"))
         for kind, part in sorted(r.collectives.items()):
             rows.append((f"{kind}", f"{part['count']} of {part['bytes'] / 2**20:.1f} MiB together"))
@@ -167,6 +190,8 @@ def table(report: Report) -> str:
             ),
             ("interconnect", f"{1e3 * r.interconnect_seconds():.2f} ms at full bandwidth, not overlapped"),
         ]
+        if r.slices > 1:
+            rows.append(("network of slices", f"{1e3 * r.network_seconds():.2f} ms at full bandwidth, not overlapped"))
     else:
         rows.append(("compiler", r.error))
     times = ", ".join(f"{1e3 * r.compute_seconds(mfu):.1f} ms at {mfu:.0%}" for mfu in MFUS)

@@ -73,7 +73,7 @@ def markdown(rows: Sequence[Row], kept: Mapping[str, dict]) -> str:
     """The table; a row that has not been compiled says so."""
     lines = [
         "| config | topology | chips, hosts | per chip | HBM per chip (arguments + temporaries) | headroom "
-        "| model PFLOP | step at 40% MFU | memory, wire | settings |",
+        "| model PFLOP | step at least | compute at 40% MFU, memory, wire, network (ms) | settings |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -87,11 +87,16 @@ def markdown(rows: Sequence[Row], kept: Mapping[str, dict]) -> str:
             continue
         micro = f"{r.batch_size // r.accumulate // r.chips}" + (f" x {r.accumulate}" if r.accumulate > 1 else "")
         verdict = f"{r.headroom:.0%}" if r.fits else "**does not fit**"
+        seconds = r.seconds(0.4)
+        binds = max(seconds, key=lambda part: seconds[part])
+        parts = ", ".join(
+            f"{1e3 * seconds[part]:.{digits}f}" if part in seconds else "-"
+            for part, digits in (("compute", 0), ("memory", 0), ("interconnect", 1), ("network", 1))
+        )
         lines.append(
             f"{where}| {micro} | {r.total / GIB:.1f} of {r.capacity / GIB:.1f} GiB ({r.arguments / GIB:.1f} + "
             f"{r.temporaries / GIB:.1f}) | {verdict} | {r.model_flops / 1e15:.2f} "
-            f"| {1e3 * r.compute_seconds(0.4):.0f} ms "
-            f"| {1e3 * r.memory_seconds():.0f} ms, {1e3 * r.interconnect_seconds():.1f} ms | {settings} |"
+            f"| {1e3 * seconds[binds]:.0f} ms: {binds} | {parts} | {settings} |"
         )
     return "\n".join(lines)
 

@@ -21,7 +21,8 @@ class Chip:
       hbm_gib: memory that the compiler gives to programs, in GiB (a little less than is soldered on).
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s of all links to neighbouring chips together.
-      host_vcpus: virtual CPUs of a host of four chips.
+      dcn_bandwidth: bytes/s to other slices and to storage, a chip's share of its host's network.
+      hosts: virtual CPUs and memory (GB) of a host, by its number of chips.
       cores_in_name: cores per chip in the number of the accelerator type.
       layouts: common topologies.
     """
@@ -31,26 +32,26 @@ class Chip:
     hbm_gib: float
     hbm_bandwidth: float
     ici_bandwidth: float
-    host_vcpus: int
+    dcn_bandwidth: float
+    hosts: dict[int, tuple[int, int]]
     cores_in_name: int
     layouts: tuple[str, ...]
 
 
 _TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_V5E_HOSTS = {1: (24, 48), 4: (112, 192), 8: (224, 384)}
+_V6E_HOSTS = {1: (44, 176), 4: (180, 720), 8: (180, 1440)}
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75, 1228e9, 300e9, 240, 2, _TORUS),
-        Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75, 819e9, 200e9, 112, 1, _PLANE),
-        Chip("v5p", PEAK_FLOPS["TPU v5"], 95.73, 2765e9, 600e9, 208, 2, _TORUS),
-        Chip("v6e", PEAK_FLOPS["TPU v6"], 31.24, 1640e9, 448e9, 180, 1, _PLANE),
+        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75, 1228e9, 300e9, 3.125e9, {4: (240, 407)}, 2, _TORUS),
+        Chip("v5e", PEAK_FLOPS["TPU v5e"], 15.75, 819e9, 200e9, 3.125e9, _V5E_HOSTS, 1, _PLANE),
+        Chip("v5p", PEAK_FLOPS["TPU v5"], 95.73, 2765e9, 600e9, 6.25e9, {4: (208, 448)}, 2, _TORUS),
+        Chip("v6e", PEAK_FLOPS["TPU v6"], 31.24, 1640e9, 448e9, 12.5e9, _V6E_HOSTS, 1, _PLANE),
     )
 }
-
-# All hosts here have four chips.
-CHIPS_PER_HOST = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,29 @@ class Topology:
         return self.slices * self.chips_per_slice
 
     @property
+    def chips_per_host(self) -> int:
+        """Four, but slices of one and, where there are hosts of eight, of eight chips have a single host."""
+        return self.chips_per_slice if self.chips_per_slice in self.chip.hosts else 4
+
+    @property
     def hosts(self) -> int:
-        return self.slices * max(1, self.chips_per_slice // CHIPS_PER_HOST)
+        return self.slices * max(1, self.chips_per_slice // self.chips_per_host)
+
+    @property
+    def host_vcpus(self) -> int:
+        """Virtual CPUs of each host."""
+        return self.chip.hosts[self.chips_per_host][0]
+
+    @property
+    def host_memory_gb(self) -> int:
+        """Memory of each host, in GB."""
+        return self.chip.hosts[self.chips_per_host][1]
+
+    @property
+    def host_bounds(self) -> list[int] | None:
+        """Chips of a host along each axis where it is not the compiler's 2x2x1, else None."""
+        sides = [int(side) for side in self.layout.split("x")]
+        return None if self.chips_per_host == 4 else [*sides, 1, 1][:3]
 
     @property
     def name(self) -> str:
@@ -87,8 +109,13 @@ class Topology:
     @property
     def accelerator(self) -> str:
         """As Google Cloud sells it: "v4-128", "2 x v5e-16"."""
-        one = f"{self.chip.name}-{self.chips_per_slice * self.chip.cores_in_name}"
+        one = self.accelerator_of_slice
         return one if self.slices == 1 else f"{self.slices} x {one}"
+
+    @property
+    def accelerator_of_slice(self) -> str:
+        """As Google Cloud sells one slice."""
+        return f"{self.chip.name}-{self.chips_per_slice * self.chip.cores_in_name}"
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

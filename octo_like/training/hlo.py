@@ -1,26 +1,170 @@
-"""What a compiled program sends between chips, read off its text (HLO)."""
+"""A compiled program's text (HLO) as data: its instructions, and what it sends between chips.
+
+How often its computations run and what they cost is told by `hlo_cost.py`.
+"""
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 # Operations over the interconnect. A TPU does a reduce-scatter as an all-reduce that keeps a part of the result, in a
 # computation of that name.
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 REDUCE_SCATTER = "all-reduce-scatter"
+# What the hosts exchange between slices over the data-centre network, on behalf of their chips.
+BETWEEN_SLICES = "between-slices"
 
 _TILE = (8, 128)  # of float32 in a TPU's memory
 
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "token": 0}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_LOOP = re.compile(r" while\(.*?body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?[^{}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name, op: "add.3", "add".
+      shape: of the result, as text with layouts.
+      operands: names.
+      inside: what stands between the parentheses: names, the value of a constant, the number of a parameter.
+      attributes: what follows.
+      root: whether the computation gives its result.
+    """
+
+    name: str
+    op: str
+    shape: str
+    operands: tuple[str, ...]
+    inside: str
+    attributes: str
+    root: bool
+
+    def called(self, *roles: str) -> list[str]:
+        """Names of the computations that it runs, in any role or in those that are named ("body", "calls", ...)."""
+        return [
+            name
+            for role, several, one in _CALLED.findall(self.attributes)
+            if not roles or role in roles
+            for name in re.findall(r"[\w.\-]+", several or one)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a shape: "bf16", (4, 10), and its bytes with the padding to the tiles of its layout."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    padded_bytes: int
+
+    @property
+    def bytes(self) -> float:
+        return _BYTES.get(self.dtype, 4) * math.prod(self.dims)
+
+
+def arrays(shape: str) -> list[Array]:
+    """The arrays of a shape's text, tuples flattened."""
+    found = []
+    for dtype, dims, order, tile in _ARRAY.findall(shape):
+        sizes = tuple(int(d) for d in dims.split(",") if d)
+        padded = [sizes[int(axis)] for axis in reversed(order.split(","))] if order else list(sizes)
+        if tile:
+            tiles = [int(t) for t in tile.split(",")]
+            padded = [1] * (len(tiles) - len(padded)) + padded
+            for place in range(1, len(tiles) + 1):
+                padded[-place] = -(-padded[-place] // tiles[-place]) * tiles[-place]
+        found.append(Array(dtype, sizes, round(_BYTES.get(dtype, 4) * math.prod(padded))))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: its computations by name, each {name: instruction} in order; `entry` is the one that is run."""
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+
+    def root(self, computation: str) -> Instruction | None:
+        """What gives the result of a computation; None when it is not known."""
+        return next((one for one in self.computations.get(computation, {}).values() if one.root), None)
+
+
+def parse(text: str) -> Module:
+    """The text of a compiled program.
+
+    Raises:
+      ValueError: there is no entry computation.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = None, {}
+    for line in text.splitlines():
+        if line[:1] not in (" ", "}", ""):
+            if head := _COMPUTATION.match(line):
+                current = computations.setdefault(head[2], {})
+                entry = head[2] if head[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            current[match[2]] = _instruction(match)
+    if entry is None:
+        raise ValueError("this is no compiled program: its text has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def _instruction(match: re.Match) -> Instruction:
+    rest = match[3]
+    cut = _closing(rest) + 1 if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:cut], rest[cut:].lstrip()
+    op, _, rest = rest.partition("(")
+    cut = _closing("(" + rest) - 1
+    inside = rest[:cut]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(match[2], op, shape, operands, inside, rest[cut + 1 :], bool(match[1]))
+
+
+def _closing(text: str) -> int:
+    """Index of the parenthesis that closes the first one."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    return len(text)
+
+
+def executions(module: Module, trips: Callable[[str, Instruction], int]) -> dict[str, int]:
+    """How often one run of the program runs each computation; of a conditional every branch.
+
+    Args:
+      trips: (computation, while instruction in it) to how often its body runs.
+    """
+    calls: dict[str, list[tuple[str, int]]] = {}
+    for name, body in module.computations.items():
+        for one in body.values():
+            # The later steps of something asynchronous name the computation that the start ran.
+            if "=" in one.attributes and not one.op.endswith(("-done", "-update")):
+                times = trips(name, one) if one.op == "while" else 1
+                inner, tests = set(one.called("body")), set(one.called("condition"))
+                for callee in one.called():
+                    often = times if callee in inner else times + 1 if callee in tests and one.op == "while" else 1
+                    calls.setdefault(callee, []).append((name, often))
+    known: dict[str, int] = {module.entry: 1}
+
+    def count(name: str) -> int:
+        if name not in known:
+            known[name] = sum(often * count(caller) for caller, often in calls.get(name, ()))
+        return known[name]
+
+    return {name: count(name) for name in module.computations}
+
+
+# ---------------------------------------------------------------------------------------------------------- collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +172,13 @@ class Collective:
     """One operation between chips.
 
     Attributes:
-      kind: one of KINDS.
-      shapes: of the arrays it gives on one chip, (dtype, dimensions); for a reduce-scatter before it is cut.
-      group: number of chips that exchange with each other; 0: all.
+      kind: one of KINDS, or BETWEEN_SLICES.
+      shapes: of the arrays it gives on one chip, (dtype, dimensions); for a reduce-scatter before it is cut, between
+        slices what the chip hands to its host.
+      group: number of chips that exchange with each other, between slices of slices; 0: all.
       times: how often a step runs it (it may stand in a loop).
       source: where in the program it comes from, as far as the compiler says.
+      reduces: whether what is exchanged is summed; otherwise each receives all of it.
     """
 
     kind: str
@@ -40,6 +186,7 @@ class Collective:
     group: int
     times: int
     source: str
+    reduces: bool = False
 
     @property
     def bytes(self) -> int:
@@ -49,67 +196,66 @@ class Collective:
     def wire_bytes(self, chips: int) -> float:
         """Bytes that one chip has to send at least, all times together: the bound that ring algorithms reach."""
         n = self.group or chips
-        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
+        if self.kind == BETWEEN_SLICES:
+            share = 2 * (n - 1) / n if self.reduces else n - 1
+        else:
+            share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
         return self.times * self.bytes * share
 
 
-def collectives(text: str) -> list[Collective]:
-    """Every collective of a compiled program's text, each once."""
-    found: dict[tuple, tuple[str, Collective]] = {}
-    callers: dict[str, list[tuple[str, int]]] = {}
-    computation = ""
-    for number, line in enumerate(text.splitlines()):
-        if line[:1] not in (" ", "}", "") and (head := _COMPUTATION.match(line)):
-            computation = head[1]
-            continue
-        loop = _LOOP.search(line) if " while(" in line else None
-        if "=" in line and ("calls=" in line or "to_apply=" in line or "body=" in line or "branch_comp" in line):
-            trips = _TRIPS.search(line)
-            for match in _CALLED.finditer(line):
-                for name in re.findall(r"[\w.\-]+", match[1] or match[2]):
-                    times = int(trips[1]) if loop and trips and name == loop[1] else 1
-                    callers.setdefault(name, []).append((computation, times))
-        match = _COLLECTIVE.match(line)
-        if match is None:
-            continue
-        result, kind, start = match.groups()
-        arrays = tuple(
-            (dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in _ARRAY.findall(_no_layouts(result))
-        )
-        if start and kind in ("all-gather", "collective-permute") and len(arrays) > 1:
-            # (what goes in, what comes out, bookkeeping)
-            arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
-        if kind == "all-reduce" and computation.startswith(REDUCE_SCATTER):
-            kind = "reduce-scatter"
-        channel = re.search(r"channel_id=(\d+)", line)
-        source = re.search(r'op_name="([^"]*)"', line)
-        # The steps of an asynchronous collective repeat it, with the same channel.
-        key = (kind, channel[1], arrays) if channel else (kind, number)
-        found.setdefault(
-            key, (computation, Collective(kind, arrays, _group_size(line), 1, source[1] if source else ""))
-        )
-    return [dataclasses.replace(one, times=_times(where, callers)) for where, one in found.values()]
+def collectives(module: Module, times: Mapping[str, int], slices: int = 1) -> list[Collective]:
+    """Every operation between chips of a program, each once.
+
+    Args:
+      times: how often each computation runs, of `executions`.
+      slices: of the topology.
+    """
+    found: dict[tuple, Collective] = {}
+    for name, body in module.computations.items():
+        for one in body.values():
+            made = _between_slices(one, slices) or _collective(name, body, one)
+            if made is None:
+                continue
+            channel = re.search(r"channel_id=(\d+)", one.attributes)
+            # The steps of an asynchronous collective repeat it, with the same channel.
+            key = (made.kind, channel[1], made.shapes) if channel else (made.kind, name, one.name)
+            found.setdefault(key, dataclasses.replace(made, times=times.get(name, 1)))
+    return list(found.values())
 
 
-def _no_layouts(shape: str) -> str:
-    return re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", shape)
+def _collective(computation: str, body: Mapping[str, Instruction], one: Instruction) -> Collective | None:
+    kind = one.op.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    results = tuple((array.dtype, array.dims) for array in arrays(one.shape))
+    if one.op != kind and kind in ("all-gather", "collective-permute") and len(results) > 1:
+        # (what goes in, what comes out, bookkeeping)
+        results = results[len(results) // 2 :] if kind == "all-gather" else results[1:2]
+    if kind == "reduce-scatter":  # its result is the part that is kept
+        given = [body[each].shape for each in one.operands if each in body]
+        results = tuple((array.dtype, array.dims) for shape in given for array in arrays(shape)) or results
+    if kind == "all-reduce" and computation.startswith(REDUCE_SCATTER):
+        kind = "reduce-scatter"
+    source = re.search(r'op_name="([^"]*)"', one.attributes)
+    return Collective(kind, results, _group_size(one.attributes), 1, source[1] if source else "")
 
 
-def _times(computation: str, callers, depth: int = 0) -> int:
-    """How often the entry runs a computation: the trip counts of the loops it stands in, multiplied."""
-    entry = callers.get(computation)
-    if not entry or depth > 50:
-        return 1
-    return max(times * _times(name, callers, depth + 1) for name, times in entry)
+def _between_slices(one: Instruction, slices: int) -> Collective | None:
+    """What a chip hands to its host for the other slices: the runtime of the hosts exchanges it, not the chips."""
+    if one.op != "send" or "_xla_megascale_" not in one.attributes:
+        return None
+    sent = arrays(one.shape)[0]
+    reduces = "_xla_megascale_reduce_operation=" in one.attributes
+    return Collective(BETWEEN_SLICES, ((sent.dtype, sent.dims),), slices, 1, "", reduces)
 
 
-def _group_size(line: str) -> int:
+def _group_size(attributes: str) -> int:
     """Chips in one replica group, from any of the notations of the compiler; 0 when all belong together."""
-    if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return explicit[1].count(",") + 1
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
         return int(iota[2])
-    if named := re.search(r"replica_groups=@?\w*\[?([^\]]*)\]? \{([^}]*)\}", line):
+    if named := re.search(r"replica_groups=@?\w*\[?([^\]]*)\]? \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         total = 1
         for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]):

@@ -46,6 +46,12 @@ def test_xpk_commands(clouds):
     assert logs[:2] == ["kubectl", "logs"] and logs[-1] == "--follow" and "base-1" in option(logs, "selector")
 
 
+@pytest.mark.parametrize("kind", ["tpu7x-8", "tpu7x-4x4x4", "v6e-64"])
+def test_xpk_types(clouds, kind):
+    [words] = dry(clouds, "run", "--type", kind, "--", *TRAIN)
+    assert option(words, "tpu-type") == kind
+
+
 @pytest.mark.parametrize("what", ["build", "run", "status", "logs", "stop"])
 def test_xpk_runs_what_it_prints(clouds, what):
     arguments = ["--", *TRAIN] if what == "run" else []
@@ -66,7 +72,8 @@ def test_xpk_command_survives_the_containers_shell(clouds):
         (["go"], ["go", "build"]),
         (["run", "--", "ls"], ["no cluster", "XPK_CLUSTER"]),
         (["run", *XPK], ["no command", "after --"]),
-        (["run", *XPK, "--type", "h100-8", "--", "ls"], ["h100-8", "v5p-N"]),
+        (["run", *XPK, "--type", "h100-8", "--", "ls"], ["h100-8", "v5p-N", "tpu7x-N"]),
+        (["run", *XPK, "--type", "v6e-4x4x4", "--", "ls"], ["v6e-4x4x4", "v6e-N"]),
         (["run", *XPK, "--workload", "Base_1", "--", "ls"], ["Base_1", "lower-case"]),
         (["run", *XPK, "--priority", "urgent", "--", "ls"], ["urgent", "very-high"]),
         (["run", *XPK, "--slices", "two", "--", "ls"], ["two", "whole number"]),

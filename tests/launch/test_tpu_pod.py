@@ -15,6 +15,8 @@ PLACE = ["--project", "lab", "--zone", "us-central2-b"]
 POD = ["--name", "octo", *PLACE]
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 WHERE = ["--project=lab", "--zone=us-central2-b"]
+# gcloud documents a number here, 64 unless told otherwise: a pod of more hosts has to be started in one go.
+AT_ONCE = "--batch-size=1024"
 TRAIN = ["python", "train.py", "--config", "configs/octo_base.py", "--workdir", "gs://bucket/run"]
 SUBCOMMANDS = {
     "create": ["--type", "v4-128", "--spot"],
@@ -34,7 +36,7 @@ def dry(clouds, what, *arguments, pod=POD, **environment):
 
 
 def ssh(command, node="all", worker="all"):
-    flags = [f"--node={node}", f"--worker={worker}", "--batch-size=all", f"--command={command}"]
+    flags = [f"--node={node}", f"--worker={worker}", AT_ONCE, f"--command={command}"]
     return [*QUEUED, "ssh", "octo", *flags, *WHERE]
 
 
@@ -70,6 +72,21 @@ def test_types_have_their_runtime(clouds, kind, accelerator, runtime):
     assert option(words, "runtime-version") == runtime
 
 
+@pytest.mark.parametrize(
+    "zone", ["us-central2-b", "europe-west4-a", "us-central1-ai1a", "us-south1-ai1b", "asia-northeast1-b"]
+)
+def test_zones(clouds, zone):
+    place = ["--name", "octo", "--project", "lab", "--zone", zone]
+    [words] = dry(clouds, "create", "--type", "v6e-8", pod=place)
+    assert option(words, "zone") == zone
+
+
+@pytest.mark.parametrize("zone", ["us-central2", "us-central1-ai1", "us-central1-aa", "us-central1-ai1a-b", "Us-a1-b"])
+def test_what_is_no_zone(clouds, zone):
+    done = clouds.run("tpu_pod.sh", "stop", "--name", "octo", "--project", "lab", "--zone", zone, "--dry-run")
+    assert done.returncode == 2 and f"'{zone}'" in done.stderr and "us-central1-ai1a" in done.stderr
+
+
 def test_settings_from_the_environment(clouds):
     settings = dict(TPU_NAME="octo", TPU_PROJECT="lab", TPU_ZONE="us-central2-b", TPU_TYPE="v4-8", TPU_SPOT="1")
     [words] = dry(clouds, "create", pod=[], **settings)
@@ -84,7 +101,7 @@ def test_setup_sends_the_working_tree(clouds):
     pack, copy, install = clouds.run("tpu_pod.sh", "setup", *POD, "--dry-run").stdout.splitlines()
     files = subprocess.run(["bash", "-c", pack.split("|")[0]], capture_output=True, text=True, cwd=ROOT).stdout
     assert {"train.py", "setup.py", "scripts/tpu_host.sh", "requirements/cpu.lock"} <= set(files.split("\0"))
-    everywhere = ["--node=all", "--worker=all", "--batch-size=all"]
+    everywhere = ["--node=all", "--worker=all", AT_ONCE]
     assert shlex.split(copy) == [*QUEUED, "scp", "/tmp/octo_like.tgz", "octo:octo_like.tgz", *everywhere, *WHERE]
     remote = option(shlex.split(install), "command")
     assert shlex.split(install) == ssh(remote)
@@ -207,6 +224,7 @@ def test_keep_does_not_repeat_a_refused_request(clouds):
         (["create", "--name", "octo", "--project", "lab", "--zone", "us-central2"], ["us-central2", "not a region"]),
         (["create", *POD], ["no accelerator type", "v4-128"]),
         (["create", *POD, "--type", "v9-8"], ["v9-8", "v5p-N", "v6e-N"]),
+        (["create", *POD, "--type", "tpu7x-8"], ["tpu7x-8", "GKE", "xpk_run.sh --type tpu7x-8", "v6e-N"]),
         (["create", *POD, "--type", "v4"], ["'v4'", "v4-N"]),
         (["create", *POD, "--type", "v4-12"], ["v4-12", "cores"]),
         (["create", *POD, "--type", "v5e-24"], ["v5litepod-24", "16, 32"]),

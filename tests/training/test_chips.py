@@ -16,6 +16,13 @@ from octo_like.training.chips import CHIPS, parse_topology
         ("v5p:4x4x4", "v5p:4x4x4", 64, 16, "v5p-128"),
         ("v6e-64", "v6e:8x8", 64, 16, "v6e-64"),
         ("v5e:1x1", "v5e:1x1", 1, 1, "v5e-1"),
+        ("v5e-4", "v5e:2x2", 4, 1, "v5e-4"),
+        ("v5e-8", "v5e:2x4", 8, 1, "v5e-8"),
+        ("v5e-16", "v5e:4x4", 16, 4, "v5e-16"),
+        ("v6e-8", "v6e:2x4", 8, 1, "v6e-8"),
+        ("v6e:4x8", "v6e:4x8", 32, 8, "v6e-32"),
+        ("v4-16", "v4:2x2x2", 8, 2, "v4-16"),
+        ("v5p:2x2x2", "v5p:2x2x2", 8, 2, "v5p-16"),
     ],
 )
 def test_names(text, name, chips, hosts, accelerator):
@@ -26,7 +33,25 @@ def test_names(text, name, chips, hosts, accelerator):
 def test_slices():
     topology = parse_topology("v5e:4x4", 2)
     assert (topology.chips, topology.chips_per_slice, topology.hosts) == (32, 16, 8)
-    assert topology.accelerator == "2 x v5e-16"
+    assert (topology.accelerator, topology.accelerator_of_slice) == ("2 x v5e-16", "v5e-16")
+    assert parse_topology("v5e-8", 2).hosts == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "vcpus", "memory_gb", "bounds"),
+    [
+        ("v5e:1x1", 24, 48, [1, 1, 1]),
+        ("v5e-8", 224, 384, [2, 4, 1]),
+        ("v5e-64", 112, 192, None),
+        ("v6e-8", 180, 1440, [2, 4, 1]),
+        ("v6e-64", 180, 720, None),
+        ("v5p-16", 208, 448, None),
+        ("v4-8", 240, 407, None),
+    ],
+)
+def test_hosts(text, vcpus, memory_gb, bounds):
+    topology = parse_topology(text)
+    assert (topology.host_vcpus, topology.host_memory_gb, topology.host_bounds) == (vcpus, memory_gb, bounds)
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)

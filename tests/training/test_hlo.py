@@ -2,7 +2,7 @@
 
 import pytest
 
-from octo_like.training import hlo
+from octo_like.training import hlo, hlo_cost
 
 # ruff: noqa: E501
 TEXT = """HloModule jit_step, is_scheduled=true
@@ -45,9 +45,14 @@ ENTRY %main (p0: f32[4]) -> f32[4] {
 """
 
 
+def collectives(text, slices=1):
+    module = hlo.parse(text)
+    return hlo.collectives(module, hlo_cost.work_of(module).times, slices)
+
+
 def by_kind(text):
     found = {}
-    for one in hlo.collectives(text):
+    for one in collectives(text):
         found.setdefault(one.kind, []).append(one)
     return found
 
@@ -93,7 +98,7 @@ def test_what_is_not_a_parameter_is_an_activation(shape, is_activation):
     line = (
         f"ENTRY %m (p: f32[1]) -> f32[1] {{\n  %g = {shape}{{0}} all-gather(%p), channel_id=1, replica_groups={{}}\n}}"
     )
-    found = hlo.activation_gathers(hlo.collectives(line), parameters, batch_size=32)
+    found = hlo.activation_gathers(collectives(line), parameters, batch_size=32)
     assert bool(found) == is_activation
 
 
@@ -108,5 +113,58 @@ def test_what_is_not_a_parameter_is_an_activation(shape, is_activation):
 )
 def test_packed_gradients_between_slices_are_no_activations(shape, source, is_activation):
     line = f"ENTRY %m (p: f32[1]) -> f32[1] {{\n  %g = {shape}{{0}} all-gather(%p), channel_id=1{source}\n}}"
-    found = hlo.activation_gathers(hlo.collectives(line), [(384, 1536)], batch_size=32)
+    found = hlo.activation_gathers(collectives(line), [(384, 1536)], batch_size=32)
     assert bool(found) == is_activation
+
+
+def test_what_runs_twice_counts_twice():
+    text = """%exchange (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8] all-reduce(%p), channel_id=1, replica_groups={}, to_apply=%add
+}
+
+%later (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8] all-reduce(%p), channel_id=2, replica_groups={}, to_apply=%add
+}
+
+ENTRY %m (p: f32[8]) -> f32[8] {
+  %a = f32[8] call(%p), to_apply=%exchange
+  %b = f32[8] call(%a), to_apply=%exchange
+  %s = ((f32[8]), f32[8], u32[]) async-start(%b), calls=%later
+  %u = ((f32[8]), f32[8], u32[]) async-update(%s), calls=%later
+  ROOT %d = f32[8] async-done(%u), calls=%later
+}
+"""
+    assert [one.times for one in collectives(text)] == [2, 1]
+
+
+def test_a_reduce_scatter_is_as_large_as_what_goes_in():
+    text = """ENTRY %m (p: f32[64,8]) -> f32[16,8] {
+  %p = f32[64,8] parameter(0)
+  ROOT %r = f32[16,8] reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}
+"""
+    (one,) = collectives(text)
+    assert (one.kind, one.bytes) == ("reduce-scatter", 64 * 8 * 4) and one.wire_bytes(4) == 64 * 8 * 4 * 3 / 4
+
+
+def test_between_slices():
+    """As the compiler hands it to the hosts: a sum of what each slice has, and a part that every slice gets."""
+    send = '{name} = (f32[{size}]{{0:T(128)}}, u32[], token[]) send(%p, %t), channel_id={channel}, is_host_transfer=true, frontend_attributes={{{kind}_xla_megascale_target="{{1,2}}x{{0:7}}"}}'
+    summed = send.format(name="%s", size=1000, channel=1, kind='_xla_megascale_reduce_operation="SUM",')
+    whole = send.format(name="%w", size=10, channel=3, kind='_xla_megascale_transfer_type="ALL_GATHER",')
+    own = "%h = (f32[10], u32[], token[]) send(%p, %t), channel_id=5, is_host_transfer=true"  # to this chip's host
+    text = f"""%body (c: (s32[], f32[10])) -> (s32[], f32[10]) {{
+  {summed}
+}}
+
+ENTRY %m (p: f32[8]) -> f32[8] {{
+  %loop = (s32[], f32[10]) while(%init), condition=%cond, body=%body, backend_config={{"known_trip_count":{{"n":"4"}}}}
+  {whole}
+  {own}
+}}
+"""
+    for slices in (2, 4):
+        reduced, gathered = collectives(text, slices)
+        assert {reduced.kind, gathered.kind} == {hlo.BETWEEN_SLICES} and reduced.times == 4
+        assert reduced.wire_bytes(32) == 4 * 4000 * 2 * (slices - 1) / slices
+        assert gathered.wire_bytes(32) == 40 * (slices - 1)

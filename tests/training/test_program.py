@@ -112,6 +112,7 @@ def fake_report(**fields):
         total=9 * 2**30,
         capacity=16 * 2**30,
         model_flops=int(64 * 197e12),
+        loops=[],
         compiled_flops=1.0,
         memory_traffic=819e9,
         collectives={"all-reduce": {"count": 1, "bytes": 100e9, "wire_bytes": 200e9}},
@@ -131,6 +132,14 @@ def test_times_are_calculated_from_the_data_sheet():
     assert report.memory_seconds() == pytest.approx(1.0) and report.interconnect_seconds() == pytest.approx(1.0)
     assert report.fits and report.headroom == pytest.approx(7 / 16)
     assert aot_report.Report.from_dict(report.to_dict()) == report
+    # What goes to other slices goes over the hosts' network, 100 Gbit/s for four chips, and not over the chips' links.
+    sent = report.collectives | {"between-slices": {"count": 1, "bytes": 1e9, "wire_bytes": 6.25e9}}
+    slices = fake_report(slices=2, collectives=sent)
+    assert slices.interconnect_seconds() == pytest.approx(1.0) and slices.network_seconds() == pytest.approx(2.0)
+    assert slices.seconds(0.5) == pytest.approx(dict(compute=2.0, memory=1.0, interconnect=1.0, network=2.0))
+    assert report.network_seconds() == 0 and "network" not in report.seconds(0.5)
+    assert "network of slices" in str(slices) and "network of slices" not in str(report)
+    assert "8, unknown, counted once" in str(fake_report(loops=[8, None])) and "loops" not in str(report)
 
 
 def test_recommendation():

@@ -9,7 +9,7 @@ import pytest
 
 from octo_like.training.aot_table import Row, markdown, read, replace_between, report_of
 from octo_like.training.chips import parse_topology
-from octo_like.training.scaling import Assumptions, Facts, estimate
+from octo_like.training.scaling import PROCESS_GB, Assumptions, Facts, estimate
 from octo_like.training.scaling import markdown as scaling_markdown
 from tests.training.test_program import fake_report
 
@@ -41,9 +41,25 @@ def test_what_binds():
 
 def test_slices_pay_for_the_network_between_them():
     one, two = (estimate(FACTS, parse_topology("v5e-16", n), 2048, Assumptions()) for n in (1, 2))
-    # 2 (s-1)/s of 200 MB over the four hosts of a slice, on top of the reduction within.
-    assert two.seconds["interconnect"] == pytest.approx(2 * 31 / 32 * 2e8 / 200e9 + 2e8 / (4 * 12.5e9))
+    # 2 (s-1)/s of 400 MB over the four hosts of a slice with 100 Gbit/s each; the chips' links carry the rest.
+    assert two.seconds["network"] == pytest.approx(4e8 / (4 * 12.5e9)) and "network" not in one.seconds
+    assert two.seconds["interconnect"] == pytest.approx(2 * 31 / 32 * 2e8 / 200e9)
+    sent = {"between-slices": {"count": 1, "bytes": 1e9, "wire_bytes": 3.125e9}}
+    compiled = fake_report(topology="v5e:4x4", slices=2, chips=32, collectives=sent)
+    three = estimate(FACTS, parse_topology("v5e-16", 2), 2048, Assumptions(), compiled)
+    assert three.seconds["network"] == pytest.approx(1.0) and three.seconds["interconnect"] == 0
     assert two.seconds["compute"] == pytest.approx(one.seconds["compute"] / 2)
+
+
+def test_what_a_host_gives():
+    facts = Facts(FACTS.flops_per_sample, 100_000_000, 0, 0, sample_bytes=1e6)
+    given = Assumptions(mfu=0.5, step_kb=50, episode_steps=25, visits=2, host_memory_gb=16)
+    one = estimate(facts, V5E, 2048, given)
+    # 20480 samples/s of 16 hosts; every step is read twice per pass, 25 of them with each episode.
+    assert one.host_reads == pytest.approx(1280 * 50e3 * 2) and one.host_episodes == pytest.approx(1280 * 2 / 25)
+    # Four batches of 128 rows of 1 MB fit into the stream's 16 GB; the state is held once while it is saved.
+    assert one.batches_gb == pytest.approx(0.512) and one.host_gb == pytest.approx(PROCESS_GB + 16 + 1.6)
+    assert estimate(facts, parse_topology("v5e-8"), 2048 * 100, given).host_gb > 800  # batches alone: 819 GB
 
 
 def test_states_that_do_not_fit_are_split():
@@ -57,7 +73,8 @@ def test_states_that_do_not_fit_are_split():
     [
         (dict(mfu=0), "mfu must be in"),
         (dict(goodput=1.5), "goodput must be in"),
-        (dict(loader_rate=0), "must be positive"),
+        (dict(loader_rate=0), "loader_rate must be positive"),
+        (dict(step_kb=0), "step_kb must be positive"),
         (dict(prices={"v9": 1.0}), "no chip 'v9'.*v4, v5e, v5p, v6e"),
     ],
 )
@@ -85,7 +102,8 @@ def test_tables(tmp_path):
     lines = scaling_markdown(
         [("c", FACTS, estimate(FACTS, V5E, 2048, Assumptions()), False)], Assumptions()
     ).splitlines()
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1 and "| compute |" in lines[4]
+    tables = [line.count("|") for line in lines if line.startswith("|")]
+    assert len(set(tables[:3])) == len(set(tables[3:])) == 1 and len(tables) == 6 and "| compute |" in lines[4]
 
 
 def test_the_pages_show_what_was_compiled(repository, tmp_path):

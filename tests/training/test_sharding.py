@@ -18,7 +18,7 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from octo_like.common.config import load_config
 from octo_like.common.schema import flatten, synthetic_batch
-from octo_like.training import aot, hlo, sharding
+from octo_like.training import aot, hlo, hlo_cost, sharding
 
 CONFIG = "tests/training/tiny_config.py:synthetic"
 BATCH = 32
@@ -59,12 +59,16 @@ for tree in (other.shardings.trained, other.shardings.ema, moments.mu, moments.n
         else:
             assert s.spec == placed[path], path
 
+def collectives(compiled):
+    module = hlo.parse(compiled.as_text())
+    return hlo.collectives(module, hlo_cost.work_of(module).times)
+
 # What goes between devices: no activation is gathered, neither for micro-batches nor for split parameters.
 compiled = {}
 for name, settings in {"data, accumulate": (("accumulate", "2"),), "fsdp": (("mesh.fsdp", "4"),)}.items():
     network, one, batch = program(*settings)
     compiled[name] = one.step.lower(one.state, batch).compile()
-    found = hlo.collectives(compiled[name].as_text())
+    found = collectives(compiled[name])
     shapes = [leaf.shape for leaf in {**one.state.trained, **one.state.frozen}.values()]
     kinds, reports = {}, 0
     for c in found:
@@ -97,7 +101,7 @@ mesh = sharding.make_mesh(1, 8)
 batched = sharding.batch_sharding(mesh)
 shape = jax.ShapeDtypeStruct((BATCH, 64, 48), jnp.float32, sharding=batched)
 gathering = jax.jit(lambda x: jnp.sort(x, axis=0), out_shardings=sharding.replicated(mesh))
-found = hlo.collectives(gathering.lower(shape).compile().as_text())
+found = collectives(gathering.lower(shape).compile())
 out["detected"] = len(hlo.activation_gathers(found, [(64, 48)], BATCH))
 
 # What stands in a loop counts as often as the loop runs.
@@ -105,7 +109,7 @@ def power(x, v):
     return jax.lax.scan(lambda v, _: (x.T @ (x @ v), None), v, length=5)[0]
 x = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=batched)
 v = jax.ShapeDtypeStruct((48,), jnp.float32, sharding=sharding.replicated(mesh))
-found = hlo.collectives(jax.jit(power, out_shardings=sharding.replicated(mesh)).lower(x, v).compile().as_text())
+found = collectives(jax.jit(power, out_shardings=sharding.replicated(mesh)).lower(x, v).compile())
 out["loop"] = [[c.kind, c.times, c.bytes, c.group] for c in found]
 print(json.dumps(out))
 """
