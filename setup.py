@@ -35,8 +35,8 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.9",
         "importlib-resources",  # TFDS needs it for builders in packages and does not ask for it
     ],
-    # Indexing terabytes with Apache Beam (scripts/prepare_data.py --beam); an environment of its own, see docs/data.md.
-    "beam": ["apache-beam[gcp]>=2.70"],
+    # Indexing terabytes with Apache Beam (scripts/prepare_data.py --beam), in an environment of its own: docs/data.md.
+    "beam": ["apache-beam>=2.70"],
     # Reading recordings in LeRobot's format (parquet and mp4) and in HDF5, for scripts/convert_demos.py.
     "demos": ["av>=14", "h5py", "pyarrow"],
     "cuda": ["jax[cuda12]>=0.10,<0.12"],

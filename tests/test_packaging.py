@@ -198,7 +198,8 @@ def test_core_needs_no_tensorflow_and_every_extra_exists():
     core, extras = setup_lists()
     names = {re.match(r"[\w-]+", line)[0].lower() for line in core}
     assert not names & {"tensorflow", "tensorflow-cpu", "tensorflow-datasets", "torch", "wandb", "websockets"}
-    assert set(extras) == {"data", "demos", "cuda", "tpu", "aot", "sim", "serve", "hub", "wandb", "notebook", "dev"}
+    hardware = {"cuda", "tpu", "aot"}
+    assert set(extras) == {"data", "beam", "demos", "sim", "serve", "hub", "wandb", "notebook", "dev"} | hardware
     pinned = requirements((ROOT / "requirements" / "cpu.lock").read_text())
     locked = [line for extra in ("data", "demos", "serve", "notebook", "dev") for line in extras[extra]]
     needed = {re.match(r"[\w-]+", line)[0].lower() for line in [*core, *locked]}

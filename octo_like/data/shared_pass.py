@@ -306,7 +306,8 @@ def work() -> None:
     jobs, threads, index, count = pickle.load(sys.stdin.buffer)
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not through sys.stdin, whose lock must be free when the interpreter ends
+            pass
         os._exit(0)  # what it holds is taken over; parts are written atomically
 
     threading.Thread(target=end_with_parent, daemon=True).start()
