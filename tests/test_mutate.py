@@ -79,51 +79,69 @@ mutate.main()
 """
 
 
-def test_a_run_counts_lists_and_remembers(tmp_path):
-    """Real processes in a real repository: one mutant is caught, one survives, one is excused, one never ends."""
-    files = {
-        "octo_like/__init__.py": "",
-        "octo_like/toy.py": "def up(x):\n    while x < 8:\n        x += 2\n    return x, x * 1\n",
-        "tests/conftest.py": "",
-        "tests/test_toy.py": "from octo_like.toy import up\n\n\ndef test_up():\n    assert up(7)[0] == 9\n",
-        "tests/equivalent_mutants.txt": (
-            "# one\nocto_like/toy.py::up: x < 8 -> (x <= 8)\n    8 is never asked for in this test of tests\n"
-        ),
-        "configs/none.py": "",
-        "scripts/mutate.py": (ROOT / "scripts" / "mutate.py").read_text(),
-        ".gitignore": "runs/\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+class Toy:
+    """A repository of one module and one test; `run` mutates it in a real process."""
 
-    def run(*flags):
+    def __init__(self, folder, source, test, excuses=""):
+        self.folder = folder
+        files = {
+            "octo_like/__init__.py": "",
+            "octo_like/toy.py": source,
+            "tests/conftest.py": "",
+            "tests/test_toy.py": f"from octo_like.toy import up\n\n\ndef test_up():\n    assert {test}\n",
+            "tests/equivalent_mutants.txt": excuses,
+            "configs/none.py": "",
+            "scripts/mutate.py": (ROOT / "scripts" / "mutate.py").read_text(),
+            ".gitignore": "runs/\n",
+        }
+        for name, text in files.items():
+            self.write(name, text)
+        subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+    def write(self, name, text):
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        (self.folder / name).write_text(text)
+
+    def run(self, *flags):
+        environment = {**os.environ, "PYTHONPATH": str(self.folder), "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", RUN, "--per_file", "0", *flags]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=500)
 
-    done = run()
-    lines = [line for line in done.stdout.splitlines() if line.startswith("octo_like/toy.py::")]
-    assert done.returncode == 1, done.stderr
-    assert "octo_like/toy.py::up: x * 1 -> (x / 1)" in lines and "octo_like/toy.py::up: 1 -> (2)" in lines
-    assert not [line for line in lines if "x += 2" in line or "x < 8" in line]
-    results = json.loads((tmp_path / "runs" / "mutation" / "results.json").read_text())
-    verdicts = {key.split("::up: ")[1]: entry["verdict"] for key, entry in results.items()}
-    assert verdicts["x += 2 -> pass"] == "caught" and verdicts["x * 1 -> (x / 1)"] == "survived"
-    assert "x < 8 -> (x <= 8)" not in verdicts and "| all " in done.stdout
-    assert (tmp_path / "octo_like" / "toy.py").read_text() == files["octo_like/toy.py"]
+    def results(self):
+        """{what -> into what: "caught" or "survived"}"""
+        known = json.loads((self.folder / "runs" / "mutation" / "results.json").read_text())
+        return {key.split("::up: ")[1]: entry["verdict"] for key, entry in known.items()}
 
-    # Nothing is run twice; when the tests change, the survivors are, and only they.
-    before = (tmp_path / "runs" / "mutation" / "results.json").read_text()
-    assert run("--at_least", "0").returncode == 0
-    assert (tmp_path / "runs" / "mutation" / "results.json").read_text() == before
-    (tmp_path / "tests" / "test_toy.py").write_text(files["tests/test_toy.py"] + "    assert up(7)[1] == 9\n")
-    done = run("--at_least", "0")
-    assert "(2)" not in done.stdout and done.returncode == 0, done.stdout
 
-    (tmp_path / "tests" / "equivalent_mutants.txt").write_text("octo_like/toy.py::up: x < 8 -> (x <= 8)\n")
-    assert "no reason is given" in run().stderr
-    (tmp_path / "tests" / "equivalent_mutants.txt").write_text("")
-    (tmp_path / "tests" / "test_toy.py").write_text("def test_nothing():\n    assert False\n")
-    assert "its tests fail without any mutation" in run().stderr
+def test_a_run_counts_lists_and_remembers(tmp_path):
+    excuse = "# of this test\nocto_like/toy.py::up: x < 8 -> (x <= 8)\n    8 is never asked for\n"
+    source = "def up(x):\n    return (x + 2 if x < 8 else x), x * 1\n"
+    toy = Toy(tmp_path, source, "up(7)[0] == 9", excuse)
+    done = toy.run()
+    survivors = [line.split("::up: ")[1] for line in done.stdout.splitlines() if line.startswith("octo_like/toy.py::")]
+    assert done.returncode == 1 and sorted(survivors) == ["1 -> (2)", "8 -> (9)", "x * 1 -> (x / 1)"], done.stderr
+    results = toy.results()
+    assert {name for name, verdict in results.items() if verdict == "survived"} == set(survivors)
+    assert {"x + 2 -> (x - 2)", "2 -> (3)", "x + 2 if x < 8 else x -> (x if x < 8 else x + 2)"} <= set(results)
+    assert "x < 8 -> (x <= 8)" not in results and "| all " in done.stdout
+    assert (tmp_path / "octo_like" / "toy.py").read_text() == source
+
+    # When the tests change, the survivors are run again, and what was caught is not; later nothing is.
+    stamp = (tmp_path / "runs" / "mutation" / "results.json").stat().st_mtime_ns
+    toy.write("tests/test_toy.py", (tmp_path / "tests" / "test_toy.py").read_text() + "    assert up(8) == (8, 8)\n")
+    done = toy.run("--at_least", "0")
+    assert done.returncode == 0 and "3/6" in done.stderr, done.stderr
+    assert {name for name, verdict in toy.results().items() if verdict == "survived"} == {"x * 1 -> (x / 1)"}
+    assert (tmp_path / "runs" / "mutation" / "results.json").stat().st_mtime_ns > stamp
+    toy.write("tests/equivalent_mutants.txt", "octo_like/toy.py::up: x < 8 -> (x <= 8)\n")
+    assert "no reason is given" in toy.run().stderr
+
+
+@pytest.mark.slow
+def test_a_loop_without_end_and_tests_that_fail_anyway(tmp_path):
+    toy = Toy(tmp_path, "def up(x):\n    while x < 8:\n        x += 2\n    return x\n", "up(7) == 9")
+    assert toy.run("--at_least", "0").returncode == 0
+    assert toy.results()["x += 2 -> pass"] == "caught"
+    toy.write("tests/test_toy.py", "def test_nothing():\n    assert False\n")
+    toy.write("octo_like/toy.py", "def up(x):\n    return x + 2\n")
+    assert "its tests fail without any mutation" in toy.run().stderr
