@@ -279,7 +279,9 @@ def test_a_copied_camera_is_trained_in_every_mode(export, prepared, mode):
     given = prepared(*common)
     paths = [path for path, _ in flatten(given.init_from) if re.match(own, path)]
     assert len(paths) >= 5 and not given.frozen & set(paths) and not any(map(is_adapter, paths))
-    assert mode == "full" or any("tokenizers_primary" in path for path in given.frozen) == (mode != "frozen_transformer")
+    assert mode == "full" or any("tokenizers_primary" in path for path in given.frozen) == (
+        mode != "frozen_transformer"
+    )
     kept = prepared(*common, "--config.optimizer.freeze=observation_tokenizers_side/")
     assert {path for path in paths if "observation_tokenizers_side/" in path} <= kept.frozen
 
@@ -476,7 +478,9 @@ def test_settings_of_an_experiment_are_flags(export, tmp_path):
     assert tuple(config["augmentation"]["wrist"]["contrast"]) == (0.8, 1.2)
     before, after = (dict(flatten(Policy.load_pretrained(p).params)) for p in (export, workdir / "export"))
     moved = {path for path in before if np.any(before[path] != after[path])}
-    adapted = {p for p in before if re.search("BlockTransformer_0/.*/Dense_0/kernel|tokenizers_primary/.*Conv_0/kernel", p)}
+    adapted = {
+        p for p in before if re.search("BlockTransformer_0/.*/Dense_0/kernel|tokenizers_primary/.*Conv_0/kernel", p)
+    }
     assert len(adapted) >= 3 and adapted <= moved
     frozen = {p for p in before if p.startswith("octo_transformer/") and p not in adapted}
     assert not moved & (frozen | {p for p in before if "diffusion_model/time_" in p})
