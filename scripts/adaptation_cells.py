@@ -1,5 +1,7 @@
-"""The cells of scripts/benchmark_adaptation.py: which policies there are, in which order they are made, and what each is
-tested on. Nothing is run here."""
+"""The cells of scripts/benchmark_adaptation.py: which policies there are, in which order, and what each is tested on.
+
+Nothing is run here.
+"""
 
 import dataclasses
 import hashlib

@@ -206,7 +206,7 @@ def exchanged_episodes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def digest(action: np.ndarray, proprio: np.ndarray) -> str:
-    """Of an episode's numbers alone: what a recorder or converter writes beside them (its path, a date) is not in it."""
+    """Of an episode's numbers alone: what a recorder or converter writes beside them (a path, a date) is left out."""
     content = hashlib.sha256(repr((action.shape, proprio.shape)).encode())
     for values in (action, proprio):
         content.update(np.ascontiguousarray(values, np.float32).tobytes())
