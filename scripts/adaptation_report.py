@@ -1,5 +1,7 @@
 """Table and figure of scripts/benchmark_adaptation.py, from what it collected; see `collect` there for the format."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,55 @@ def table(collected: Mapping[str, Any]) -> str:
             for mode in modes:
                 rows.append([number, NAMES.get(mode, mode), *_cells(mode, row, tasks)])
         parts.append(_markdown(head, rows))
+        if repeats := collected.get("repeats", {}).get(group):
+            parts.append(_repeats_table(group, numbers, repeats, modes))
     return "\n".join(parts)
+
+
+def _repeats_table(group: str, numbers: Mapping[str, Mapping], repeats: Mapping[str, Mapping], modes) -> str:
+    """How much another training of the same cell changes, and how sure a difference is with that taken into account."""
+    rows = []
+    for number, more in repeats.items():
+        trainings = {mode: _trainings(numbers[number].get(mode), more.get(mode, ())) for mode in modes}
+        scratch = trainings["scratch"]
+        for mode, rates in trainings.items():
+            if len(rates) < 2:
+                continue
+            difference = ""
+            if mode != "scratch" and len(scratch) >= 2:
+                value, low, high = difference_of_trainings(rates, scratch)
+                difference = f"{100 * value:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+            listed = ", ".join(f"{rate:.0%}" for rate in rates)
+            spread = f"{100 * (max(rates) - min(rates)):.0f}"
+            rows.append([number, NAMES.get(mode, mode), listed, f"{statistics.mean(rates):.0%}",
+                         f"{100 * statistics.stdev(rates):.1f}", spread, difference])  # fmt: skip
+    head = ["demonstrations a task", "policy", "success of each training", "mean", "standard deviation (points)",
+            "largest - smallest", "adapted - scratch (95%, of trainings)"]  # fmt: skip
+    return f"### {TITLES[group]}: other training seeds\n\n" + _markdown(head, rows)
+
+
+def _trainings(first: Mapping[str, Any] | None, others: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Success rates of the trainings of a cell."""
+    results = [result for result in (first, *others) if result is not None]
+    return [success_rate([episode["success"] for episode in result["episodes"]]) for result in results]
+
+
+def difference_of_trainings(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Difference of the mean rates of two settings and its interval by Welch's t (1947), trainings as the sample.
+
+    All are tested on the same scenes, which are taken as given. Equal rates throughout have an interval of no width.
+    """
+    from scipy import stats
+
+    value = statistics.mean(first) - statistics.mean(second)
+    parts = [statistics.variance(rates) / len(rates) for rates in (first, second)]
+    error = math.sqrt(sum(parts))
+    if error == 0:
+        return value, value, value
+    pairs = zip(parts, (first, second), strict=True)
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(rates) - 1) for part, rates in pairs)
+    width = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    return value, value - width, value + width
 
 
 def between_marks(page: str, text: str) -> str:

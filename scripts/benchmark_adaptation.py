@@ -2,6 +2,7 @@
 
     python scripts/benchmark_adaptation.py                      # everything, below runs/adaptation
     python scripts/benchmark_adaptation.py --demos 50 --groups fetch --modes full lora
+    python scripts/benchmark_adaptation.py --demos 10 50 --modes full --seeds 3    # every test with three trainings
     python scripts/benchmark_adaptation.py --report             # table and figure of what is there
     python scripts/benchmark_adaptation.py --report --page docs/adaptation.md      # and into the documentation
     python scripts/benchmark_adaptation.py --quick              # minutes: shows that everything works, learns nothing
@@ -9,7 +10,8 @@
 One policy is pretrained on fourteen Meta-World tasks. It adapts with n demonstrations of every task to (a) Meta-World
 tasks that were held out and (b) the Fetch robot; each mode of configs/finetune.py is one cell. The same network is
 trained from scratch on the same demonstrations with every learning rate and number of steps of a grid; the best of the
-grid, chosen on seeds of its own, is what adaptation is compared with. All policies are tested on the same seeds.
+grid, chosen on seeds of its own, is what adaptation is compared with. All policies are tested on the same seeds. With
+--seeds K every tested policy is trained K times, and the report says how much that changes.
 
 A cell is data, training and closed-loop evaluation. Its result is a JSON file in the workdir, keyed by everything that
 was asked for; a finished cell is not run again, an interrupted one continues from its checkpoint. Two runs may share a
@@ -19,14 +21,13 @@ that, use a new --workdir.) Needs the extras `data` and `sim`.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,137 +36,29 @@ for _path in (ROOT, ROOT / "scripts"):
     if str(_path) not in sys.path:
         sys.path.insert(0, str(_path))
 
+from adaptation_cells import (  # noqa: E402
+    LONG,
+    PRETRAINING,
+    QUICK,
+    TARGETS,
+    Cell,
+    Settings,
+    adapted_cell,
+    base_cells,
+    best_of,
+    digest,
+    plan,
+    repeated,
+    scratch_grid,
+    seeds_of,
+    success,
+)
+
 from octo_like.common.locks import exclusive  # noqa: E402
-from octo_like.envs import EVALUATION_SEEDS  # noqa: E402
 from octo_like.envs.sims import GROUPS  # noqa: E402
 from octo_like.model.surgery import MODES  # noqa: E402
 
-TARGETS = ("metaworld_heldout", "fetch")
-PRETRAINING = "metaworld_pretrain"
-SELECTION_SEEDS = EVALUATION_SEEDS + 500_000  # what the best of a grid is chosen on; tests use EVALUATION_SEEDS + i
-LONG = "_long"  # ends a mode that is given as many steps as the longest training from scratch
 BATCH_SIZE = 30  # environments in lock-step
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Sizes of the benchmark.
-
-    Attributes:
-      pretrain_episodes: demonstrations of every pretraining task.
-      pretrain_steps: of pretraining, with the batch size of configs/metaworld.py.
-      demos: demonstrations of every target task, in the order in which cells are run.
-      modes: of adaptation; with `LONG` behind it, for as many steps as the longest training from scratch.
-      steps: of adaptation.
-      scratch_rates, scratch_factors: peak learning rates and multiples of `steps` of the grid from scratch.
-      tests, selections: episodes of every task by which a policy is tested, and by which the best of a grid is chosen.
-      overrides: of all training configs.
-    """
-
-    pretrain_episodes: int = 200
-    pretrain_steps: int = 12000
-    demos: tuple[int, ...] = (50, 10, 5, 25)
-    modes: tuple[str, ...] = ("full", "full_long", "lora", "head_only")
-    steps: int = 800
-    scratch_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    scratch_factors: tuple[int, ...] = (1, 4)
-    tests: int = 40
-    selections: int = 10
-    overrides: tuple[str, ...] = ()
-
-
-QUICK = Settings(
-    pretrain_episodes=2,
-    pretrain_steps=4,
-    demos=(2,),
-    modes=("full",),
-    steps=2,
-    scratch_rates=(1e-3,),
-    scratch_factors=(1, 2),
-    tests=1,
-    selections=1,
-    overrides=("--config.batch_size=8", "--config.optimizer.warmup_steps=1", "--config.log_every=1"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One policy: how it is trained, and by how many episodes of every task it is judged.
-
-    Attributes:
-      group: of tasks.
-      demos: demonstrations of every task.
-      mode: of configs/finetune.py, "scratch" or "pretrained" (as it is, nothing is trained).
-      rate: peak learning rate; None: that of the config.
-      steps: of training; 0: none.
-      purpose: "test" or "select".
-      episodes: of every task.
-    """
-
-    group: str
-    demos: int
-    mode: str
-    rate: float | None
-    steps: int
-    purpose: str
-    episodes: int
-
-    @property
-    def name(self) -> str:
-        """For people: "fetch n50 scratch 0.001 x 400 test"."""
-        rate = "" if self.rate is None else f" {self.rate:g}"
-        steps = f" x {self.steps}" if self.steps else ""
-        return f"{self.group} n{self.demos} {self.mode}{rate}{steps} {self.purpose}"
-
-    @property
-    def cost(self) -> float:
-        """What the progress bar counts: roughly seconds on one core."""
-        return 30 + 0.12 * self.steps + 0.5 * self.episodes * len(GROUPS[self.group][1])
-
-
-def digest(value: Any) -> str:
-    """Short hash of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def base_cells(settings: Settings) -> list[Cell]:
-    """The pretrained policy as it is: on the tasks it has learned, and on those held out."""
-    return [
-        Cell(PRETRAINING, 0, "pretrained", None, 0, "test", settings.selections),
-        Cell(TARGETS[0], 0, "pretrained", None, 0, "test", settings.tests),
-    ]
-
-
-def adapted_cell(settings: Settings, group: str, demos: int, mode: str) -> Cell:
-    """The test of an adaptation in one of `Settings.modes`."""
-    factor = max(settings.scratch_factors) if mode.endswith(LONG) else 1
-    return Cell(group, demos, mode.removesuffix(LONG), None, factor * settings.steps, "test", settings.tests)
-
-
-def scratch_grid(settings: Settings, group: str, demos: int) -> list[Cell]:
-    """The candidates from scratch, each judged on the selection seeds."""
-    return [
-        Cell(group, demos, "scratch", rate, factor * settings.steps, "select", settings.selections)
-        for factor in settings.scratch_factors
-        for rate in settings.scratch_rates
-    ]
-
-
-def best_of(candidates: Sequence[Cell], results: Mapping[Cell, Mapping], settings: Settings) -> Cell:
-    """The test of the most successful candidate; among equals, of the one that took fewer steps, then of the first."""
-    best = max(candidates, key=lambda cell: (success(results[cell]), -cell.steps))
-    return dataclasses.replace(best, purpose="test", episodes=settings.tests)
-
-
-def success(result: Mapping[str, Any]) -> float:
-    """Share of successful episodes of a cell's result."""
-    return sum(episode["success"] for episode in result["episodes"]) / len(result["episodes"])
-
-
-def seeds_of(cell: Cell) -> list[tuple[int, str]]:
-    """(seed, task) of a cell's episodes, all tasks of a seed together; equal for all cells of a group and purpose."""
-    first = EVALUATION_SEEDS if cell.purpose == "test" else SELECTION_SEEDS
-    return [(first + i, task) for i in range(cell.episodes) for task in GROUPS[cell.group][1]]
 
 
 class Benchmark:
@@ -188,7 +81,7 @@ class Benchmark:
 
     def key(self, cell: Cell, *, training_only: bool = False) -> str:
         """Hash of all that decides a cell's result, or its training."""
-        asked = dataclasses.asdict(cell)
+        asked = cell.asked()
         if training_only:
             for field in ("purpose", "episodes"):
                 del asked[field]
@@ -196,7 +89,8 @@ class Benchmark:
         return digest([asked, pretrained, list(self.settings.overrides)])
 
     def result_path(self, cell: Cell) -> Path:
-        name = f"{cell.group}-n{cell.demos}-{cell.mode}-{cell.purpose}-{self.key(cell)}.json"
+        seed = f"-seed{cell.seed}" if cell.seed else ""
+        name = f"{cell.group}-n{cell.demos}-{cell.mode}-{cell.purpose}{seed}-{self.key(cell)}.json"
         return self.workdir / "results" / name
 
     def training_path(self, cell: Cell) -> Path:
@@ -227,7 +121,7 @@ class Benchmark:
         trained = time.monotonic()
         episodes = self.evaluate(export, cell)
         seconds = {"train": round(trained - begun, 1), "evaluate": round(time.monotonic() - trained, 1)}
-        result = {"cell": dataclasses.asdict(cell), "seconds": seconds, "episodes": episodes}
+        result = {"cell": cell.asked(), "seconds": seconds, "episodes": episodes}
         write_json(self.result_path(cell), result)
         return result
 
@@ -269,6 +163,7 @@ class Benchmark:
                 *("finetune.py", "--config", f"configs/adapt_sim.py:{cell.group},{mode}", "--workdir", str(folder)),
                 f"--config.data.data_dir={data}",
                 f"--config.num_steps={cell.steps}",
+                *((f"--config.seed={cell.seed}",) if cell.seed else ()),
                 *(() if cell.rate is None else (f"--config.optimizer.peak={cell.rate}",)),
                 *(() if cell.mode == "scratch" else (f"--config.pretrained={self.pretrained}",)),
                 *self.settings.overrides,
@@ -344,21 +239,6 @@ def write_json(path: Path, value: Any) -> None:
     staging.replace(path)
 
 
-def plan(settings: Settings, groups: Sequence[str]) -> list[list[Cell]]:
-    """Cells in units, in the order of importance; a unit of several cells is a grid, whose best is then tested."""
-    learned, held_out = base_cells(settings)
-    units: list[list[Cell]] = [[learned]]
-    first, *others = settings.modes
-    for number in settings.demos:
-        units += [[adapted_cell(settings, group, number, first)] for group in groups]
-        units += [scratch_grid(settings, group, number) for group in groups]
-    units.append([held_out])
-    for number in settings.demos:
-        for group in groups:
-            units += [[adapted_cell(settings, group, number, mode)] for mode in others]
-    return units
-
-
 def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
     """Runs every cell of the plan that is not finished, with a bar over all, and renews the report after each."""
     from tqdm import tqdm
@@ -371,6 +251,10 @@ def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
         total += sum(cell.cost for cell in waiting)
         if len(unit) > 1 and waiting:  # and then the test of the grid's best, which costs no training
             total += dataclasses.replace(unit[0], steps=0, episodes=benchmark.settings.tests).cost
+    again = repeated(benchmark.settings, groups)
+    total += sum(
+        cell.cost for place in again for cell in _trained_again(benchmark, *place, guess=True) if is_open(cell)
+    )
     with tqdm(total=round(total), bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}<{remaining} {desc}") as bar:
 
         def run(cell: Cell) -> dict[str, Any]:
@@ -387,8 +271,27 @@ def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:
             results = {cell: run(cell) for cell in unit}
             if len(unit) > 1:
                 run(best_of(unit, results, benchmark.settings))
+        for place in again:
+            for cell in _trained_again(benchmark, *place):
+                run(cell)
         bar.update(bar.total - bar.n)
     write_report(benchmark, groups)
+
+
+def _trained_again(benchmark: Benchmark, group: str, demos: int, seed: int, guess: bool = False) -> list[Cell]:
+    """The tests of all modes and of the best from scratch with another training seed.
+
+    Args:
+      guess: the grid need not be finished: its first candidate stands for the best.
+    """
+    settings, candidates = benchmark.settings, scratch_grid(benchmark.settings, group, demos)
+    results = {cell: benchmark.result(cell) for cell in candidates}
+    cells = [adapted_cell(settings, group, demos, mode) for mode in settings.modes]
+    if all(result is not None for result in results.values()):
+        cells.append(best_of(candidates, results, settings))
+    elif guess:
+        cells.append(dataclasses.replace(candidates[0], purpose="test", episodes=settings.tests))
+    return [dataclasses.replace(cell, seed=seed) for cell in cells]
 
 
 def write_report(benchmark: Benchmark, groups: Sequence[str]) -> None:
@@ -439,7 +342,8 @@ def collect(benchmark: Benchmark, groups: Sequence[str]) -> dict[str, Any]:
     """Everything a report needs: finished results, None for cells that were not run.
 
     {"settings", "base": {group: result}, "groups": {group: {demos: {mode: result}}}}; "scratch" is the best of its
-    grid, with the grid's selection under "grid".
+    grid, with the grid's selection under "grid". Results of further training seeds, when there are any, stand under
+    "repeats": {group: {demos: {mode: [result, ...]}}}.
     """
     settings = benchmark.settings
     collected: dict[str, Any] = {"settings": dataclasses.asdict(settings), "groups": {}}
@@ -457,6 +361,13 @@ def collect(benchmark: Benchmark, groups: Sequence[str]) -> dict[str, Any]:
                     grid = [{"rate": c.rate, "steps": c.steps, "success": success(r)} for c, r in found.items()]
                     row["scratch"] = {**tested, "grid": grid}
             of_group[str(number)] = row
+    for group, number, seed in repeated(settings, groups):
+        for cell, mode in zip(
+            _trained_again(benchmark, group, number, seed), [*settings.modes, "scratch"], strict=False
+        ):
+            if (result := benchmark.result(cell)) is not None:
+                of_group = collected.setdefault("repeats", {}).setdefault(group, {}).setdefault(str(number), {})
+                of_group.setdefault(mode, []).append(result)
     return collected
 
 
@@ -467,6 +378,7 @@ def main() -> int:
     parser.add_argument("--demos", nargs="+", type=int, help="numbers of demonstrations, in the order of running")
     modes = [*MODES, *(mode + LONG for mode in MODES)]
     parser.add_argument("--modes", nargs="+", choices=modes, help="of adaptation; the first one is run first")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of every tested policy (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="simulator processes")
     parser.add_argument("--report", action="store_true", help="only table and figure of what is there")
     parser.add_argument("--page", type=Path, help="with --report: puts the results into this page of the documentation")
@@ -474,7 +386,9 @@ def main() -> int:
     args = parser.parse_args()
     workdir = args.workdir or ROOT / "runs" / ("adaptation_quick" if args.quick else "adaptation")
     given = {key: tuple(value) for key, value in (("demos", args.demos), ("modes", args.modes)) if value}
-    settings = dataclasses.replace(QUICK if args.quick else Settings(), **given)
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
+    settings = dataclasses.replace(QUICK if args.quick else Settings(), seeds=args.seeds, **given)
     benchmark = Benchmark(workdir.resolve(), settings, args.processes)
     try:
         if args.report and args.page is not None:

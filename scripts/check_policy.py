@@ -4,10 +4,11 @@
     python scripts/check_policy.py runs/tabletop/export --data_dir runs/data --config configs/tabletop.py tabletop_arm
     python scripts/check_policy.py EXPORT --data_dir DATA my_robot --set image_keys='{"primary": "front"}'
 
-Replays the validation episodes, those that training held out (the policy's statistics say which): error per action dimension and step of the chunk in physical units, beside two answers
-that need no policy; plots of what it would have done; commands outside the limits; how rough they are; latency of
-`sample_actions` on this machine against the control rate. Writes OUTPUT/DATASET/index.html and PNGs. docs/demos.md says
-how to read it. Exit status: 1 when something cannot be read; 2 with --strict when there are warnings.
+Replays the validation episodes, those that training held out (the policy's statistics say how they were chosen): error
+per action dimension and step of the chunk in physical units, beside two answers that need no policy; plots of what it
+would have done; commands outside the limits; how rough they are; latency of `sample_actions` on this machine against
+the control rate. Writes OUTPUT/DATASET/index.html and PNGs. docs/demos.md says how to read it. Exit status: 1 when
+something cannot be read; 2 with --strict when there are warnings.
 """
 
 import argparse

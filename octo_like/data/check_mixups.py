@@ -45,10 +45,8 @@ class Weights:
 
     @property
     def carried(self) -> np.ndarray:
-        """(n, n) bool: this proprioception explains that action, and does so alone."""
-        largest = np.abs(self.weight)
-        others = np.where(np.eye(len(largest), dtype=bool)[None], 0, largest[:, None, :]).max(2)
-        return (largest >= CARRIES) & (others <= OTHER) & (self.explained[:, None] >= EXPLAINED)
+        """(n, n) bool: the proprioception of a column explains the action of a row, and does so alone."""
+        return np.array([_carried(*row) for row in zip(self.weight, self.explained, strict=True)])
 
 
 def weights(n: Numbers) -> Weights | None:
@@ -73,20 +71,27 @@ def weights(n: Numbers) -> Weights | None:
 def _explain(actions, proprios, d: int, columns: list[int], kind: str | None) -> tuple[np.ndarray, float]:
     """(weights (n,), explained share) of action `d` by where proprioception is next, or by how it changes at a lag."""
     candidates = []
-    if kind in ("absolute", None):
-        y = np.concatenate([a[:-1, d] for a in actions])
-        x = np.concatenate([p[1:, columns] for p in proprios])
-        candidates.append(_regress(x, y))
-    for lag in LAGS if kind in ("delta", "velocity", None) else ():
-        ys, xs = [], []
+    for lag in LAGS:
+        ys, levels, changes = [], [], []
         for a, p in zip(actions, proprios, strict=True):
             steps = np.arange(max(0, -lag), len(a) - 1 - max(0, lag))
             if len(steps):
                 ys.append(a[steps, d])
-                xs.append(p[steps + lag + 1][:, columns] - p[steps + lag][:, columns])
+                levels.append(p[steps + lag + 1][:, columns])
+                changes.append(levels[-1] - p[steps + lag][:, columns])
         if ys:
-            candidates.append(_regress(np.concatenate(xs), np.concatenate(ys)))
-    return max(candidates, key=lambda found: found[1], default=(np.zeros(len(columns)), 0.0))
+            kinds = [levels] * (kind in ("absolute", None)) + [changes] * (kind in ("delta", "velocity", None))
+            candidates += [_regress(np.concatenate(xs), np.concatenate(ys)) for xs in kinds]
+    # One that a single proprioception carries comes before one that explains more by several.
+    nothing = (np.zeros(len(columns)), 0.0)
+    return max(candidates, key=lambda found: (bool(_carried(*found).any()), found[1]), default=nothing)
+
+
+def _carried(weight: np.ndarray, explained: float) -> np.ndarray:
+    """(n,) bool: this proprioception explains the action, and does so alone."""
+    size = np.abs(weight)
+    others = np.where(np.eye(len(size), dtype=bool), 0, size[None]).max(1)
+    return (size >= CARRIES) & (others <= OTHER) & (explained >= EXPLAINED)
 
 
 def _regress(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
@@ -201,7 +206,7 @@ def exchanged_episodes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def digest(action: np.ndarray, proprio: np.ndarray) -> str:
-    """Of an episode's numbers alone: what a recorder or converter writes beside them (its path, a date) is not in it."""
+    """Of an episode's numbers alone: what a recorder or converter writes beside them (a path, a date) is left out."""
     content = hashlib.sha256(repr((action.shape, proprio.shape)).encode())
     for values in (action, proprio):
         content.update(np.ascontiguousarray(values, np.float32).tobytes())

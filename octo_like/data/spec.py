@@ -271,7 +271,7 @@ class DatasetSpec:
         return cls(**data)
 
     def held_out(self) -> dict[str, Any]:
-        """The fields `HELD_OUT`. They travel with a policy's statistics, so that it is tried on what it has not seen."""
+        """The fields `HELD_OUT`. They travel with a policy's statistics: it is tried on what it has not seen."""
         return {field: getattr(self, field) for field in HELD_OUT}
 
     def held_out_as(self, trained: Mapping[str, Any], given: Collection[str] = ()) -> tuple["DatasetSpec", str | None]:

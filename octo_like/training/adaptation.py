@@ -205,9 +205,7 @@ def with_inputs(
     if unknown := [slot for slot in tree["augmentation"] if slot not in tree["image_sizes"] and slot not in PRESET]:
         raise ConfigError(f"augmentation.{unknown[0]}: the run has no such camera, but {sorted(tree['image_sizes'])}")
     tree["augmentation"] = {
-        slot: entry
-        for slot, entry in tree["augmentation"].items()
-        if slot in tree["image_sizes"] and entry is not None
+        slot: entry for slot, entry in tree["augmentation"].items() if slot in tree["image_sizes"] and entry is not None
     }
     if config.conditioning == "goal_image":
         tree["text"]["model"] = None

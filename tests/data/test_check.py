@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from octo_like.common.robot import Camera, Description, Robot, absolute, delta, gripper, velocity
-from octo_like.data import check_frames
 from octo_like.data.check import check_dataset, summary, write_page
 from octo_like.data.check_numbers import LAGS, Numbers, check, relation
 from octo_like.data.convert.npz import Npz
@@ -249,11 +248,6 @@ def test_turned_channels_are_right_again(tmp_path):
     """bgr_slots is what the warning advises: with it the same files are silent."""
     robot = dataclasses.replace(ROBOT, cameras=dict(primary=Camera("front", (32, 32), bgr=True)))
     assert not check_toy(tmp_path, robot, front=lambda a, n: a["front"][..., ::-1]).warnings
-
-
-def test_duplicates():
-    assert [f.code for f in check_frames.check_copies(np.array([3, 4, 3]))] == ["duplicates"]
-    assert not check_frames.check_copies(np.array([3, 4, 5]))
 
 
 def test_silent_on_real_robots(shared):

@@ -207,6 +207,69 @@ def test_results_go_into_the_page_between_its_marks(bench, made_up, tmp_path, re
     assert adaptation_report.between_marks((repository / "docs" / "adaptation.md").read_text(), "x")
 
 
+def test_further_training_seeds(bench, made_up, monkeypatch, tmp_path):
+    """After everything with the first seed; the best from scratch is not searched again; restartable; in the report."""
+    monkeypatch.setattr(bench, "write_report", lambda benchmark, groups: None)
+    first = made_up(modes=("full",))
+    bench.run_all(first, bench.TARGETS)
+    finished = {path.name for path in (tmp_path / "results").iterdir()}
+    made_up.log.clear()
+    more = made_up(modes=("full",), seeds=3)
+    bench.run_all(more, bench.TARGETS)
+    assert finished < {path.name for path in (tmp_path / "results").iterdir()}, "first results keep their names"
+    new = trained(made_up.log)
+    assert [(c.group, c.demos, c.mode, c.seed) for c in new] == [
+        (group, demos, mode, seed)
+        for seed in (1, 2)
+        for demos in (50, 10)
+        for group in bench.TARGETS
+        for mode in ("full", "scratch")
+    ]
+    assert {(c.rate, c.steps) for c in new if c.mode == "scratch"} == {(1e-3, 3200)}
+    assert {c.purpose for c in new} == {"test"} and bench.seeds_of(new[0]) == bench.seeds_of(new[1])
+    assert len({more.key(c, training_only=True) for c in new}) == len({more.training_path(c) for c in new}) == len(new)
+    made_up.log.clear()
+    more.result_path(new[3]).unlink()
+    bench.run_all(more, bench.TARGETS)
+    assert trained(made_up.log) == [new[3]]
+
+    commands = []
+    monkeypatch.setattr(bench, "execute", lambda command, log: commands.append(command))
+    (tmp_path / "data" / "n50" / "metaworld_heldout").mkdir(parents=True)
+    for cell in (new[0], dataclasses.replace(new[0], seed=0)):
+        bench.Benchmark.train(more, cell)
+    assert "--config.seed=1" in commands[0] and not any("config.seed" in word for word in commands[1])
+
+
+def test_the_report_states_the_spread_between_trainings(bench, made_up):
+    import adaptation_report
+
+    benchmark = made_up(modes=("full",), seeds=3, demos=(50,))
+    rates = {("full", 0): 0.9, ("full", 1): 0.8, ("full", 2): 0.85, ("scratch", 0): 0.7, ("scratch", 1): 0.6}
+    cells = [bench.adapted_cell(benchmark.settings, "fetch", 50, "full")]
+    grid = bench.scratch_grid(benchmark.settings, "fetch", 50)
+    results = {cell: benchmark.run(cell) for cell in grid}
+    cells.append(bench.best_of(grid, results, benchmark.settings))
+    for (mode, seed), rate in rates.items():
+        cell = dataclasses.replace(cells[mode == "scratch"], seed=seed)
+        seeds = bench.seeds_of(cell)
+        episodes = [
+            {"seed": s, "task": t, "success": i < round(rate * len(seeds)), "steps": 5}
+            for i, (s, t) in enumerate(seeds)
+        ]
+        bench.write_json(benchmark.result_path(cell), {"cell": cell.asked(), "seconds": {}, "episodes": episodes})
+    text = adaptation_report.table(bench.collect(benchmark, ["fetch"]))
+    assert "### (b) Fetch, another robot: other training seeds" in text
+    adapted, scratch = (line for line in text.split("other training seeds")[1].splitlines() if line.startswith("| 50"))
+    # Welch by hand: variances 0.0025 / 3 and 0.005 / 2, 1.7 degrees of freedom, t 5.18.
+    assert "| 90%, 80%, 85% | 85% | 5.0 | 10 | +20 [-10, +50] |" in adapted
+    assert "| 70%, 60% | 65% | 7.1 | 10 |  |" in scratch
+    assert "training seeds" not in adaptation_report.table(
+        bench.collect(made_up(modes=("full",), demos=(50,)), ["fetch"])
+    )
+    assert adaptation_report.difference_of_trainings([0.5, 0.5], [0.25, 0.25]) == (0.25, 0.25, 0.25)
+
+
 def test_policies_tested_on_other_episodes_are_not_compared(bench):
     import adaptation_report
 
