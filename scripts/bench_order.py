@@ -52,8 +52,8 @@ def main() -> None:
         held = time.process_time() - start
         taken = 1000 * np.array(taken)
         print(
-            f"batch {position:,}: first {first:.2f} s, then {np.median(taken):.1f} ms a batch (mean {taken.mean():.1f}, "
-            f"slowest {taken.max():.0f}); {live:,} live episodes in {1000 * held:.0f} ms"
+            f"batch {position:,}: first {first:.2f} s, then {np.median(taken):.1f} ms a batch (slowest "
+            f"{taken.max():.0f}); {live:,} live episodes in {1000 * held:.0f} ms"
         )
 
 

@@ -11,8 +11,8 @@ _MAX_SAMPLES = 1 << 44
 class Mixture:
     """Exact integer counts per dataset: `counts(m)[d]` of the first m samples, |count - m w_d| <= 2, sum exactly m.
 
-    The counts repeat: the first `period` samples contain a whole number of each dataset, its `units`, and so do the next.
-    What is true of one period is therefore known of all, which makes a position arithmetic.
+    The counts repeat: the first `period` samples contain a whole number of each dataset, its `units`, and so do the
+    next. What is true of one period is therefore known of all, which makes a position arithmetic.
 
     Attributes:
       given: the weights (D,) that were asked for, normalised.

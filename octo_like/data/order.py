@@ -11,9 +11,9 @@ Mixture    Samples come in windows of about 4,096, of which a lane has w. Lane s
            never decrease, stay within 2 of m w_d and repeat after PERIOD windows (`mixture.py`). The slots of a lane's
            part are in keyed order. So the counts before any window are a multiple of those of a period, and a look into
            a table of one period.
-Walks      A dataset has G walks, each with a share of its episodes (`walk.py`); S / G adjacent lanes take the samples of
-           a walk in turn. G divides S, and leaves each walk at least SHARED of the episodes that are mixed: many lanes
-           cost no memory. Which samples of a walk a process needs follows from the windows, which are the same for all.
+Walks      A dataset has G walks, each with a share of its episodes (`walk.py`); S / G adjacent lanes take the samples
+           of a walk in turn. G divides S, and leaves each walk at least SHARED of the episodes that are mixed: many
+           lanes cost no memory. Which samples of a walk a process needs follows from the windows, which all know.
 Randomness All keys are 64-bit hashes of (seed, what, which); nothing depends on what was asked for before.
 """
 
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from octo_like.common.lanes import check_lanes, divisors
 from octo_like.data.keys import hash_key, permutation, shuffled, uniform
 from octo_like.data.mixture import Mixture, balanced_weights
 from octo_like.data.walk import Cache, DatasetFrames, Walks
@@ -30,25 +31,9 @@ __all__ = ["DatasetFrames", "Mixture", "Order", "Samples", "balanced_weights", "
 
 WINDOW = 4096
 PERIOD = 256  # windows after which the mixture's counts repeat
-MAX_LANES = 1024
 SHARED = 4  # episodes that a walk mixes at least, unless there is only one walk
 VERSION = 3
 NEAR = 8  # substitutes that are drawn from the episodes that are live with the sample's own
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, in rising order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def default_lanes(batch_size: int) -> int:
-    """Lanes of a run that names none: the divisor of the batch size with the most divisors, up to 384.
-
-    Numbers of processes that divide the lanes can continue the run, so it is the choice that allows most of them: 256
-    for 256, 512 or 2048, and 384, which all of 3, 12, 48 and 96 divide, for 1536. It depends on nothing but the batch
-    size, so runs that are begun by different numbers of processes see the same samples.
-    """
-    return max((d for d in divisors(batch_size) if d <= 384), key=lambda d: (len(divisors(d)), d))
 
 
 class Samples(NamedTuple):
@@ -83,12 +68,7 @@ class Order:
         doubles = sorted({name for name in names if names.count(name) > 1})
         if doubles:
             raise ValueError(f"duplicate dataset names in the mixture: {', '.join(doubles)}")
-        if batch_size < 1 or not 1 <= num_lanes <= MAX_LANES or batch_size % num_lanes:
-            valid = [str(d) for d in divisors(max(batch_size, 1)) if d <= MAX_LANES]
-            raise ValueError(
-                f"the number of lanes must divide the batch size and be at most {MAX_LANES}; got {num_lanes} lanes and "
-                f"batch size {batch_size}, which allows {', '.join(valid)}"
-            )
+        check_lanes(num_lanes, batch_size)
         for data in datasets:
             for field in ("episodes_mixed", "visits"):
                 if getattr(data, field) < 1:
@@ -225,18 +205,7 @@ class Order:
 
     def batch_rows(self, batch: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
         """Sample numbers of a process's rows of a global batch, int64."""
-        if self.num_lanes % process_count:
-            raise ValueError(
-                f"{process_count} processes do not divide {self.num_lanes} lanes; possible numbers of processes: "
-                f"{', '.join(map(str, divisors(self.num_lanes)))}. Another number of lanes allows others (num_lanes at "
-                f"the first start: a divisor of the batch size {self.batch_size}, here also a multiple of "
-                f"{process_count})"
-                + (
-                    f"; {process_count} divides no batch of {self.batch_size}"
-                    if self.batch_size % process_count
-                    else ""
-                )
-            )
+        check_lanes(self.num_lanes, self.batch_size, process_count)
         local = self.batch_size // process_count
         return batch * self.batch_size + process_index * local + np.arange(local, dtype=np.int64)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.lanes import default_lanes
 from octo_like.common.schema import BatchSpec
 from octo_like.data import memory
 from octo_like.data import order as order_lib
@@ -38,7 +39,7 @@ class OrderPlan:
 
     def make(self, num_lanes: int | None = None, mixed: Mapping[str, int] | None = None) -> order_lib.Order:
         """The order, with derived values replaced by those that are passed."""
-        lanes = num_lanes or self.num_lanes or order_lib.default_lanes(self.batch_size)
+        lanes = num_lanes or self.num_lanes or default_lanes(self.batch_size)
         mixed = mixed or self.mixed
         try:
             if mixed is None:

@@ -39,7 +39,7 @@ __all__ = ["Stream", "ValIterator", "make_train_stream", "make_val_iterators"]
 log = logging.getLogger(__name__)
 
 DATA_VERSION = 3
-# Batches that have to fit into memory, whatever `prefetch` is: a knob of the host must not decide whether a run goes on.
+# Batches that have to fit into memory, whatever `prefetch` is: it must not decide whether a run goes on.
 PLANNED_BATCHES = 4
 AHEAD = 8  # batches whose episodes are read ahead, as far as memory allows
 

@@ -13,7 +13,7 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data import bench, memory
 from octo_like.data.index import prepare_datasets
 from octo_like.data.inputs import Inputs
-from octo_like.data.order import DatasetFrames, Order, spec_differences
+from octo_like.data.order import DatasetFrames, Order
 from octo_like.data.spec import DataError, specs_from_config
 from octo_like.data.stream import make_train_stream
 

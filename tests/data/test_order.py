@@ -11,7 +11,7 @@ import pytest
 
 from octo_like.data import order as order_lib
 from octo_like.data.keys import shuffled
-from octo_like.data.order import PERIOD, WINDOW, DatasetFrames, Mixture, Order, default_lanes
+from octo_like.data.order import PERIOD, WINDOW, DatasetFrames, Mixture, Order
 
 
 def make_order(num_lanes=1, batch_size=16, seed=3, mixed=5, scale=1, visits=1):
@@ -40,7 +40,8 @@ def walked(order, d, walk):
     def line():
         for number in itertools.count():
             for part in range(V):
-                ranks = {e: int(order_lib.hash_key(key, "pass", number * V + part, e)) for e in frames}
+                hashes = order_lib.hash_key(key, "pass", number * V + part, np.array(list(frames))).tolist()
+                ranks = dict(zip(frames, hashes, strict=True))
                 for e in sorted(frames, key=ranks.get):
                     turn = int(order_lib.hash_key(key, "parts", e)) % V
                     first, stop = ((p * frames[e] + turn) // V for p in (part, part + 1))
@@ -62,8 +63,8 @@ def walked(order, d, walk):
         if not all(map(any, units)):  # the units of a generation are cut in the order of the tracks
             for k in range(K):
                 units[k].append(cut(k, unit))
-        for turn in range(K):
-            waiting = units[int(shuffled([turn], K, order_lib.hash_key(key, "round", round_number))[0])]
+        for track in shuffled(np.arange(K), K, order_lib.hash_key(key, "round", round_number)).tolist():
+            waiting = units[track]
             if not waiting[0]:
                 waiting.pop(0)
             yield waiting[0].pop(0)
@@ -115,10 +116,10 @@ def sequential(order, stop):
 )
 def test_matches_a_sequential_walk(num_lanes, batch_size, mixed, visits):
     order = make_order(num_lanes, batch_size, mixed=mixed, visits=visits)
-    want = sequential(order, 2 * order.window + 100)
-    assert len(want) > 2 * order.window
+    want = sequential(order, order.window + 100)
+    assert len(want) > order.window
     got = order.samples(np.arange(len(want)))
-    assert got.pass_number.max() > 3  # several passes were crossed
+    assert got.pass_number.max() > 2  # several passes were crossed
     for i, row in enumerate(want):
         names = ("lane", "dataset", "walk", "position", "pass_number", "episode", "frame")
         assert row == tuple(int(getattr(got, name)[i]) for name in names), i
@@ -213,20 +214,6 @@ def test_lanes_share_walks_where_little_is_mixed(num_lanes, mixed, episodes, wal
     assert order.num_walks.tolist() == [walks]
     # What all lanes hold together is what is mixed, however many they are.
     assert order.walks(0).tracks.sum() <= max(mixed, 1)
-
-
-@pytest.mark.parametrize(
-    "batch_size,lanes",
-    [(1, 1), (7, 7), (64, 64), (256, 256), (512, 256), (2048, 256), (1536, 384), (384, 384), (1000, 200), (96, 96)],
-)
-def test_default_lanes(batch_size, lanes):
-    assert default_lanes(batch_size) == lanes
-
-
-def test_default_lanes_serve_pods_of_all_sizes():
-    """Powers of two up to 256 hosts at 2048, and multiples of three where the batch is one."""
-    assert all(default_lanes(2048) % hosts == 0 for hosts in (1, 2, 4, 8, 16, 32, 64, 128, 256))
-    assert all(default_lanes(1536) % hosts == 0 for hosts in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192))
 
 
 def test_passes_and_seeds_differ():

@@ -363,7 +363,7 @@ def test_datasets_without_validation_are_left_out(toy, tokenizer, tmp_path):
         (
             {},
             dict(process_count=3),
-            r"3 processes do not divide 32 lanes; possible numbers of processes: 1, 2, 4, 8, 16, 32\..*3 divides no batch",
+            r"3 processes do not divide 32 lanes; possible numbers of processes: 1, 2, 4, 8, 16, 32\.",
         ),
         ({}, dict(host_threads=0), "threads"),
     ],
