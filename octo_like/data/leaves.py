@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from octo_like.data import indices, standardize
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import tf
+
+_PICTURES = [b"\xff\xd8\xff", b"\x89PN"]  # how JPEG and PNG begin
 
 
 def _require(
@@ -93,6 +95,37 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             values = _require(observation, key, f"point {name!r} (2 numbers, or 4 of a box)", spec, _is_point)
             chosen["points"][name] = tf.cast(values, tf.float32)
     return chosen
+
+
+def text_keys(features: Any) -> set[str]:
+    """Where texts may be: the string features of a step, and where standardising functions put the instruction."""
+    found = standardize.leaves_of(features["steps"].get_tensor_info())
+    return {"language_instruction", *(key for key, one in found.items() if one.dtype == tf.string and one.shape == ())}
+
+
+def texts_of(trajectory: Mapping[str, Any], keys: Iterable[str]) -> dict[str, tf.Tensor]:
+    """{key: (T,) strings} of those of `keys` that a trajectory has. Encoded pictures are empty texts."""
+    found = {}
+    for key in sorted(keys):
+        leaf = standardize.lookup(trajectory, key)
+        if leaf is not None and not isinstance(leaf, Mapping) and leaf.dtype == tf.string and leaf.shape.rank == 1:
+            picture = tf.reduce_any(tf.strings.substr(leaf, 0, 3)[:, None] == _PICTURES, axis=1)
+            found[key] = tf.where(picture, "", leaf)
+    return found
+
+
+def picture_bytes(trajectory: Mapping[str, Any], steps: tf.Tensor) -> dict[str, tf.Tensor]:
+    """{key below `observation`: int32 bytes} of everything that can be a camera's pictures or depth.
+
+    -1 where there is not one picture for each of the steps.
+    """
+    found = {}
+    for key, leaf in sorted(standardize.leaves_of(trajectory["observation"]).items()):
+        if _is_image(leaf) or _is_depth(leaf):
+            text = leaf.dtype == tf.string
+            size = tf.reduce_sum(tf.strings.length(leaf)) if text else tf.size(leaf) * leaf.dtype.size
+            found[key] = tf.where(tf.shape(leaf)[0] == steps, size, -1)
+    return found
 
 
 def relative_chunks(action: tf.Tensor, proprio: tf.Tensor, relative_to: Sequence[int | None], length: int) -> tf.Tensor:

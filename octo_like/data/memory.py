@@ -10,13 +10,14 @@ number of processes; each of several holds the walks of its own lanes, so none e
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from octo_like.data.frames import EncodedFrame
 from octo_like.data.index import PreparedDataset
 from octo_like.data.spec import DataError
+from octo_like.data.split_index import Index
 
 # Of `host_memory_gb`: what is planned for episodes that are mixed; what these, the episodes that are read ahead and
 # batches take at most; what validation keeps.
@@ -26,21 +27,35 @@ MIXING_WINDOW, MIXING = 1000, 0.97
 LIVE = 0.75  # live episodes per track, when they are equally long
 
 
-def _each_bytes(prepared: PreparedDataset, slots: int) -> np.ndarray:
-    """Bytes of each training episode with usable frames in memory."""
-    usable = prepared.train.frames > 0
-    used = min(slots, sum(key is not None for key in prepared.spec.image_keys.values()))
-    return prepared.train.length[usable] + EncodedFrame.OVERHEAD * used * prepared.train.steps[usable]
+def each_bytes(
+    prepared: PreparedDataset, index: Index, slots: Collection[str], depth_slots: Collection[str] = ()
+) -> np.ndarray:
+    """Bytes (N,) of episodes in memory, from the index: the frames of the cameras and depth in use, what each frame's
+    object takes, and the numbers. An index that does not know the bytes of its pictures counts whole records."""
+    keys = [prepared.spec.image_keys.get(slot) for slot in slots]
+    keys += [prepared.spec.depth_keys.get(slot) for slot in depth_slots]
+    keys = [key.removeprefix("observation/") for key in keys if key is not None]
+    overhead = EncodedFrame.OVERHEAD * len(keys) * index.steps.astype(np.int64)
+    if index.picture_bytes is None:
+        return index.length + overhead
+    frames = index.picture_bytes[:, [index.pictures.index(key) for key in keys]].sum(1, dtype=np.int64)
+    function = prepared.function
+    numbers = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0) + 1  # and a text
+    return frames + overhead + 4 * numbers * index.steps.astype(np.int64)
 
 
-def episode_bytes(prepared: PreparedDataset, slots: int) -> float:
-    """Mean bytes of a training episode in memory, from its record's length: encoded frames and numbers, plus what
-    each frame's object takes. An upper bound when the run does not use all cameras of the record."""
-    each = _each_bytes(prepared, slots)
+def _each_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: Collection[str]) -> np.ndarray:
+    """Bytes of each training episode with usable frames."""
+    return each_bytes(prepared, prepared.train, slots, depth_slots)[prepared.train.frames > 0]
+
+
+def episode_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: Collection[str] = ()) -> float:
+    """Mean bytes of a training episode in memory."""
+    each = _each_bytes(prepared, slots, depth_slots)
     return float(np.mean(each)) if len(each) else 0.0
 
 
-def track_bytes(prepared: PreparedDataset, slots: int) -> float:
+def track_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: Collection[str] = ()) -> float:
     """Mean bytes that a walk holds per track: an episode with u times the mean number of frames is live for a share
     u - u^2/4 of the time that its track's unit lasts (for u = 1, from half of the unit to all of it; see `walk.py`),
     and one with more than twice the mean for all of it."""
@@ -51,24 +66,29 @@ def track_bytes(prepared: PreparedDataset, slots: int) -> float:
     if not len(shown):
         return 0.0
     u = np.minimum(shown / shown.mean(), 2.0)
-    return float(np.mean((u - u**2 / 4) * _each_bytes(prepared, slots)))
+    return float(np.mean((u - u**2 / 4) * _each_bytes(prepared, slots, depth_slots)))
 
 
 def plan_mixed(
-    datasets: Mapping[str, PreparedDataset], weights: Mapping[str, float], *, host_memory_gb: float, slots: int
+    datasets: Mapping[str, PreparedDataset],
+    weights: Mapping[str, float],
+    *,
+    host_memory_gb: float,
+    slots: Collection[str],
+    depth_slots: Collection[str] = (),
 ) -> dict[str, int]:
     """Episodes to mix of each dataset, so that the stream stays within `host_memory_gb`.
 
     Args:
       weights: share of the samples of each dataset; those with 0 take no memory.
-      slots: cameras that the run uses.
+      slots, depth_slots: cameras that the run uses, and those of which it uses the depth.
 
     Raises:
       DataError: the budget does not hold two episodes of every dataset; says what would.
     """
     budget = host_memory_gb * 2**30 * PLANNED
-    sizes = {name: episode_bytes(d, slots) for name, d in datasets.items() if weights[name] > 0}
-    tracks = {name: track_bytes(datasets[name], slots) for name in sizes}
+    sizes = {name: episode_bytes(d, slots, depth_slots) for name, d in datasets.items() if weights[name] > 0}
+    tracks = {name: track_bytes(datasets[name], slots, depth_slots) for name in sizes}
     whole = {name: size * int((datasets[name].train.frames > 0).sum()) for name, size in sizes.items()}
     least = {name: min(whole[name], 2 * size) for name, size in sizes.items()}
     need = sum(least.values())
@@ -138,7 +158,8 @@ def expected_bytes(
     mixed: Mapping[str, int],
     here: Mapping[str, float] | None = None,
     *,
-    slots: int,
+    slots: Collection[str],
+    depth_slots: Collection[str] = (),
 ) -> float:
     """Bytes of encoded episodes that a process mixes with these numbers.
 
@@ -148,8 +169,8 @@ def expected_bytes(
     total = 0.0
     for name, prepared in datasets.items():
         if weights[name] > 0:
-            whole = episode_bytes(prepared, slots) * int((prepared.train.frames > 0).sum())
-            bytes_mixed = min(whole, mixed[name] * track_bytes(prepared, slots))
+            whole = episode_bytes(prepared, slots, depth_slots) * int((prepared.train.frames > 0).sum())
+            bytes_mixed = min(whole, mixed[name] * track_bytes(prepared, slots, depth_slots))
             total += bytes_mixed * (1.0 if here is None else here[name])
     return total
 

@@ -1,7 +1,7 @@
 """From a mixture and its settings to an order: which numbers were given, and which are derived from this start."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,12 @@ class OrderPlan:
     process_index: int
     process_count: int
     host_memory_gb: float
-    slots: int
+    slots: Collection[str]
+    depth_slots: Collection[str]
+
+    @property
+    def _cameras(self) -> dict[str, Collection[str]]:
+        return {"slots": self.slots, "depth_slots": self.depth_slots}
 
     def make(self, num_lanes: int | None = None, mixed: Mapping[str, int] | None = None) -> order_lib.Order:
         """The order, with derived values replaced by those that are passed."""
@@ -44,7 +49,7 @@ class OrderPlan:
         try:
             if mixed is None:
                 mixed = memory.plan_mixed(
-                    self.datasets, self.weights, host_memory_gb=self.host_memory_gb, slots=self.slots
+                    self.datasets, self.weights, host_memory_gb=self.host_memory_gb, **self._cameras
                 )
             order = self._order(lanes, mixed)
             order.batch_rows(0, self.process_index, self.process_count)  # raises here rather than in a thread
@@ -78,7 +83,7 @@ class OrderPlan:
             for d, data in enumerate(order.datasets)
         }
         mixed = {data.name: data.episodes_mixed for data in order.datasets}
-        return memory.expected_bytes(self.datasets, self.weights, mixed, here, slots=self.slots)
+        return memory.expected_bytes(self.datasets, self.weights, mixed, here, **self._cameras)
 
 
 def batch_bytes(spec: BatchSpec, rows: int) -> int:

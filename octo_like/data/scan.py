@@ -28,7 +28,8 @@ COLUMNS = {
     "record_hash": np.int64,
     "raw_steps": np.int32,
     "steps": np.int32,
-    "has_language": bool,
+    "has_text": bool,  # (texts,) each
+    "picture_bytes": np.int32,  # (pictures,) each
 }
 _RETRIES = 3
 
@@ -41,14 +42,14 @@ class FileSummary:
       episodes: one array per entry of COLUMNS, one value per readable episode.
       usable: (steps,) bool, of the user's filter, all episodes after each other.
       rows: (steps, width) float32, standardised action and proprioception of all steps.
-      instructions: instruction -> number of episodes that have it.
+      instructions: key of a text -> instruction -> number of episodes that have it.
       damaged: one message per record that cannot be read.
     """
 
     episodes: dict[str, np.ndarray]
     usable: np.ndarray
     rows: np.ndarray
-    instructions: dict[str, int]
+    instructions: dict[str, dict[str, int]]
     damaged: list[str]
 
     def to_bytes(self) -> bytes:
@@ -102,6 +103,12 @@ def record_length(path: str, offset: int, file_bytes: int) -> int | None:
 # ---------------------------------------------------------------- the pass
 
 
+def indexed_keys(function: EpisodeFunction) -> tuple[list[str], list[str]]:
+    """(keys of texts, keys of pictures), in the order in which an index has them."""
+    outputs = traced_summary(function).get_concrete_function().structured_outputs
+    return sorted(outputs["texts"]), sorted(outputs["picture_bytes"])
+
+
 @functools.lru_cache(maxsize=64)
 def traced_summary(function: EpisodeFunction) -> Callable[[tf.Tensor], dict[str, Any]]:
     """`_summary` as a graph that all files of a dataset share: tracing it takes longer than reading a small file."""
@@ -112,8 +119,7 @@ def traced_summary(function: EpisodeFunction) -> Callable[[tf.Tensor], dict[str,
 
 
 def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]:
-    episode = function.episode(serialized)
-    language = episode.get("language", tf.constant([], tf.string))
+    episode, texts, pictures = function.indexed(serialized)
     return {
         "length": tf.strings.length(serialized),
         "hash": episode["hash"],
@@ -121,7 +127,8 @@ def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]
         "usable": episode["usable"],
         "action": episode["action"],
         "proprio": episode.get("proprio", tf.zeros([tf.shape(episode["action"])[0], 0])),
-        "language": tf.unique(language)[0],
+        "texts": {key: tf.unique(text)[0] for key, text in texts.items()},
+        "picture_bytes": pictures,
         # Leaves that a user's function cut differently are found here, before training starts.
         "lengths": {
             **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
@@ -247,22 +254,30 @@ def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: Episo
     width = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0)
     values: dict[str, list] = {key: [] for key in COLUMNS}
     rows, usable = [np.zeros((0, width), np.float32)], [np.zeros(0, bool)]
-    instructions: collections.Counter[str] = collections.Counter()
+    text_keys, picture_keys = indexed_keys(function)
+    instructions: dict[str, collections.Counter[str]] = {key: collections.Counter() for key in text_keys}
     for item in episodes:
-        steps, texts = len(item["action"]), item["language"].tolist()
+        steps = len(item["action"])
+        texts = {key: item["texts"][key].tolist() for key in text_keys}
         values["steps"].append(steps)
         values["record_hash"].append(item["hash"])
-        values["has_language"].append(any(text.strip() for text in texts))
+        values["has_text"].append([any(text.strip() for text in texts[key]) for key in text_keys])
+        values["picture_bytes"].append([item["picture_bytes"][key] for key in picture_keys])
         for key in ("record", "offset", "length", "raw_steps"):
             values[key].append(item[key])
         action = item["action"].reshape(steps, width - item["proprio"].shape[1])
         rows.append(np.concatenate([action, item["proprio"]], axis=1))
         usable.append(item["usable"])
-        instructions.update(text.decode("utf-8", "replace") for text in texts)
+        for key in text_keys:
+            instructions[key].update(text.decode("utf-8", "replace") for text in texts[key])
+    widths = {"has_text": (len(text_keys),), "picture_bytes": (len(picture_keys),)}
     return FileSummary(
-        {key: np.array(values[key], dtype) for key, dtype in COLUMNS.items()},
+        {
+            key: np.array(values[key], dtype).reshape(len(episodes), *widths.get(key, ()))
+            for key, dtype in COLUMNS.items()
+        },
         np.concatenate(usable),
         np.concatenate(rows),
-        dict(instructions),
+        {key: dict(counts) for key, counts in instructions.items()},
         damaged,
     )

@@ -38,7 +38,7 @@ __all__ = ["Stream", "ValIterator", "make_train_stream", "make_val_iterators"]
 
 log = logging.getLogger(__name__)
 
-DATA_VERSION = 3
+DATA_VERSION = 4
 # Batches that have to fit into memory, whatever `prefetch` is: it must not decide whether a run goes on.
 PLANNED_BATCHES = 4
 AHEAD = 8  # batches whose episodes are read ahead, as far as memory allows
@@ -396,7 +396,8 @@ def make_train_stream(
         process_index=process_index,
         process_count=process_count,
         host_memory_gb=host_memory_gb,
-        slots=len(batch_spec.image_sizes),
+        slots=tuple(batch_spec.image_sizes),
+        depth_slots=tuple(batch_spec.depth_sizes),
     )
     order_spec = {
         "data_version": DATA_VERSION,
@@ -407,6 +408,7 @@ def make_train_stream(
         "batch": batch_spec.to_json(),
         "tokenizer": text_tokenizer.fingerprint if text_tokenizer is not None else None,
         "paraphrases": said.hash if said is not None else None,
+        "views": {name: d.spec.view_fields() for name, d in datasets.items()},
         "normalization": {
             name: {"kind": d.spec.normalization, "mask": d.statistics["action"]["mask"].tolist(), "head": d.spec.head}
             for name, d in datasets.items()

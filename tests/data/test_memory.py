@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import pytest
 from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data import bench, memory
+from octo_like.data.episodes import EpisodeStore
 from octo_like.data.index import prepare_datasets
 from octo_like.data.inputs import Inputs
 from octo_like.data.order import DatasetFrames, Order
 from octo_like.data.spec import DataError, specs_from_config
 from octo_like.data.stream import make_train_stream
+from octo_like.data.texts import Texts
 
 SPEC = BatchSpec(1, 2, 6, {"primary": (40, 52)}, proprio_dim=4)
 
@@ -30,8 +33,13 @@ def datasets(toy, wide_toy, tmp_path_factory):
 
 
 def sizes(datasets):
-    """Bytes of an episode, by hand: the record, and 900 for each of its frames."""
-    return {k: np.mean(d.train.length + 900.0 * d.train.steps) for k, d in datasets.items()}
+    """Bytes of an episode: its frames of the one camera in use, 900 for each of them, and 4 for each number."""
+    return {k: np.mean(each_size(d)) for k, d in datasets.items()}
+
+
+def each_size(d):
+    widths = 4.0 * (d.function.action_dim + (d.function.proprio_dim or 0) + 1)
+    return d.train.picture_bytes[:, d.train.pictures.index("front_rgb")] + (900.0 + widths) * d.train.steps
 
 
 def stream_of(datasets, spec=SPEC, **options):
@@ -40,6 +48,27 @@ def stream_of(datasets, spec=SPEC, **options):
 
 def mixed_of(stream):
     return {data.name: data.episodes_mixed for data in stream.order.datasets}
+
+
+def test_only_the_cameras_in_use_are_counted(toy, tmp_path):
+    """Bytes from the index are those of the episodes in memory: of one camera, of two, of depth as well as of none."""
+    fields = toy.fields(val_fraction=0)
+    data = prepare_datasets(specs_from_config({"toy": fields}), toy.data_dir, str(tmp_path), progress=False)["toy"]
+    slots = [slot for slot, key in fields["image_keys"].items() if key is not None]
+    assert len(slots) == 2
+    got = {}
+    for chosen in ((), slots[:1], slots[1:], slots):
+        store = EpisodeStore([(data, data.train)], chosen, Texts(None, None, 0.0), ThreadPoolExecutor(1), 1 << 30)
+        loaded = store.get([(0, e) for e in range(len(data.train))])
+        got[tuple(chosen)] = memory.each_bytes(data, data.train, chosen)
+        np.testing.assert_array_equal(got[tuple(chosen)], [episode.nbytes for episode in loaded])
+    assert got[tuple(slots[:1])].sum() < 0.8 * got[tuple(slots)].sum()
+    both, one = (memory.track_bytes(data, chosen) for chosen in (slots, slots[:1]))
+    knob = 8.001 * both / memory.PLANNED / 2**30
+    assert memory.plan_mixed({"toy": data}, {"toy": 1.0}, host_memory_gb=knob, slots=slots)["toy"] == 8
+    assert memory.plan_mixed({"toy": data}, {"toy": 1.0}, host_memory_gb=knob, slots=slots[:1])["toy"] == int(
+        8.001 * both / one
+    )
 
 
 def test_plenty_of_memory_mixes_all_episodes(datasets):
@@ -55,7 +84,7 @@ def track_sizes(datasets):
     result = {}
     for key, d in datasets.items():
         u = np.minimum(d.train.frames / np.mean(d.train.frames), 2)
-        result[key] = np.mean(u * (1 - u / 4) * (d.train.length + 900.0 * d.train.steps))
+        result[key] = np.mean(u * (1 - u / 4) * each_size(d))
     return result
 
 
@@ -64,20 +93,21 @@ def test_episodes_fill_the_budget_by_weight(datasets):
     weights = {"toy": 3.0, "wide": 1.0}
     budget = 4 * sum(bytes_of.values())  # for episodes
     knob = budget / memory.PLANNED
-    mixed = memory.plan_mixed(datasets, weights, host_memory_gb=knob / 2**30, slots=1)
+    mixed = memory.plan_mixed(datasets, weights, host_memory_gb=knob / 2**30, slots=["primary"])
     # A share of the budget in the ratio of the weights, but never less than two episodes.
     share = max(budget / 4, 2 * bytes_of["wide"])
     assert mixed["wide"] == int(share / tracks_of["wide"])
     assert mixed["toy"] == int(np.floor((budget - share) / tracks_of["toy"] + 1e-9))
-    need = memory.expected_bytes(datasets, weights, mixed, slots=1)
+    need = memory.expected_bytes(datasets, weights, mixed, slots=["primary"])
     assert need <= budget
     assert need == pytest.approx(sum(mixed[k] * tracks_of[k] for k in mixed), rel=1e-9)
-    assert memory.expected_bytes(datasets, weights, mixed, {"toy": 0.5, "wide": 1.0}, slots=1) == pytest.approx(
-        mixed["toy"] * tracks_of["toy"] / 2 + mixed["wide"] * tracks_of["wide"], rel=1e-9
-    )
+    assert memory.expected_bytes(
+        datasets, weights, mixed, {"toy": 0.5, "wide": 1.0}, slots=["primary"]
+    ) == pytest.approx(mixed["toy"] * tracks_of["toy"] / 2 + mixed["wide"] * tracks_of["wide"], rel=1e-9)
     # More memory never mixes fewer.
     grown = [
-        memory.plan_mixed(datasets, weights, host_memory_gb=k * knob / 2**30, slots=1) for k in (1, 1.5, 2, 4, 100)
+        memory.plan_mixed(datasets, weights, host_memory_gb=k * knob / 2**30, slots=["primary"])
+        for k in (1, 1.5, 2, 4, 100)
     ]
     assert all(a[k] <= b[k] for a, b in zip(grown, grown[1:], strict=False) for k in a)
     assert grown[-1] == {"toy": 23, "wide": 9}
@@ -89,12 +119,14 @@ def test_planned_bytes_are_what_the_walks_hold(datasets, visits):
     steps = np.random.default_rng(0).geometric(0.02, 500) + 4
     one = datasets["toy"]
     index = one.train.take(np.zeros(500, np.int64))
-    index = dataclasses.replace(index, steps=steps, frames=steps, length=1000 * steps)
+    pictures = np.repeat(1000 * steps[:, None], len(index.pictures), axis=1)
+    index = dataclasses.replace(index, steps=steps, frames=steps, picture_bytes=pictures)
     data = {"toy": dataclasses.replace(one, train=index)}
     mixed = {"toy": 60}
-    want = memory.expected_bytes(data, {"toy": 1.0}, mixed, slots=1)
+    want = memory.expected_bytes(data, {"toy": 1.0}, mixed, slots=["primary"])
     order = Order([DatasetFrames("toy", 1.0, steps, "", 60, None, visits)], seed=0, batch_size=10)
-    held = [sum(1900 * steps[e] for _, e in order.live(batch)) for batch in range(0, 20000, 199)]
+    size = 1900 + 4 * (one.function.action_dim + (one.function.proprio_dim or 0) + 1)
+    held = [sum(size * steps[e] for _, e in order.live(batch)) for batch in range(0, 20000, 199)]
     assert want == pytest.approx(np.mean(held), rel=0.08)
 
 
@@ -276,7 +308,7 @@ with make_train_stream(datasets, spec, None, host_memory_gb=1e3, episodes_mixed=
 base = memory.resident_bytes()
 with make_train_stream(datasets, spec, None, host_memory_gb=knob, **options) as stream:
     whole = memory.expected_bytes(
-        datasets, dict.fromkeys(datasets, 1.0), dict.fromkeys(datasets, 10**6), slots=1
+        datasets, dict.fromkeys(datasets, 1.0), dict.fromkeys(datasets, 10**6), slots=["primary"]
     )
     peak, stored = 0, 0
     for number in range(30):
