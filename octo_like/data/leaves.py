@@ -9,7 +9,7 @@ from octo_like.data import indices, standardize
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import tf
 
-_PICTURES = [b"\xff\xd8\xff", b"\x89PN"]  # how JPEG and PNG begin
+MAX_TEXT = 4096  # bytes; whatever string is longer is no instruction
 
 
 def _require(
@@ -50,9 +50,9 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
 
     Returns:
       {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
-      proprio_keys); "language": (T,) string (absent without language_key); "images": {slot: (T,) encoded strings or
-      (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1) numbers}; "points": {name:
-      (T, 2) points or (T, 4) boxes, float32}}.
+      proprio_keys); "language": (T,) string, empty where it is no text (absent without language_key); "images": {slot:
+      (T,) encoded strings or (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1)
+      numbers}; "points": {name: (T, 2) points or (T, 4) boxes, float32}}.
 
     Raises:
       DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
@@ -78,9 +78,10 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             raise DataError(f"{spec.name}: {error}") from error
     if spec.language_key is not None:
         kind = "instruction (a string per step)"
-        chosen["language"] = _require(
+        strings = _require(
             trajectory, spec.language_key, kind, spec, lambda x: x.dtype == tf.string and x.shape.rank == 1
         )
+        chosen["language"] = _as_texts(strings)
     for slot, key in spec.image_keys.items():
         if key is not None:
             key = key.removeprefix("observation/")
@@ -104,14 +105,19 @@ def text_keys(features: Any) -> set[str]:
 
 
 def texts_of(trajectory: Mapping[str, Any], keys: Iterable[str]) -> dict[str, tf.Tensor]:
-    """{key: (T,) strings} of those of `keys` that a trajectory has. Encoded pictures are empty texts."""
+    """{key: (T,) texts} of those of `keys` that a trajectory has."""
     found = {}
     for key in sorted(keys):
         leaf = standardize.lookup(trajectory, key)
         if leaf is not None and not isinstance(leaf, Mapping) and leaf.dtype == tf.string and leaf.shape.rank == 1:
-            picture = tf.reduce_any(tf.strings.substr(leaf, 0, 3)[:, None] == _PICTURES, axis=1)
-            found[key] = tf.where(picture, "", leaf)
+            found[key] = _as_texts(leaf)
     return found
+
+
+def _as_texts(strings: tf.Tensor) -> tf.Tensor:
+    """(T,) strings, empty where they are encoded pictures or other bytes: very long, or with a zero."""
+    short = tf.where(tf.strings.length(strings) <= MAX_TEXT, strings, "")
+    return tf.where(tf.strings.regex_full_match(short, r"(?s)\C*\x00\C*"), "", short)
 
 
 def picture_bytes(trajectory: Mapping[str, Any], steps: tf.Tensor) -> dict[str, tf.Tensor]:

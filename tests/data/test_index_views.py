@@ -111,3 +111,18 @@ def test_a_run_is_not_resumed_with_other_pictures(prepare):
     with make_train_stream({"toy": two}, spec, None, **options) as second:
         with pytest.raises(ConfigError, match=r"views.toy.bgr_slots: added"):
             Inputs(second, {}, {}, {}).resume(saved, 8)
+
+
+def test_bytes_are_no_texts():
+    """Pictures in plain string features must not fill the index as if they were instructions."""
+    import tensorflow as tf
+
+    from octo_like.data.leaves import MAX_TEXT, texts_of
+
+    picture = tf.io.encode_png(np.zeros((2, 2, 3), np.uint8)).numpy()
+    jpeg = tf.io.encode_jpeg(np.zeros((8, 8, 3), np.uint8)).numpy()
+    texts = ["öffne die Tür".encode(), "ouvre l'évier".encode("latin-1"), b"two\nlines", b"", b"x" * MAX_TEXT]
+    other = [picture, jpeg, b"x" * (MAX_TEXT + 1), np.float32(1).tobytes(), b"a\nb\x00c"]
+    found = texts_of({"a": {"b": tf.constant(texts + other)}, "c": tf.constant([1.0])}, ["a/b", "c", "d"])
+    assert list(found) == ["a/b"]
+    assert found["a/b"].numpy().tolist() == texts + [b""] * len(other)
