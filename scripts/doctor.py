@@ -434,6 +434,14 @@ def check_loader(report: Report, config, seconds: float) -> None:
     )
 
 
+def check_hosts(report: Report, config, processes: int) -> None:
+    """Whether this number of processes can begin or continue the run that a config describes."""
+    from octo_like.common.lanes import check_lanes
+
+    lanes = check_lanes(config.data.num_lanes, config.batch_size, processes)
+    report.ok("lanes", f"{lanes}; each of {processes} process(es) makes the rows of {lanes // processes}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -478,14 +486,16 @@ def main(argv: list[str] | None = None) -> int:
     if data_dir:
         report.attempt("data", check_data, data_dir)
     if importable and check_devices(report, flags.devices):
+        import jax
+
+        if config is not None:
+            report.attempt("lanes", check_hosts, config, jax.process_count())
         report.attempt("collectives", check_collectives)
         report.attempt("matrix product", check_speed)
         if not flags.quick:
             report.attempt("training step", check_step)
             report.attempt("loader", check_loader, config, flags.seconds)
         rows = gather(report.rows)
-        import jax
-
         if jax.process_index() != 0:
             return int(any(row.status == "FAIL" for row in rows))
     if flags.json:

@@ -49,8 +49,8 @@ def default_config() -> ConfigDict:
         mix_only=(),  # these datasets of it; (): all
         datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec, over those of the mixture
         num_demos=None,  # training episodes used of each dataset; None: all
-        num_lanes=None,  # None: the process count rounded up to a power of two
-        episodes_mixed=None,  # of each dataset, by a lane, at a time; None: as many as host_memory_gb holds
+        num_lanes=None,  # None: by the batch size, for up to 384 hosts; as many hosts as divide it continue a run
+        episodes_mixed=None,  # of each dataset at a time; None: as many as host_memory_gb holds
         max_visits=16,  # times that a pass may read an episode, in order to mix more of them in little memory
         balance_weights=False,  # multiply the datasets' weights by their numbers of frames
         decode="parity",  # or "fast"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from octo_like.common import normalization
-from octo_like.data import rlds
+from octo_like.data import memory, rlds
 from octo_like.data.frames import EncodedFrame
 from octo_like.data.index import Index, PreparedDataset
 from octo_like.data.rlds import DamagedRecord
@@ -124,6 +124,7 @@ class EpisodeStore:
         self.text_lock, self._lock = threading.Lock(), threading.Lock()
         self._entries: collections.OrderedDict[tuple[int, int], concurrent.futures.Future] = collections.OrderedDict()
         self.nbytes = 0
+        self._bytes = [memory.each_bytes(prepared, index, slots, depth_slots) for prepared, index in sources]
         self._loading: dict[tuple[int, int], int] = {}  # expected bytes of what is being read
 
     def request(self, wanted: Iterable[tuple[int, int]]) -> list[concurrent.futures.Future]:
@@ -161,9 +162,7 @@ class EpisodeStore:
         self._entries[key] = self._pool.submit(self._load, key)
 
     def _expected_bytes(self, key: tuple[int, int]) -> int:
-        _, index = self._sources[key[0]]
-        frames = int(index.steps[key[1]]) * (len(self._slots) + len(self._depth_slots))
-        return int(index.length[key[1]]) + EncodedFrame.OVERHEAD * frames
+        return int(self._bytes[key[0]][key[1]])
 
     def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode | DamagedRecord]:
         """Episodes of (dataset, episode) pairs; the error in place of a damaged one. Other errors are raised.

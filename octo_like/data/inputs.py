@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from octo_like.common.config import ConfigError
+from octo_like.common.lanes import check_lanes
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.synthetic import SyntheticStream
 from octo_like.common.text import TextTokenizer
@@ -77,6 +78,10 @@ def inputs_from_config(
         return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
     if data.kind not in ("rlds", "memory"):
         raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'memory', 'synthetic'")
+    try:
+        check_lanes(data.num_lanes, config.batch_size, process_count)  # before anything is read
+    except ValueError as error:
+        raise ConfigError(f"data.num_lanes: {error}") from error
     of_files = data.kind == "rlds" and (
         data.mix or not all(dict(fields).get("source") for fields in data.datasets.values())
     )

@@ -16,7 +16,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def hash_key(*parts: int | str | np.ndarray) -> np.ndarray:
     """64-bit hash of a tuple of strings, integers and integer arrays (broadcast together). Returns uint64."""
-    key = np.zeros((), np.uint64)
+    return extended_key(np.zeros((), np.uint64), *parts)
+
+
+def extended_key(key: np.ndarray, *parts: int | str | np.ndarray) -> np.ndarray:
+    """The hash of a longer tuple, from that of its beginning: hash_key(a, b, c) is extended_key(hash_key(a, b), c)."""
     with np.errstate(over="ignore"):
         for part in parts:
             if isinstance(part, str):

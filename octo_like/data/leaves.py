@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from octo_like.data import indices, standardize
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import tf
+
+MAX_TEXT = 4096  # bytes; whatever string is longer is no instruction
 
 
 def _require(
@@ -52,10 +54,10 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
 
     Returns:
       {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
-      proprio_keys); "language": (T,) string (absent without language_key); "images": {slot: (T,) encoded strings or
-      (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1) numbers}; "points": {name:
-      (T, 2) points or (T, 4) boxes, float32}; "extras": {name: (T, ...) float32, (T, 1) of one number
-      a step}}.
+      proprio_keys); "language": (T,) string, empty where it is no text (absent without language_key); "images": {slot:
+      (T,) encoded strings or (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1)
+      numbers}; "points": {name: (T, 2) points or (T, 4) boxes, float32}; "extras": {name: (T, ...) float32, (T, 1) of
+      one number a step}}.
 
     Raises:
       DataError: a key that is not there, or of the wrong kind or shape, with the valid ones.
@@ -82,9 +84,10 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             raise DataError(f"{spec.name}: {error}") from error
     if spec.language_key is not None:
         kind = "instruction (a string per step)"
-        chosen["language"] = _require(
+        strings = _require(
             trajectory, spec.language_key, kind, spec, lambda x: x.dtype == tf.string and x.shape.rank == 1
         )
+        chosen["language"] = _as_texts(strings)
     for slot, key in spec.image_keys.items():
         if key is not None:
             key = key.removeprefix("observation/")
@@ -104,6 +107,42 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             values = _require(observation, key.removeprefix("observation/"), what, spec, _is_sensor)
             chosen["extras"][name] = tf.cast(values[:, None] if values.shape.rank == 1 else values, tf.float32)
     return chosen
+
+
+def text_keys(features: Any) -> set[str]:
+    """Where texts may be: the string features of a step, and where standardising functions put the instruction."""
+    found = standardize.leaves_of(features["steps"].get_tensor_info())
+    return {"language_instruction", *(key for key, one in found.items() if one.dtype == tf.string and one.shape == ())}
+
+
+def texts_of(trajectory: Mapping[str, Any], keys: Iterable[str]) -> dict[str, tf.Tensor]:
+    """{key: (T,) texts} of those of `keys` that a trajectory has."""
+    found = {}
+    for key in sorted(keys):
+        leaf = standardize.lookup(trajectory, key)
+        if leaf is not None and not isinstance(leaf, Mapping) and leaf.dtype == tf.string and leaf.shape.rank == 1:
+            found[key] = _as_texts(leaf)
+    return found
+
+
+def _as_texts(strings: tf.Tensor) -> tf.Tensor:
+    """(T,) strings, empty where they are encoded pictures or other bytes: very long, or with a zero."""
+    short = tf.where(tf.strings.length(strings) <= MAX_TEXT, strings, "")
+    return tf.where(tf.strings.regex_full_match(short, r"(?s)\C*\x00\C*"), "", short)
+
+
+def picture_bytes(trajectory: Mapping[str, Any], steps: tf.Tensor) -> dict[str, tf.Tensor]:
+    """{key below `observation`: int32 bytes} of everything that can be a camera's pictures or depth.
+
+    -1 where there is not one picture for each of the steps.
+    """
+    found = {}
+    for key, leaf in sorted(standardize.leaves_of(trajectory["observation"]).items()):
+        if _is_image(leaf) or _is_depth(leaf):
+            text = leaf.dtype == tf.string
+            size = tf.reduce_sum(tf.strings.length(leaf)) if text else tf.size(leaf) * leaf.dtype.size
+            found[key] = tf.where(tf.shape(leaf)[0] == steps, size, -1)
+    return found
 
 
 def relative_chunks(action: tf.Tensor, proprio: tf.Tensor, relative_to: Sequence[int | None], length: int) -> tf.Tensor:

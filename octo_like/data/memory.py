@@ -1,50 +1,61 @@
 """How much memory a stream takes, and the numbers of episodes to mix that make it take what it may.
 
-Memory holds the episodes that the lanes' walks are in the midst of (`walk.py`), the next ones, and the batches that are
-being made. A dataset whose share of the budget holds all of a lane's episodes mixes all of them and is read once. The
-budget is shared by weight: a dataset that is sampled twice as often also mixes twice as many episodes' bytes.
+Memory holds the episodes that the walks are in the midst of (`walk.py`), the next ones, and the batches that are being
+made. A dataset whose share of the budget holds all of its episodes mixes all of them and is read once. The budget is
+shared by weight: a dataset that is sampled twice as often also mixes twice as many episodes' bytes.
+
+What is mixed is planned for one process that makes all batches. It is part of the order, which must not depend on the
+number of processes; each of several holds the walks of its own lanes, so none ever needs more.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from octo_like.data.frames import EncodedFrame
 from octo_like.data.index import PreparedDataset
 from octo_like.data.spec import DataError
+from octo_like.data.split_index import Index
 
-# Of `host_memory_gb`: what is planned for episodes that are mixed and for batches; what these and the episodes that are
-# read ahead take at most; what validation keeps.
-PLANNED, STORED, VALIDATION = 0.67, 0.79, 0.1
+# Of `host_memory_gb`: what is planned for episodes that are mixed; what these, the episodes that are read ahead and
+# batches take at most; what validation keeps.
+PLANNED, STORED, VALIDATION = 0.6, 0.85, 0.1
 # How well samples are mixed: distinct episodes among so many samples, compared with a shuffle buffer.
 MIXING_WINDOW, MIXING = 1000, 0.97
 LIVE = 0.75  # live episodes per track, when they are equally long
 
 
-def _each_bytes(prepared: PreparedDataset, slots: int) -> np.ndarray:
-    """Bytes of each training episode with usable frames in memory."""
-    usable = prepared.train.frames > 0
-    used = min(slots, sum(key is not None for key in prepared.spec.image_keys.values()))
-    return prepared.train.length[usable] + EncodedFrame.OVERHEAD * used * prepared.train.steps[usable]
+def each_bytes(
+    prepared: PreparedDataset, index: Index, slots: Collection[str], depth_slots: Collection[str] = ()
+) -> np.ndarray:
+    """Bytes (N,) of episodes in memory, from the index: the frames of the cameras and depth in use, what each frame's
+    object takes, and the numbers. An index that does not know the bytes of its pictures counts whole records."""
+    keys = [prepared.spec.image_keys.get(slot) for slot in slots]
+    keys += [prepared.spec.depth_keys.get(slot) for slot in depth_slots]
+    keys = [key.removeprefix("observation/") for key in keys if key is not None]
+    overhead = EncodedFrame.OVERHEAD * len(keys) * index.steps.astype(np.int64)
+    if index.picture_bytes is None:
+        return index.length + overhead
+    frames = index.picture_bytes[:, [index.pictures.index(key) for key in keys]].sum(1, dtype=np.int64)
+    function = prepared.function
+    numbers = function.action_dim * (function.action_chunk or 1) + (function.proprio_dim or 0) + 1  # and a text
+    return frames + overhead + 4 * numbers * index.steps.astype(np.int64)
 
 
-def episode_bytes(prepared: PreparedDataset, slots: int) -> float:
-    """Mean bytes of a training episode in memory, from its record's length: encoded frames and numbers, plus what
-    each frame's object takes. An upper bound when the run does not use all cameras of the record."""
-    each = _each_bytes(prepared, slots)
+def _each_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: Collection[str]) -> np.ndarray:
+    """Bytes of each training episode with usable frames."""
+    return each_bytes(prepared, prepared.train, slots, depth_slots)[prepared.train.frames > 0]
+
+
+def episode_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: Collection[str] = ()) -> float:
+    """Mean bytes of a training episode in memory."""
+    each = _each_bytes(prepared, slots, depth_slots)
     return float(np.mean(each)) if len(each) else 0.0
 
 
-def _whole(prepared: PreparedDataset, size: float, num_lanes: int, lanes_here: int) -> float:
-    """Bytes of all episodes of a dataset that this process's lanes walk."""
-    episodes = int((prepared.train.frames > 0).sum())
-    # Small datasets are not dealt out; all lanes share the same episodes (see order.py).
-    return size * episodes * (1.0 if episodes < 4 * num_lanes else lanes_here / num_lanes)
-
-
-def track_bytes(prepared: PreparedDataset, slots: int) -> float:
+def track_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: Collection[str] = ()) -> float:
     """Mean bytes that a walk holds per track: an episode with u times the mean number of frames is live for a share
     u - u^2/4 of the time that its track's unit lasts (for u = 1, from half of the unit to all of it; see `walk.py`),
     and one with more than twice the mean for all of it."""
@@ -55,7 +66,7 @@ def track_bytes(prepared: PreparedDataset, slots: int) -> float:
     if not len(shown):
         return 0.0
     u = np.minimum(shown / shown.mean(), 2.0)
-    return float(np.mean((u - u**2 / 4) * _each_bytes(prepared, slots)))
+    return float(np.mean((u - u**2 / 4) * _each_bytes(prepared, slots, depth_slots)))
 
 
 def plan_mixed(
@@ -63,35 +74,29 @@ def plan_mixed(
     weights: Mapping[str, float],
     *,
     host_memory_gb: float,
-    batch_bytes: float,
-    num_lanes: int,
-    lanes_here: int,
-    slots: int,
+    slots: Collection[str],
+    depth_slots: Collection[str] = (),
 ) -> dict[str, int]:
     """Episodes to mix of each dataset, so that the stream stays within `host_memory_gb`.
 
     Args:
       weights: share of the samples of each dataset; those with 0 take no memory.
-      batch_bytes: of all batches that exist at the same time in a process.
-      num_lanes: S of the order. lanes_here: lanes of each process (of the first start).
-      slots: cameras that the run uses.
+      slots, depth_slots: cameras that the run uses, and those of which it uses the depth.
 
     Raises:
-      DataError: the budget does not hold two episodes of every dataset for each lane; says what would.
+      DataError: the budget does not hold two episodes of every dataset; says what would.
     """
-    budget = host_memory_gb * 2**30 * PLANNED - batch_bytes
-    sizes = {name: episode_bytes(d, slots) for name, d in datasets.items() if weights[name] > 0}
-    tracks = {name: track_bytes(datasets[name], slots) for name in sizes}
-    whole = {name: _whole(datasets[name], size, num_lanes, lanes_here) for name, size in sizes.items()}
-    least = {name: min(whole[name], 2 * size * lanes_here) for name, size in sizes.items()}
+    budget = host_memory_gb * 2**30 * PLANNED
+    sizes = {name: episode_bytes(d, slots, depth_slots) for name, d in datasets.items() if weights[name] > 0}
+    tracks = {name: track_bytes(datasets[name], slots, depth_slots) for name in sizes}
+    whole = {name: size * int((datasets[name].train.frames > 0).sum()) for name, size in sizes.items()}
+    least = {name: min(whole[name], 2 * size) for name, size in sizes.items()}
     need = sum(least.values())
     if need > budget:
-        enough = math.ceil((need + batch_bytes) / PLANNED / 2**30 * 100) / 100
+        enough = math.ceil(need / PLANNED / 2**30 * 100) / 100
         raise DataError(
-            f"host_memory_gb={host_memory_gb:g} is too small: two episodes of each of {len(sizes)} datasets for "
-            f"{lanes_here} lane(s) take {need / 2**30:.3g} GB, batches {batch_bytes / 2**30:.3g} GB; set "
-            f"host_memory_gb to at least {enough:g}, or use more processes or fewer lanes, or lower the "
-            "batch size"
+            f"host_memory_gb={host_memory_gb:g} is too small: two episodes of each of {len(sizes)} datasets take "
+            f"{need / 2**30:.3g} GB, and {PLANNED:.0%} of it is for episodes; set host_memory_gb to at least {enough:g}"
         )
 
     def given(level: float) -> dict[str, float]:
@@ -109,7 +114,7 @@ def plan_mixed(
         if name not in sizes or shares[name] >= whole[name]:
             mixed[name] = max(1, len(prepared.train))
         else:
-            mixed[name] = max(1, int(shares[name] / (tracks[name] * lanes_here)))
+            mixed[name] = max(1, int(shares[name] / tracks[name]))
     return mixed
 
 
@@ -118,7 +123,6 @@ def plan_visits(
     weights: Mapping[str, float],
     mixed: Mapping[str, int],
     *,
-    num_lanes: int,
     max_visits: int,
 ) -> dict[str, int]:
     """Visits per pass of each dataset: so many that the samples come from as many episodes as a shuffle buffer's would.
@@ -136,12 +140,10 @@ def plan_visits(
         if prepared.spec.subsample_length is not None:
             shown = np.minimum(shown, prepared.spec.subsample_length)
         visits[name] = 1
-        dealt = num_lanes if len(shown) >= 4 * num_lanes else 1  # small datasets are walked whole by each lane
-        if weights[name] <= 0 or not len(shown) or mixed[name] * dealt >= len(shown):
+        if weights[name] <= 0 or not len(shown) or mixed[name] >= len(shown):
             continue
         share = weights[name] / sum(weights.values())
-        tracks = mixed[name] * num_lanes
-        rounds = MIXING_WINDOW * share / tracks
+        rounds = MIXING_WINDOW * share / mixed[name]
         t = (np.arange(4096) + 0.5) / 4096 * rounds / LIVE
         missing = LIVE * (MIXING * float(np.mean((1 - np.exp(-t)) / t)) * rounds / LIVE - 1)
         if missing > 0 and rounds > 1:
@@ -154,17 +156,22 @@ def expected_bytes(
     datasets: Mapping[str, PreparedDataset],
     weights: Mapping[str, float],
     mixed: Mapping[str, int],
+    here: Mapping[str, float] | None = None,
     *,
-    num_lanes: int,
-    lanes_here: int,
-    slots: int,
+    slots: Collection[str],
+    depth_slots: Collection[str] = (),
 ) -> float:
-    """Bytes of encoded episodes that a process mixes with these numbers."""
+    """Bytes of encoded episodes that a process mixes with these numbers.
+
+    Args:
+      here: share of each dataset's walks that it takes part in; None: all.
+    """
     total = 0.0
     for name, prepared in datasets.items():
         if weights[name] > 0:
-            whole = _whole(prepared, episode_bytes(prepared, slots), num_lanes, lanes_here)
-            total += min(whole, mixed[name] * track_bytes(prepared, slots) * lanes_here)
+            whole = episode_bytes(prepared, slots, depth_slots) * int((prepared.train.frames > 0).sum())
+            bytes_mixed = min(whole, mixed[name] * track_bytes(prepared, slots, depth_slots))
+            total += bytes_mixed * (1.0 if here is None else here[name])
     return total
 
 

@@ -6,87 +6,34 @@ episodes that are mixed and of visits.
 
 Lanes      The stream is S lanes. Lane s owns rows [s B/S, (s+1) B/S) of every global batch; a process opens the lanes
            of the rows it holds, so more or fewer processes continue the same global sequence.
-Mixture    Lane s fills its k-th window of WINDOW/S slots with the quotas of "virtual window" v = k S + s. The quotas
-           are the increments of integer counts c_d(m) that sum to m, never decrease, and stay within 2 of m w_d (a
-           Huffman tree of exact two-way splits). A window's slots are in keyed order. Per-dataset counts at any n are
-           arithmetic.
-Episodes   A dataset is dealt to the lanes once, by a keyed permutation cut at equal frames; one with fewer than 4 S
-           episodes is walked whole by every lane with its own key. How a lane walks its share is in `walk.py`: in a
-           new keyed permutation per pass, mixing the frames of a number of episodes that replace each other gradually.
-           Finding sample n takes a divmod and two searches in cumulative sums.
+Mixture    Samples come in windows of about 4,096, of which a lane has w. Lane s fills its k-th part of w slots with
+           the quotas of "virtual window" v = k S + s, which are the increments of integer counts c_d(m) that sum to m,
+           never decrease, stay within 2 of m w_d and repeat after PERIOD windows (`mixture.py`). The slots of a lane's
+           part are in keyed order. So the counts before any window are a multiple of those of a period, and a look into
+           a table of one period.
+Walks      A dataset has G walks, each with a share of its episodes (`walk.py`); S / G adjacent lanes take the samples
+           of a walk in turn. G divides S, and leaves each walk at least SHARED of the episodes that are mixed: many
+           lanes cost no memory. Which samples of a walk a process needs follows from the windows, which all know.
 Randomness All keys are 64-bit hashes of (seed, what, which); nothing depends on what was asked for before.
 """
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from octo_like.common.lanes import check_lanes, divisors
 from octo_like.data.keys import hash_key, permutation, shuffled, uniform
-from octo_like.data.walk import Cache, DatasetFrames, Walk
+from octo_like.data.mixture import Mixture, balanced_weights
+from octo_like.data.walk import Cache, DatasetFrames, Walks
 
 __all__ = ["DatasetFrames", "Mixture", "Order", "Samples", "balanced_weights", "hash_key", "permutation", "uniform"]
 
 WINDOW = 4096
-VERSION = 2
+PERIOD = 256  # windows after which the mixture's counts repeat
+SHARED = 4  # episodes that a walk mixes at least, unless there is only one walk
+VERSION = 3
 NEAR = 8  # substitutes that are drawn from the episodes that are live with the sample's own
-_SPLIT_BITS = 40
-_MAX_SAMPLES = 1 << 44
-
-
-# ---------------------------------------------------------------- mixture
-
-
-class Mixture:
-    """Exact integer counts per dataset: `counts(m)[d]` of the first m samples, |count - m w_d| <= 2, sum exactly m."""
-
-    def __init__(self, weights: Sequence[float]):
-        weights = np.asarray(weights, np.float64)
-        if weights.ndim != 1 or not len(weights) or not np.isfinite(weights).all() or (weights < 0).any():
-            raise ValueError(f"mixture weights must be non-negative finite numbers, got {weights.tolist()}")
-        if weights.sum() <= 0:
-            raise ValueError("all mixture weights are zero")
-        self.weights = weights / weights.sum()
-        # Merging the two lightest nodes first keeps every inner share at most 2/3, which bounds the error by 2.
-        heap: list[tuple[float, int]] = [(w, d) for d, w in enumerate(self.weights.tolist()) if w > 0]
-        heapq.heapify(heap)
-        self._splits: list[tuple[int, int, int, int]] = []  # (node, left, right, share of left in units of 2^-40)
-        node = len(weights)
-        while len(heap) > 1:
-            (wa, a), (wb, b) = heapq.heappop(heap), heapq.heappop(heap)
-            self._splits.append((node, a, b, round(wa / (wa + wb) * (1 << _SPLIT_BITS))))
-            heapq.heappush(heap, (wa + wb, node))
-            node += 1
-        self._root, self._nodes = heap[0][1], node
-        self._splits.reverse()
-
-    def counts(self, m: np.ndarray | int) -> np.ndarray:
-        """Counts (..., D) int64 among the first `m` (...,) samples."""
-        m = np.asarray(m, np.int64)
-        if (m < 0).any() or (m >= _MAX_SAMPLES).any():
-            raise ValueError(f"sample numbers must be in [0, 2^44), got {m.min()}..{m.max()}")
-        node: dict[int, np.ndarray] = {self._root: m.astype(np.uint64)}
-        low, half = np.uint64((1 << 20) - 1), np.uint64(1 << (_SPLIT_BITS - 1))
-        for parent, left, right, share in self._splits:
-            total = node.pop(parent)
-            # floor(total * share / 2^40 + 1/2) in 64 bits: `total` in two limbs of 24 and 20 bits.
-            high = (total >> np.uint64(20)) * np.uint64(share)
-            rest = ((high & low) << np.uint64(20)) + (total & low) * np.uint64(share) + half
-            node[left] = (high >> np.uint64(20)) + (rest >> np.uint64(_SPLIT_BITS))
-            node[right] = total - node[left]
-        result = np.zeros((*m.shape, len(self.weights)), np.int64)
-        for leaf, count in node.items():
-            result[..., leaf] = count.astype(np.int64)
-        return result
-
-
-def balanced_weights(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
-    """Weights (D,) times sizes (D,), normalised, as in Octo: with equal weights every frame is equally likely."""
-    product = np.asarray(weights, np.float64) * np.asarray(sizes, np.float64)
-    if not product.sum() > 0:
-        raise ValueError(f"weights times sizes are all zero: {list(weights)}, {list(sizes)}")
-    return product / product.sum()
 
 
 class Samples(NamedTuple):
@@ -95,14 +42,12 @@ class Samples(NamedTuple):
     n: np.ndarray  # int64 global sample number
     dataset: np.ndarray  # int32
     lane: np.ndarray  # int32
-    position: np.ndarray  # int64, samples that the lane has taken of the dataset before
+    walk: np.ndarray  # int32, of the dataset's walks
+    position: np.ndarray  # int64, samples that have been taken of the walk before
     pass_number: np.ndarray  # int64
     episode: np.ndarray  # int64, index into DatasetFrames.frames
     frame: np.ndarray  # int64, number of the usable frame within the episode
     key: np.ndarray  # uint64, keys everything random about this sample
-
-
-# ---------------------------------------------------------------- the whole order
 
 
 class Order:
@@ -112,7 +57,7 @@ class Order:
       datasets: the mixture; the position in this list is the `dataset` number of a sample.
       seed: any integer.
       batch_size: B, the global batch size.
-      num_lanes: S, a power of two that divides B and WINDOW.
+      num_lanes: S, which divides B.
 
     Raises:
       ValueError: what is wrong with the mixture or the lanes, and what would be valid.
@@ -123,11 +68,7 @@ class Order:
         doubles = sorted({name for name in names if names.count(name) > 1})
         if doubles:
             raise ValueError(f"duplicate dataset names in the mixture: {', '.join(doubles)}")
-        if batch_size < 1 or num_lanes < 1 or batch_size % num_lanes or WINDOW % num_lanes:
-            raise ValueError(
-                f"the number of lanes must be a power of two (at most {WINDOW}) that divides the batch size; "
-                f"got {num_lanes} lanes and batch size {batch_size}"
-            )
+        check_lanes(num_lanes, batch_size)
         for data in datasets:
             for field in ("episodes_mixed", "visits"):
                 if getattr(data, field) < 1:
@@ -138,94 +79,99 @@ class Order:
                 raise ValueError(f"{data.name}: no usable frames, but weight {data.weight}")
         self.datasets = tuple(datasets)
         self.seed, self.batch_size, self.num_lanes = int(seed), int(batch_size), int(num_lanes)
-        self.mixture = Mixture([data.weight for data in datasets])
         self._rows = batch_size // num_lanes  # rows per lane in a batch
-        self._slots = WINDOW // num_lanes  # lane samples per window
-        self._bases = Cache(8 * num_lanes)
-        self._windows = Cache(4 * num_lanes)
-        self._shares: dict[int, list[np.ndarray]] = {}
-        self._walks: dict[tuple[int, int], Walk] = {}
+        self._slots = max(1, WINDOW // num_lanes)  # slots of a lane in a window
+        self.window = self._slots * num_lanes
+        self.mixture = Mixture([data.weight for data in datasets], PERIOD * self.window)
+        shared = [min(data.episodes_mixed, np.count_nonzero(data.frames)) // SHARED for data in datasets]
+        self.num_walks = np.array([max(g for g in divisors(num_lanes) if g <= max(1, most)) for most in shared])
+        self._first_walk = np.cumsum(self.num_walks) - self.num_walks  # walks of all datasets have numbers in a row
+        self._table: tuple[np.ndarray, np.ndarray] | None = None
+        self._windows = Cache(16)
+        self._walks: dict[int, Walks] = {}
 
-    # -- lanes
+    # -- walks
 
-    def lane_share(self, dataset: int, lane: int) -> np.ndarray:
-        """Sorted episodes of a dataset that a lane walks."""
-        if dataset not in self._shares:
-            self._shares[dataset] = self._deal(self.datasets[dataset])
-        shares = self._shares[dataset]
-        return shares[lane if len(shares) > 1 else 0]
+    def walks(self, dataset: int) -> Walks:
+        """The walks of a dataset."""
+        if dataset not in self._walks:
+            self._walks[dataset] = Walks(self.datasets[dataset], int(self.num_walks[dataset]), self.seed)
+        return self._walks[dataset]
 
-    def _deal(self, data: DatasetFrames) -> list[np.ndarray]:
-        frames, S = data.shown, self.num_lanes
-        usable = np.flatnonzero(frames > 0)
-        if S == 1 or len(usable) < 4 * S:
-            return [usable]
-        order = usable[np.argsort(hash_key(self.seed, "deal", data.name, usable), kind="stable")]
-        ends = np.cumsum(frames[order])
-        cuts = np.searchsorted(ends, np.arange(1, S) * int(ends[-1]) / S, side="left") + 1
-        # A few giant episodes must not leave a lane empty.
-        for s in range(S - 1):
-            cuts[s] = min(max(cuts[s], cuts[s - 1] + 1 if s else 1), len(order) - (S - 1 - s))
-        return [np.sort(part) for part in np.split(order, cuts)]
+    def walk_of(self, dataset: np.ndarray | int, lane: np.ndarray) -> np.ndarray:
+        """Which of the dataset's walks the lanes take samples of."""
+        return lane * self.num_walks[dataset] // self.num_lanes
 
-    def _walk(self, dataset: int, lane: int) -> Walk:
-        if (dataset, lane) not in self._walks:
-            key = hash_key(self.seed, "walk", self.datasets[dataset].name, lane)
-            self._walks[dataset, lane] = Walk(self.datasets[dataset], self.lane_share(dataset, lane), key)
-        return self._walks[dataset, lane]
-
-    def live_episodes(self, dataset: int, lane: int, position: int) -> np.ndarray:
-        """Sorted episodes that a lane is in the midst of, when it has taken `position` samples of a dataset."""
-        return self._walk(dataset, lane).live(position)
+    def live_episodes(self, dataset: int, walk: int, position: int) -> np.ndarray:
+        """Sorted episodes that a walk is in the midst of, when `position` samples of it have been taken."""
+        return self.walks(dataset).live(np.array([walk]), np.array([position]))
 
     def live(self, batch: int, process_index: int = 0, process_count: int = 1) -> list[tuple[int, int]]:
         """(dataset, episode) pairs that a process's lanes are in the midst of before a batch: what it has to hold."""
-        pairs: set[tuple[int, int]] = set()
+        pairs: list[tuple[int, int]] = []
+        taken = self._taken(batch)
         here = self.num_lanes // process_count
-        for lane in range(process_index * here, (process_index + 1) * here):
-            for d, position in enumerate(self._taken(lane, batch * self._rows).tolist()):
-                if self.datasets[d].weight > 0:
-                    pairs |= {(d, e) for e in self._walk(d, lane).live(position).tolist()}
-        return sorted(pairs)
+        lanes = np.arange(process_index * here, (process_index + 1) * here)
+        for d in np.flatnonzero(self.mixture.units).tolist():
+            walk = np.unique(self.walk_of(d, lanes))
+            pairs += [(d, e) for e in self.walks(d).live(walk, taken[self._first_walk[d] + walk]).tolist()]
+        return pairs
 
-    def frames_per_pass(self, dataset: int, lane: int) -> int:
-        """Frames of a lane's pass through a dataset."""
-        return self._walk(dataset, lane).frames_per_pass
+    def frames_per_pass(self, dataset: int, walk: int) -> int:
+        """Frames of a walk's pass through its share of a dataset."""
+        return int(self.walks(dataset).frames_per_pass[walk])
 
     # -- windows
 
-    def _quota(self, lane: int, windows: np.ndarray) -> np.ndarray:
-        """Samples of each dataset in a lane's windows: (K,) -> (K, D)."""
-        virtual = windows * self.num_lanes + lane
-        return self.mixture.counts((virtual + 1) * self._slots) - self.mixture.counts(virtual * self._slots)
+    def _before(self, window: int) -> np.ndarray:
+        """Samples of each dataset that each lane has taken before a window, (S, D) int64."""
+        if self._table is None:
+            S, D = self.num_lanes, len(self.datasets)
+            counts = self.mixture.counts(np.arange(PERIOD * S + 1) * self._slots).T.astype(np.int32)
+            quotas = np.diff(counts).reshape(D, PERIOD, S)
+            sums = np.cumsum(quotas, axis=1, dtype=np.int32)
+            self._table = sums - quotas, sums[:, -1].astype(np.int64)
+        before, period = self._table
+        return (window // PERIOD * period + before[:, window % PERIOD]).T
 
-    def _base(self, lane: int, window: int) -> np.ndarray:
-        """Samples of each dataset before a lane's window, (D,)."""
-        return self._bases.fetch((lane, window), lambda: self._make_base(lane, window))
+    def _walks_before(self, window: int) -> np.ndarray:
+        """Samples taken of each walk of all datasets before a window, (walks,)."""
+        before = self._before(window)
+        taken = np.empty(int(self.num_walks.sum()), np.int64)
+        for number in np.unique(self.num_walks).tolist():
+            of = np.flatnonzero(self.num_walks == number)
+            sums = before[:, of].reshape(number, -1, len(of)).sum(1)  # of the lanes that share a walk
+            taken[self._first_walk[of] + np.arange(number)[:, None]] = sums
+        return taken
 
-    def _make_base(self, lane: int, window: int) -> np.ndarray:
-        # From the nearest window before it that is known: reading on costs one step.
-        start = max((known for other, known in self._bases if other == lane and known < window), default=0)
-        base = self._bases[lane, start] if start else np.zeros(len(self.datasets), np.int64)
-        while start < window:
-            stop = min(window, start + 65536)
-            base = base + self._quota(lane, np.arange(start, stop)).sum(0)
-            start = stop
-        return base
+    def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """(dataset, position in its walk) of every slot of a window, (S, slots) each: lane after lane."""
+        return self._windows.fetch(window, lambda: self._make_window(window))
 
-    def _window(self, lane: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """(dataset, position in the lane's walk of it) of every slot of a lane's window."""
-        return self._windows.fetch((lane, window), lambda: self._make_window(lane, window))
+    def _make_window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        S, w, D = self.num_lanes, self._slots, len(self.datasets)
+        quotas = np.diff(self.mixture.counts((window * S + np.arange(S + 1)) * w), axis=0)
+        grouped = np.repeat(np.tile(np.arange(D), S), quotas.reshape(-1)).reshape(S, w)
+        lanes = np.arange(S)[:, None]
+        keys = hash_key(self.seed, "mixture", lanes, window, np.arange(w))
+        dataset = np.take_along_axis(grouped, np.argsort(keys, axis=1, kind="stable"), axis=1)
+        # Lanes take the samples of a walk in the order in which they are shown: slot after slot, lane after lane.
+        walk = (self._first_walk[dataset] + self.walk_of(dataset, lanes)).T.reshape(-1)
+        by_walk = np.argsort(walk, kind="stable")
+        first = np.searchsorted(walk[by_walk], walk[by_walk], side="left")
+        position = np.empty(S * w, np.int64)
+        position[by_walk] = self._walks_before(window)[walk[by_walk]] + np.arange(S * w) - first
+        return dataset, position.reshape(w, S).T
 
-    def _make_window(self, lane: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        quota = self._quota(lane, np.array([window]))[0]
-        sorted_slots = np.repeat(np.arange(len(quota)), quota)
-        slots = sorted_slots[permutation(self._slots, self.seed, "mixture", lane, window)]
-        # Rank of a slot among those of its dataset, then the count before the window.
-        by_dataset = np.argsort(slots, kind="stable")
-        position = np.empty(self._slots, np.int64)
-        position[by_dataset] = np.arange(self._slots) - np.repeat(np.cumsum(quota) - quota, quota)
-        return slots, position + self._base(lane, window)[slots]
+    def _taken(self, batch: int) -> np.ndarray:
+        """Samples taken of each walk of all datasets before a batch, (walks,)."""
+        window, slot = divmod(batch * self._rows, self._slots)
+        taken = self._walks_before(window)
+        if slot:
+            dataset = self._window(window)[0][:, :slot]
+            walk = self._first_walk[dataset] + self.walk_of(dataset, np.arange(self.num_lanes)[:, None])
+            taken += np.bincount(walk.reshape(-1), minlength=len(taken))
+        return taken
 
     # -- samples
 
@@ -238,37 +184,28 @@ class Order:
         lane, lane_row = np.divmod(row, self._rows)
         window, slot = np.divmod(batch * self._rows + lane_row, self._slots)
         dataset, position = np.empty_like(n), np.empty_like(n)
-        for lane_id, window_id in sorted(set(zip(lane.tolist(), window.tolist(), strict=True))):
-            rows = (lane == lane_id) & (window == window_id)
-            table_dataset, table_position = self._window(lane_id, window_id)
-            dataset[rows], position[rows] = table_dataset[slot[rows]], table_position[slot[rows]]
-        groups = [
-            (self._walk(d, lane_id), np.flatnonzero((dataset == d) & (lane == lane_id)))
-            for d, lane_id in sorted(set(zip(dataset.tolist(), lane.tolist(), strict=True)))
-        ]
+        for rows, number in _groups(window):
+            found = self._window(number)
+            dataset[rows], position[rows] = (table[lane[rows], slot[rows]] for table in found)
+        walk = self.walk_of(dataset, lane)
+        groups = [(self.walks(d), rows) for rows, d in _groups(dataset)]
         # Per sample: the key of its walk and its tracks. The permutations are then looked up for all samples at once.
         walk_key, tracks = np.empty(len(n), np.uint64), np.empty_like(n)
-        for walk, rows in groups:
-            walk_key[rows], tracks[rows] = walk.key, walk.tracks
+        for walks, rows in groups:
+            walk_key[rows], tracks[rows] = walks.key[walk[rows]], walks.tracks[walk[rows]]
         rounds, turn = np.divmod(position, tracks)
         track = shuffled(turn, tracks, hash_key(walk_key, "round", rounds))
         passes, episode, number, frames, cycle = (np.empty_like(n) for _ in range(5))
-        for walk, rows in groups:
-            found = walk.at(walk.line(rounds[rows], track[rows]))
+        for walks, rows in groups:
+            found = walks.at(walk[rows], walks.line(walk[rows], rounds[rows], track[rows]))
             passes[rows], episode[rows], number[rows], frames[rows], cycle[rows] = found
         frame = shuffled(number, frames, hash_key(walk_key, "frames", cycle, episode))
-        key = hash_key(self.seed, "sample", n)
-        return Samples(n, dataset.astype(np.int32), lane.astype(np.int32), position, passes, episode, frame, key)
+        small = (x.astype(np.int32) for x in (dataset, lane, walk))
+        return Samples(n, *small, position, passes, episode, frame, hash_key(self.seed, "sample", n))
 
     def batch_rows(self, batch: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
         """Sample numbers of a process's rows of a global batch, int64."""
-        if self.num_lanes % process_count:
-            possible = ", ".join(str(1 << i) for i in range(self.num_lanes.bit_length()))
-            raise ValueError(
-                f"{process_count} processes do not divide {self.num_lanes} lanes; possible numbers of processes: "
-                f"{possible}. More lanes allow more (num_lanes at the first start: a power of two that divides the "
-                f"batch size {self.batch_size}), but always powers of two"
-            )
+        check_lanes(self.num_lanes, self.batch_size, process_count)
         local = self.batch_size // process_count
         return batch * self.batch_size + process_index * local + np.arange(local, dtype=np.int64)
 
@@ -276,28 +213,24 @@ class Order:
         """(episode, frame) of the keyed `attempt`-th substitute for a damaged sample n.
 
         The first NEAR attempts draw from the episodes that are live with the sample's own, which are in memory; later
-        ones from the lane's whole pass, because these may have nothing else that is good.
+        ones from the walk's whole pass, because these may have nothing else that is good.
         """
         sample = self.samples([n])
-        walk = self._walk(int(sample.dataset[0]), int(sample.lane[0]))
         key = hash_key(self.seed, "substitute", n, attempt)
-        return walk.draw(int(sample.position[0]), attempt < NEAR, key)
+        return self.walks(int(sample.dataset[0])).draw(
+            int(sample.walk[0]), int(sample.position[0]), attempt < NEAR, key
+        )
 
     def counts(self, n: int) -> np.ndarray:
         """Samples of each dataset among the first n of the run, (D,) int64."""
         full, rest = divmod(int(n), self.batch_size)
-        total = np.zeros(len(self.datasets), np.int64)
-        for lane in range(self.num_lanes):
-            total += self._taken(lane, full * self._rows + min(max(rest - lane * self._rows, 0), self._rows))
+        done = full * self._rows + np.clip(rest - np.arange(self.num_lanes) * self._rows, 0, self._rows)  # of each lane
+        first = full * self._rows // self._slots
+        total = self.mixture.counts(first * self.window)
+        for window in range(first, -(-int(done.max()) // self._slots)):
+            shown = window * self._slots + np.arange(self._slots) < done[:, None]
+            total += np.bincount(self._window(window)[0][shown], minlength=len(total))
         return total
-
-    def _taken(self, lane: int, done: int) -> np.ndarray:
-        """Samples of each dataset among the first `done` of a lane, (D,)."""
-        window, slot = divmod(done, self._slots)
-        base = self._base(lane, window)
-        if slot:
-            base = base + np.bincount(self._window(lane, window)[0][:slot], minlength=len(base))
-        return base
 
     def spec(self) -> dict[str, Any]:
         """JSON-able description that determines the order entirely."""
@@ -306,7 +239,7 @@ class Order:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "num_lanes": self.num_lanes,
-            "window": WINDOW,
+            "window": self.window,
             "datasets": [
                 {
                     "name": data.name,
@@ -318,9 +251,16 @@ class Order:
                     "visits": int(data.visits),
                     "subsample": data.subsample,
                 }
-                for data, weight in zip(self.datasets, self.mixture.weights, strict=True)
+                for data, weight in zip(self.datasets, self.mixture.given, strict=True)
             ],
         }
+
+
+def _groups(values: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """(rows, value) of each value that occurs, in rising order."""
+    order = np.argsort(values, kind="stable")
+    found, first = np.unique(values[order], return_index=True)
+    yield from zip(np.split(order, first[1:]), found.tolist(), strict=True)
 
 
 def spec_differences(saved: Any, current: Any, where: str = "") -> list[str]:

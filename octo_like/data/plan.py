@@ -2,19 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
+from octo_like.common.lanes import default_lanes
 from octo_like.common.schema import BatchSpec
 from octo_like.data import memory
 from octo_like.data import order as order_lib
 from octo_like.data.index import PreparedDataset
 from octo_like.data.spec import DataError, suggest
-
-
-def default_lanes(process_count: int) -> int:
-    """Lanes of a new run: the process count, rounded up to a power of two."""
-    return 1 << (process_count - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +21,9 @@ class OrderPlan:
 
     Attributes:
       weights: share of the samples of each dataset.
-      num_lanes: as given; None: derived from the process count.
+      num_lanes: as given; None: derived from the batch size.
       mixed: episodes to mix as given; None: derived from host_memory_gb.
       max_visits: see `memory.plan_visits`.
-      batch_bytes: of the batches that are planned to exist at the same time in this process.
     """
 
     datasets: Mapping[str, PreparedDataset]
@@ -39,27 +36,24 @@ class OrderPlan:
     process_index: int
     process_count: int
     host_memory_gb: float
-    slots: int
-    batch_bytes: float
+    slots: Collection[str]
+    depth_slots: Collection[str]
+
+    @property
+    def _cameras(self) -> dict[str, Collection[str]]:
+        return {"slots": self.slots, "depth_slots": self.depth_slots}
 
     def make(self, num_lanes: int | None = None, mixed: Mapping[str, int] | None = None) -> order_lib.Order:
         """The order, with derived values replaced by those that are passed."""
-        lanes = num_lanes or self.num_lanes or default_lanes(self.process_count)
+        lanes = num_lanes or self.num_lanes or default_lanes(self.batch_size)
         mixed = mixed or self.mixed
         try:
-            order = self._order(lanes, mixed or dict.fromkeys(self.datasets, 1))
-            order.batch_rows(0, self.process_index, self.process_count)  # raises here rather than in a thread
             if mixed is None:
                 mixed = memory.plan_mixed(
-                    self.datasets,
-                    self.weights,
-                    host_memory_gb=self.host_memory_gb,
-                    batch_bytes=self.batch_bytes,
-                    num_lanes=lanes,
-                    lanes_here=lanes // self.process_count,
-                    slots=self.slots,
+                    self.datasets, self.weights, host_memory_gb=self.host_memory_gb, **self._cameras
                 )
-                order = self._order(lanes, mixed)
+            order = self._order(lanes, mixed)
+            order.batch_rows(0, self.process_index, self.process_count)  # raises here rather than in a thread
         except DataError:
             raise
         except ValueError as error:
@@ -67,7 +61,7 @@ class OrderPlan:
         return order
 
     def _order(self, lanes: int, mixed: Mapping[str, int]) -> order_lib.Order:
-        visits = memory.plan_visits(self.datasets, self.weights, mixed, num_lanes=lanes, max_visits=self.max_visits)
+        visits = memory.plan_visits(self.datasets, self.weights, mixed, max_visits=self.max_visits)
         frames = [
             order_lib.DatasetFrames(
                 name,
@@ -83,15 +77,14 @@ class OrderPlan:
         return order_lib.Order(frames, seed=self.seed, batch_size=self.batch_size, num_lanes=lanes)
 
     def stored_bytes(self, order: order_lib.Order) -> float:
-        """Bytes of the encoded episodes that this process mixes."""
-        return memory.expected_bytes(
-            self.datasets,
-            self.weights,
-            {data.name: data.episodes_mixed for data in order.datasets},
-            num_lanes=order.num_lanes,
-            lanes_here=order.num_lanes // self.process_count,
-            slots=self.slots,
-        )
+        """Bytes of the encoded episodes that this process mixes: those of the walks that its lanes take part in."""
+        lanes = np.arange(order.num_lanes).reshape(self.process_count, -1)[self.process_index]
+        here = {
+            data.name: len(np.unique(order.walk_of(d, lanes))) / int(order.num_walks[d])
+            for d, data in enumerate(order.datasets)
+        }
+        mixed = {data.name: data.episodes_mixed for data in order.datasets}
+        return memory.expected_bytes(self.datasets, self.weights, mixed, here, **self._cameras)
 
 
 def batch_bytes(spec: BatchSpec, rows: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from octo_like.data import standardize
 from octo_like.data.frames import RawEpisode, as_points, stored_frames
-from octo_like.data.leaves import select
+from octo_like.data.leaves import picture_bytes, select, text_keys, texts_of
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import error_text, tf
 
@@ -300,7 +300,7 @@ class EpisodeFunction:
     """record -> standardised, selected episode, as one traced function per dataset.
 
     Attributes:
-      definition: JSON-able description of everything that determines its result.
+      definition: JSON-able description of everything that determines what an index of its results holds: no pictures.
       random_ops: names of stateful random operations in the user's function; empty means that it is reproducible.
     """
 
@@ -309,25 +309,39 @@ class EpisodeFunction:
         transform, source = standardize.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
         if transform is not None and not isinstance(transform, standardize.Standardize):
             transform = _user_function(transform)
-        self.definition = {**spec.transform_fields(), "standardize_source": source}
+        self.definition = {**spec.index_fields(), "standardize_source": source}
+        texts = text_keys(features)
+        if spec.language_key is not None and spec.language_key not in texts:
+            # An index holds the texts of all the others, and is as good for any of them.
+            self.definition["language_key"] = spec.language_key
+            texts.add(spec.language_key)
         keep = None
         if spec.filter is not None:
             keep, self.definition["filter_source"] = standardize.resolve(spec.filter)
             keep = _user_function(keep)
 
-        def episode(serialized):
+        def standardised(serialized):
             trajectory = parse_episode(serialized, features)
             raw_steps = tf.size(trajectory["_len"])
-            chosen = select(self._transformed(transform, trajectory), spec)
-            return {
+            whole = self._transformed(transform, trajectory)
+            chosen = select(whole, spec)
+            return whole, {
                 **chosen,
                 "usable": self._usable(keep, trajectory, tf.shape(chosen["action"])[0]),
                 "raw_steps": raw_steps,
                 "hash": tf.strings.to_hash_bucket_fast(serialized, 2**62),
             }
 
-        self.episode = episode
-        self._from_record = tf.function(episode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+        def indexed(serialized):
+            """An episode, and of all that could be chosen besides: texts, and bytes of pictures."""
+            whole, chosen = standardised(serialized)
+            steps = tf.shape(chosen["action"])[0]
+            return chosen, texts_of(whole, texts), picture_bytes(whole, steps)
+
+        self.indexed = indexed
+        self._from_record = tf.function(
+            lambda record: standardised(record)[1], input_signature=[tf.TensorSpec([], tf.string)], autograph=False
+        )
         self._from_file = tf.function(
             # Calls the traced function: what it does is traced once.
             lambda path, offset: self._from_record.get_concrete_function()(read_record(path, offset)),

@@ -31,7 +31,8 @@ COLUMNS = {
     "record_hash": np.int64,
     "raw_steps": np.int32,
     "steps": np.int32,
-    "has_language": bool,
+    "has_text": bool,  # (texts,) each
+    "picture_bytes": np.int32,  # (pictures,) each
 }
 PARTS = "parts"  # folder of the summaries, below that of the index
 _RETRIES = 3
@@ -45,14 +46,15 @@ class FileSummary:
       episodes: one array per entry of COLUMNS, one value per readable episode.
       usable: (steps,) bool, of the user's filter, all episodes after each other.
       rows: (steps, width) float32, standardised values of all steps (see `columns.py`).
-      instructions: instruction -> number of episodes that have it; of those that the user's filter does not refuse.
+      instructions: key of a text -> instruction -> number of episodes that have it
+        and that the user's filter does not refuse.
       damaged: one message per record that cannot be read or used.
     """
 
     episodes: dict[str, np.ndarray]
     usable: np.ndarray
     rows: np.ndarray
-    instructions: dict[str, int]
+    instructions: dict[str, dict[str, int]]
     damaged: list[str]
 
     def to_bytes(self) -> bytes:
@@ -116,6 +118,12 @@ def record_length(path: str, offset: int, file_bytes: int) -> int | None:
 # ---------------------------------------------------------------- the pass
 
 
+def indexed_keys(function: EpisodeFunction) -> tuple[list[str], list[str]]:
+    """(keys of texts, keys of pictures), in the order in which an index has them."""
+    outputs = traced_summary(function).get_concrete_function().structured_outputs
+    return sorted(outputs["texts"]), sorted(outputs["picture_bytes"])
+
+
 @functools.lru_cache(maxsize=64)
 def traced_summary(function: EpisodeFunction) -> Callable[[tf.Tensor], dict[str, Any]]:
     """`_summary` as a graph that all files of a dataset share: tracing it takes longer than reading a small file."""
@@ -126,8 +134,7 @@ def traced_summary(function: EpisodeFunction) -> Callable[[tf.Tensor], dict[str,
 
 
 def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]:
-    episode = function.episode(serialized)
-    language = episode.get("language", tf.constant([], tf.string))
+    episode, texts, pictures = function.indexed(serialized)
     return {
         "length": tf.strings.length(serialized),
         "hash": episode["hash"],
@@ -136,7 +143,8 @@ def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]
         "action": episode["action"],
         "proprio": episode.get("proprio", tf.zeros([tf.shape(episode["action"])[0], 0])),
         "extras": episode["extras"],
-        "language": tf.unique(language)[0],
+        "texts": {key: tf.unique(text)[0] for key, text in texts.items()},
+        "picture_bytes": pictures,
         # Leaves that a user's function cut differently are found by these, before training starts.
         "lengths": {
             **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
@@ -273,12 +281,15 @@ def _problem(item: dict[str, Any], spec: DatasetSpec) -> str | None:
 def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: EpisodeFunction) -> FileSummary:
     values: dict[str, list] = {key: [] for key in COLUMNS}
     rows, usable = [np.zeros((0, columns.width(function)), np.float32)], [np.zeros(0, bool)]
-    instructions: collections.Counter[str] = collections.Counter()
+    text_keys, picture_keys = indexed_keys(function)
+    instructions: dict[str, collections.Counter[str]] = {key: collections.Counter() for key in text_keys}
     for item in episodes:
-        steps, texts = len(item["action"]), item["language"].tolist()
+        steps = len(item["action"])
+        texts = {key: item["texts"][key].tolist() for key in text_keys}
         values["steps"].append(steps)
         values["record_hash"].append(item["hash"])
-        values["has_language"].append(any(text.strip() for text in texts))
+        values["has_text"].append([any(text.strip() for text in texts[key]) for key in text_keys])
+        values["picture_bytes"].append([item["picture_bytes"][key] for key in picture_keys])
         for key in ("record", "offset", "length", "raw_steps"):
             values[key].append(item[key])
         if _refused(item):  # its leaves may be of any length, and its numbers anything
@@ -287,11 +298,16 @@ def _collect(episodes: list[dict[str, Any]], damaged: list[str], function: Episo
             continue
         rows.append(columns.to_rows(item, function))
         usable.append(item["usable"])
-        instructions.update(text.decode("utf-8", "replace") for text in texts)
+        for key in text_keys:
+            instructions[key].update(text.decode("utf-8", "replace") for text in texts[key])
+    widths = {"has_text": (len(text_keys),), "picture_bytes": (len(picture_keys),)}
     return FileSummary(
-        {key: np.array(values[key], dtype) for key, dtype in COLUMNS.items()},
+        {
+            key: np.array(values[key], dtype).reshape(len(episodes), *widths.get(key, ()))
+            for key, dtype in COLUMNS.items()
+        },
         np.concatenate(usable),
         np.concatenate(rows),
-        dict(instructions),
+        {key: dict(counts) for key, counts in instructions.items()},
         damaged,
     )

@@ -291,23 +291,29 @@ class DatasetSpec:
 
     def transform_fields(self) -> dict[str, Any]:
         """The fields that determine the content of an episode (not its weight, split or normalisation)."""
+        return self.index_fields() | self.view_fields()
+
+    def index_fields(self) -> dict[str, Any]:
+        """Those of them that determine what an index holds: numbers, steps and the user's filter."""
+        # `compat` and `blank_text` act through the standardize function, whose definition is hashed beside these.
         fields = {
             "standardize": self.standardize,
-            "image_keys": dict(sorted(self.image_keys.items())),
             "proprio_keys": list(self.proprio_keys),
             "action_key": self.action_key,
-            "language_key": self.language_key,
             "filter": self.filter,
             "relative_to": None if self.relative_to is None else list(self.relative_to),
             "chunk_length": self.chunk_length,
         }
-        # Fields that most datasets leave empty appear only when they are not: an index stays valid when one is added.
-        # `compat` and `blank_text` act through the standardize function, whose definition is hashed beside these.
+        return fields | ({"extra_keys": dict(sorted(self.extra_keys.items()))} if self.extra_keys else {})
+
+    def view_fields(self) -> dict[str, Any]:
+        """Those that choose and interpret what is looked at when an episode is read: pictures, texts, points."""
+        fields = {"image_keys": dict(sorted(self.image_keys.items())), "language_key": self.language_key}
+        # Fields that most datasets leave empty appear only when they are not: a run stays valid when one is added.
         seldom = {
             "depth_keys": dict(sorted(self.depth_keys.items())),
             "depth_scale": self.depth_scale,
             "point_keys": dict(sorted(self.point_keys.items())),
-            "extra_keys": dict(sorted(self.extra_keys.items())),
             "bgr_slots": sorted(self.bgr_slots),
         }
         return fields | {key: value for key, value in seldom.items() if value}

@@ -1,7 +1,8 @@
 """Index of a split: one pass over its records, cached as a folder, never decoding an image.
 
     train-0123456789abcdef0123/
-      index.npz             per episode: file, byte offset, length, hash of the record, steps, has an instruction
+      index.npz             per episode: file, byte offset, length, hash of the record, steps, which texts it has, bytes
+                            of each camera's pictures
       rows.npy              float32: standardised values of all steps of all episodes (see `columns.py`)
       bad_records.txt       every record that cannot be read or used, if there are many
       statistics-*.npz      of one choice of training episodes, exact (see `statistics.py`)
@@ -38,14 +39,14 @@ from tqdm import tqdm
 from octo_like.data import columns as row_columns
 from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
-from octo_like.data.scan import COLUMNS, PARTS, FileSummary, part_name, scan_file, traced_summary
-from octo_like.data.spec import DataError
+from octo_like.data.scan import COLUMNS, PARTS, FileSummary, indexed_keys, part_name, scan_file, traced_summary
+from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.spot_check import find_stale
 from octo_like.data.stall import StallWatch
 from octo_like.data.statistics import RowWriter
 from octo_like.data.tf import error_text, tf
 
-FORMAT = 2
+FORMAT = 3
 CACHE_FOLDER = ".octo_like"
 MAX_BAD_FRACTION = 0.01
 BAD_RECORDS = "bad_records.txt"
@@ -70,6 +71,8 @@ class Index:
       bits: packed bits of all steps of the split, 1 for those that may be samples; None: all may.
       definition_hash: of everything that defines the episodes and the choice of their steps.
       folder: of the cache, for messages.
+      pictures: keys below `observation` of what can be a camera's pictures or depth.
+      picture_bytes: (N, pictures) of each; -1 where there is not one for each step. None: not known.
     """
 
     files: tuple[str, ...]
@@ -86,6 +89,8 @@ class Index:
     bits: np.ndarray | None
     definition_hash: str
     folder: str = ""
+    pictures: tuple[str, ...] = ()
+    picture_bytes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -317,7 +322,8 @@ def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary],
     """Joins the files' summaries, one at a time in memory, to index.npz (written last) and rows.npy."""
     columns: dict[str, list[np.ndarray]] = {key: [] for key in (*COLUMNS, "file")}
     usable: list[np.ndarray] = []
-    instructions: collections.Counter[str] = collections.Counter()
+    text_keys, picture_keys = indexed_keys(function)
+    instructions: dict[str, collections.Counter[str]] = {key: collections.Counter() for key in text_keys}
     damaged: list[str] = []
     for number in range(count):
         summary = summary_of(number)
@@ -325,7 +331,8 @@ def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary],
             columns[key].append(summary.episodes[key])
         columns["file"].append(np.full(len(summary.episodes["steps"]), number, np.int32))
         usable.append(summary.usable)
-        instructions.update(summary.instructions)
+        for key in text_keys:
+            instructions[key].update(summary.instructions[key])
         damaged += summary.damaged
     arrays = {key: np.concatenate(values) for key, values in columns.items()}
     chosen = np.concatenate(usable)
@@ -341,8 +348,9 @@ def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary],
         if tf.io.gfile.exists(temporary):
             tf.io.gfile.remove(temporary)
     arrays["bits"] = np.packbits(chosen) if not chosen.all() else np.zeros(0, np.uint8)
-    text = {"instructions": dict(sorted(instructions.items())), "damaged": damaged}
-    arrays["text"] = np.array(json.dumps(text))
+    arrays["text"] = np.array(json.dumps({"damaged": damaged, "texts": text_keys, "pictures": picture_keys}))
+    for number, key in enumerate(text_keys):
+        arrays[f"instructions_{number}"] = np.array(json.dumps(dict(sorted(instructions[key].items()))))
     _save(os.path.join(folder, "index.npz"), arrays)
 
 
@@ -475,7 +483,15 @@ def _split_index(
             " ..." if len(named) > 3 else "",
             folder,
         )
-    bits = arrays.pop("bits")
+    bits, key = arrays.pop("bits"), function.spec.language_key
+    has_text, instructions = (
+        arrays.pop("has_text"),
+        [arrays.pop(f"instructions_{i}") for i in range(len(text["texts"]))],
+    )
+    arrays["has_language"], counts = np.zeros(len(has_text), bool), {}
+    if key is not None:
+        number = text["texts"].index(key)
+        arrays["has_language"], counts = has_text[:, number], json.loads(str(instructions[number]))
     arrays["first"] = np.cumsum(arrays["steps"], dtype=np.int64) - arrays["steps"]
     index = Index(
         files=split.files,
@@ -483,11 +499,24 @@ def _split_index(
         bits=None,
         definition_hash=digest_of(function.definition),
         folder=folder,
+        pictures=tuple(text["pictures"]),
         **arrays,
     )
+    _check_pictures(index, function.spec)
     if len(bits):
         index = with_usable(index, np.unpackbits(bits)[: int(arrays["steps"].sum())].astype(bool), {})
-    return SplitIndex(index, folder, text["instructions"], damaged, shared)
+    return SplitIndex(index, folder, counts, damaged, shared)
+
+
+def _check_pictures(index: Index, spec: DatasetSpec) -> None:
+    """Raises DataError when an episode has another number of pictures than of actions."""
+    for what, keys in (("camera", spec.image_keys), ("depth of", spec.depth_keys)):
+        for slot, key in keys.items():
+            if key is not None:
+                counts = index.picture_bytes[:, index.pictures.index(key.removeprefix("observation/"))]
+                if (counts < 0).any():
+                    where = index.where(int(np.argmax(counts < 0)))
+                    raise DataError(f"{where}: {what} {slot} ({key!r}) has another number of steps than the action")
 
 
 def with_usable(index: Index, usable: np.ndarray, definition: dict[str, Any]) -> Index:

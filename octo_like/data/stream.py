@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ from octo_like.data import order as order_lib
 from octo_like.data.approximate import LiveSource
 from octo_like.data.assemble import Request, TaskOptions
 from octo_like.data.index import PreparedDataset
-from octo_like.data.plan import OrderPlan, batch_bytes, default_lanes, mixed_episodes
+from octo_like.data.plan import OrderPlan, batch_bytes, mixed_episodes
 from octo_like.data.reader import HostOptions, Reader, prepare_mixture
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.split_index import MAX_BAD_FRACTION
@@ -33,12 +34,12 @@ from octo_like.data.texts import Paraphrases, load_paraphrases
 from octo_like.data.validation import ValIterator, make_val_iterators
 from octo_like.data.walk import Cache
 
-__all__ = ["Stream", "ValIterator", "default_lanes", "make_train_stream", "make_val_iterators"]
+__all__ = ["Stream", "ValIterator", "make_train_stream", "make_val_iterators"]
 
 log = logging.getLogger(__name__)
 
-DATA_VERSION = 3
-# Batches that are counted when memory is planned, whatever `prefetch` is: a knob of the host must not choose the order.
+DATA_VERSION = 4
+# Batches that have to fit into memory, whatever `prefetch` is: it must not decide whether a run goes on.
 PLANNED_BATCHES = 4
 AHEAD = 8  # batches whose episodes are read ahead, as far as memory allows
 
@@ -81,7 +82,9 @@ class Stream:
         self._order_lock = threading.Lock()  # the order keeps caches, and two batches are made at a time
         self._use_order(plan.make())
         sources = [(prepared, prepared.train) for prepared in datasets.values()]
-        self._batch_bytes = plan.batch_bytes / PLANNED_BATCHES * (host.prefetch + 2)  # of those that exist at a time
+        self._one_batch = batch_bytes(batch_spec, -(-plan.batch_size // process_count))
+        self._batch_bytes = self._one_batch * (host.prefetch + 2)  # of those that exist at a time
+        self._check_room(self.order)
         self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases, self._batch_bytes)
         self._live = {
             d: LiveSource(
@@ -108,13 +111,19 @@ class Stream:
         """Takes over what the first start of a run derived and froze: the number of lanes, unless this stream was given
         one, and the episodes to mix, unless they were given or the memory knob is another one.
 
-        So a run goes on with more or fewer processes, which derive other numbers. Everything else is left as it is, and
-        is a difference (`order.spec_differences`) if it differs.
+        Both are derived alike by any number of processes; this keeps a run going when the rules that derive them
+        change. Everything else is left as it is, and is a difference (`order.spec_differences`) if it differs.
 
         Raises:
-          DataError: lanes that were planned for more processes do not fit into this one's memory.
+          DataError: an order of another version, or one that does not fit into this process's memory.
         """
         frozen = saved.get("order", {})
+        if frozen.get("version", order_lib.VERSION) != order_lib.VERSION:
+            raise DataError(
+                f"the saved run's samples are in order version {frozen['version']}, this code makes version "
+                f"{order_lib.VERSION}, in which they come in another order: finish that run with the version of "
+                "octo_like that began it, or begin a new one from its weights (init_from) in a new --workdir"
+            )
         mixed = {d["name"]: d.get("episodes_mixed") for d in frozen.get("datasets", ())}
         same = saved.get("memory") == self._rest_of_spec["memory"] and set(mixed) == set(self.datasets)
         same = same and all(mixed.values())
@@ -124,19 +133,21 @@ class Stream:
         order = self._plan.make(lanes if self._plan.num_lanes is None else None, mixed if derived else now)
         if order.spec() == self.order.spec():
             return
-        count = self._process[1]
-        need = self._plan.stored_bytes(order) + self._batch_bytes
-        room = self._host.memory_gb * memory.STORED * 2**30
-        if derived and need > room:
-            most = order.num_lanes
-            fits = next((p for p in (2**i for i in range(20)) if p >= count * need / room), most)
-            raise DataError(
-                f"this run was planned for fewer lanes per process: {order.num_lanes} lanes on {count} process(es) "
-                f"take {need / 2**30:.3g} GB each, but host_memory_gb is {self._host.memory_gb:g}; use "
-                f"{min(fits, most)} processes"
-            )
+        self._check_room(order)
         self._stop_worker()
         self._use_order(order)
+
+    def _check_room(self, order: order_lib.Order) -> None:
+        """Raises DataError when what is planned for host_memory_gb does not fit into it beside the batches."""
+        need, batches = self._plan.stored_bytes(order), PLANNED_BATCHES * self._one_batch
+        if self._plan.mixed is None and need + batches > self._host.memory_gb * memory.STORED * 2**30:
+            enough = math.ceil((need + batches) / memory.STORED / 2**30 * 100) / 100
+            raise DataError(
+                f"host_memory_gb={self._host.memory_gb:g} is too small for {self._process[1]} process(es): the "
+                f"episodes that each mixes take {need / 2**30:.3g} GB, batches {batches / 2**30:.3g} GB, and "
+                f"{memory.STORED:.0%} of it is for both; use more processes, or for a new run a smaller batch or "
+                f"host_memory_gb of about {enough:g}"
+            )
 
     def memory_line(self) -> str:
         """What this process is going to take, in words. Raises DataError when the machine has less."""
@@ -315,8 +326,10 @@ def make_train_stream(
       text_tokenizer: needed when the batches have language.
       data_dir: folder of the TFDS datasets (not needed for prepared ones).
       seed, batch_size, num_lanes: the order; see `octo_like.data.order`. `batch_size` is global.
-      episodes_mixed: episodes that each lane mixes at a time; one number, or one for each dataset. None: as many as
-        `host_memory_gb` holds (`octo_like.data.memory`); then that, too, is part of the order.
+      num_lanes: None: `octo_like.data.order.default_lanes`.
+      episodes_mixed: episodes that are mixed at a time, by all lanes together; one number, or one for each dataset.
+        None: as many as `host_memory_gb` of one process holds (`octo_like.data.memory`); then that, too, is part of the
+        order.
       max_visits: how often a pass may read an episode, to mix well in little memory (`memory.plan_visits`).
       balance_weights: multiply the weights by the datasets' usable frames.
       process_index, process_count: whose rows of each batch to make.
@@ -383,8 +396,8 @@ def make_train_stream(
         process_index=process_index,
         process_count=process_count,
         host_memory_gb=host_memory_gb,
-        slots=len(batch_spec.image_sizes),
-        batch_bytes=PLANNED_BATCHES * batch_bytes(batch_spec, -(-batch_size // process_count)),
+        slots=tuple(batch_spec.image_sizes),
+        depth_slots=tuple(batch_spec.depth_sizes),
     )
     order_spec = {
         "data_version": DATA_VERSION,
@@ -395,6 +408,7 @@ def make_train_stream(
         "batch": batch_spec.to_json(),
         "tokenizer": text_tokenizer.fingerprint if text_tokenizer is not None else None,
         "paraphrases": said.hash if said is not None else None,
+        "views": {name: d.spec.view_fields() for name, d in datasets.items()},
         "normalization": {
             name: {"kind": d.spec.normalization, "mask": d.statistics["action"]["mask"].tolist(), "head": d.spec.head}
             for name, d in datasets.items()

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from octo_like.common.config import ConfigDict, freeze, to_dict
+from octo_like.common.lanes import check_lanes
 from octo_like.common.schema import flatten, unflatten
 from octo_like.model.describe import matmul_flops
 from octo_like.model.octo import build_model
@@ -103,7 +104,11 @@ def prove_training(config: Any, topology: Topology, *, name: str = "config") -> 
     """Compiles the training step of a config for a topology.
 
     A program that does not fit gives a report whose `fits` is False.
+
+    Raises:
+      ValueError: the topology's hosts cannot share the lanes of the input stream.
     """
+    check_lanes(config.data.num_lanes, config.batch_size, topology.hosts)
     network, program, batch = training_program(config, devices_of(topology))
     jitted, arguments = program.step, (program.state, batch)
     return _report(

@@ -246,7 +246,7 @@ def test_damage_changes_the_samples_of_that_record_only(prepared, clean, tokeniz
             assert equal_rows(next(stream), got[number]).all()
     # Substitutes come from episodes that are in memory at the time.
     order, n = stream.order, int(samples.n[np.isin(samples.episode, victims)][0])
-    assert order.substitute(n, 0)[0] in order.live_episodes(0, int(samples.lane[n]), int(samples.position[n]))
+    assert order.substitute(n, 0)[0] in order.live_episodes(0, int(samples.walk[n]), int(samples.position[n]))
 
 
 @pytest.mark.parametrize("how", ["gone", "truncated"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import pytest
 from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data import bench, memory
+from octo_like.data.episodes import EpisodeStore
 from octo_like.data.index import prepare_datasets
 from octo_like.data.inputs import Inputs
-from octo_like.data.order import DatasetFrames, Order, spec_differences
+from octo_like.data.order import DatasetFrames, Order
 from octo_like.data.spec import DataError, specs_from_config
 from octo_like.data.stream import make_train_stream
+from octo_like.data.texts import Texts
 
 SPEC = BatchSpec(1, 2, 6, {"primary": (40, 52)}, proprio_dim=4)
 
@@ -30,16 +33,42 @@ def datasets(toy, wide_toy, tmp_path_factory):
 
 
 def sizes(datasets):
-    """Bytes of an episode, by hand: the record, and 900 for each of its frames."""
-    return {k: np.mean(d.train.length + 900.0 * d.train.steps) for k, d in datasets.items()}
+    """Bytes of an episode: its frames of the one camera in use, 900 for each of them, and 4 for each number."""
+    return {k: np.mean(each_size(d)) for k, d in datasets.items()}
 
 
-def stream_of(datasets, **options):
-    return make_train_stream(datasets, SPEC, None, **(dict(seed=1, batch_size=8, host_threads=1) | options))
+def each_size(d):
+    widths = 4.0 * (d.function.action_dim + (d.function.proprio_dim or 0) + 1)
+    return d.train.picture_bytes[:, d.train.pictures.index("front_rgb")] + (900.0 + widths) * d.train.steps
+
+
+def stream_of(datasets, spec=SPEC, **options):
+    return make_train_stream(datasets, spec, None, **(dict(seed=1, batch_size=8, host_threads=1) | options))
 
 
 def mixed_of(stream):
     return {data.name: data.episodes_mixed for data in stream.order.datasets}
+
+
+def test_only_the_cameras_in_use_are_counted(toy, tmp_path):
+    """Bytes from the index are those of the episodes in memory: of one camera, of two, of depth as well as of none."""
+    fields = toy.fields(val_fraction=0)
+    data = prepare_datasets(specs_from_config({"toy": fields}), toy.data_dir, str(tmp_path), progress=False)["toy"]
+    slots = [slot for slot, key in fields["image_keys"].items() if key is not None]
+    assert len(slots) == 2
+    got = {}
+    for chosen in ((), slots[:1], slots[1:], slots):
+        store = EpisodeStore([(data, data.train)], chosen, Texts(None, None, 0.0), ThreadPoolExecutor(1), 1 << 30)
+        loaded = store.get([(0, e) for e in range(len(data.train))])
+        got[tuple(chosen)] = memory.each_bytes(data, data.train, chosen)
+        np.testing.assert_array_equal(got[tuple(chosen)], [episode.nbytes for episode in loaded])
+    assert got[tuple(slots[:1])].sum() < 0.8 * got[tuple(slots)].sum()
+    both, one = (memory.track_bytes(data, chosen) for chosen in (slots, slots[:1]))
+    knob = 8.001 * both / memory.PLANNED / 2**30
+    assert memory.plan_mixed({"toy": data}, {"toy": 1.0}, host_memory_gb=knob, slots=slots)["toy"] == 8
+    assert memory.plan_mixed({"toy": data}, {"toy": 1.0}, host_memory_gb=knob, slots=slots[:1])["toy"] == int(
+        8.001 * both / one
+    )
 
 
 def test_plenty_of_memory_mixes_all_episodes(datasets):
@@ -55,30 +84,29 @@ def track_sizes(datasets):
     result = {}
     for key, d in datasets.items():
         u = np.minimum(d.train.frames / np.mean(d.train.frames), 2)
-        result[key] = np.mean(u * (1 - u / 4) * (d.train.length + 900.0 * d.train.steps))
+        result[key] = np.mean(u * (1 - u / 4) * each_size(d))
     return result
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_episodes_fill_the_budget_by_weight(datasets, lanes):
+def test_episodes_fill_the_budget_by_weight(datasets):
     bytes_of, tracks_of = sizes(datasets), track_sizes(datasets)
     weights = {"toy": 3.0, "wide": 1.0}
-    options = dict(num_lanes=lanes, lanes_here=lanes, slots=1)
-    batches = 12345.0
-    budget = 4 * lanes * sum(bytes_of.values())  # for episodes
-    knob = (budget + batches) / memory.PLANNED
-    mixed = memory.plan_mixed(datasets, weights, host_memory_gb=knob / 2**30, batch_bytes=batches, **options)
-    # A share of the budget in the ratio of the weights, but never less than two episodes for each lane.
-    share = max(budget / 4, 2 * bytes_of["wide"] * lanes)
-    assert mixed["wide"] == int(share / (tracks_of["wide"] * lanes))
-    assert mixed["toy"] == int(np.floor((budget - share) / (tracks_of["toy"] * lanes) + 1e-9))
-    need = memory.expected_bytes(datasets, weights, mixed, **options)
+    budget = 4 * sum(bytes_of.values())  # for episodes
+    knob = budget / memory.PLANNED
+    mixed = memory.plan_mixed(datasets, weights, host_memory_gb=knob / 2**30, slots=["primary"])
+    # A share of the budget in the ratio of the weights, but never less than two episodes.
+    share = max(budget / 4, 2 * bytes_of["wide"])
+    assert mixed["wide"] == int(share / tracks_of["wide"])
+    assert mixed["toy"] == int(np.floor((budget - share) / tracks_of["toy"] + 1e-9))
+    need = memory.expected_bytes(datasets, weights, mixed, slots=["primary"])
     assert need <= budget
-    by_hand = sum(lanes * mixed[k] * tracks_of[k] for k in mixed)
-    assert need == pytest.approx(by_hand, rel=1e-9)
+    assert need == pytest.approx(sum(mixed[k] * tracks_of[k] for k in mixed), rel=1e-9)
+    assert memory.expected_bytes(
+        datasets, weights, mixed, {"toy": 0.5, "wide": 1.0}, slots=["primary"]
+    ) == pytest.approx(mixed["toy"] * tracks_of["toy"] / 2 + mixed["wide"] * tracks_of["wide"], rel=1e-9)
     # More memory never mixes fewer.
     grown = [
-        memory.plan_mixed(datasets, weights, host_memory_gb=k * knob / 2**30, batch_bytes=batches, **options)
+        memory.plan_mixed(datasets, weights, host_memory_gb=k * knob / 2**30, slots=["primary"])
         for k in (1, 1.5, 2, 4, 100)
     ]
     assert all(a[k] <= b[k] for a, b in zip(grown, grown[1:], strict=False) for k in a)
@@ -91,12 +119,14 @@ def test_planned_bytes_are_what_the_walks_hold(datasets, visits):
     steps = np.random.default_rng(0).geometric(0.02, 500) + 4
     one = datasets["toy"]
     index = one.train.take(np.zeros(500, np.int64))
-    index = dataclasses.replace(index, steps=steps, frames=steps, length=1000 * steps)
+    pictures = np.repeat(1000 * steps[:, None], len(index.pictures), axis=1)
+    index = dataclasses.replace(index, steps=steps, frames=steps, picture_bytes=pictures)
     data = {"toy": dataclasses.replace(one, train=index)}
     mixed = {"toy": 60}
-    want = memory.expected_bytes(data, {"toy": 1.0}, mixed, num_lanes=1, lanes_here=1, slots=1)
+    want = memory.expected_bytes(data, {"toy": 1.0}, mixed, slots=["primary"])
     order = Order([DatasetFrames("toy", 1.0, steps, "", 60, None, visits)], seed=0, batch_size=10)
-    held = [sum(1900 * steps[e] for _, e in order.live(batch)) for batch in range(0, 20000, 199)]
+    size = 1900 + 4 * (one.function.action_dim + (one.function.proprio_dim or 0) + 1)
+    held = [sum(size * steps[e] for _, e in order.live(batch)) for batch in range(0, 20000, 199)]
     assert want == pytest.approx(np.mean(held), rel=0.08)
 
 
@@ -111,8 +141,7 @@ def test_visits_make_up_for_little_memory(datasets, mixed):
     steps = np.random.default_rng(1).integers(20, 61, 4000)
     index = dataclasses.replace(datasets["toy"].train.take(np.zeros(4000, np.int64)), steps=steps, frames=steps)
     data = {"toy": dataclasses.replace(datasets["toy"], train=index)}
-    options = dict(num_lanes=1, max_visits=16)
-    visits = memory.plan_visits(data, {"toy": 1.0}, {"toy": mixed}, **options)["toy"]
+    visits = memory.plan_visits(data, {"toy": 1.0}, {"toy": mixed}, max_visits=16)["toy"]
     order = Order([DatasetFrames("toy", 1.0, steps, "", mixed, None, visits)], seed=0, batch_size=10)
     distinct, buffered = buffer_and_order(order, 60_000)
     assert distinct > 0.9 * buffered
@@ -121,16 +150,26 @@ def test_visits_make_up_for_little_memory(datasets, mixed):
         distinct, buffered = buffer_and_order(fewer, 60_000)
         assert distinct < 0.97 * buffered
     assert (visits > 1) == (mixed < 1200)
-    assert memory.plan_visits(data, {"toy": 1.0}, {"toy": 4000}, **options) == {"toy": 1}  # all are held
+    assert memory.plan_visits(data, {"toy": 1.0}, {"toy": 4000}, max_visits=16) == {"toy": 1}  # all are held
 
 
 def test_a_budget_that_holds_nothing_is_refused(datasets):
     with pytest.raises(
-        DataError, match=r"host_memory_gb=1e-06 is too small: two episodes.*batches 0.000\d+ GB.*at least 0\.\d+"
+        DataError, match=r"host_memory_gb=1e-06 is too small: two episodes.*60% of it.*at least 0\.\d+"
     ) as error:
         stream_of(datasets, host_memory_gb=1e-6)
-    enough = float(str(error.value).split("at least ")[1].split(",")[0])
+    enough = float(str(error.value).split("at least ")[1])
     stream_of(datasets, host_memory_gb=enough).close()
+
+
+def test_batches_that_leave_no_room_are_refused(datasets):
+    with pytest.raises(
+        DataError, match=r"too small for 1 process\(es\).*batches 0.\d+ GB.*use more processes"
+    ) as error:
+        stream_of(datasets, batch_size=2048, host_memory_gb=0.01)
+    enough = float(str(error.value).split("about ")[1])
+    stream_of(datasets, batch_size=2048, host_memory_gb=enough).close()
+    stream_of(datasets, batch_size=2048, host_memory_gb=0.01, process_count=32).close()
 
 
 def test_given_blocks_win(datasets):
@@ -156,42 +195,53 @@ def test_more_than_the_machine_has_is_refused(datasets, monkeypatch):
 # ---------------------------------------------------------------- what the first start freezes
 
 
-def knob_for(datasets, episodes, processes=1):
+def knob_for(datasets, episodes):
     """The knob that holds this many episodes of each dataset."""
-    batches = 4 * 8 * 3 * 40 * 52 / processes  # two ahead, one in use, one being made
-    return (episodes * sum(track_sizes(datasets).values()) + batches) / memory.PLANNED / 2**30
+    return episodes * sum(track_sizes(datasets).values()) / memory.PLANNED / 2**30
 
 
-def test_resuming_on_other_numbers_of_processes(datasets):
-    """The knob allows to mix more on more processes; a run keeps what its first start planned, and its lanes."""
-    knob = knob_for(datasets, 12)
-    with stream_of(datasets, num_lanes=4, host_memory_gb=knob) as first:
+def test_any_number_of_processes_begins_and_continues_the_same_run(datasets):
+    """Lanes and episodes mixed follow from the batch size and the memory of one process: 1, 3, 12 or 48 of them."""
+    small = BatchSpec(1, 2, 6, {"primary": (8, 8)}, proprio_dim=4)  # batches beside which little fits
+    options = dict(spec=small, batch_size=48, host_memory_gb=knob_for(datasets, 12))
+    with stream_of(datasets, **options) as first:
         saved = json.loads(json.dumps(first.order_spec))
+        assert first.order.num_lanes == 48 and mixed_of(first)["toy"] < 23
         want = [dict(flatten(next(first))) for _ in range(3)]
-    for count in (1, 2, 4):
+        alone = first._plan.stored_bytes(first.order)
+    for count in (1, 3, 12, 48):
         parts = []
         for index in range(count):
-            options = dict(process_index=index, process_count=count, host_memory_gb=knob)
-            with stream_of(datasets, **options) as stream:
-                if count > 1:
-                    assert spec_differences(saved, stream.order_spec)
-                Inputs(stream, {}, {}, {}).resume(saved, 8)
-                assert stream.order_spec == saved and stream.position == 8
+            with stream_of(datasets, process_index=index, process_count=count, **options) as stream:
+                assert stream.order_spec == saved  # as begun by any other number
+                assert stream._plan.stored_bytes(stream.order) <= alone  # whoever begins, all others fit
+                Inputs(stream, {}, {}, {}).resume(saved, 48)
+                assert stream.position == 48
                 parts.append([dict(flatten(next(stream))) for _ in range(2)])
         for number in range(2):
             for key, value in want[number + 1].items():
                 np.testing.assert_array_equal(np.concatenate([part[number][key] for part in parts]), value)
 
 
-def test_lanes_of_more_processes_have_to_fit(datasets):
-    knob = knob_for(datasets, 8, processes=4)
-    options = dict(num_lanes=4, host_memory_gb=knob)
-    with stream_of(datasets, process_count=4, **options) as first:
-        saved = first.order_spec
-    with stream_of(datasets, process_count=2, **options) as two:
-        assert mixed_of(two) != mixed_of(first)
-        with pytest.raises(DataError, match=r"4 lanes on 2 process\(es\).*host_memory_gb is.*use 4 processes"):
-            two.adopt(saved)
+def test_a_run_keeps_the_lanes_and_episodes_that_it_began_with(datasets):
+    """Where they were derived by another rule, or the lanes were given at the first start only."""
+    knob = dict(host_memory_gb=knob_for(datasets, 12), spec=BatchSpec(1, 2, 6, {"primary": (8, 8)}, proprio_dim=4))
+    with stream_of(datasets, num_lanes=2, **knob) as first:
+        saved = json.loads(json.dumps(first.order_spec))
+    saved["order"]["datasets"][0]["episodes_mixed"] -= 2
+    with stream_of(datasets, **knob) as second:
+        assert second.order.num_lanes == 8
+        Inputs(second, {}, {}, {}).resume(saved, 8)
+        assert second.order_spec == saved
+        next(second)
+
+
+def test_a_run_of_an_earlier_order_is_refused_by_name(datasets):
+    with stream_of(datasets) as stream:
+        saved = json.loads(json.dumps(stream.order_spec))
+        saved["order"]["version"] = 2
+        with pytest.raises(DataError, match="order version 2, this code makes version 3.*init_from"):
+            Inputs(stream, {}, {}, {}).resume(saved, 8)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +250,7 @@ def test_lanes_of_more_processes_have_to_fit(datasets):
         (dict(seed=2), "order.seed: 1 -> 2"),
         (dict(host_memory_gb=3.0), "memory.host_memory_gb: 4.0 -> 3.0"),
         (dict(balance_weights=True), "order.datasets.toy.weight"),
-        (dict(num_lanes=2), "order.num_lanes: 1 -> 2"),
+        (dict(num_lanes=2), "order.num_lanes: 8 -> 2"),
         (dict(episodes_mixed=2), "memory: "),
         (dict(drop_task_prob=0.5), "task.drop_task_prob: 0.0 -> 0.5"),
         (dict(image_dropout_prob=0.5), "task.image_dropout_prob: 0.0 -> 0.5"),
@@ -234,7 +284,7 @@ def test_balanced_weights_count_frames(datasets):
     with stream_of(datasets, balance_weights=True) as stream:
         frames = [int(d.train.frames.sum()) for d in datasets.values()]
         want = np.array([1.0, 3.0]) * frames
-        np.testing.assert_allclose(stream.order.mixture.weights, want / want.sum(), rtol=1e-12)
+        np.testing.assert_allclose(stream.order.mixture.given, want / want.sum(), rtol=1e-12)
 
 
 # ---------------------------------------------------------------- resident memory
@@ -258,7 +308,7 @@ with make_train_stream(datasets, spec, None, host_memory_gb=1e3, episodes_mixed=
 base = memory.resident_bytes()
 with make_train_stream(datasets, spec, None, host_memory_gb=knob, **options) as stream:
     whole = memory.expected_bytes(
-        datasets, dict.fromkeys(datasets, 1.0), dict.fromkeys(datasets, 10**6), num_lanes=1, lanes_here=1, slots=1
+        datasets, dict.fromkeys(datasets, 1.0), dict.fromkeys(datasets, 10**6), slots=["primary"]
     )
     peak, stored = 0, 0
     for number in range(30):

@@ -11,7 +11,7 @@ import pytest
 
 from octo_like.data import order as order_lib
 from octo_like.data.keys import shuffled
-from octo_like.data.order import WINDOW, DatasetFrames, Mixture, Order
+from octo_like.data.order import PERIOD, WINDOW, DatasetFrames, Mixture, Order
 
 
 def make_order(num_lanes=1, batch_size=16, seed=3, mixed=5, scale=1, visits=1):
@@ -28,17 +28,20 @@ def make_order(num_lanes=1, batch_size=16, seed=3, mixed=5, scale=1, visits=1):
     )
 
 
-def walked(order, d, lane):
-    """(pass, episode, frame) of a lane's walk through a dataset: what `walk.py` says, with lists, one by one."""
-    data, share = order.datasets[d], order.lane_share(d, lane)
-    key = order_lib.hash_key(order.seed, "walk", data.name, lane)
-    V, K = data.visits, min(data.episodes_mixed, len(share))
+def walked(order, d, walk):
+    """(pass, episode, frame) of a walk through a dataset: what `walk.py` says, with lists, one by one."""
+    data, share = order.datasets[d], order.walks(d).share(walk)
+    key = order_lib.hash_key(order.seed, "walk", data.name, walk)
+    V, G = data.visits, int(order.num_walks[d])
+    held = data.episodes_mixed >= np.count_nonzero(data.frames)
+    K = len(share) if held else min(max(1, data.episodes_mixed // G), len(share))
     frames = {int(e): int(data.frames[e]) for e in share}
 
     def line():
         for number in itertools.count():
             for part in range(V):
-                ranks = {e: int(order_lib.hash_key(key, "pass", number * V + part, e)) for e in frames}
+                hashes = order_lib.hash_key(key, "pass", number * V + part, np.array(list(frames))).tolist()
+                ranks = dict(zip(frames, hashes, strict=True))
                 for e in sorted(frames, key=ranks.get):
                     turn = int(order_lib.hash_key(key, "parts", e)) % V
                     first, stop = ((p * frames[e] + turn) // V for p in (part, part + 1))
@@ -60,70 +63,100 @@ def walked(order, d, lane):
         if not all(map(any, units)):  # the units of a generation are cut in the order of the tracks
             for k in range(K):
                 units[k].append(cut(k, unit))
-        for turn in range(K):
-            waiting = units[int(shuffled([turn], K, order_lib.hash_key(key, "round", round_number))[0])]
+        for track in shuffled(np.arange(K), K, order_lib.hash_key(key, "round", round_number)).tolist():
+            waiting = units[track]
             if not waiting[0]:
                 waiting.pop(0)
             yield waiting[0].pop(0)
 
 
 def sequential(order, stop):
-    """Brute-force twin: walks every lane step by step and deals its samples into the rows of global batches."""
-    S, B = order.num_lanes, order.batch_size
-    rows = B // S
+    """Brute-force twin: walks slot after slot, and deals what the lanes get into the rows of global batches."""
+    S, B, slots = order.num_lanes, order.batch_size, max(1, WINDOW // order.num_lanes)
+    walks, positions, shown = {}, collections.Counter(), [[] for _ in range(S)]
 
-    def lane_samples(lane):
-        positions = collections.Counter()
-        k = 0
-        while True:
-            # The quota of a window is a difference of counts.
-            v, slots = k * S + lane, WINDOW // S
-            quota = order.mixture.counts((v + 1) * slots) - order.mixture.counts(v * slots)
-            multiset = [d for d, count in enumerate(quota) for _ in range(count)]
-            for i in order_lib.permutation(slots, order.seed, "mixture", lane, k):
-                d = multiset[i]
-                yield (d, *frame_at(d, lane, positions[d]))
-                positions[d] += 1
-            k += 1
+    def kinds(lane, k):
+        # The quota of a window is a difference of counts.
+        v = k * S + lane
+        quota = order.mixture.counts((v + 1) * slots) - order.mixture.counts(v * slots)
+        multiset = [d for d, count in enumerate(quota) for _ in range(count)]
+        return [multiset[i] for i in order_lib.permutation(slots, order.seed, "mixture", lane, k)]
 
-    walks = {}
-
-    def frame_at(d, lane, position):
-        if (d, lane) not in walks:
-            walks[d, lane] = ([], walked(order, d, lane))
-        done, rest = walks[d, lane]
-        done += itertools.islice(rest, position + 1 - len(done))
-        return done[position]
-
-    lanes = [lane_samples(lane) for lane in range(S)]
-    result = []
-    while len(result) < stop:
-        for lane in range(S):
-            for _ in range(rows):
-                result.append((lane, *next(lanes[lane])))
+    for k in range(-(-stop // (S * slots))):
+        of_lane = [kinds(lane, k) for lane in range(S)]
+        for slot in range(slots):
+            for lane in range(S):
+                d = of_lane[lane][slot]
+                walk = lane // (S // int(order.num_walks[d]))
+                rest = walks.setdefault((d, walk), walked(order, d, walk))
+                shown[lane].append((lane, d, walk, positions[d, walk], *next(rest)))
+                positions[d, walk] += 1
+    result, rest = [], [iter(samples) for samples in shown]
+    try:
+        while len(result) < stop:
+            for lane in range(S):
+                result += [next(rest[lane]) for _ in range(B // S)]
+    except StopIteration:  # the last window is cut by a batch
+        pass
     return result[:stop]
 
 
-@pytest.mark.parametrize("num_lanes,mixed,visits", [(1, 5, 1), (4, 5, 1), (1, 4, 3), (1, 1, 1), (2, 40, 1)])
-def test_matches_a_sequential_walk(num_lanes, mixed, visits):
-    order, stop = make_order(num_lanes, mixed=mixed, visits=visits), 2 * WINDOW + 100
-    want = sequential(order, stop)
-    got = order.samples(np.arange(stop))
-    assert got.pass_number.max() > 3  # several passes were crossed
-    for i, (lane, dataset, number, episode, frame) in enumerate(want):
-        row = (got.lane[i], got.dataset[i], got.pass_number[i], got.episode[i], got.frame[i])
-        assert row == (lane, dataset, number, episode, frame), i
+@pytest.mark.parametrize(
+    "num_lanes,batch_size,mixed,visits",
+    [
+        (1, 16, 5, 1),
+        (4, 16, 5, 1),
+        (1, 16, 4, 3),
+        (1, 16, 1, 1),
+        (2, 16, 40, 1),
+        (4, 16, 16, 1),
+        (12, 24, 30, 3),
+        (16, 16, 64, 2),
+    ],
+)
+def test_matches_a_sequential_walk(num_lanes, batch_size, mixed, visits):
+    order = make_order(num_lanes, batch_size, mixed=mixed, visits=visits)
+    want = sequential(order, order.window + 100)
+    assert len(want) > order.window
+    got = order.samples(np.arange(len(want)))
+    assert got.pass_number.max() > 2  # several passes were crossed
+    for i, row in enumerate(want):
+        names = ("lane", "dataset", "walk", "position", "pass_number", "episode", "frame")
+        assert row == tuple(int(getattr(got, name)[i]) for name in names), i
 
 
-@pytest.mark.parametrize("num_lanes", [1, 4])
+@pytest.mark.parametrize("num_lanes", [1, 4, 12])
 def test_seek_equals_sequential(num_lanes):
-    whole = make_order(num_lanes).samples(np.arange(3 * WINDOW))
+    size = 48 if num_lanes == 12 else 16
+    whole = make_order(num_lanes, size, mixed=40).samples(np.arange(3 * WINDOW))
     rng = np.random.default_rng(1)
-    order = make_order(num_lanes)
+    order = make_order(num_lanes, size, mixed=40)
     for n in rng.integers(0, 3 * WINDOW, 50):
         one = order.samples([n])
         for name, value in whole._asdict().items():
             assert value[n] == getattr(one, name)[0], (n, name)
+
+
+@pytest.mark.parametrize("num_lanes,batch_size", [(1, 16), (16, 48), (12, 12)])
+def test_far_positions_are_sums_of_all_windows_before(num_lanes, batch_size):
+    """Positions after more than a period of the mixture, against quotas that are summed up window by window."""
+    order = make_order(num_lanes, batch_size, mixed=40)
+    S, slots = num_lanes, order.window // num_lanes
+    window = 2 * PERIOD + 77
+    quota = np.diff(order.mixture.counts(np.arange(window * S + 1) * slots), axis=0).reshape(window, S, 3).sum(0)
+    first = window * order.window  # its first sample of lane 0: windows are whole batches here
+    first -= first % batch_size
+    samples = order.samples(np.arange(first + batch_size, first + 4 * order.window))
+    for d in range(3):
+        lanes_of = S // int(order.num_walks[d])
+        for walk in range(int(order.num_walks[d])):
+            rows = (samples.dataset == d) & (samples.walk == walk)
+            taken = int(quota[walk * lanes_of : (walk + 1) * lanes_of, d].sum())
+            found = np.sort(samples.position[rows])
+            assert len(set(found.tolist())) == len(found)
+            assert abs(int(found[0]) - taken) <= 3 * order.window  # near, and in the middle without a gap:
+            middle = found[(found > found[0] + batch_size) & (found < found[-1] - batch_size)]
+            np.testing.assert_array_equal(middle, np.arange(len(middle)) + (middle[0] if len(middle) else 0))
 
 
 def test_far_seek_is_a_function_of_n_alone():
@@ -137,37 +170,50 @@ def test_far_seek_is_a_function_of_n_alone():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("num_lanes,visits", [(1, 1), (2, 1), (4, 1), (8, 1), (1, 7)])
-def test_each_pass_covers_every_frame_once(num_lanes, visits):
-    order = make_order(num_lanes, visits=visits)
+@pytest.mark.parametrize(
+    "num_lanes,batch_size,mixed,visits",
+    [(1, 16, 5, 1), (2, 16, 8, 1), (4, 16, 40, 1), (8, 16, 40, 1), (1, 16, 5, 7), (8, 8, 4, 1), (12, 24, 30, 3)],
+)
+def test_each_pass_covers_every_frame_once(num_lanes, batch_size, mixed, visits):
+    """Over all walks: also where lanes share one, because there are fewer episodes, or fewer are mixed, than lanes."""
+    order = make_order(num_lanes, batch_size, mixed=mixed, visits=visits)
     samples = order.samples(np.arange(6 * WINDOW))
     for d, data in enumerate(order.datasets[:2]):
-        whole_walks = np.count_nonzero(data.frames) < 4 * num_lanes
         seen = collections.Counter()
-        for lane in range(num_lanes):
-            rows = (samples.dataset == d) & (samples.lane == lane) & (samples.pass_number == 1)
-            assert rows.sum() == order.frames_per_pass(d, lane)  # the pass is complete in this prefix
-            here = list(zip(samples.episode[rows].tolist(), samples.frame[rows].tolist(), strict=True))
-            assert len(set(here)) == len(here)
-            seen.update(here)
-        want = {(e, f) for e, count in enumerate(data.frames) for f in range(count)}
-        assert set(seen) == want
-        assert set(seen.values()) == {num_lanes if whole_walks else 1}
+        for walk in range(int(order.num_walks[d])):
+            rows = (samples.dataset == d) & (samples.walk == walk) & (samples.pass_number == 1)
+            assert rows.sum() == order.frames_per_pass(d, walk)  # the pass is complete in this prefix
+            seen.update(zip(samples.episode[rows].tolist(), samples.frame[rows].tolist(), strict=True))
+        assert seen == dict.fromkeys(((e, f) for e, count in enumerate(data.frames) for f in range(count)), 1)
 
 
-def test_lanes_are_disjoint_and_balanced():
-    order = make_order(8, scale=10)
-    shares = [set(order.lane_share(0, lane).tolist()) for lane in range(8)]
+def test_walks_are_disjoint_and_balanced():
+    order = make_order(8, scale=10, mixed=64)
+    assert order.num_walks.tolist() == [8, 1, 8]
+    shares = [set(order.walks(0).share(walk).tolist()) for walk in range(8)]
     assert set.union(*shares) == set(range(400)) and sum(map(len, shares)) == 400
-    frames = [order.frames_per_pass(0, lane) for lane in range(8)]
+    frames = [order.frames_per_pass(0, walk) for walk in range(8)]
     assert max(frames) - min(frames) <= 2 * 30
 
 
-def test_giant_episodes_leave_no_lane_empty():
+def test_giant_episodes_leave_no_walk_empty():
     frames = np.array([1] * 30 + [100_000, 100_000])
     order = Order([DatasetFrames("x", 1.0, frames)], seed=0, batch_size=8, num_lanes=8)
-    assert all(len(order.lane_share(0, lane)) for lane in range(8))
-    assert sorted(np.concatenate([order.lane_share(0, lane) for lane in range(8)])) == list(range(32))
+    shares = [order.walks(0).share(walk) for walk in range(8)]
+    assert order.num_walks[0] == 8 and all(map(len, shares))
+    assert sorted(np.concatenate(shares)) == list(range(32))
+
+
+@pytest.mark.parametrize(
+    "num_lanes,mixed,episodes,walks",
+    [(256, 4096, 5000, 256), (256, 100, 5000, 16), (256, 10**6, 100, 16), (256, 3, 5000, 1), (384, 200, 9999, 48)],
+)
+def test_lanes_share_walks_where_little_is_mixed(num_lanes, mixed, episodes, walks):
+    data = DatasetFrames("x", 1.0, np.full(episodes, 7), "", mixed)
+    order = Order([data], seed=0, batch_size=num_lanes, num_lanes=num_lanes)
+    assert order.num_walks.tolist() == [walks]
+    # What all lanes hold together is what is mixed, however many they are.
+    assert order.walks(0).tracks.sum() <= max(mixed, 1)
 
 
 def test_passes_and_seeds_differ():
@@ -191,12 +237,12 @@ def test_other_datasets_do_not_change_a_walk():
     np.testing.assert_array_equal(a.frame[: rows.sum()], b.frame[rows])
 
 
-@pytest.mark.parametrize("batch_size,num_lanes", [(16, 1), (16, 4), (48, 1), (24, 8)])
+@pytest.mark.parametrize("batch_size,num_lanes", [(16, 1), (16, 4), (48, 1), (24, 8), (96, 48), (48, 12)])
 def test_processes_share_one_global_sequence(batch_size, num_lanes):
     order = make_order(num_lanes, batch_size)
-    for processes in (1, 2, 4, 8):
+    for processes in (1, 2, 3, 4, 8, 12, 48):
         if num_lanes % processes:
-            with pytest.raises(ValueError, match="lanes"):
+            with pytest.raises(ValueError, match=f"{processes} processes do not divide {num_lanes} lanes"):
                 order.batch_rows(0, 0, processes)
             continue
         rows = [order.batch_rows(5, p, processes) for p in range(processes)]
@@ -216,20 +262,31 @@ def test_quotas(weights):
     counts = mixture.counts(m)
     np.testing.assert_array_equal(counts.sum(1), m)
     assert (np.diff(counts, axis=0) >= 0).all()
-    assert np.abs(counts - m[:, None] * mixture.weights).max() <= 2 + 1e-2
+    assert np.abs(counts - m[:, None] * mixture.weights).max() <= 2
     assert (counts[:, np.asarray(weights) == 0] == 0).all()
+    # The weights are multiples of one in a period, and at least that.
+    assert mixture.units.sum() == mixture.period and ((mixture.units > 0) == (mixture.given > 0)).all()
+    assert np.abs(mixture.weights - mixture.given).max() <= len(weights) / mixture.period
 
 
-@pytest.mark.parametrize("num_lanes", [1, 4, 16])
-def test_counts_match_the_samples_and_the_weights(num_lanes):
-    order = make_order(num_lanes, batch_size=16)
+def test_tiny_weights_are_raised_to_one_sample_in_a_period():
+    mixture = Mixture([1.0, 0.5, *[1e-12] * 50])
+    assert mixture.units[2:].tolist() == [1] * 50 and mixture.units.sum() == 1 << 20
+    assert abs(mixture.weights[0] / mixture.weights[1] - 2) < 2e-4
+    with pytest.raises(ValueError, match="at most 4 datasets"):
+        Mixture([1.0] * 5, period=4)
+
+
+@pytest.mark.parametrize("num_lanes,batch_size", [(1, 16), (4, 16), (16, 16), (2, 10_000), (48, 48 * 200)])
+def test_counts_match_the_samples_and_the_weights(num_lanes, batch_size):
+    order = make_order(num_lanes, batch_size)
     stop = 3 * WINDOW
     dataset = order.samples(np.arange(stop)).dataset
     for n in [0, 1, 15, 16, 17, 1000, WINDOW, WINDOW + 9, 2 * WINDOW, stop]:
         np.testing.assert_array_equal(order.counts(n), np.bincount(dataset[:n], minlength=3))
-        if n % WINDOW == 0:
+        if n % order.window == 0 and n % batch_size == 0:
             assert np.abs(order.counts(n) - n * order.mixture.weights).max() <= 2
-    n = 10_000 * WINDOW
+    n = 10_000 * order.window * batch_size
     assert np.abs(order.counts(n) - n * order.mixture.weights).max() <= 2
 
 
@@ -240,7 +297,7 @@ def test_random_mixtures_stay_within_two():
         mixture = Mixture(weights)
         m = np.sort(rng.integers(0, 10**8, 200))
         counts = mixture.counts(m)
-        assert np.abs(counts - m[:, None] * mixture.weights).max() <= 2 + 1e-3
+        assert np.abs(counts - m[:, None] * mixture.weights).max() <= 2
         assert (np.diff(counts, axis=0) >= 0).all()
 
 
@@ -285,7 +342,7 @@ def test_everything_is_mixed_when_everything_is_held():
 
 
 def test_live_episodes_of_processes():
-    order = make_order(4, batch_size=4, scale=10)  # one row per lane
+    order = make_order(4, batch_size=4, scale=10, mixed=40)  # one row per lane
     parts = [order.live(30, p, 2) for p in (0, 1)]
     assert sorted(set(parts[0]) | set(parts[1])) == order.live(30)
     shown = order.samples(order.batch_rows(30, 1, 2))
@@ -310,13 +367,13 @@ def test_substitutes_are_keyed_and_from_live_episodes():
     order = make_order()
     for n in (0, 77, WINDOW + 5):
         sample = order.samples([n])
-        d, lane, position = int(sample.dataset[0]), int(sample.lane[0]), int(sample.position[0])
-        live = set(order.live_episodes(d, lane, position).tolist())
+        d, walk, position = int(sample.dataset[0]), int(sample.walk[0]), int(sample.position[0])
+        live = set(order.live_episodes(d, walk, position).tolist())
         drawn = [order.substitute(n, attempt) for attempt in range(40)]
         assert drawn == [make_order().substitute(n, attempt) for attempt in range(40)]
         near, far = ({episode for episode, _ in part} for part in (drawn[: order_lib.NEAR], drawn[order_lib.NEAR :]))
         assert near <= live and len(near) > 1
-        assert far - live or len(live) == len(order.lane_share(d, lane))  # live ones may be bad as a whole
+        assert far - live or len(live) == len(order.walks(d).share(walk))  # live ones may be bad as a whole
         assert all(0 <= frame < order.datasets[d].frames[episode] for episode, frame in drawn)
 
 
@@ -353,8 +410,9 @@ def test_spec_is_json_and_differences_are_named():
         (dict(datasets=[DatasetFrames("x", 1.0, np.zeros(3, int))]), "x: no usable frames"),
         (dict(datasets=[DatasetFrames("x", 1.0, np.ones(3, int), episodes_mixed=0)]), "episodes_mixed"),
         (dict(datasets=[DatasetFrames("x", 1.0, np.ones(3, int), visits=0)]), "visits must be at least 1"),
-        (dict(num_lanes=3), "power of two"),
-        (dict(num_lanes=32), "divides the batch size"),
+        (dict(num_lanes=3), "must divide the batch size.*allows 1, 2, 4, 8, 16"),
+        (dict(num_lanes=32), "must divide the batch size"),
+        (dict(num_lanes=2048, batch_size=2048), "at most 1024"),
     ],
 )
 def test_bad_input(change, message):
@@ -422,7 +480,7 @@ def test_balanced_weights_match_the_reference(shared, case):
     given = {key: golden[f"mixture_weights/{case}/in/{key}"] for key in ("weights", "num_transitions")}
     got = order_lib.balanced_weights(given["weights"], given["num_transitions"])
     np.testing.assert_allclose(got, golden[f"mixture_weights/{case}/upstream/balanced"], rtol=1e-6)
-    plain = Mixture(given["weights"]).weights
+    plain = Mixture(given["weights"]).given
     np.testing.assert_allclose(plain, golden[f"mixture_weights/{case}/upstream/unbalanced"], rtol=1e-6)
     with pytest.raises(ValueError, match="all zero"):
         order_lib.balanced_weights([0.0, 0.0], [3, 4])

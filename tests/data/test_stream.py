@@ -16,7 +16,7 @@ from octo_like.common.text import TextTokenizer
 from octo_like.data import order
 from octo_like.data.index import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
-from octo_like.data.stream import default_lanes, make_train_stream, make_val_iterators
+from octo_like.data.stream import make_train_stream, make_val_iterators
 
 FULL = BatchSpec(
     window_size=3,
@@ -230,10 +230,6 @@ def test_processes_make_their_rows_of_the_same_batches(datasets, tokenizer, proc
         assert equal(joined, dict(flatten(whole[number])))
 
 
-def test_default_lanes():
-    assert [default_lanes(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
-
-
 def test_order_spec(datasets, tokenizer):
     with stream_of(datasets, tokenizer) as a, stream_of(datasets, tokenizer, host_threads=1, host_memory_gb=1) as b:
         assert order.spec_differences(a.order_spec, b.order_spec) == []
@@ -358,13 +354,17 @@ def test_datasets_without_validation_are_left_out(toy, tokenizer, tmp_path):
         ({}, dict(decode="quick"), "decode mode 'quick'.*fast, parity"),
         ({}, dict(keep_goal_prob=1.5), "keep_goal_prob"),
         ({}, dict(max_goal_distance=0), "max_goal_distance"),
-        ({}, dict(num_lanes=3), "power of two"),
+        ({}, dict(num_lanes=3), "must divide the batch size.*allows 1, 2, 4, 8, 16, 32"),
         (
             {},
             dict(num_lanes=1, process_count=2),
             "2 processes do not divide 1 lanes; possible numbers of processes: 1\\.",
         ),
-        ({}, dict(process_count=3), r"3 processes do not divide 4 lanes; possible numbers of processes: 1, 2, 4\."),
+        (
+            {},
+            dict(process_count=3),
+            r"3 processes do not divide 32 lanes; possible numbers of processes: 1, 2, 4, 8, 16, 32\.",
+        ),
         ({}, dict(host_threads=0), "threads"),
     ],
 )

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from octo_like.common.config import load_config
 from tests.data.conftest import build, make_episodes
 from tests.launch.clouds import ROOT
 
@@ -209,3 +210,14 @@ def test_compile_cache_in_a_bucket_is_not_looked_for_on_disk(modules, monkeypatc
     found = report.Report()
     doctor.check_machine(found, None)
     assert "compile cache" not in [row.check for row in found.rows]
+
+
+def test_hosts_that_cannot_share_the_lanes(modules):
+    doctor, doctor_report = modules
+    config = load_config(CONFIG, [("batch_size", "48")])
+    report = doctor_report.Report()
+    for processes in (12, 5):
+        report.attempt("lanes", doctor.check_hosts, config, processes)
+    good, bad = report.rows
+    assert (good.status, good.finding) == ("OK", "48; each of 12 process(es) makes the rows of 4")
+    assert bad.status == "FAIL" and "5 processes do not divide 48 lanes" in bad.finding
