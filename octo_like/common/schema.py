@@ -96,6 +96,18 @@ class BatchSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "BatchSpec":
+        """Inverse of `to_json`; keys that came later may be missing."""
+        fields = dict(data)
+        for name in ("image_sizes", "depth_sizes", "extra_observations"):
+            fields[name] = {key: tuple(shape) for key, shape in data.get(name, {}).items()}
+        for name in ("goal_images", "heads", "points"):
+            fields[name] = tuple(data.get(name, ()))
+        if fields.get("language_embedding") is not None:
+            fields["language_embedding"] = tuple(fields["language_embedding"])
+        return cls(**fields)
+
     def to_json(self) -> Tree:
         """Plain lists and numbers; "points" only where there are any, as most runs have none."""
         fields = dataclasses.asdict(self)

@@ -8,9 +8,10 @@ import logging
 import threading
 from collections.abc import Sequence
 
+from octo_like.data.bad_records import MAX_BAD_FRACTION, check
 from octo_like.data.index import PreparedDataset
 from octo_like.data.spec import DataError
-from octo_like.data.split_index import MAX_BAD_FRACTION, Index, check_damage
+from octo_like.data.split_index import Index
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class DamageLog:
                 self._gone.add(file)
                 lost = int((index.file == index.file[episode]).sum())
                 reason = f"{file} is gone, and with it {lost} of {len(index)} episodes"
-        check_damage(prepared.key, count, len(index), self._max_fraction, reason)
+        check(prepared.key, count, len(index), self._max_fraction, reason)
         if is_news:
             log.warning(
                 "%s: damaged record %d (of %d allowed), others take its place: %s",

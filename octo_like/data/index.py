@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from octo_like.data import beam_pass, columns, filters, order, rlds, shared_pass
+from octo_like.data.bad_records import MAX_BAD_FRACTION, TooManyBadRecords
 from octo_like.data.oxe import registry
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.split_index import (
-    MAX_BAD_FRACTION,
     Index,
     SplitIndex,
-    TooManyBadRecords,
     cache_folder,
     cached,
     can_hold_caches,

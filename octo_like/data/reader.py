@@ -10,13 +10,13 @@ from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
 from octo_like.data import memory
 from octo_like.data.assemble import Assembler, TaskOptions, check_spec
+from octo_like.data.bad_records import MAX_BAD_FRACTION
 from octo_like.data.buffers import Buffers
 from octo_like.data.damage import DamageLog
 from octo_like.data.episodes import EpisodeStore
 from octo_like.data.frames import MODES
 from octo_like.data.index import PreparedDataset, prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config, suggest
-from octo_like.data.split_index import MAX_BAD_FRACTION
 from octo_like.data.texts import Paraphrases, Texts
 
 REMOTE_READERS = 16  # threads that read from a bucket: they wait for the network most of the time

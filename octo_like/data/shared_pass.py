@@ -26,7 +26,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from octo_like.data import lock, rlds, scan, split_index
+from octo_like.data import lock, rlds, scan
+from octo_like.data.cache_files import write_atomically
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DatasetSpec
 from octo_like.data.stall import StallWatch
@@ -144,7 +145,7 @@ def scan_piece(job: Job, piece: range, advance=lambda count: None) -> None:
         if not _exists(job, number):
             summary = scan.scan_file(job.split, number, job.function, advance)
             name = scan.bad_name(number) if summary.damaged else scan.part_name(number)
-            split_index.write_atomically(os.path.join(job.parts, name), summary.to_bytes())
+            write_atomically(os.path.join(job.parts, name), summary.to_bytes())
 
 
 def _exists(job: Job, number: int) -> bool:

@@ -22,7 +22,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -30,13 +29,16 @@ import stat
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from octo_like.data import bad_records
 from octo_like.data import columns as row_columns
+from octo_like.data.bad_records import MAX_BAD_FRACTION
+from octo_like.data.cache_files import load_arrays, save_arrays, write_atomically
 from octo_like.data.lock import build_once
 from octo_like.data.rlds import EpisodeFunction, RldsSplit
 from octo_like.data.scan import COLUMNS, PARTS, FileSummary, indexed_keys, part_name, scan_file, traced_summary
@@ -48,10 +50,6 @@ from octo_like.data.tf import error_text, tf
 
 FORMAT = 3
 CACHE_FOLDER = ".octo_like"
-MAX_BAD_FRACTION = 0.01
-BAD_RECORDS = "bad_records.txt"
-LISTED = 20  # bad records that an error names; of more there is a file
-STOP_AFTER = 1000  # bad records beyond the limit after which a pass does not look for more
 
 log = logging.getLogger(__name__)
 
@@ -193,36 +191,6 @@ def can_hold_caches(directory: str) -> bool:
     return os.access(directory, os.W_OK) and bool(os.stat(directory).st_mode & stat.S_IWUSR)
 
 
-def write_atomically(path: str, content: bytes) -> None:
-    tf.io.gfile.makedirs(os.path.dirname(path))
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with tf.io.gfile.GFile(temporary, "wb") as file:
-            file.write(content)
-        tf.io.gfile.rename(temporary, path, overwrite=True)
-    finally:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
-
-
-def _save(path: str, arrays: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **{f"index_{key}": value for key, value in arrays.items()})  # a key may be called "file"
-    write_atomically(path, buffer.getvalue())
-
-
-def _load(path: str) -> dict[str, Any]:
-    with tf.io.gfile.GFile(path, "rb") as file:
-        content = file.read()
-    try:
-        with np.load(io.BytesIO(content)) as arrays:
-            return {key.removeprefix("index_"): arrays[key] for key in arrays.files}
-    except Exception as error:  # zipfile, NumPy and pickle raise many kinds
-        raise DataError(
-            f"{path}: the cached index cannot be read ({error}); delete its folder and it is built again"
-        ) from error
-
-
 def cached(
     whole: SplitIndex, file: str, make: Callable[[], dict[str, Any]], *, what: str, process_index: int = 0
 ) -> dict[str, Any]:
@@ -234,8 +202,8 @@ def cached(
     """
     path = os.path.join(whole.folder, file)
     if not tf.io.gfile.exists(path):
-        build_once(path, lambda: _save(path, make()), what=what, process_index=process_index, root=whole.shared)
-    return _load(path)
+        build_once(path, lambda: save_arrays(path, make()), what=what, process_index=process_index, root=whole.shared)
+    return load_arrays(path)
 
 
 def digest_of(*parts: Any) -> str:
@@ -302,11 +270,12 @@ def _build(
                 if summary is not None:
                     with_damage[number] = summary
                     damaged += len(summary.damaged)
-                    if damaged > limit * total + STOP_AFTER:
+                    if damaged > limit * total + bad_records.STOP_AFTER:
                         break
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    _report_damage(f"{split.name} {split.split}", folder, with_damage, total, limit)
+    found = [message for number in sorted(with_damage) for message in with_damage[number].damaged]
+    bad_records.report(f"{split.name} {split.split}", folder, found, total, limit)
 
     def summary_of(number: int) -> FileSummary:
         if number in with_damage:
@@ -351,36 +320,7 @@ def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary],
     arrays["text"] = np.array(json.dumps({"damaged": damaged, "texts": text_keys, "pictures": picture_keys}))
     for number, key in enumerate(text_keys):
         arrays[f"instructions_{number}"] = np.array(json.dumps(dict(sorted(instructions[key].items()))))
-    _save(os.path.join(folder, "index.npz"), arrays)
-
-
-class TooManyBadRecords(DataError):
-    """More of a dataset's records than `max_bad_fraction` cannot be read or used."""
-
-
-def check_damage(name: str, damaged: int, total: int, limit: float, said: str) -> None:
-    """Raises TooManyBadRecords when more than `limit` of a dataset's records are bad; `said` names them."""
-    if damaged > limit * total:
-        raise TooManyBadRecords(
-            f"{said}\n{name}: {damaged} of {total} records are damaged or invalid, more than max_bad_fraction="
-            f"{limit:g}; restore the files, leave them out with a filter, or allow more"
-        )
-
-
-def _listed(damaged: Sequence[str], folder: str) -> str:
-    """The first bad records, one a line, and where the others are named."""
-    lines = list(damaged[:LISTED])
-    if len(damaged) > LISTED:
-        lines.append(f"and {len(damaged) - LISTED} more, listed in {os.path.join(folder, BAD_RECORDS)}")
-    return "\n".join(lines)
-
-
-def _report_damage(name: str, folder: str, summaries: dict[int, FileSummary], total: int, limit: float) -> None:
-    """Writes a list of all bad records of a pass, if there are many. Raises TooManyBadRecords."""
-    damaged = [message for number in sorted(summaries) for message in summaries[number].damaged]
-    if len(damaged) > LISTED:
-        write_atomically(os.path.join(folder, BAD_RECORDS), "".join(f"{line}\n" for line in damaged).encode())
-    check_damage(name, len(damaged), total, limit, _listed(damaged, folder))
+    save_arrays(os.path.join(folder, "index.npz"), arrays)
 
 
 def load_index(
@@ -420,7 +360,7 @@ def load_index(
                 root=shared,
             )
         try:
-            made, arrays = tf.io.gfile.stat(path).mtime_nsec, _load(path)
+            made, arrays = tf.io.gfile.stat(path).mtime_nsec, load_arrays(path)
         except tf.errors.NotFoundError:  # another process has just found it stale
             continue
         whole = _split_index(split, function, folder, shared, max_bad_fraction, arrays)
@@ -472,7 +412,8 @@ def _split_index(
     if damaged:
         label = f"{split.name} {split.split}"
         named = tuple(dict.fromkeys(damaged))  # a file that is gone says the same of each of its episodes
-        check_damage(label, len(damaged), sum(split.shard_lengths), max_bad_fraction, _listed(named, folder))
+        total = sum(split.shard_lengths)
+        bad_records.check(label, len(damaged), total, max_bad_fraction, bad_records.listed(named, folder))
         log.warning(
             "%s: %d of %d records were damaged or invalid when it was indexed and are left out: %s%s. If the files "
             "have been restored since, delete %s",

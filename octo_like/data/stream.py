@@ -25,11 +25,11 @@ from octo_like.data import memory
 from octo_like.data import order as order_lib
 from octo_like.data.approximate import LiveSource
 from octo_like.data.assemble import Request, TaskOptions
+from octo_like.data.bad_records import MAX_BAD_FRACTION
 from octo_like.data.index import PreparedDataset
 from octo_like.data.plan import OrderPlan, batch_bytes, mixed_episodes
 from octo_like.data.reader import HostOptions, Reader, prepare_mixture
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.split_index import MAX_BAD_FRACTION
 from octo_like.data.texts import Paraphrases, load_paraphrases
 from octo_like.data.validation import ValIterator, make_val_iterators
 from octo_like.data.walk import Cache

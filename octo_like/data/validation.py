@@ -9,10 +9,10 @@ from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.text import TextTokenizer
 from octo_like.data import order as order_lib
 from octo_like.data.assemble import Request, TaskOptions
+from octo_like.data.bad_records import MAX_BAD_FRACTION
 from octo_like.data.index import PreparedDataset
 from octo_like.data.reader import HostOptions, Reader, prepare_mixture
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.split_index import MAX_BAD_FRACTION
 
 
 class ValIterator:

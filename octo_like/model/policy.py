@@ -494,18 +494,4 @@ def _last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
     return jnp.asarray(observations["proprio"], jnp.float32)[:, -1]
 
 
-def spec_to_json(spec: BatchSpec) -> dict[str, Any]:
-    """BatchSpec as plain lists and numbers."""
-    return spec.to_json()
-
-
-def spec_from_json(data: Mapping[str, Any]) -> BatchSpec:
-    """Inverse of `spec_to_json`."""
-    fields = dict(data)
-    fields["image_sizes"] = {slot: tuple(size) for slot, size in data["image_sizes"].items()}
-    fields["depth_sizes"] = {slot: tuple(size) for slot, size in data.get("depth_sizes", {}).items()}
-    fields["extra_observations"] = {k: tuple(shape) for k, shape in data.get("extra_observations", {}).items()}
-    fields["points"] = tuple(data.get("points", ()))
-    if fields.get("language_embedding") is not None:
-        fields["language_embedding"] = tuple(fields["language_embedding"])
-    return BatchSpec(**{**fields, "goal_images": tuple(data["goal_images"]), "heads": tuple(data["heads"])})
+spec_to_json, spec_from_json = BatchSpec.to_json, BatchSpec.from_json

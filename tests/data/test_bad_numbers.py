@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec, flatten
-from octo_like.data import split_index
+from octo_like.data import bad_records, split_index
 from octo_like.data.index import prepare_dataset, prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.stream import make_train_stream
@@ -138,7 +138,7 @@ def test_all_offenders_are_in_one_report(make, tmp_path, monkeypatch):
     assert [line.split(" (")[0] for line in said.splitlines() if "is nan" in line] == want
     assert "one train: 5 of 20 records" in said and "two train: 2 of 20 records" in said and "good" not in said
     # Many are listed in a file.
-    monkeypatch.setattr(split_index, "LISTED", 2)
+    monkeypatch.setattr(bad_records, "LISTED", 2)
     with pytest.raises(DataError, match="and 3 more, listed in (.*)") as caught:
         prepare(one, tmp_path / "cache")
     path = next(line for line in str(caught.value).splitlines() if "listed in" in line).split("listed in ")[1]
@@ -147,7 +147,7 @@ def test_all_offenders_are_in_one_report(make, tmp_path, monkeypatch):
 
 def test_a_pass_over_nothing_but_bad_records_ends_early(make, tmp_path, monkeypatch):
     toy, _ = make("all", range(20))
-    monkeypatch.setattr(split_index, "STOP_AFTER", 5)
+    monkeypatch.setattr(bad_records, "STOP_AFTER", 5)
     scanned, scan = [], split_index.scan_file
     monkeypatch.setattr(split_index, "scan_file", lambda *args: scanned.append(args[1]) or scan(*args))
     spec = DatasetSpec.from_dict(toy.fields())
