@@ -34,6 +34,7 @@ ROWS = (
     Row(SMALL, "v5e-64"),
     Row(SMALL, "v5e-256"),
     Row(SMALL, "v5p-64"),
+    Row(SMALL, "v6e-32"),
     Row(SMALL, "v6e-64"),
     Row(SMALL, "v5p-128"),
     Row(SMALL, "v5e-16", 2, _settings(accumulate=2)),

@@ -73,7 +73,7 @@ def markdown(rows: Sequence[Row], kept: Mapping[str, dict]) -> str:
     """The table; a row that has not been compiled says so."""
     lines = [
         "| config | topology | chips, hosts | per chip | HBM per chip (arguments + temporaries) | headroom "
-        "| model PFLOP | step at least | compute at 40% MFU, memory, wire, network (ms) | settings |",
+        "| model PFLOP | longest | compute at 40% MFU, memory, wire, network (ms) | settings |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -21,7 +21,8 @@ class Chip:
       hbm_gib: memory that the compiler gives to programs, in GiB (a little less than is soldered on).
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s of all links to neighbouring chips together.
-      dcn_bandwidth: bytes/s to other slices and to storage, a chip's share of its host's network.
+      dcn_bandwidth: bytes/s to other slices and to storage, a chip's share of its host's network (for v4, of which the
+        data sheet says nothing, as v5e).
       hosts: virtual CPUs and memory (GB) of a host, by its number of chips.
       cores_in_name: cores per chip in the number of the accelerator type.
       layouts: common topologies.

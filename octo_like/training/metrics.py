@@ -28,6 +28,7 @@ PEAK_FLOPS = {
     "TPU v5e": 197e12,
     "TPU v5": 459e12,
     "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,

@@ -8,9 +8,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from octo_like.common.config import load_config
-from octo_like.training import aot, aot_report, program, sharding
+from octo_like.common.config import ConfigDict, freeze, load_config, to_dict
+from octo_like.training import aot, aot_report, hlo, hlo_cost, program, sharding
 from octo_like.training.chips import parse_topology
 
 pytestmark = [
@@ -33,12 +34,115 @@ def small():
 
 def test_small_program(small):
     assert small.fits and small.headroom > 0.9
-    assert (small.chips, small.hosts, small.mesh) == (8, 2, {"data": 4, "fsdp": 2})
+    assert (small.chips, small.hosts, small.mesh) == (8, 1, {"data": 4, "fsdp": 2})
+    assert small.loops == [] and small.network_seconds() == 0
     assert small.activation_gathers == []
     assert small.collectives["all-gather"]["count"] > 0 and small.collectives["all-reduce"]["count"] > 0
     # A step reads its arguments at least once, and multiplies matrices at least as the model says.
     assert small.memory_traffic > small.arguments > 0
     assert small.compiled_flops * small.chips > 0.8 * small.model_flops > 0
+
+
+def compiled_work(function, *shapes):
+    """(work, compiler's cost) of a function on one v5e chip."""
+    place = SingleDeviceSharding(aot.devices_of(parse_topology("v5e:2x2"))[0])
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return hlo_cost.work_of(hlo.parse(compiled.as_text())), compiled.cost_analysis()
+
+
+def test_a_matmul_in_a_scan():
+    """The TPU compiler says nothing of trips; its count of one trip, weighed by them, is 2 m n k for each."""
+    matmul = lambda x, w: jnp.tanh(x @ w)  # noqa: E731
+
+    def scan(length):
+        return lambda x, w: jax.lax.scan(lambda x, _: (matmul(x, w), None), x, length=length)[0]
+
+    shapes, product = [(512, 512)] * 2, 2 * 512**3
+    for length in (3, 8):
+        work, cost = compiled_work(scan(length), *shapes)
+        assert work.trips == (length,) and work.flops == length * work.flops_once == length * product
+        assert cost["flops"] == pytest.approx(product, rel=0.05)
+        assert work.weigh_flops(cost["flops"]) == pytest.approx(length * product, rel=0.05)
+
+    nested = lambda x, w: jax.lax.scan(lambda x, _: (scan(3)(x, w), None), x, length=5)[0]  # noqa: E731
+    work, cost = compiled_work(nested, *shapes)
+    assert sorted(work.trips) == [3, 5] and work.flops == 15 * product
+    assert work.weigh_flops(cost["flops"]) == pytest.approx(15 * product, rel=0.05)
+
+
+def test_micro_batches_against_the_same_program_unrolled():
+    """Bytes within a tenth and FLOPs to rounding, where the compiler counts a third or so for the loop."""
+    shapes = [(1024, 1024), (6, 2048, 1024)]
+
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w).astype(jnp.float32))
+
+    def scanned(w, batch):
+        add = lambda total, x: (total + jax.grad(loss)(w, x), None)  # noqa: E731
+        return jax.lax.scan(add, jnp.zeros_like(w), batch)[0]
+
+    def unrolled(w, batch):
+        return sum(jax.grad(loss)(w, batch[i]) for i in range(len(batch)))
+
+    (loop, loop_cost), (plain, plain_cost) = compiled_work(scanned, *shapes), compiled_work(unrolled, *shapes)
+    assert loop.trips == (6,) and plain.trips == () and loop.flops == plain.flops
+    assert loop_cost["bytes accessed"] < 0.5 * plain_cost["bytes accessed"]
+    assert loop.weigh_flops(loop_cost["flops"]) == pytest.approx(plain_cost["flops"], rel=0.03)
+    assert loop.weigh_bytes(loop_cost["bytes accessed"]) == pytest.approx(plain_cost["bytes accessed"], rel=0.2)
+
+
+def test_micro_batches_of_the_real_step(small):
+    """Twice the batch in two micro-batches does twice the work of each; the compiler alone sees one of them."""
+    report = aot.prove_training(tiny(("batch_size", "64"), ("accumulate", "2")), parse_topology("v5e:2x4"), name="tiny")
+    assert report.loops == [2] and report.model_flops == pytest.approx(2 * small.model_flops, rel=0.01)
+    assert report.compiled_flops == pytest.approx(2 * small.compiled_flops, rel=0.15)
+
+
+def test_what_goes_between_slices():
+    """A reduction of 32-bit gradients: each chip of a slice hands on its part of them, and a little besides."""
+    config = tiny(("mesh.fsdp", "1"), ("batch_size", "32"))
+    one, two = (aot.prove_training(config, parse_topology("v5e:2x4", n), name="tiny") for n in (1, 2))
+    assert "between-slices" not in one.collectives and two.hosts == 2
+    sent = two.collectives["between-slices"]
+    least = 4 * two.trained_parameters / 8
+    assert least < sent["wire_bytes"] < 4 * least and sent["bytes"] == sent["wire_bytes"]  # 2 (s-1)/s is 1
+    assert two.network_seconds() == pytest.approx(sent["wire_bytes"] / 3.125e9)
+
+
+HEADS = {
+    "diffusion": {},
+    "flow": dict(hidden_dim=32),
+    "discrete": dict(num_bins=16, bin_type="uniform", low=-3.0, high=3.0),
+    "regression": dict(loss="mse"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head(kind):
+    """Training and sampling of each kind compile for a TPU, and no loop is of unknown length."""
+    config = ConfigDict(to_dict(tiny(("mesh.fsdp", "1"))))
+    if kind != "diffusion":
+        head = dict(kind=kind, readout="readout_action", action_horizon=3, action_dim=4)
+        with config.ignore_type():
+            config.model.heads = dict(action=head | HEADS[kind])
+    config, topology = freeze(config), parse_topology("v6e:2x2")
+    train = aot.prove_training(config, topology, name=kind)
+    sample = aot.prove_sampling(config, topology, name=kind)
+    for report in (train, sample):
+        assert report.fits and report.activation_gathers == [] and None not in report.loops
+
+
+def test_a_language_encoder_that_is_trained():
+    """T5 with its gradient, and everything else in small."""
+    config = ConfigDict(to_dict(tiny(("mesh.fsdp", "1"))))
+    with config.ignore_type():
+        config.model.task_tokenizers = dict(
+            language=dict(kind="language", encoder="t5", t5="t5-small", finetune_encoder=True)
+        )
+        config.optimizer.freeze = ()
+    report = aot.prove_training(freeze(config), parse_topology("v6e:2x2"), name="t5")
+    assert report.fits and report.trained_parameters == report.parameters > 30e6
 
 
 def test_it_is_the_program_of_any_other_device():
@@ -140,6 +244,13 @@ def test_rows_of_the_batch_follow_hosts(text):
 
 def test_a_single_chip():
     assert len(aot.devices_of(parse_topology("v5e:1x1"))) == len(aot.devices_of(parse_topology("v6e:1x1"))) == 1
+
+
+@pytest.mark.parametrize("text", ["v5e-8", "v6e-8", "v6e:4x8", "v5p:2x2x2", "v4-8"])
+def test_hosts_are_those_of_the_compiler(text):
+    topology = parse_topology(text)
+    devices = aot.devices_of(topology)
+    assert len(devices) == topology.chips and len({one.process_index for one in devices}) == topology.hosts
 
 
 def test_slices_are_joined_along_data():
