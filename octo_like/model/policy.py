@@ -338,20 +338,19 @@ class Policy:
         return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
 
     def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:
-        """Other sensors, normalised; as they are where a released Octo has no statistics of them."""
-        given = {key: shape for key, shape in self.batch_spec.extra_observations.items() if key in observations}
-        entry = None if unnormalize is None else self._entry(unnormalize)
-        found = {}
-        for key, shape in given.items():
-            values = found[key] = jnp.asarray(observations[key], jnp.float32)
-            if values.shape[2:] != tuple(shape):
-                wanted, got = (", ".join(map(str, sizes)) for sizes in (("B", "W", *shape), values.shape))
-                raise ValueError(f"observation/{key}: expected ({wanted}) float32; got ({got})")
-            if entry is not None and key in entry.get("extra", {}):
-                kind = entry.get("normalization", "normal")
-                found[key] = normalization.normalize_sensor(values, entry["extra"][key], kind)
-            elif entry is not None and not self.config["model"].get("octo_compat"):
+        """Other sensors, normalised; as they are where the policy has no statistics of them, as a released Octo."""
+        entry, found = None if unnormalize is None else self._entry(unnormalize), {}
+        for key, shape in self.batch_spec.extra_observations.items():
+            if key not in observations:
+                continue
+            found[key] = jnp.asarray(observations[key], jnp.float32)
+            if entry is None or not any(key in one.get("extra", {}) for one in self.statistics.values()):
+                continue
+            if key not in entry.get("extra", {}):
                 raise ValueError(f"dataset {unnormalize!r} was trained without {key}; leave it out of the observation")
+            if found[key].shape[2:] == tuple(shape):  # others are refused by name, with everything else that is wrong
+                kind = entry.get("normalization", "normal")
+                found[key] = normalization.normalize_sensor(found[key], entry["extra"][key], kind)
         return found
 
     def _entry(self, name: str) -> Mapping[str, Any]:

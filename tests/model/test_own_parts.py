@@ -204,9 +204,12 @@ def test_a_sensor_reaches_the_policy_in_physical_units_and_is_masked_when_missin
     without = {key: value for key, value in observation().items() if key != "force"}
     missing = policy.prepare_observations(without, "mine")
     assert "observation/force is missing" in caplog.text and not missing["pad_mask_dict"]["force"].any()
-    with pytest.raises(ValueError, match=r"observation/force: expected \(B, W, 6\) float32; got \(2, 1, 5\)"):
+    with pytest.raises(ValueError, match=r"force: expected \(B, 1, 6\) float32, got \(2, 1, 5\)"):
         act(force=force[..., :5])
-    del policy.statistics["mine"]["extra"]
+    extra = policy.statistics["mine"].pop("extra")
+    plain = policy.prepare_observations(observation(force=force), "mine")
+    np.testing.assert_array_equal(plain["force"], force)  # no statistics of it at all: as a release takes it
+    policy.statistics["other"] = {**policy.statistics["mine"], "extra": extra}
     with pytest.raises(ValueError, match="'mine' was trained without force"):
         act(force=force)
 
