@@ -183,3 +183,25 @@ def test_every_prediction_is_calibrated_in_eight_steps(prediction, seed):
 def test_the_textbooks_sampler_is_not_with_predicted_noise(num_steps, seed):
     errors = learned_errors("noise", seed, sample_steps=num_steps, clip="x0", min_signal=0.0)
     assert max(errors.values()) > 10.0
+
+
+def main():
+    """The tables of docs/heads.md: python -m tests.model.test_calibration"""
+    textbook, fresh = dict(min_signal=0.0), dict(eta=1.0)
+    columns = [(8, textbook), (8, {}), (20, textbook), (20, {})]
+    for error in (0.0, 0.01, 0.03, 0.05):
+        show(f"error {error}", "30%", columns, (error, -error))
+    for target in TARGETS:
+        show(target, target, [(4, textbook), (4, {}), (8, textbook), (8, {}), (8, fresh), (20, {})], (0.0,))
+
+
+def show(name, target, columns, errors):
+    cells = [
+        max(worst(target, num_steps=steps, error=error, rows=20_000, **options) for error in errors)
+        for steps, options in columns
+    ]
+    print(f"| {name} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
