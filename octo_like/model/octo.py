@@ -98,7 +98,7 @@ class OctoModel(nn.Module):
         groups = self.octo_transformer(observation, task, only_last=self.heads[head].readout)
         part = self.heads[head]
         actions = part.sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
-        parts.check_actions(actions, part, f"head {head!r}", (*sample_shape, keys_b.shape[0]))
+        parts.check_actions(actions, part, f"head {head!r}", (*sample_shape, observation["timestep_pad_mask"].shape[0]))
         return actions
 
 

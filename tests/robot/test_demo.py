@@ -287,7 +287,10 @@ def test_a_missed_bar_says_where_to_look(script):
 def test_losses_are_read_of_the_actions(script, tmp_path):
     bars = script("demo_bars")
     (tmp_path / "pretrain").mkdir()
-    rows = [{"step": s, "train/loss": 9.0, "train/action/loss": 1 / s, "loss/tabletop_arm": 5.0} for s in range(1, 41)]
+    rows = [
+        {"step": s, "time": 1.0 * s, "train/loss": 9.0, "train/action/loss": 1 / s, "loss/tabletop_arm": 5.0}
+        for s in range(1, 41)
+    ]
     rows[19] |= {"val/tabletop_arm/action/loss": 0.5, "val/tabletop_arm/points/loss": 7.0}
     rows[39] |= {"val/tabletop_arm/action/loss": 0.4, "val/tabletop_pusher/action/loss": 0.3}
     (tmp_path / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

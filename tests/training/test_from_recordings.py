@@ -68,8 +68,8 @@ def test_a_policy_from_recordings(name, export, tmp_path, monkeypatch):  # noqa:
     robot.write_text(ROBOT.format(cameras=cameras, state=state))
 
     # JAX has been started, and the logs and the compilation cache are those of the tests.
-    for name in ("initialize_from_flags", "setup_compilation_cache"):
-        monkeypatch.setattr(finetune.distributed, name, lambda *_: None)
+    for function in ("initialize_from_flags", "setup_compilation_cache"):
+        monkeypatch.setattr(finetune.distributed, function, lambda *_: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     arguments = [
         *("--config", f"{ROOT}/configs/finetune.py:lora,language,robot={robot}", "--workdir", str(tmp_path / "run")),

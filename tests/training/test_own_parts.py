@@ -5,6 +5,7 @@ server.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -181,7 +182,10 @@ def test_the_ahead_of_time_proof_and_the_tools_for_models_know_own_parts(folder,
 def adapted(monkeypatch, tmp_path, data_dir, workdir, importable):
     """Runs finetune.py up to the loop; returns what the loop was given."""
     found = {}
-    monkeypatch.setattr(distributed, "start", lambda flags, config: None)
+    # JAX has been started, and the logs and the compilation cache are those of the tests.
+    for name in ("initialize_from_flags", "setup_compilation_cache"):
+        monkeypatch.setattr(distributed, name, lambda *_: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     monkeypatch.setattr(finetune, "run_loop", lambda given: found.update(run=given) or 0)
     monkeypatch.setattr(adaptation, "init_params", lambda model, spec, rng: tiny.random_params(model, spec, seed=9))
 
