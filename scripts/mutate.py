@@ -23,6 +23,7 @@ import os
 import pathlib
 import random
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -259,13 +260,8 @@ def preload(work: pathlib.Path) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     os.environ.setdefault("OCTO_SHARED", str(ROOT.parent / "shared"))
-    sys.path.insert(0, str(ROOT))
     sys.dont_write_bytecode = True
-    import tests.conftest  # noqa: F401  the tests' environment, before JAX is imported
-
-    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
-        del sys.modules[name]
-    sys.path.remove(str(ROOT))
+    runpy.run_path(str(ROOT / "tests" / "conftest.py"))  # the tests' environment, before JAX is imported
     import flax.linen  # noqa: F401
     import jax  # noqa: F401
     import optax  # noqa: F401
