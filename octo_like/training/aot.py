@@ -108,8 +108,9 @@ def prove_training(config: Any, topology: Topology, *, name: str = "config") -> 
     Raises:
       ValueError: the topology's hosts cannot share the lanes of the input stream.
     """
+    devices = devices_of(topology)
     check_lanes(config.data.num_lanes, config.batch_size, topology.hosts)
-    network, program, batch = training_program(config, devices_of(topology))
+    network, program, batch = training_program(config, devices)
     jitted, arguments = program.step, (program.state, batch)
     return _report(
         jitted.trace(*arguments),
