@@ -78,12 +78,12 @@ def by_hand(data, seed, step):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_one_update_is_what_the_formulas_say(accumulate):
     data = batch()
-    state, step = make(seed=5, accumulate=accumulate, clip_norm=0.5, weight_decay=0.3)
+    state, step = make(seed=5, accumulate=accumulate, clip_norm=0.3, weight_decay=0.3)
     after, metrics = step(state, data)
     loss, gradient, error = by_hand(data, 5, 0)
     norm = np.sqrt(sum(g**2 for g in gradient.values()))
     assert np.isclose(metrics["loss"], loss, rtol=1e-5) and np.isclose(metrics["grad_norm"], norm, rtol=1e-5)
-    assert norm > 0.5, "clipping is part of the test"
+    assert norm > 0.3, "clipping is part of the test"
     moved = 0.0
     for path in PATHS:
         # Adam's first step is the sign; weight decay pulls kernels only.
