@@ -108,7 +108,7 @@ def test_time_noise_and_dropout_of_a_loss_have_keys_of_their_own(entry):
 
 def test_dropout_of_the_score_network_is_one_mask_per_row_and_block():
     entry = tiny.diffusion(num_samples=1, dropout_rate=0.5)
-    head, batch = HeadAlone(entry), light.batch(entry)
+    head = HeadAlone(entry)
     time, noise = jnp.full((1, 4, 2, 1), 2), jax.random.normal(jax.random.key(0), (1, 4, 2, 12))
     x = jnp.sqrt(0.5) * noise
     run = lambda keys: head.module.apply(  # noqa: E731
@@ -119,81 +119,61 @@ def test_dropout_of_the_score_network_is_one_mask_per_row_and_block():
     assert np.all(np.abs(plain - dropped).max((0, 2, 3)) > 1e-3)
     np.testing.assert_array_equal(dropped[:, :3], again[:, :3])
     assert np.any(dropped[:, 3] != again[:, 3])
-    del batch
 
 
-def two_heads(**changes):
+def test_heads_draw_apart_from_each_other_and_dropout_is_for_training():
+    """Two heads with the same parameters, on the same data: their losses differ by what they drew, each from the key of
+    its place."""
     heads = {name: tiny.diffusion() for name in ("first", "second")}
-    model = build_model(light.config(heads=heads, **changes))
+    transformer = dict(num_layers=1, num_heads=2, mlp_dim=32, dropout_rate=0.5)
+    model = build_model(light.config(heads=heads, transformer=transformer))
     params = tiny.random_params(model, light.SPEC)
     params["heads_second"] = params["heads_first"]
-    return model, params
-
-
-def test_heads_draw_apart_from_each_other_and_from_dropout():
-    """Two heads with the same parameters, on the same data: their losses differ by what they drew."""
-    model, params = two_heads()
     batch = synthetic_batch(light.SPEC, 4, language_vocab=tiny.VOCAB)
-    batch["action_head_mask"] = {name: np.ones(4, bool) for name in ("first", "second")}
-    run = jax.jit(lambda keys: model.apply({"params": params}, batch, keys, False, method="loss_terms"))
-    terms = run(KEYS)
-    assert abs(terms["first"]["loss"] / terms["second"]["loss"] - 1) > 1e-3
+    batch["action_head_mask"] = {name: np.ones(4, bool) for name in heads}
+
+    def run(train):
+        return jax.jit(lambda: model.apply({"params": params}, batch, KEYS, train, method="loss_terms"))()
 
     def alone(module, i):
-        head = module.heads["first"]
         groups = module.groups(batch["observation"], batch["task"])
+        head = module.heads["first"]
         return head.loss_terms(groups, batch["action"], jnp.ones_like(batch["action"]), fold_in_all(KEYS, i))
 
-    for i, name in enumerate(("first", "second"), 1):
-        want = jax.jit(lambda i=i: model.apply({"params": params}, i, method=alone))()
-        np.testing.assert_allclose(terms[name]["loss"], want["loss"], rtol=1e-5)
-
-
-def test_the_transformers_dropout_is_on_in_training_only():
-    model, params = two_heads(transformer=dict(num_layers=1, num_heads=2, mlp_dim=32, dropout_rate=0.5))
-    batch = synthetic_batch(light.SPEC, 4, language_vocab=tiny.VOCAB)
-    run = jax.jit(
-        lambda train: model.apply({"params": params}, batch, KEYS, train, method="loss_terms"), static_argnums=0
-    )
-    assert abs(run(True)["first"]["loss"] / run(False)["first"]["loss"] - 1) > 1e-3
+    terms = run(False)
+    assert abs(terms["first"]["loss"] / terms["second"]["loss"] - 1) > 1e-3
+    direct = jax.jit(lambda i: model.apply({"params": params}, i, method=alone))
+    for i, name in enumerate(heads, 1):
+        np.testing.assert_allclose(terms[name]["loss"], direct(i)["loss"], rtol=1e-5)
+    assert abs(run(True)["first"]["loss"] / terms["first"]["loss"] - 1) > 1e-3
 
 
 def test_one_key_gives_every_row_noise_of_its_own_and_padding_is_known():
-    """Through the policy: equal rows get different actions, and row i those of its key alone."""
+    """Through the policy: equal rows get different actions, row i those of its key alone; what is valid arrives."""
     config = light.config()
-    model = build_model(config)
     unit = lambda n: {"mean": [0.0] * n, "std": [1.0] * n, "mask": [True] * n}  # noqa: E731
-    statistics = {"small": {"action": unit(2), "proprio": unit(5)}}
     policy = Policy(
-        {"model": config, "batch_spec": spec_to_json(light.SPEC)}, tiny.random_params(model, light.SPEC), statistics
+        {"model": config, "batch_spec": spec_to_json(light.SPEC)},
+        tiny.random_params(build_model(config), light.SPEC),
+        {"small": {"action": unit(2), "proprio": unit(5)}},
     )
     batch = jax.tree.map(lambda x: np.repeat(x[:1], 3, 0), synthetic_batch(light.SPEC, 1, language_vocab=tiny.VOCAB))
-    observation, task = batch["observation"], batch["task"]
-    actions = policy.sample_actions(observation, task, rng=jax.random.key(0))
-    assert np.all(np.abs(actions[0] - actions[1]).max() > 0.1) and np.abs(actions[1] - actions[2]).max() > 0.1
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(3))
+    observation, task, key = batch["observation"], batch["task"], jax.random.key(0)
+    actions = policy.sample_actions(observation, task, rng=key)
+    assert np.abs(actions[0] - actions[1]).max() > 0.1 and np.abs(actions[1] - actions[2]).max() > 0.1
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(3))
     np.testing.assert_array_equal(policy.sample_actions(observation, task, rng=keys), actions)
-    several = policy.sample_actions(observation, task, rng=jax.random.key(0), sample_shape=(2,))
-    assert np.abs(several[0] - several[1]).max() > 0.1
 
-    # What is valid reaches the head's sampler: padded dimensions hold noise of the level, not actions.
-    run = jax.jit(lambda valid: model.apply({"params": policy.params}, observation, task, keys, head="action", valid=valid, method="sample"))  # noqa: E501  # fmt: skip
+    def drawn(valid):
+        valid = np.array(valid)
+        return policy.sample_program(policy.params, observation, task, keys, valid, head="action", sample_shape=())
 
-    def direct(module, valid):
-        groups = module.octo_transformer(observation, task, only_last="readout_action")
-        return module.heads["action"].sample(groups, keys, valid=valid)
-
-    some = jnp.array([True, True, False, False])
-    for valid in (jnp.ones(4, bool), some):
-        want = jax.jit(lambda valid: model.apply({"params": policy.params}, valid, method=direct))(valid)
-        np.testing.assert_allclose(run(valid), want, rtol=1e-5, atol=1e-5)
-    assert np.all(np.abs(run(some) - actions)[..., 2:].max((0, 1)) > 0.05)
-    np.testing.assert_allclose(
-        policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize="small"),
-        run(some)[..., :2],
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    np.testing.assert_array_equal(drawn([True] * 4), actions)
+    # A dimension that is padding ends as the noise of the cleanest level, and the others see that.
+    some = drawn([True, True, False, False])
+    assert np.all(np.abs(some - actions)[..., 2:].max((0, 1)) > 0.05) and np.any(some[..., :2] != actions[..., :2])
+    small = policy.sample_actions(observation, task, rng=key, unnormalize="small")
+    np.testing.assert_allclose(small, some[..., :2], rtol=1e-4, atol=1e-4)
 
 
 def test_a_readout_of_several_tokens_is_their_mean_at_the_last_timestep():
