@@ -108,7 +108,11 @@ def prove_training(config: Any, topology: Topology, *, name: str = "config") -> 
     Raises:
       ValueError: the topology's hosts cannot share the lanes of the input stream.
     """
-    devices = devices_of(topology)
+    try:
+        devices = devices_of(topology)  # a topology that is none is named before its hosts are
+    except NoCompiler:
+        check_lanes(config.data.num_lanes, config.batch_size, topology.hosts)  # this much can be said without it
+        raise
     check_lanes(config.data.num_lanes, config.batch_size, topology.hosts)
     network, program, batch = training_program(config, devices)
     jitted, arguments = program.step, (program.state, batch)
