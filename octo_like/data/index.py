@@ -116,6 +116,12 @@ def _open(
     return _Opened(split, None if spec.val_split is None else opened(spec.val_split), function, cache_dir)
 
 
+def unindexed(specs: dict[str, DatasetSpec], data_dir: str, cache_dir: str | None = None) -> list[shared_pass.Job]:
+    """The splits of RLDS datasets that have no index yet: what `prepare_datasets` would read."""
+    opened = [_open(key, spec, data_dir, cache_dir, MAX_BAD_FRACTION, None) for key, spec in specs.items()]
+    return [job for dataset in opened for job in dataset.jobs()]
+
+
 def prepare_dataset(
     key: str,
     spec: DatasetSpec,
