@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 
+from octo_like import Policy
 from octo_like.common.config import ConfigError, parse_command_line, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model
-from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.surgery import check_inputs, condition, operate, replaced
+from octo_like.policy.surgery import check_inputs, condition, operate, replaced
 from octo_like.training import distributed
 from octo_like.training.adaptation import (
     check_actions,
@@ -90,7 +90,7 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
         logging.info("weights of %s\n%s", config.pretrained, weights.report)
 
     # --------------------------------------------------------------------------------------------------------- loop
-    policy_config = {"model": model_config, "batch_spec": spec_to_json(spec), "pretrained": config.pretrained}
+    policy_config = {"model": model_config, "batch_spec": spec.to_json(), "pretrained": config.pretrained}
     run = Run(
         config=config,
         workdir=flags.workdir,

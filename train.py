@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
+from octo_like import Policy
 from octo_like.common.config import parse_command_line, to_dict
 from octo_like.data.inputs import inputs_from_config
-from octo_like.model.policy import Policy, spec_to_json
 from octo_like.training import distributed, sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import Run, describe, run_loop
@@ -57,7 +57,7 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
         documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
 
     # --------------------------------------------------------------------------------------------------------- loop
-    policy_config = {"model": to_dict(config)["model"], "batch_spec": spec_to_json(network.spec)}
+    policy_config = {"model": to_dict(config)["model"], "batch_spec": network.spec.to_json()}
     run = Run(
         config=config,
         workdir=flags.workdir,

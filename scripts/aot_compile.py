@@ -18,9 +18,9 @@ import sys
 # Before JAX is imported: the TPUs exist on paper only.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from octo_like.aot import proof, report  # noqa: E402
+from octo_like.aot.chips import parse_topology  # noqa: E402
 from octo_like.common.config import ConfigDict, freeze, parse_command_line, to_dict  # noqa: E402
-from octo_like.training import aot, aot_report  # noqa: E402
-from octo_like.training.chips import parse_topology  # noqa: E402
 
 
 def main(argv=None) -> int:
@@ -46,7 +46,7 @@ def main(argv=None) -> int:
     if flags.inference:
         if flags.sweep:
             parser.error("--sweep is for training steps; run --inference by itself")
-        reports = [aot.prove_sampling(config, topology, name=name, batch_size=flags.batch_size or 1)]
+        reports = [proof.prove_sampling(config, topology, name=name, batch_size=flags.batch_size or 1)]
     else:
         if flags.batch_size is not None:
             config = ConfigDict(to_dict(config))
@@ -54,7 +54,7 @@ def main(argv=None) -> int:
             config = freeze(config)
         chosen = [config]
         if flags.sweep:
-            chosen = aot.variants(
+            chosen = proof.variants(
                 config,
                 batch_sizes=flags.batch_sizes,
                 accumulates=flags.accumulates,
@@ -65,15 +65,14 @@ def main(argv=None) -> int:
         for number, one in enumerate(chosen, 1):
             if flags.sweep:
                 print(f"[{number}/{len(chosen)}]", flush=True)
-            reports.append(aot.prove_training(one, topology, name=name))
+            reports.append(proof.prove_training(one, topology, name=name))
             print(f"{reports[-1]}\n", flush=True)
 
     if flags.sweep:
-        best = aot_report.recommend(reports)
+        best = report.recommend(reports)
         if best is None:
             print(
-                f"recommended: none of these leaves {aot_report.WANTED_HEADROOM:.0%}; "
-                "try --accumulates, --remats, --fsdps"
+                f"recommended: none of these leaves {report.WANTED_HEADROOM:.0%}; try --accumulates, --remats, --fsdps"
             )
         else:
             print(
@@ -82,11 +81,11 @@ def main(argv=None) -> int:
             )
         print(json.dumps({"recommended": best and best.to_dict(), "tried": [one.to_dict() for one in reports]}))
         return 0 if best else 1
-    (report,) = reports
+    (proven,) = reports
     if flags.inference:
-        print(f"{report}\n")
-    print(json.dumps(report.to_dict()))
-    return 0 if report.fits and report.headroom >= flags.min_headroom else 1
+        print(f"{proven}\n")
+    print(json.dumps(proven.to_dict()))
+    return 0 if proven.fits and proven.headroom >= flags.min_headroom else 1
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -103,6 +102,6 @@ def _words(text: str) -> tuple[str, ...]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, FileNotFoundError, aot.NoCompiler) as error:
+    except (ValueError, FileNotFoundError, proof.NoCompiler) as error:
         print(f"aot_compile.py: error: {error}", file=sys.stderr)
         sys.exit(2)

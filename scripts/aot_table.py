@@ -17,8 +17,8 @@ import sys
 # Before JAX is imported: the TPUs exist on paper only.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from octo_like.training import aot, aot_report  # noqa: E402
-from octo_like.training.aot_table import Row, markdown, prove, read, replace_between, report_of  # noqa: E402
+from octo_like.aot import proof  # noqa: E402
+from octo_like.aot.table import Row, markdown, prove, read, replace_between, report_of  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "aot.md", ROOT / "docs" / "tpu.md")
@@ -68,12 +68,12 @@ def main(argv=None) -> int:
     for page in flags.pages:
         page.write_text(replace_between(page.read_text(), markdown(ROWS, kept)))
     reports = [report_of(kept, row) for row in ROWS]
-    return 0 if all(one and one.fits and one.headroom >= aot_report.WANTED_HEADROOM for one in reports) else 1
+    return 0 if all(one and one.fits and one.headroom >= report.WANTED_HEADROOM for one in reports) else 1
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, FileNotFoundError, aot.NoCompiler) as error:
+    except (ValueError, FileNotFoundError, proof.NoCompiler) as error:
         print(f"aot_table.py: error: {error}", file=sys.stderr)
         sys.exit(2)

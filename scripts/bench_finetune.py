@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 from octo_like.common.config import load_config
 from octo_like.common.defaults import LORA_TARGETS, batch_spec
 from octo_like.common.schema import flatten, synthetic_batch
-from octo_like.model import lora, surgery
-from octo_like.model.describe import abstract_params
 from octo_like.model.octo import build_model
+from octo_like.policy import lora, surgery
+from octo_like.policy.describe import abstract_params
 from octo_like.training import sharding
 from octo_like.training.flops import step_flops
 from octo_like.training.program import build_program

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from octo_like import Policy
 from octo_like.common.config import load_config
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec, synthetic_batch
-from octo_like.model.describe import matmul_flops, parameter_counts, token_report
 from octo_like.model.octo import build_model, init_params
-from octo_like.model.policy import Policy, spec_to_json
+from octo_like.policy.describe import matmul_flops, parameter_counts, token_report
 from octo_like.training import sharding
 from octo_like.training.program import build_program
 
@@ -129,7 +129,7 @@ def main(argv=None) -> int:
     params_host = jax.device_get(state.params)
 
     # -- acting
-    policy = Policy({"model": model_config, "batch_spec": spec_to_json(spec)}, params_host, {})
+    policy = Policy({"model": model_config, "batch_spec": spec.to_json()}, params_host, {})
     one = synthetic_batch(spec, 1)
     keys = jax.random.split(jax.random.key(0), 1)
     head = next(iter(model.heads))

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from octo_like.data.order import DatasetFrames, Order
+from octo_like.data.order.order import DatasetFrames, Order
 
 
 def mixture(datasets: int, episodes: int, mixed: int, visits: int) -> list[DatasetFrames]:

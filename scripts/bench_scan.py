@@ -24,10 +24,10 @@ from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
 
 def scan(args: argparse.Namespace) -> dict:
     """Seconds, bytes, episodes and a hash of the parts of one pass, with no index there before."""
-    from octo_like.data import index, shared_pass
+    from octo_like.data.rlds import prepare, shared_pass
 
     with tempfile.TemporaryDirectory() as cache:
-        jobs = index.unindexed(specs_from_arguments(args), args.data_dir, cache)
+        jobs = prepare.unindexed(specs_from_arguments(args), args.data_dir, cache)
         start = time.perf_counter()
         shared_pass.take_part(jobs, threads=1, processes=args.once, progress=False)
         seconds = time.perf_counter() - start
@@ -44,7 +44,7 @@ def scan(args: argparse.Namespace) -> dict:
 
 
 def on_cores(count: int) -> dict:
-    """`scan` by `count` processes that have `count` cores, in a process of its own: TensorFlow's threads inherit them."""
+    """`scan` by `count` processes that have `count` cores, in a process of its own: threads inherit them."""
     cores = sorted(os.sched_getaffinity(0))[:count]
     command = [sys.executable, *sys.argv, "--once", str(count)]
     done = subprocess.run(

@@ -56,7 +56,7 @@ from adaptation_cells import (  # noqa: E402
 
 from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs.sims import GROUPS  # noqa: E402
-from octo_like.model.surgery import MODES  # noqa: E402
+from octo_like.policy.surgery import MODES  # noqa: E402
 
 BATCH_SIZE = 30  # environments in lock-step
 
@@ -177,8 +177,8 @@ class Benchmark:
         """Episodes of a cell as dicts: seed, task, success, steps. Records an animation of one seed of tests."""
         import functools
 
+        from octo_like import Policy
         from octo_like.envs.sims.remote import RemoteEnv, SimulatorPool
-        from octo_like.model.policy import Policy
         from octo_like.robot import rollout
         from octo_like.robot.record import write_gif
 

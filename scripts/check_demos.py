@@ -28,8 +28,8 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="exit status 2 when there are warnings")
     args = parser.parse_args()
 
-    from octo_like.data.check import check_dataset, summary, write_page
-    from octo_like.data.index import prepare_dataset
+    from octo_like.data.check.dataset import check_dataset, summary, write_page
+    from octo_like.data.rlds.prepare import prepare_dataset
     from octo_like.data.spec import DataError
 
     warnings = 0

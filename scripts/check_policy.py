@@ -33,15 +33,15 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="exit status 2 when there are warnings")
     args = parser.parse_intermixed_args()  # datasets may stand behind options
 
+    from octo_like import Policy
     from octo_like.common.robot import Description
-    from octo_like.data.index import prepare_dataset
-    from octo_like.data.replay import load_demos
+    from octo_like.data.check.replay import load_demos
+    from octo_like.data.rlds.prepare import prepare_dataset
     from octo_like.data.spec import DataError, suggest
-    from octo_like.model.locations import LocationError
-    from octo_like.model.policy import Policy
-    from octo_like.model.pretrained import PretrainedError
-    from octo_like.training.policy_check import check_policy
-    from octo_like.training.policy_report import summary, write_page
+    from octo_like.policy.locations import LocationError
+    from octo_like.policy.pretrained import PretrainedError
+    from octo_like.robot.check import check_policy
+    from octo_like.robot.check_report import summary, write_page
 
     warnings = 0
     try:

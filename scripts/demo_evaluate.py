@@ -32,14 +32,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like import Policy
 from octo_like.envs import EMBODIMENTS, EVALUATION_SEEDS, TabletopEnv
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError
+from octo_like.policy.pretrained import PretrainedError
 from octo_like.robot import rollout
+from octo_like.robot.prediction import Prediction, plot_prediction
 from octo_like.robot.record import write_gif
 from octo_like.robot.wrappers import HistoryWrapper
 from octo_like.training.distributed import setup_compilation_cache
-from octo_like.training.evaluation import Prediction, plot_prediction
 
 PRETRAINED_ON = ("pusher", "gripper", "arm")
 HELD_OUT = "arm3"

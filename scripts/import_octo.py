@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from octo_like.model.locations import LocationError
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError, read_json
+from octo_like import Policy
+from octo_like.policy.locations import LocationError
+from octo_like.policy.pretrained import PretrainedError, read_json
 
 
 def main(argv=None) -> int:

@@ -76,7 +76,7 @@ TARGETS = {
     "octo_like/training/optimizer.py": UPDATE,
     "octo_like/training/state.py": UPDATE,
     "octo_like/training/step.py": UPDATE,
-    "octo_like/data/order.py": ("tests/data/test_order_edges.py", "tests/data/test_order.py"),
+    "octo_like/data/order/order.py": ("tests/data/test_order_edges.py", "tests/data/test_order.py"),
 }
 
 

@@ -54,9 +54,9 @@ def main() -> int:
     logging.getLogger("octo_like").setLevel(logging.INFO)
 
     from octo_like.common import normalization
-    from octo_like.data import report
-    from octo_like.data.image_check import check_images
-    from octo_like.data.index import prepare_datasets
+    from octo_like.data.check import report
+    from octo_like.data.check.images import check_images
+    from octo_like.data.rlds.prepare import prepare_datasets
     from octo_like.data.spec import DataError
 
     try:

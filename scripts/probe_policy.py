@@ -41,9 +41,9 @@ def main(argv=None) -> int:
     if flags.frames and flags.robots:
         parser.error("give --frames or --robots, not both")
 
+    from octo_like import Policy
     from octo_like.envs import EMBODIMENTS
     from octo_like.envs.labels import labelled_frames
-    from octo_like.model.policy import Policy
     from octo_like.training.probe import probe_policy
     from octo_like.training.probe_frames import frames_from_arrays, read_frames
     from octo_like.training.probe_report import summary, write
@@ -81,8 +81,8 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    from octo_like.model.locations import LocationError
-    from octo_like.model.pretrained import PretrainedError
+    from octo_like.policy.locations import LocationError
+    from octo_like.policy.pretrained import PretrainedError
 
     try:
         sys.exit(main())

@@ -16,11 +16,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 
+from octo_like.aot import scaling  # noqa: E402
+from octo_like.aot.chips import parse_topology  # noqa: E402
+from octo_like.aot.report import Report  # noqa: E402
+from octo_like.aot.table import read, replace_between  # noqa: E402
 from octo_like.common.config import load_config  # noqa: E402
-from octo_like.training import scaling  # noqa: E402
-from octo_like.training.aot_report import Report  # noqa: E402
-from octo_like.training.aot_table import read, replace_between  # noqa: E402
-from octo_like.training.chips import parse_topology  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = "configs/octo_small.py,configs/octo_base.py,configs/octo_base.py:300m,configs/octo_base.py:1b"

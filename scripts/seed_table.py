@@ -120,7 +120,7 @@ def judge(export: str, per_task: int) -> dict:
     import demo_evaluate
     import jax
 
-    from octo_like.model.policy import Policy
+    from octo_like import Policy
 
     policy = Policy.load_pretrained(export)
     records = {}

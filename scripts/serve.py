@@ -11,8 +11,8 @@ import logging
 import signal
 import sys
 
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError
+from octo_like import Policy
+from octo_like.policy.pretrained import PretrainedError
 from octo_like.robot.server import PolicyServer
 
 

@@ -26,9 +26,9 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    from octo_like.data import report
     from octo_like.data.arguments import load_config_file
-    from octo_like.data.index import prepare_dataset
+    from octo_like.data.check import report
+    from octo_like.data.rlds.prepare import prepare_dataset
     from octo_like.data.spec import DataError
 
     os.makedirs(args.output, exist_ok=True)

@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from octo_like import Policy
 from octo_like.common.config import load_config
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import flatten
-from octo_like.model import describe
 from octo_like.model.attention import recorded_weights
-from octo_like.model.locations import LocationError
 from octo_like.model.octo import build_model
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError
+from octo_like.policy import describe
+from octo_like.policy.locations import LocationError
+from octo_like.policy.pretrained import PretrainedError
 
 
 def draw_rule(report: describe.TokenReport, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What users have in their checkpoints stays what it is: orders, batches, exports and the training step of recorded runs.
+"""Recorded runs stay what they are: their order, batches, exports and training step.
 
 `tests/golden/behaviour.json` was recorded before the package was rebuilt inside. What is integers, bytes or text is
 compared exactly. Of floats there are sums, because statistics and decoded pictures differ in their last bits between
@@ -21,7 +21,7 @@ from octo_like.common.defaults import default_config
 from octo_like.common.schema import flatten, synthetic_batch
 from octo_like.data import bench
 from octo_like.data.inputs import inputs_from_config
-from octo_like.model.policy import Policy
+from octo_like.policy.policy import Policy
 from octo_like.training import sharding
 from octo_like.training.program import build_program, network_from_config
 
@@ -86,7 +86,9 @@ def config_of(name: str, folder: pathlib.Path):
         config.data.paraphrases = str(folder / "paraphrases.json")
     elif name == "bridge":
         del config.model["auxiliaries"]
-        config.data.update(data_dir=str(SHARED / "bridge_debug"), cache_dir=str(folder), decode="fast", octo_compat=True)
+        config.data.update(
+            data_dir=str(SHARED / "bridge_debug"), cache_dir=str(folder), decode="fast", octo_compat=True
+        )
         image = dict(primary="image_0")
         config.data.datasets = dict(
             bridge_dataset=dict(standardize="bridge_dataset", image_keys=image, val_split=None, val_fraction=0.1)
@@ -172,7 +174,8 @@ def export_and_step() -> dict:
         batch = synthetic_batch(network.spec, config.batch_size)
         text = program.step.lower(program.state, batch).as_text()
         return {
-            "export": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            # README.md is for people.
+            "export": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.name != "README.md"},
             "step": {"text": hashlib.sha256(text.encode()).hexdigest(), "lines": text.count("\n")},
         }
 
@@ -214,4 +217,6 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--record"]:
         sys.exit(__doc__)
     names = ("memory", "rlds", "bridge", "export")
-    RECORD.write_text(json.dumps({"processor": processor(), **{name: record_of(name) for name in names}}, indent=1) + "\n")
+    RECORD.write_text(
+        json.dumps({"processor": processor(), **{name: record_of(name) for name in names}}, indent=1) + "\n"
+    )

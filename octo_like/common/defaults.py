@@ -133,9 +133,9 @@ def adaptation_config() -> ConfigDict:
     # Modules of the pretrained policy's own parts, which are imported only when they are named (docs/extending.md).
     config.modules = ()
     config.model = None  # without `pretrained`: the model to train from scratch
-    config.mode = "full"  # what is trained: a key of octo_like.model.surgery.MODES
+    config.mode = "full"  # what is trained: a key of octo_like.policy.surgery.MODES
     config.conditioning = "language"  # what tells the robot what to do: "language", "goal_image" or "both"
-    # Parts of the pretrained model by name; see octo_like.model.surgery.operate.
+    # Parts of the pretrained model by name; see octo_like.policy.surgery.operate.
     config.surgery = dict(task_tokenizers=dict(), observation_tokenizers=dict(), readouts=dict(), heads=dict())
     config.surgery.max_window = None  # longest window; None: the pretrained model's
     config.reinitialize = ()  # regexes of parameter paths that are not loaded although they would fit

@@ -3,7 +3,7 @@
 A changed helper changes what a function returns as much as a changed function does. Modules of the standard library, of
 installed packages (site-packages) and of octo_like are not followed: changes of octo_like that matter to data have
 another FORMAT of the index or another data version. What a module imports by other means than an import statement is
-not seen; `octo_like/data/spot_check.py` finds what that changes in the values of a few records.
+not seen; `octo_like/data/rlds/spot_check.py` finds what that changes in the values of a few records.
 """
 
 import ast

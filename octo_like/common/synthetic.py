@@ -9,7 +9,7 @@ from octo_like.common.schema import BatchSpec, Tree, flatten, synthetic_batch, u
 
 
 class SyntheticStream:
-    """Endless, seekable, the same on any number of processes. Mirrors `octo_like.data.stream.Stream`."""
+    """Endless, seekable, the same on any number of processes. Mirrors `octo_like.data.batches.stream.Stream`."""
 
     def __init__(self, spec: BatchSpec, batch_size: int, seed: int, vocab_size: int, process_index=0, process_count=1):
         if batch_size % process_count:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data import frames
-from octo_like.data.memory import resident_bytes
-from octo_like.data.order import Order
+from octo_like.data.batches import frames
+from octo_like.data.batches.memory import resident_bytes
+from octo_like.data.order.order import Order
 from octo_like.data.tf import tf
 
 # ---------------------------------------------------------------- datasets

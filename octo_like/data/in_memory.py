@@ -23,13 +23,13 @@ import numpy as np
 from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
-from octo_like.data import filters
-from octo_like.data.frames import RawEpisode, as_points
-from octo_like.data.index import PreparedDataset, first_demos, hold_out
-from octo_like.data.rlds import non_finite
+from octo_like.data.batches.frames import RawEpisode, as_points
+from octo_like.data.rlds import filters
+from octo_like.data.rlds.index import Index, digest_of, with_usable
+from octo_like.data.rlds.prepare import PreparedDataset, first_demos, hold_out
+from octo_like.data.rlds.records import non_finite
+from octo_like.data.rlds.statistics import streamed_statistics
 from octo_like.data.spec import DataError, DatasetSpec, suggest
-from octo_like.data.split_index import Index, digest_of, with_usable
-from octo_like.data.statistics import streamed_statistics
 
 NEEDS_TENSORFLOW = ("standardize", "filter", "relative_to", "source")
 # Without a terminal a bar is a line of a log every few seconds.

@@ -11,7 +11,7 @@ from octo_like.common.lanes import check_lanes
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.synthetic import SyntheticStream
 from octo_like.common.text import TextTokenizer
-from octo_like.data.order import spec_differences
+from octo_like.data.order.order import spec_differences
 from octo_like.data.spec import DatasetSpec, specs_from_config
 
 log = logging.getLogger(__name__)
@@ -90,11 +90,11 @@ def inputs_from_config(
             "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
         )
 
-    from octo_like.data import memory
+    from octo_like.data.batches import memory
+    from octo_like.data.batches.stream import make_train_stream, make_val_iterators
     from octo_like.data.in_memory import datasets_in_memory
-    from octo_like.data.index import prepare_datasets
     from octo_like.data.oxe.mixes import datasets_from_config
-    from octo_like.data.stream import make_train_stream, make_val_iterators
+    from octo_like.data.rlds.prepare import prepare_datasets
 
     specs = specs_from_config(datasets_from_config(data))
     if data.num_demos is not None:

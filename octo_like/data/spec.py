@@ -88,7 +88,7 @@ class DatasetSpec:
       chunk_length: actions in each of these chunks, at least the run's action horizon.
       env: gymnasium id for rollouts, or None.
       source: "python.module:function" that returns a tf.data.Dataset of trajectories, to be read instead of files; see
-        `octo_like.data.approximate`.
+        `octo_like.data.tf_source`.
       compat: reading of a registry dataset: None (with our corrections), "octo" or "openvla" (theirs, see docs/oxe.md).
       blank_text: whether a registry dataset's instructions are dropped; None: as the registry says.
       robot: what the numbers mean, control rate and names, as `octo_like.common.robot.Description.to_json` writes it,

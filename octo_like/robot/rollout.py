@@ -27,7 +27,7 @@ BLIND = ("vision", "language")
 
 
 class PolicyLike(Protocol):
-    """What a rollout needs of a policy; `octo_like.model.policy.Policy` has it."""
+    """What a rollout needs of a policy; `octo_like.policy.policy.Policy` has it."""
 
     batch_spec: BatchSpec
 

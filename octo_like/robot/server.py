@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.schema import synthetic_batch
-from octo_like.model.policy import spec_to_json
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
 from octo_like.robot.rollout import PolicyLike, sampling_keys
 
@@ -70,7 +69,7 @@ class PolicyServer:
             "type": "metadata",
             "protocol": PROTOCOL,
             "spec": policy.get_pretty_spec(),
-            "batch_spec": spec_to_json(policy.batch_spec),
+            "batch_spec": policy.batch_spec.to_json(),
             "statistics": sorted(policy.statistics),
             "unnormalize": unnormalize,
             "action_names": None if action_names is None else list(action_names),

@@ -20,12 +20,12 @@ from octo_like.common.defaults import batch_spec
 from octo_like.common.parts import Modules, PartError, modules_in
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
-from octo_like.model import lora, surgery
-from octo_like.model.describe import abstract_params
 from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel, init_params
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import LoadReport, PretrainedError, load_t5, merge_params, with_t5
+from octo_like.policy import lora, surgery
+from octo_like.policy.describe import abstract_params
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import LoadReport, PretrainedError, load_t5, merge_params, with_t5
 from octo_like.training.augment import Augmentation, augmentation_from_config
 from octo_like.training.checkpoint import FOLDER, Checkpointer
 from octo_like.training.optimizer import SCHEDULES

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 
 from octo_like.common.schema import BatchSpec, synthetic_batch
-from octo_like.model.describe import matmul_flops
 from octo_like.model.octo import OctoModel, total_loss
+from octo_like.policy.describe import matmul_flops
 from octo_like.training.optimizer import join_params, split_params
 
 

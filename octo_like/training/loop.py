@@ -25,14 +25,15 @@ from octo_like.common.normalization import to_json
 from octo_like.common.schema import check_batch, flatten
 from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel
-from octo_like.model.policy import Policy
+from octo_like.policy.policy import Policy
+from octo_like.robot.prediction import plot_prediction
 from octo_like.training import exits, provenance, sharding
 from octo_like.training.attempt import Attempt
 from octo_like.training.checkpoint import Checkpointer, CheckpointError, NonFiniteState
 from octo_like.training.clock import Clock
 from octo_like.training.distributed import Preemption, fingerprint_across_hosts, is_main, wait_for_all
 from octo_like.training.early_stopping import EarlyStopping
-from octo_like.training.evaluation import action_error, closed_loop, plot_prediction, predict_rows, validation_loss
+from octo_like.training.evaluation import action_error, closed_loop, predict_rows, validation_loss
 from octo_like.training.flops import step_flops
 from octo_like.training.metrics import (
     METRICS_FILE,

@@ -18,9 +18,9 @@ import numpy as np
 from octo_like.common import normalization
 from octo_like.common.schema import flatten
 from octo_like.model.attention import recorded_weights
-from octo_like.model.describe import TokenReport, token_report
 from octo_like.model.octo import total_loss
 from octo_like.model.tokens import TokenGroup, masked_mean
+from octo_like.policy.describe import TokenReport, token_report
 from octo_like.training.linear_probe import LinearProbe, linear_probe
 from octo_like.training.probe_frames import Frames, action_width, batches
 from octo_like.training.step import norms_by_part, sample_keys

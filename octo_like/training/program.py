@@ -22,7 +22,7 @@ from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
 from octo_like.model.octo import OctoModel, build_model, init_params, run_once_options
-from octo_like.model.pretrained import load_t5, with_t5
+from octo_like.policy.pretrained import load_t5, with_t5
 from octo_like.training import sharding
 from octo_like.training.augment import augmentation_from_config
 from octo_like.training.optimizer import Schedule, frozen_paths, make_optimizer, make_schedule

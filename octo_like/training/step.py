@@ -16,7 +16,7 @@ import optax
 
 from octo_like.model.octo import OctoModel, total_loss
 from octo_like.model.parts import reported_losses
-from octo_like.model.pretrained import module_of
+from octo_like.policy.pretrained import module_of
 from octo_like.training.augment import Augmenter, augment_batch
 from octo_like.training.optimizer import Schedule, global_norm, join_params, sum_of_squares
 from octo_like.training.state import TrainState

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from octo_like.common.schema import unflatten
-from octo_like.model import locations
-from octo_like.model.pretrained import LoadReport, PretrainedError, load_directory, merge_params
+from octo_like.policy import locations
+from octo_like.policy.pretrained import LoadReport, PretrainedError, load_directory, merge_params
 from octo_like.training.checkpoint import Checkpointer, CheckpointNotFound
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from octo_like.aot import hlo, hlo_cost, proof
+from octo_like.aot.chips import parse_topology
 from octo_like.common.config import ConfigDict, freeze, load_config, to_dict
-from octo_like.training import aot, aot_report, hlo, hlo_cost, program, sharding
-from octo_like.training.chips import parse_topology
+from octo_like.training import program, sharding
 
 pytestmark = [
     pytest.mark.aot,
-    pytest.mark.skipif(not aot.has_compiler(), reason="compiling for TPUs needs libtpu: run `make test-aot`"),
+    pytest.mark.skipif(not proof.has_compiler(), reason="compiling for TPUs needs libtpu: run `make test-aot`"),
 ]
 
 TINY = "tests/training/tiny_config.py:synthetic"
@@ -29,7 +30,7 @@ def tiny(*overrides):
 
 @pytest.fixture(scope="module")
 def small():
-    return aot.prove_training(tiny(), parse_topology("v5e:2x4"), name="tiny")
+    return proof.prove_training(tiny(), parse_topology("v5e:2x4"), name="tiny")
 
 
 def test_small_program(small):
@@ -45,7 +46,7 @@ def test_small_program(small):
 
 def compiled_work(function, *shapes):
     """(work, compiler's cost) of a function on one v5e chip."""
-    place = SingleDeviceSharding(aot.devices_of(parse_topology("v5e:2x2"))[0])
+    place = SingleDeviceSharding(proof.devices_of(parse_topology("v5e:2x2"))[0])
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
     compiled = jax.jit(function).lower(*arguments).compile()
     return hlo_cost.work_of(hlo.parse(compiled.as_text())), compiled.cost_analysis()
@@ -94,14 +95,16 @@ def test_micro_batches_against_the_same_program_unrolled():
 
 def test_micro_batches_of_the_real_step(small):
     """Twice the batch in two micro-batches does twice the work of each; the compiler alone sees one of them."""
-    report = aot.prove_training(tiny(("batch_size", "64"), ("accumulate", "2")), parse_topology("v5e:2x4"), name="tiny")
+    report = proof.prove_training(
+        tiny(("batch_size", "64"), ("accumulate", "2")), parse_topology("v5e:2x4"), name="tiny"
+    )
     assert report.loops == [2] and report.model_flops == pytest.approx(2 * small.model_flops, rel=0.01)
     assert report.compiled_flops == pytest.approx(2 * small.compiled_flops, rel=0.15)
 
 
 def test_what_goes_between_slices():
     """The gradient of a matrix over a batch on two slices of four chips: each chip hands its host a quarter."""
-    mesh = sharding.make_mesh(-1, 1, aot.devices_of(parse_topology("v5e:2x2", 2)))
+    mesh = sharding.make_mesh(-1, 1, proof.devices_of(parse_topology("v5e:2x2", 2)))
     place = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     w, x = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=s)
@@ -116,7 +119,7 @@ def test_what_goes_between_slices():
 def test_slices_of_the_real_step():
     """Parts of all gradients, small ones padded to tiles; nothing of it on one slice."""
     config = tiny(("mesh.fsdp", "1"), ("batch_size", "32"))
-    one, two = (aot.prove_training(config, parse_topology("v5e:2x4", n), name="tiny") for n in (1, 2))
+    one, two = (proof.prove_training(config, parse_topology("v5e:2x4", n), name="tiny") for n in (1, 2))
     assert "between-slices" not in one.collectives and two.hosts == 2
     sent = two.collectives["between-slices"]["wire_bytes"]
     assert sent > 4 * two.trained_parameters / 8 and two.network_seconds() == pytest.approx(sent / 3.125e9)
@@ -139,8 +142,8 @@ def test_every_head(kind):
         with config.ignore_type():
             config.model.heads = dict(action=head | HEADS[kind])
     config, topology = freeze(config), parse_topology("v6e:2x2")
-    train = aot.prove_training(config, topology, name=kind)
-    sample = aot.prove_sampling(config, topology, name=kind)
+    train = proof.prove_training(config, topology, name=kind)
+    sample = proof.prove_sampling(config, topology, name=kind)
     for report in (train, sample):
         assert report.fits and report.activation_gathers == [] and None not in report.loops
 
@@ -153,7 +156,7 @@ def test_a_language_encoder_that_is_trained():
             language=dict(kind="language", encoder="t5", t5="t5-small", finetune_encoder=True)
         )
         config.optimizer.freeze = ()
-    report = aot.prove_training(freeze(config), parse_topology("v6e:2x2"), name="t5")
+    report = proof.prove_training(freeze(config), parse_topology("v6e:2x2"), name="t5")
     assert report.fits and report.trained_parameters == report.parameters > 30e6
 
 
@@ -161,10 +164,10 @@ def test_it_is_the_program_of_any_other_device():
     """The traced program does not depend on the machine: on CPU devices it has the same fingerprint."""
     config = tiny(("mesh.fsdp", "1"))
     (tpu, cpu) = (
-        aot.training_program(config, devices)
-        for devices in (aot.devices_of(parse_topology("v5e:2x2"))[:1], jax.devices()[:1])
+        proof.training_program(config, devices)
+        for devices in (proof.devices_of(parse_topology("v5e:2x2"))[:1], jax.devices()[:1])
     )
-    fingerprints = {aot.jaxpr_fingerprint(one.step.trace(one.state, batch).jaxpr) for _, one, batch in (tpu, cpu)}
+    fingerprints = {proof.jaxpr_fingerprint(one.step.trace(one.state, batch).jaxpr) for _, one, batch in (tpu, cpu)}
     assert len(fingerprints) == 1
 
 
@@ -187,7 +190,7 @@ def with_buffer(monkeypatch, gib):
 
 def test_a_larger_step_changes_the_table(small, monkeypatch):
     with_buffer(monkeypatch, 2)
-    larger = aot.prove_training(tiny(), parse_topology("v5e:2x4"), name="tiny")
+    larger = proof.prove_training(tiny(), parse_topology("v5e:2x4"), name="tiny")
     assert larger.temporaries > small.temporaries + 1.9 * 2**30
     assert larger.headroom < small.headroom - 0.1 and larger.fits
     assert larger.fingerprint != small.fingerprint and str(larger) != str(small)
@@ -248,25 +251,25 @@ def test_bad_input_is_one_clear_error(arguments, words):
 @pytest.mark.parametrize("text", ["v4:4x4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x8"])
 def test_rows_of_the_batch_follow_hosts(text):
     """On the real coordinates: hosts hold consecutive rows, in order, for every fsdp that divides."""
-    devices = aot.devices_of(parse_topology(text))
+    devices = proof.devices_of(parse_topology(text))
     for fsdp in (1, 2, 4, 16):
         processes = [device.process_index for device in sharding.make_mesh(-1, fsdp, devices).devices.flat]
         assert processes == sorted(processes) and len(set(processes)) == len(devices) // 4
 
 
 def test_a_single_chip():
-    assert len(aot.devices_of(parse_topology("v5e:1x1"))) == len(aot.devices_of(parse_topology("v6e:1x1"))) == 1
+    assert len(proof.devices_of(parse_topology("v5e:1x1"))) == len(proof.devices_of(parse_topology("v6e:1x1"))) == 1
 
 
 @pytest.mark.parametrize("text", ["v5e-8", "v6e-8", "v6e:4x8", "v5p:2x2x2", "v4-8"])
 def test_hosts_are_those_of_the_compiler(text):
     topology = parse_topology(text)
-    devices = aot.devices_of(topology)
+    devices = proof.devices_of(topology)
     assert len(devices) == topology.chips and len({one.process_index for one in devices}) == topology.hosts
 
 
 def test_slices_are_joined_along_data():
-    devices = aot.devices_of(parse_topology("v5e:4x4", 2))
+    devices = proof.devices_of(parse_topology("v5e:4x4", 2))
     mesh = sharding.make_mesh(-1, 8, devices)
     assert dict(mesh.shape) == {"data": 4, "fsdp": 8}
     assert [{device.slice_index for device in row} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
@@ -275,8 +278,8 @@ def test_slices_are_joined_along_data():
 def test_real_program():
     """Octo-small with T5, as published, for the smallest of the recommended topologies' hosts: four chips."""
     config = load_config("configs/octo_small.py", [("batch_size", "64")])
-    report = aot.prove_training(config, parse_topology("v5e:2x2"), name="octo_small")
-    assert report.fits and report.headroom > aot_report.WANTED_HEADROOM
+    report = proof.prove_training(config, parse_topology("v5e:2x2"), name="octo_small")
+    assert report.fits and report.headroom > report.WANTED_HEADROOM
     assert report.activation_gathers == []
     assert 25e6 < report.trained_parameters < 30e6 and report.parameters - report.trained_parameters > 100e6
     # Two frames and a goal of 256x256 and 128x128, 12 blocks of 384: about 0.1 TFLOP a sample.

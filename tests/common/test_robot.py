@@ -9,8 +9,8 @@ import pytest
 from octo_like.common.config import ConfigError, load_config
 from octo_like.common.robot import Action, Camera, Description, Robot, RobotError, absolute, delta, gripper, load_robot
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.model.describe import model_card
 from octo_like.model.octo import init_params
+from octo_like.policy.describe import model_card
 from tests.robot.tiny import tiny_policy
 
 ACTIONS = (

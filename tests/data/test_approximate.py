@@ -11,10 +11,10 @@ from octo_like.common.config import freeze
 from octo_like.common.defaults import batch_spec, default_config
 from octo_like.common.schema import check_batch, flatten
 from octo_like.common.text import TextTokenizer
+from octo_like.data.batches.stream import make_train_stream
+from octo_like.data.dlimp.dataset import TrajectoryDataset
 from octo_like.data.inputs import inputs_from_config
 from octo_like.data.spec import DataError
-from octo_like.data.stream import make_train_stream
-from octo_like.data.trajectory import TrajectoryDataset
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_it_works_through_the_stream_of_a_config(module, toy, wide_toy, caplog, 
 
 
 def test_every_step_is_used_once_before_a_trajectory_leaves(module, wide_toy, monkeypatch):
-    from octo_like.data import approximate
+    from octo_like.data import tf_source
 
-    monkeypatch.setattr(approximate, "POOL", 3)
+    monkeypatch.setattr(tf_source, "POOL", 3)
     from octo_like.common.schema import BatchSpec
 
     spec = BatchSpec(1, 1, 6, {"primary": (8, 8)})

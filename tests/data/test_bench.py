@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from octo_like.data import bench
-from octo_like.data.order import DatasetFrames, Order
+from octo_like.data.order.order import DatasetFrames, Order
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from octo_like.common.robot import Camera, Description, Robot, absolute, delta, gripper, velocity
-from octo_like.data.check import check_dataset, summary, write_page
-from octo_like.data.check_numbers import LAGS, Numbers, check, relation
+from octo_like.data.check.dataset import check_dataset, summary, write_page
+from octo_like.data.check.numbers import LAGS, Numbers, check, relation
 from octo_like.data.convert.npz import Npz
 from octo_like.data.convert.write import Options, write_rlds
-from octo_like.data.index import prepare_dataset
+from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 
 HZ = 10

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from octo_like.common.robot import Camera
-from octo_like.data import check_mixups
-from octo_like.data.check import check_dataset
-from octo_like.data.check_mixups import check_pairing, exchanged_episodes, find_copies, weights
-from octo_like.data.check_numbers import Numbers
+from octo_like.data.check import mixups
+from octo_like.data.check.dataset import check_dataset
+from octo_like.data.check.mixups import check_pairing, exchanged_episodes, find_copies, weights
+from octo_like.data.check.numbers import Numbers
 from octo_like.data.convert.npz import Npz
 from octo_like.data.convert.write import write_rlds
-from octo_like.data.index import prepare_dataset, values_of, whole_split
+from octo_like.data.rlds.prepare import prepare_dataset, values_of, whole_split
 from octo_like.data.spec import DatasetSpec
 from tests.data.test_check import HZ, ROBOT, check_toy, describe, recordings, simulate
 
@@ -167,9 +167,9 @@ def test_copies_by_numbers_and_pictures():
     assert find_copies(["a", "b", "a", "a", "c", "a"], same) == [(0, 2), (0, 5)]
     assert seen == [(0, 2), (0, 3), (0, 5)]
     action, proprio = np.ones((3, 2), np.float32), np.zeros((3, 1), np.float32)
-    key = check_mixups.digest(action, proprio)
-    assert key == check_mixups.digest(action.copy(), proprio.astype(np.float64))
-    assert key not in (check_mixups.digest(action, proprio[:, :0]), check_mixups.digest(action + 1e-6, proprio))
+    key = mixups.digest(action, proprio)
+    assert key == mixups.digest(action.copy(), proprio.astype(np.float64))
+    assert key not in (mixups.digest(action, proprio[:, :0]), mixups.digest(action + 1e-6, proprio))
 
 
 TWO = dataclasses.replace(ROBOT, cameras={**ROBOT.cameras, "wrist": Camera("wrist", (32, 32))})

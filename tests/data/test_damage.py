@@ -14,12 +14,12 @@ import pytest
 
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
-from octo_like.data import episodes as episodes_module
-from octo_like.data import rlds, scan
-from octo_like.data.frames import decode_frames
-from octo_like.data.index import prepare_dataset
+from octo_like.data.batches import episodes as episodes_module
+from octo_like.data.batches.frames import decode_frames
+from octo_like.data.batches.stream import make_train_stream, make_val_iterators
+from octo_like.data.rlds import records, scan
+from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.stream import make_train_stream, make_val_iterators
 from octo_like.data.tf import error_text, tf
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52), "wrist": (24, 24)}, ("primary",), proprio_dim=4, language_length=8)
@@ -452,9 +452,9 @@ def test_what_tensorflow_says_is_kept(copied, original):
     changes = {"flipped": lambda: flip(path, 40), "cut": lambda: os.truncate(path, 30), "gone": path.unlink}
     for name, change in changes.items():
         change()
-        with pytest.raises(rlds.damage_errors()) as found:
+        with pytest.raises(records.damage_errors()) as found:
             original.function.from_file(str(path), int(whole.offset[0]))
-        said[name] = str(rlds.damaged(str(path), 0, 0, found.value))
+        said[name] = str(records.damaged(str(path), 0, 0, found.value))
     where = f"{path}: episode 0 (byte 0) is damaged or truncated: "
     assert said["flipped"] == where + "corrupted record at 12"
     assert said["cut"].startswith(where + "truncated record at 0")

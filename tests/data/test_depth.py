@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec, check_batch, synthetic_batch
+from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.spec import DataError
-from octo_like.data.stream import make_train_stream
-from octo_like.model.policy import spec_from_json, spec_to_json
 
 SPEC = BatchSpec(2, 2, 2, {"primary": (8, 10)}, depth_sizes={"primary": (6, 5), "wrist": (4, 4), "secondary": (2, 2)})
 
@@ -128,6 +127,6 @@ def test_synthetic_batches_and_saved_specs_have_depth():
     check_batch(batch, SPEC)
     depth = batch["observation"]["depth_primary"]
     assert depth.shape == (3, 2, 6, 5, 1) and depth.dtype == np.float32 and 0 < depth.min() and depth.max() < 10
-    assert spec_from_json(spec_to_json(SPEC)) == SPEC
-    old = {key: value for key, value in spec_to_json(SPEC).items() if key != "depth_sizes"}
-    assert spec_from_json(old).depth_sizes == {}
+    assert BatchSpec.from_json(SPEC.to_json()) == SPEC
+    old = {key: value for key, value in SPEC.to_json().items() if key != "depth_sizes"}
+    assert BatchSpec.from_json(old).depth_sizes == {}

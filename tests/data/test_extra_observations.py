@@ -8,13 +8,12 @@ import pytest
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, check_batch, synthetic_batch
 from octo_like.common.synthetic import SyntheticStream
-from octo_like.data import transforms
+from octo_like.data.batches.stream import make_train_stream
+from octo_like.data.check.report import range_table
+from octo_like.data.dlimp import functions
 from octo_like.data.in_memory import prepare_in_memory
-from octo_like.data.index import prepare_dataset, prepare_datasets
-from octo_like.data.report import range_table
+from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
-from octo_like.data.stream import make_train_stream
-from octo_like.model.policy import spec_from_json, spec_to_json
 from tests.data import sensors
 
 SPEC = BatchSpec(
@@ -173,12 +172,12 @@ def test_trajectory_functions_pass_sensors_on(dataset):
     data_dir, _ = dataset
     spec = DatasetSpec.from_dict(fields())
     prepared = prepare_dataset("push", spec, data_dir, progress=False)
-    from octo_like.data import rlds
+    from octo_like.data.rlds import records
 
-    split = rlds.open_split("push", data_dir)
-    record = rlds.read_record(split.files[0], np.int64(0))
-    trajectory = transforms.restructure(rlds.parse_episode(record, split.features), spec)
-    normal = transforms.normalize(trajectory, prepared.statistics)
+    split = records.open_split("push", data_dir)
+    record = records.read_record(split.files[0], np.int64(0))
+    trajectory = functions.restructure(records.parse_episode(record, split.features), spec)
+    normal = functions.normalize(trajectory, prepared.statistics)
     for name in ("force", "touch", "skin"):
         stats = prepared.statistics["extra"][name]
         want = normalization.normalize_sensor(trajectory["observation"][name].numpy(), stats)
@@ -218,7 +217,7 @@ def test_mistakes_are_named(dataset, tmp_path):
 def test_synthetic_streams_saved_specs_statistics_and_reports_know_sensors(dataset):
     data_dir, _ = dataset
     check_batch(synthetic_batch(SPEC, 3), SPEC)
-    assert spec_from_json(spec_to_json(SPEC)) == SPEC
+    assert BatchSpec.from_json(SPEC.to_json()) == SPEC
     assert SyntheticStream(SPEC, 2, 0, 10).statistics["synthetic"]["extra"]["skin"]["mean"].shape == (6,)
     prepared = prepare_dataset("push", DatasetSpec.from_dict(fields()), data_dir, progress=False)
     back = normalization.from_json(normalization.to_json({"push": prepared.statistics}))

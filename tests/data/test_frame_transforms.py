@@ -5,14 +5,14 @@ import pathlib
 import numpy as np
 import pytest
 
+from octo_like.data.dlimp.dataset import TrajectoryDataset
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
-from octo_like.data.trajectory import TrajectoryDataset
 
 
 def test_transforms_have_the_names_of_dlimp(toy):
     """`dl.transforms`: decode, resize, augment, and functions on nested dicts."""
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     image = toy.episodes[0][0]["observation"]["front_rgb"]
     frame = {"observation": {"image_front": tf.io.encode_png(image), "text": tf.constant("x")}, "_traj_index": 3}
@@ -56,7 +56,7 @@ NAMES = {
 
 
 def test_every_name_of_dlimp_is_here_and_in_the_docs():
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     docs = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for place, names in NAMES.items():
@@ -68,7 +68,7 @@ def test_every_name_of_dlimp_is_here_and_in_the_docs():
 
 
 def test_decoding_and_resizing_look_for_a_part_of_the_path(toy):
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     image = toy.episodes[0][0]["observation"]["front_rgb"]
     frame = {"observation": {"wrist_image_left": image, "other": image}, "image": {"inside": image}}
@@ -82,7 +82,7 @@ def test_decoding_and_resizing_look_for_a_part_of_the_path(toy):
 
 
 def test_next_observations():
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     trajectory = {"obs": {"x": tf.range(3)}, "action": tf.range(3)}
     padded, cut = dl.transforms.add_next_obs(trajectory), dl.transforms.add_next_obs(trajectory, pad=False)
@@ -96,7 +96,7 @@ def test_next_observations():
 
 
 def test_what_converters_write(tmp_path):
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     features = {"x": dl.utils.tensor_feature(tf.range(4)), "name": dl.utils.tensor_feature(tf.constant("a"))}
     example = tf.train.Example(features=tf.train.Features(feature=features))
@@ -127,7 +127,7 @@ def crop_by_hand(image, box):
 
 def test_augmentation_draws_what_dlimp_draws():
     """Each operation has a seed that is drawn from the one before; a crop has one number; bytes are cut off."""
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     image, seed = image_of(), tf.constant([7, 11])
     arguments = dict(
@@ -156,7 +156,7 @@ def test_augmentation_draws_what_dlimp_draws():
 
 
 def test_augment_image():
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     image = image_of()
     arguments = dict(
@@ -184,7 +184,7 @@ def test_augment_image():
 
 def test_augment_in_a_pipeline():
     """Alike for the frames of a trajectory; of the leaves whose path ends as the pattern says."""
-    from octo_like.data import trajectory as dl
+    from octo_like.data.dlimp import dataset as dl
 
     image, arguments = image_of(8, 8), dict(augment_order=["random_brightness"], random_brightness=[0.5])
     tree = {"image": image, "left": {"image": image, "image_mask": image}}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octo_like.data import frames, resample
+from octo_like.data.batches import frames, resample
 from octo_like.data.spec import DataError
 
 EXCERPT = pathlib.Path(__file__).resolve().parent.parent / "golden" / "pipeline_excerpt.npz"

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from octo_like.data import image_check
-from octo_like.data.frames import decode_frames
+from octo_like.data.batches.frames import decode_frames
+from octo_like.data.check import images
 from octo_like.data.tf import tf
 from scripts import prepare_data
 
@@ -109,8 +109,8 @@ def test_how_much_of_it_is_found():
 
     kinds = [frames, *map(changed, (flip, zero, garble))]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=image_check._watch_errors) as pool:
-        none, one_bit, zeros, garbled = [len(found) / 100 for found in pool.map(image_check._complaints, kinds)]
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=images._watch_errors) as pool:
+        none, one_bit, zeros, garbled = [len(found) / 100 for found in pool.map(images._complaints, kinds)]
     assert none == 0
     print(f"found: one bit {one_bit:.0%}, 16 zeros {zeros:.0%}, 64 random bytes {garbled:.0%}")
     assert 0.15 < one_bit < 0.35 and 0.35 < zeros < 0.6 and 0.75 < garbled < 0.95, (one_bit, zeros, garbled)

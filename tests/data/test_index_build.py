@@ -14,17 +14,19 @@ import time
 import numpy as np
 import pytest
 
-from octo_like.data import arguments, lock, report, rlds, scan, split_index, stall
-from octo_like.data import index as index_module
-from octo_like.data.index import prepare_dataset
-from octo_like.data.rlds import EpisodeFunction
+from octo_like.data import arguments
+from octo_like.data.check import report
+from octo_like.data.rlds import index, lock, records, scan, stall
+from octo_like.data.rlds import prepare as index_module
+from octo_like.data.rlds.index import cache_folder, load_index
+from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.rlds.records import EpisodeFunction
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.split_index import cache_folder, load_index
 
 
 def opened(toy, **changes):
     spec = DatasetSpec.from_dict(toy.fields(**changes))
-    split = rlds.open_split(spec.name, toy.data_dir, spec.version, spec.split)
+    split = records.open_split(spec.name, toy.data_dir, spec.version, spec.split)
     return split, EpisodeFunction(spec, split.features)
 
 
@@ -63,7 +65,7 @@ from octo_like.data import split_index
 from octo_like.data.index import prepare_dataset
 from octo_like.data.spec import DatasetSpec
 
-scan_file, done = split_index.scan_file, []
+scan_file, done = index.scan_file, []
 
 def scan_two_files(*args):
     if len(done) == 2:
@@ -71,7 +73,7 @@ def scan_two_files(*args):
     done.append(args)
     return scan_file(*args)
 
-split_index.scan_file = scan_two_files
+index.scan_file = scan_two_files
 fields, data_dir, cache = json.loads(sys.argv[1])
 prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, workers=1)
 """
@@ -89,7 +91,7 @@ def test_a_killed_pass_goes_on(toy, tmp_path, monkeypatch, repository):
         read.append(number)
         return scan.scan_file(split, number, *rest)
 
-    monkeypatch.setattr(split_index, "scan_file", counted)
+    monkeypatch.setattr(index, "scan_file", counted)
     spec = DatasetSpec.from_dict(toy.fields())
     prepared = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), progress=False, workers=2)
     assert read == [2]
@@ -171,7 +173,7 @@ from octo_like.data.index import prepare_dataset
 from octo_like.data.spec import DatasetSpec
 
 fields, data_dir, cache, go, log, index, dies = json.loads(sys.argv[1])
-scan_file = split_index.scan_file
+scan_file = index.scan_file
 
 def noted(split, number, *rest):
     with open(log, "a") as file:
@@ -180,7 +182,7 @@ def noted(split, number, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     return scan_file(split, number, *rest)
 
-split_index.scan_file = noted
+index.scan_file = noted
 print("ready", flush=True)
 while not os.path.exists(go):
     time.sleep(0.01)
@@ -417,7 +419,7 @@ def test_prepare_data_lists_episodes_without_steps(make_toy, episodes_like, tmp_
     # On disk, by reading the files themselves.
     want, number = [], 0
     for path in sorted(toy.path.glob("*train*tfrecord*")):
-        for record, _ in enumerate(rlds.tf.data.TFRecordDataset(str(path))):
+        for record, _ in enumerate(records.tf.data.TFRecordDataset(str(path))):
             if not lengths[number]:
                 want.append(f"{path}: episode {record}")
             number += 1

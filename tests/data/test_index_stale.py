@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from octo_like.common import sources
-from octo_like.data import rlds, spot_check
-from octo_like.data.episodes import load_episode
-from octo_like.data.index import prepare_dataset
-from octo_like.data.rlds import EpisodeFunction
+from octo_like.data.batches.episodes import load_episode
+from octo_like.data.rlds import records, spot_check
+from octo_like.data.rlds.index import cache_folder, load_index
+from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.rlds.records import EpisodeFunction
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.split_index import cache_folder, load_index
 from octo_like.data.tf import tf
 
 
 def opened(toy, **changes):
     spec = DatasetSpec.from_dict(toy.fields(**changes))
-    split = rlds.open_split(spec.name, toy.data_dir, spec.version, spec.split)
+    split = records.open_split(spec.name, toy.data_dir, spec.version, spec.split)
     return split, EpisodeFunction(spec, split.features)
 
 

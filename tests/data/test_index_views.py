@@ -7,11 +7,11 @@ import pytest
 
 from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec
-from octo_like.data import split_index
-from octo_like.data.index import prepare_datasets
+from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.inputs import Inputs
+from octo_like.data.rlds import index
+from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
-from octo_like.data.stream import make_train_stream
 
 BOTH = {"primary": "front_rgb", "wrist": "hand_rgb"}
 
@@ -19,7 +19,7 @@ BOTH = {"primary": "front_rgb", "wrist": "hand_rgb"}
 @pytest.fixture
 def prepare(toy, tmp_path, monkeypatch):
     """Prepares the dataset with changed fields, in one cache; `prepare.scanned` counts files that are read whole."""
-    scan_file = split_index.scan_file
+    scan_file = index.scan_file
 
     def counted(*args):
         prepare.scanned += 1
@@ -30,7 +30,7 @@ def prepare(toy, tmp_path, monkeypatch):
         return prepare_datasets(specs, toy.data_dir, str(tmp_path / cache), progress=False)["toy"]
 
     prepare.scanned = 0
-    monkeypatch.setattr(split_index, "scan_file", counted)
+    monkeypatch.setattr(index, "scan_file", counted)
     return prepare
 
 
@@ -117,7 +117,7 @@ def test_bytes_are_no_texts():
     """Pictures in plain string features must not fill the index as if they were instructions."""
     import tensorflow as tf
 
-    from octo_like.data.leaves import MAX_TEXT, texts_of
+    from octo_like.data.rlds.leaves import MAX_TEXT, texts_of
 
     picture = tf.io.encode_png(np.zeros((2, 2, 3), np.uint8)).numpy()
     jpeg = tf.io.encode_jpeg(np.zeros((8, 8, 3), np.uint8)).numpy()

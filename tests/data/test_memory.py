@@ -11,14 +11,15 @@ import pytest
 
 from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec, flatten
-from octo_like.data import bench, memory
-from octo_like.data.episodes import EpisodeStore
-from octo_like.data.index import prepare_datasets
+from octo_like.data import bench
+from octo_like.data.batches import memory
+from octo_like.data.batches.episodes import EpisodeStore
+from octo_like.data.batches.stream import make_train_stream
+from octo_like.data.batches.texts import Texts
 from octo_like.data.inputs import Inputs
-from octo_like.data.order import DatasetFrames, Order
+from octo_like.data.order.order import DatasetFrames, Order
+from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
-from octo_like.data.stream import make_train_stream
-from octo_like.data.texts import Texts
 
 SPEC = BatchSpec(1, 2, 6, {"primary": (40, 52)}, proprio_dim=4)
 

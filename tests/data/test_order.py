@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from octo_like.data import order as order_lib
-from octo_like.data.keys import shuffled
-from octo_like.data.order import PERIOD, WINDOW, DatasetFrames, Mixture, Order
+from octo_like.data.order import order as order_lib
+from octo_like.data.order.keys import shuffled
+from octo_like.data.order.order import PERIOD, WINDOW, DatasetFrames, Mixture, Order
 
 
 def make_order(num_lanes=1, batch_size=16, seed=3, mixed=5, scale=1, visits=1):
@@ -422,7 +422,7 @@ def test_bad_input(change, message):
 
 
 def test_order_needs_no_tensorflow():
-    code = "import sys, octo_like.data.order; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, octo_like.data.order.order; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from octo_like.common.lanes import MAX_LANES
-from octo_like.data.order import VERSION, WINDOW, DatasetFrames, Mixture, Order
+from octo_like.data.order.order import VERSION, WINDOW, DatasetFrames, Mixture, Order
 
 
 def test_the_smallest_mixture_is_accepted():

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from octo_like.data import standardize as s
 from octo_like.data.oxe import mixes, registry
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import Entry
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf

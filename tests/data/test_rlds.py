@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from octo_like.common import normalization
-from octo_like.data import rlds, split_index
-from octo_like.data.index import prepare_dataset
+from octo_like.data.rlds import index, records
+from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 
 
@@ -114,8 +114,8 @@ def test_newest_version_is_the_default(copied):
     info = json.loads((newer / "dataset_info.json").read_text())
     (newer / "dataset_info.json").write_text(json.dumps(info | {"version": "1.10.0"}))
     shutil.copytree(newer, copied.path.parent / "1.9.0")
-    assert rlds.find_dataset("toy_buttons", copied.data_dir).endswith("1.10.0")
-    assert rlds.find_dataset("toy_buttons", copied.data_dir, "1.0.0").endswith("1.0.0")
+    assert records.find_dataset("toy_buttons", copied.data_dir).endswith("1.10.0")
+    assert records.find_dataset("toy_buttons", copied.data_dir, "1.0.0").endswith("1.0.0")
 
 
 # ---------------------------------------------------------------- the cache
@@ -125,7 +125,7 @@ def test_cache_is_used_and_never_stale(copied, monkeypatch):
     first = prepare(copied)
     (cached,) = (copied.path / ".octo_like").iterdir()
     assert {path.name.split("-")[0] for path in cached.iterdir()} == {"index.npz", "rows.npy", "statistics"}
-    monkeypatch.setattr(split_index, "_build", lambda *a: pytest.fail("the index was built again"))
+    monkeypatch.setattr(index, "_build", lambda *a: pytest.fail("the index was built again"))
     again = prepare(copied, val_fraction=0.5)  # another subset needs no second pass
     assert again.train.hash != first.train.hash
     monkeypatch.undo()
@@ -212,9 +212,9 @@ def test_user_function(toy, here, tmp_path):
 
 
 def test_stateful_randomness_is_detected(toy, here, tmp_path):
-    split = rlds.open_split(toy.name, toy.data_dir)
-    assert rlds.EpisodeFunction(spec_of(toy, standardize=f"{here}:stateful"), split.features).random_ops
-    assert not rlds.EpisodeFunction(spec_of(toy), split.features).random_ops
+    split = records.open_split(toy.name, toy.data_dir)
+    assert records.EpisodeFunction(spec_of(toy, standardize=f"{here}:stateful"), split.features).random_ops
+    assert not records.EpisodeFunction(spec_of(toy), split.features).random_ops
 
 
 # ---------------------------------------------------------------- what can be wrong

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from octo_like.data import lock, rlds, shared_pass, split_index
-from octo_like.data.index import prepare_datasets
+from octo_like.data.rlds import index, lock, records, shared_pass
+from octo_like.data.rlds.index import cache_folder
+from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
-from octo_like.data.split_index import cache_folder
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_workers_end_with_their_parent(pair, tmp_path, repository):
     """A worker whose parent was killed does not go on alone."""
     fields, data_dir = pair
     spec = DatasetSpec.from_dict(fields["many"])
-    split = rlds.open_split(spec.name, data_dir)
+    split = records.open_split(spec.name, data_dir)
     job = shared_pass.Job(spec, split, str(tmp_path / "index"))
     os.makedirs(job.parts)
     for number in range(6):  # held by somebody who lives: the worker would wait for ever
@@ -103,7 +103,7 @@ def test_damage_is_counted_as_by_one_process(pair, tmp_path, monkeypatch, make_t
     content[200] ^= 0xFF
     path.write_bytes(content)  # repaired: the file is read again, the others are not
     read, scan_file = [], shared_pass.scan.scan_file
-    for module in (shared_pass.scan, split_index):
+    for module in (shared_pass.scan, index):
         monkeypatch.setattr(module, "scan_file", lambda *args: read.append(args[1]) or scan_file(*args))
     prepared = prepare(pair, tmp_path / "a", processes=2)
     assert read == [1] and len(prepared["hurt"].train) + len(prepared["hurt"].val) == 30
@@ -128,7 +128,7 @@ def test_what_will_be_read_is_said_before(pair, tmp_path, caplog):
 
 def test_pieces_cover_the_files_once(pair, monkeypatch):
     fields, data_dir = pair
-    split = rlds.open_split("many", data_dir)
+    split = records.open_split("many", data_dir)
     job = shared_pass.Job(DatasetSpec.from_dict(fields["many"]), split, "nowhere")
     for size, files in ((1, 99), (2 * max(split.file_bytes), 99), (1 << 40, 2), (1 << 40, 99)):
         monkeypatch.setattr(shared_pass, "PIECE_BYTES", size)
@@ -160,7 +160,7 @@ def test_sizes_of_files_on_a_disk_are_those_of_stat(copied):
     (copied.path / "broken.tfrecord").symlink_to("nowhere")
     paths += [str(link), str(copied.path / "broken.tfrecord"), str(copied.path / "gone"), str(copied.path / "no" / "x")]
     want = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
-    assert rlds._sizes(paths) == want and want[-3:] == [-1] * 3
+    assert records._sizes(paths) == want and want[-3:] == [-1] * 3
 
 
 # ---------------------------------------------------------------- Apache Beam
@@ -187,7 +187,7 @@ def test_a_pass_that_was_stopped_costs_one_look(pair, tmp_path, monkeypatch):
     """Finished files are found by one listing, not by a look at each."""
     fields, data_dir = pair
     specs = specs_from_config({"many": fields["many"]})
-    split = rlds.open_split("many", data_dir)
+    split = records.open_split("many", data_dir)
     job = shared_pass.Job(
         specs["many"],
         split,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octo_like.data import standardize as s
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 

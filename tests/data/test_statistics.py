@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from octo_like.common.normalization import compute_statistics
-from octo_like.data import statistics
+from octo_like.data.rlds import statistics
+from octo_like.data.rlds.statistics import RowWriter, read_rows, streamed_statistics
 from octo_like.data.spec import DataError
-from octo_like.data.statistics import RowWriter, read_rows, streamed_statistics
 
 
 def awkward(rng, count):

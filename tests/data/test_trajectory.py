@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from octo_like.data import transforms
+from octo_like.data.dlimp import functions
+from octo_like.data.dlimp.dataset import TrajectoryDataset, vmap
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
-from octo_like.data.trajectory import TrajectoryDataset, vmap
 
 
 @pytest.fixture(scope="module")
@@ -319,12 +319,12 @@ def test_errors_can_be_left_out(trajectories):
 def test_transforms_compose_to_windows_and_goals(toy, trajectories):
     spec = DatasetSpec.from_dict(toy.fields())
     dataset = (
-        trajectories.traj_map(lambda t: transforms.restructure(t, spec))
-        .traj_map(transforms.add_pad_mask_dict)
-        .traj_map(lambda t: transforms.pad_actions_and_proprio(t, 6, 5))
-        .traj_map(lambda t: transforms.relabel_goals(t, tf.fill([tf.shape(t["action"])[0]], 0.999)))
-        .traj_map(lambda t: transforms.drop_task_conditioning(t, tf.fill([tf.shape(t["action"])[0]], 0.9), 0.5))
-        .traj_map(lambda t: transforms.chunk(t, 2, 3))
+        trajectories.traj_map(lambda t: functions.restructure(t, spec))
+        .traj_map(functions.add_pad_mask_dict)
+        .traj_map(lambda t: functions.pad_actions_and_proprio(t, 6, 5))
+        .traj_map(lambda t: functions.relabel_goals(t, tf.fill([tf.shape(t["action"])[0]], 0.999)))
+        .traj_map(lambda t: functions.drop_task_conditioning(t, tf.fill([tf.shape(t["action"])[0]], 0.9), 0.5))
+        .traj_map(lambda t: functions.chunk(t, 2, 3))
         .flatten()
     )
     frames = list(dataset.iterator())

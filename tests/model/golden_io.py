@@ -7,7 +7,7 @@ import numpy as np
 
 from octo_like.common.schema import unflatten
 from octo_like.model.octo import build_model
-from octo_like.model.octo_release import load_release
+from octo_like.policy.octo_release import load_release
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 

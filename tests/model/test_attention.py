@@ -11,9 +11,9 @@ from jax.experimental import topologies
 from octo_like.common.schema import synthetic_batch
 from octo_like.model import attention
 from octo_like.model.attention import BlockMask, GroupLayout, StaticRule, attend, block_mask
-from octo_like.model.describe import matmul_flops
 from octo_like.model.octo import build_model, init_params
 from octo_like.model.stems import convolve
+from octo_like.policy.describe import matmul_flops
 from octo_like.training import sharding
 from octo_like.training.optimizer import make_optimizer, make_schedule
 from octo_like.training.program import jit_train_step

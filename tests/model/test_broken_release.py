@@ -13,9 +13,9 @@ import safetensors.numpy
 from octo_like.common.schema import flatten, unflatten
 from octo_like.model import t5
 from octo_like.model.octo import build_model
-from octo_like.model.octo_release import release_spec, t5_sizes, translate_config
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError, load_t5
+from octo_like.policy.octo_release import release_spec, t5_sizes, translate_config
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import PretrainedError, load_t5
 from scripts import import_octo
 from tests.model import tiny
 from tests.model.test_loading import pack

@@ -10,7 +10,7 @@ import pytest
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
 from octo_like.model.heads import check_datasets
 from octo_like.model.octo import build_model, total_loss
-from octo_like.model.policy import Policy, spec_to_json
+from octo_like.policy.policy import Policy
 from tests.model import light, tiny
 
 # Single arm, bimanual (50 Hz), navigation.
@@ -198,7 +198,7 @@ def test_datasets_must_fit_their_heads(model):
 
 def test_a_policy_takes_the_head_that_learned_from_the_dataset(model):
     _, params = model
-    config = {"model": CONFIG, "batch_spec": spec_to_json(dataclasses.replace(SPEC, language_length=None))}
+    config = {"model": CONFIG, "batch_spec": dataclasses.replace(SPEC, language_length=None).to_json()}
     statistics = {
         name: {
             "action": {"mean": np.zeros(width), "std": np.ones(width), "mask": np.ones(width, bool)},

@@ -17,12 +17,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch
-from octo_like.model.describe import abstract_params, parameter_counts
 from octo_like.model.octo import build_model
-from octo_like.model.octo_arrays import read_msgpack, read_params
-from octo_like.model.octo_release import load_release, release_files, release_spec, translate_config
-from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.pretrained import PretrainedError
+from octo_like.policy.describe import abstract_params, parameter_counts
+from octo_like.policy.octo_arrays import read_msgpack, read_params
+from octo_like.policy.octo_release import load_release, release_files, release_spec, translate_config
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import PretrainedError
 from scripts import import_octo
 from tests.model import remote, tiny
 
@@ -269,7 +269,7 @@ def test_frozen_encoder_in_bfloat16_has_no_gradient(shared):
 def test_format_version_1_still_loads(tmp_path):
     """What the first version wrote: no card, no language_embedding."""
     model = build_model(tiny.config())
-    policy = Policy({"model": tiny.config(), "batch_spec": spec_to_json(tiny.SPEC)}, tiny.random_params(model), {})
+    policy = Policy({"model": tiny.config(), "batch_spec": tiny.SPEC.to_json()}, tiny.random_params(model), {})
     policy.save_pretrained(tmp_path / "old")
     document = json.loads((tmp_path / "old" / "config.json").read_text())
     assert document["format_version"] == 2
@@ -286,7 +286,7 @@ def test_format_version_1_still_loads(tmp_path):
 REMOTE = """
 import sys, numpy as np
 from octo_like.common.schema import flatten
-from octo_like.model.policy import Policy
+from octo_like.policy.policy import Policy
 from octo_like.model.locations import LocationError
 local, location = sys.argv[1:]
 policy = Policy.load_pretrained(local)
@@ -353,7 +353,7 @@ def test_hugging_face_hub(shared, tmp_path):
 
 
 def test_locations_that_are_none(tmp_path):
-    from octo_like.model.locations import LocationError, fetch, push
+    from octo_like.policy.locations import LocationError, fetch, push
 
     assert fetch(f"file://{tmp_path}") == tmp_path and fetch(tmp_path) == tmp_path
     for bad in ("s4://bucket/x", "hf://only-one-part", "gs://bucket"):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch, unflatten
-from octo_like.model import lora
 from octo_like.model.octo import build_model
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
+from octo_like.policy import lora
 from octo_like.training.optimizer import make_optimizer, make_schedule
 from octo_like.training.state import create_state
 from octo_like.training.step import StepConfig, make_train_step

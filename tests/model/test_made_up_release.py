@@ -13,9 +13,9 @@ import pytest
 
 from octo_like.common.schema import flatten, unflatten
 from octo_like.model.octo import build_model
-from octo_like.model.octo_release import release_spec, translate_config
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError
+from octo_like.policy.octo_release import release_spec, translate_config
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import PretrainedError
 from tests.model import tiny
 from tests.model.by_hand import dense, layer_norm, map_pooling, score, small_stem, transformer
 from tests.model.golden_io import TOLERANCE

@@ -10,7 +10,7 @@ import pytest
 from octo_like.common import normalization
 from octo_like.common.schema import flatten
 from octo_like.model.octo import build_model
-from octo_like.model.octo_release import PretrainedError, load_release
+from octo_like.policy.octo_release import PretrainedError, load_release
 from tests.model.golden_io import TOLERANCE, Golden
 
 CASES = {

@@ -13,8 +13,8 @@ from octo_like.common import parts as common_parts
 from octo_like.common.parts import PartError
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.model.octo import build_model
-from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.pretrained import PretrainedError
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import PretrainedError
 from octo_like.training.optimizer import make_schedule
 from octo_like.training.step import StepConfig, make_train_step
 from tests.model import tiny
@@ -167,7 +167,7 @@ def policy_of(module, **changes):
     unit["mask"] = np.ones(6, bool)
     three = {key: values[:3] for key, values in unit.items()}
     statistics = {"mine": {"action": three, "extra": {"force": unit}, "num_transitions": 9, "num_trajectories": 1}}
-    return Policy({"model": model, "batch_spec": spec_to_json(SPEC)}, params, statistics)
+    return Policy({"model": model, "batch_spec": SPEC.to_json()}, params, statistics)
 
 
 def observation(rows=2, **changes):

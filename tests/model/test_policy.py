@@ -10,9 +10,9 @@ from octo_like.common.normalization import compute_statistics
 from octo_like.common.schema import synthetic_batch
 from octo_like.common.text import TextTokenizer
 from octo_like.model.octo import build_model
-from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.pretrained import PretrainedError, merge_params
-from octo_like.model.surgery import operate
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import PretrainedError, merge_params
+from octo_like.policy.surgery import operate
 from tests.model import tiny
 
 
@@ -39,7 +39,7 @@ def policy():
             "normalization": "bounds",
         },
     }
-    return Policy({"model": config, "batch_spec": spec_to_json(tiny.SPEC)}, params, statistics, tokenizer)
+    return Policy({"model": config, "batch_spec": tiny.SPEC.to_json()}, params, statistics, tokenizer)
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 from octo_like.common.schema import synthetic_batch
 from octo_like.model import flow
 from octo_like.model.octo import build_model
-from octo_like.model.policy import Policy, spec_to_json
 from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import Block, Mlp, MultiHeadAttention, Transformer, dropout, fold_in_all
+from octo_like.policy.policy import Policy
 from tests.model import light, tiny
 from tests.model.light import FLOW, HeadAlone
 
@@ -153,7 +153,7 @@ def test_one_key_gives_every_row_noise_of_its_own_and_padding_is_known():
     config = light.config()
     unit = lambda n: {"mean": [0.0] * n, "std": [1.0] * n, "mask": [True] * n}  # noqa: E731
     policy = Policy(
-        {"model": config, "batch_spec": spec_to_json(light.SPEC)},
+        {"model": config, "batch_spec": light.SPEC.to_json()},
         tiny.random_params(build_model(config), light.SPEC),
         {"small": {"action": unit(2), "proprio": unit(5)}},
     )

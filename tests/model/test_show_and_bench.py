@@ -11,10 +11,10 @@ from PIL import Image
 from octo_like.common.schema import flatten, unflatten
 from octo_like.common.text import TextTokenizer
 from octo_like.envs import TabletopEnv
-from octo_like.model.describe import encoding_flops, sample_flops
 from octo_like.model.octo import build_model
-from octo_like.model.octo_release import load_release, release_spec
-from octo_like.model.policy import Policy, spec_to_json
+from octo_like.policy.describe import encoding_flops, sample_flops
+from octo_like.policy.octo_release import load_release, release_spec
+from octo_like.policy.policy import Policy
 from scripts import bench_model, show_model
 from tests.model import light, tiny
 from tests.robot.tiny import tiny_policy
@@ -107,7 +107,7 @@ def test_keypoints_are_shown_where_they_are(robot, tmp_path, monkeypatch):
     spec, tokenizer = batch_spec(config), TextTokenizer.load("builtin", 14)
     model = build_model(config.model.to_dict(), vocab_size=tokenizer.vocab_size)
     policy = Policy(
-        {"model": config.model.to_dict(), "batch_spec": spec_to_json(spec)},
+        {"model": config.model.to_dict(), "batch_spec": spec.to_json()},
         tiny.random_params(model, spec),
         {},
         tokenizer,

@@ -10,7 +10,6 @@ import pytest
 from octo_like.common.schema import flatten, unflatten
 from octo_like.model import t5
 from octo_like.model.diffusion import cosine_schedule, ddim_sample
-from octo_like.model.octo_release import translate_config
 from octo_like.model.stems import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -23,6 +22,7 @@ from octo_like.model.stems import (
 )
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, match_keys
 from octo_like.model.tokens import TokenGroup, masked_mean, valid_mask
+from octo_like.policy.octo_release import translate_config
 from tests.model import light, tiny
 from tests.model.light import FLOW, HeadAlone
 from tests.model.test_made_up_release import MODEL

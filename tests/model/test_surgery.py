@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import flatten
-from octo_like.model import surgery
-from octo_like.model.describe import abstract_params
 from octo_like.model.octo import build_model
-from octo_like.model.pretrained import PretrainedError, merge_params
+from octo_like.policy import surgery
+from octo_like.policy.describe import abstract_params
+from octo_like.policy.pretrained import PretrainedError, merge_params
 from tests.model import light, tiny
 
 BASE = tiny.config()

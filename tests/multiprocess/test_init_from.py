@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import flatten
-from octo_like.model.policy import Policy
+from octo_like.policy.policy import Policy
 from octo_like.training import exits
 from tests.multiprocess.launch import CONFIG, ROOT, state
 from tests.training.test_checkpoint_storage import AS_IN_A_BUCKET

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from octo_like.data.index import prepare_datasets
+from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import specs_from_config
 from tests.data.conftest import build, make_episodes
 from tests.data.test_shared_pass import files_below

@@ -7,7 +7,7 @@ from octo_like.common.normalization import compute_statistics
 from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
 from octo_like.model.octo import build_model, init_params
-from octo_like.model.policy import Policy, spec_to_json
+from octo_like.policy.policy import Policy
 
 
 def tiny_policy(dataset: str, action_dim: int, proprio_dim: int | None) -> Policy:
@@ -60,4 +60,4 @@ def tiny_policy_for(datasets: dict[str, tuple[int, int | None]], seed: int = 0) 
     # Random numbers from NumPy: compiling the initialisers takes longer than everything else here.
     shapes = jax.eval_shape(lambda: init_params(built, spec, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
-    return Policy({"model": model, "batch_spec": spec_to_json(spec)}, params, statistics, tokenizer)
+    return Policy({"model": model, "batch_spec": spec.to_json()}, params, statistics, tokenizer)

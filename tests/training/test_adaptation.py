@@ -18,10 +18,10 @@ from octo_like.common.config import ConfigError, load_config
 from octo_like.common.defaults import LORA_TARGETS, adaptation_config
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.common.text import BUILTIN, TextTokenizer
-from octo_like.model.lora import LoraSpec, is_adapter
 from octo_like.model.octo import build_model
-from octo_like.model.policy import Policy, spec_to_json
-from octo_like.model.surgery import CONDITIONINGS, MODES
+from octo_like.policy.lora import LoraSpec, is_adapter
+from octo_like.policy.policy import Policy
+from octo_like.policy.surgery import CONDITIONINGS, MODES
 from octo_like.training import adaptation
 from octo_like.training.adaptation import with_schedule
 from octo_like.training.checkpoint import Checkpointer
@@ -53,7 +53,7 @@ def export(tmp_path_factory):
     config = tiny_config.model()
     params = tiny.random_params(build_model(config, vocab_size=tokenizer.vocab_size), spec)
     path = tmp_path_factory.mktemp("pretrained") / "export"
-    Policy({"model": config, "batch_spec": spec_to_json(spec)}, params, {}, tokenizer).save_pretrained(path)
+    Policy({"model": config, "batch_spec": spec.to_json()}, params, {}, tokenizer).save_pretrained(path)
     return path
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from octo_like.common.config import load_config, to_dict
 from octo_like.common.schema import flatten, synthetic_batch
-from octo_like.model.policy import Policy, spec_to_json
+from octo_like.policy.policy import Policy
 from octo_like.training.program import network_from_config
 from tests.model import tiny
 from tests.training.test_adaptation import final_sums
@@ -39,7 +39,7 @@ def base_policy(config_file, path):
     config = load_config(f"{ROOT}/{config_file}")
     network = network_from_config(config)
     params = tiny.random_params(network.model, network.spec)
-    description = {"model": to_dict(config)["model"], "batch_spec": spec_to_json(network.spec)}
+    description = {"model": to_dict(config)["model"], "batch_spec": network.spec.to_json()}
     Policy(description, params, {}, network.tokenizer).save_pretrained(path)
     return path
 

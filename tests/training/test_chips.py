@@ -2,9 +2,9 @@
 
 import pytest
 
+from octo_like.aot import proof
+from octo_like.aot.chips import CHIPS, parse_topology
 from octo_like.common.config import load_config
-from octo_like.training import aot
-from octo_like.training.chips import CHIPS, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -85,4 +85,4 @@ def test_unknown_topologies(text, slices, words):
 def test_hosts_that_cannot_share_the_lanes_are_refused_before_compiling():
     config = load_config("tests/training/tiny_config.py:synthetic", [("batch_size", "256")])
     with pytest.raises(ValueError, match="3 processes do not divide 256 lanes; possible numbers of processes: 1, 2, 4"):
-        aot.prove_training(config, parse_topology("v4:2x2x3"))
+        proof.prove_training(config, parse_topology("v4:2x2x3"))

@@ -6,10 +6,10 @@ import pytest
 
 from octo_like.common.normalization import compute_statistics, normalize
 from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.robot.prediction import plot_prediction
 from octo_like.training.evaluation import (
     action_error,
     closed_loop,
-    plot_prediction,
     predict_rows,
     validation_loss,
 )

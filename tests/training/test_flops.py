@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from octo_like.common.schema import flatten, synthetic_batch
-from octo_like.model.describe import abstract_params, forward_flops
 from octo_like.model.octo import build_model, total_loss
+from octo_like.policy.describe import abstract_params, forward_flops
 from octo_like.training.flops import step_flops
 from octo_like.training.optimizer import frozen_paths
 from tests.model import tiny

@@ -12,7 +12,7 @@ pytest.importorskip("av")
 
 import finetune  # noqa: E402
 from octo_like.common.schema import synthetic_batch  # noqa: E402
-from octo_like.model.policy import Policy  # noqa: E402
+from octo_like.policy.policy import Policy  # noqa: E402
 from tests.data import recordings  # noqa: E402
 from tests.training.test_adaptation import export  # noqa: E402, F401  a fixture
 from tests.training.test_scripts import ROOT  # noqa: E402

@@ -2,7 +2,7 @@
 
 import pytest
 
-from octo_like.training import hlo, hlo_cost
+from octo_like.aot import hlo, hlo_cost
 
 # ruff: noqa: E501
 TEXT = """HloModule jit_step, is_scheduled=true

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from octo_like.training import hlo, hlo_cost
+from octo_like.aot import hlo, hlo_cost
 
 # ruff: noqa: E501
 # A counter as the TPU compiler leaves it: no known trip count, the limit either in the condition or carried along.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from octo_like.envs.labels import labelled_frames
-from octo_like.model.policy import Policy
+from octo_like.policy.policy import Policy
 from octo_like.training import probe
 from octo_like.training.probe_frames import frames_from_arrays
 

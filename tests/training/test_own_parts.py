@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 
 import finetune
+from octo_like.aot import proof
 from octo_like.common.config import load_config
 from octo_like.common.parts import PartError
 from octo_like.common.schema import flatten
-from octo_like.model.describe import token_report
-from octo_like.model.lora import is_adapter
-from octo_like.model.policy import Policy
-from octo_like.model.pretrained import PretrainedError
+from octo_like.policy.describe import token_report
+from octo_like.policy.lora import is_adapter
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import PretrainedError
 from octo_like.robot.client import PolicyClient
 from octo_like.robot.rollout import sampling_keys
 from octo_like.robot.server import PolicyServer
-from octo_like.training import adaptation, aot, distributed
+from octo_like.training import adaptation, distributed
 from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.program import own_parts
 from octo_like.training.warm_start import load_params
@@ -169,7 +170,7 @@ def test_parameters_alone_need_no_module(workdir):
 def test_the_ahead_of_time_proof_and_the_tools_for_models_know_own_parts(folder, importable):
     config = load_config(str(folder / "my_config.py"))
     assert list(own_parts(config)) == [MODULE]  # what scripts/doctor.py --config looks at
-    network, program, batch = aot.training_program(config, jax.devices()[:1])
+    network, program, batch = proof.training_program(config, jax.devices()[:1])
     assert batch["observation"]["force"].shape == (8, 2, 6)
     program.step.trace(program.state, batch)
     assert token_report(network.model, network.spec).sizes()["obs_force"] == 1

@@ -10,12 +10,12 @@ import pytest
 from octo_like.common.demo import Demo
 from octo_like.common.robot import Description, absolute, gripper
 from octo_like.common.schema import BatchSpec
-from octo_like.data.index import prepare_dataset
-from octo_like.data.replay import load_demos
+from octo_like.data.check.replay import load_demos
+from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DatasetSpec
-from octo_like.training import policy_check, policy_report
-from octo_like.training.policy_check import Latency, check_policy, findings_of, observations, replay
-from octo_like.training.policy_report import summary, write_page
+from octo_like.robot import check, check_report
+from octo_like.robot.check import Latency, check_policy, findings_of, observations, replay
+from octo_like.robot.check_report import summary, write_page
 from tests.data.conftest import build, make_episodes
 from tests.robot.tiny import tiny_policy
 
@@ -189,7 +189,7 @@ def test_goal_policies_are_given_the_last_frame():
             return {"n": np.zeros(len(goals["image_primary"]))}
 
     replay(GoalPolicy(demo), demo, "d")
-    assert asked[0].shape == (policy_check.BATCH, 8, 8, 3) and (asked[0][:, 0, 0, 0] == 36).all()
+    assert asked[0].shape == (check.BATCH, 8, 8, 3) and (asked[0][:, 0, 0, 0] == 36).all()
 
 
 def test_report(tmp_path):
@@ -247,9 +247,9 @@ def test_what_is_replayed_is_what_training_held_out(tmp_path, repository, monkey
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     replayed = []
-    monkeypatch.setattr(policy_check, "check_policy", lambda policy, demos, *args, **kwargs: replayed.append(demos))
-    monkeypatch.setattr(policy_report, "write_page", lambda *args: "page")
-    monkeypatch.setattr(policy_report, "summary", lambda *args: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setattr(check, "check_policy", lambda policy, demos, *args, **kwargs: replayed.append(demos))
+    monkeypatch.setattr(check_report, "write_page", lambda *args: "page")
+    monkeypatch.setattr(check_report, "summary", lambda *args: (_ for _ in ()).throw(ValueError("enough")))
     keys = ['image_keys={"primary": "front_rgb"}', 'proprio_keys=["joints", "aperture"]', "action_key=control",
             "language_key=task_text"]  # fmt: skip
 

@@ -16,7 +16,7 @@ from octo_like.envs import EMBODIMENTS, TabletopEnv
 from octo_like.envs.demonstrations import first_seed
 from octo_like.envs.labels import labelled_frames
 from octo_like.model.octo import build_model
-from octo_like.model.policy import Policy, spec_to_json
+from octo_like.policy.policy import Policy
 from octo_like.robot.history import History
 from octo_like.training import probe
 from octo_like.training.probe_frames import FrameError, frames_from_arrays, read_frames
@@ -369,7 +369,7 @@ def test_key_points_goals_and_history(tmp_path):
     model = build_model(config)
     rng = np.random.default_rng(0)
     statistics = {"mine": {"action": compute_statistics(rng.normal(size=(20, 2)))}}
-    policy = Policy({"model": config, "batch_spec": spec_to_json(spec)}, tiny.random_params(model, spec), statistics)
+    policy = Policy({"model": config, "batch_spec": spec.to_json()}, tiny.random_params(model, spec), statistics)
     n = 24
     np.savez(
         tmp_path / "mine.npz",

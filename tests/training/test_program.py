@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from octo_like.aot import proof, report
 from octo_like.common.config import ConfigError, load_config
-from octo_like.training import aot, aot_report
 from octo_like.training.program import network_from_config
 
 # train.py itself, with the jitted step watched, and then the objects that the proof makes of the same command line.
@@ -49,9 +49,9 @@ except Seen:
 program.jit_train_step = jit
 
 config = load_config(config, [(key, str(value)) for key, value in SETTINGS.items()])
-_, proven, batch = aot.training_program(config, jax.devices())
+_, proven, batch = proof.training_program(config, jax.devices())
 ((traced, lowered),) = seen
-assert aot.jaxpr_text(traced.jaxpr) == aot.jaxpr_text(proven.step.trace(proven.state, batch).jaxpr)
+assert proof.jaxpr_text(traced.jaxpr) == proof.jaxpr_text(proven.step.trace(proven.state, batch).jaxpr)
 # With placement and donation.
 assert lowered == proven.step.lower(proven.state, batch).as_text()
 assert "jax.buffer_donor" in lowered or "tf.aliasing_output" in lowered
@@ -59,9 +59,9 @@ assert "jax.buffer_donor" in lowered or "tf.aliasing_output" in lowered
 # The comparison sees a difference.
 other = load_config("tests/training/tiny_config.py:synthetic", [("ema_decay", "0.5")] + list(
     (key, str(value)) for key, value in SETTINGS.items()))
-_, other, batch = aot.training_program(other, jax.devices())
-assert aot.jaxpr_fingerprint(other.step.trace(other.state, batch).jaxpr) != aot.jaxpr_fingerprint(traced.jaxpr)
-print("equal", len(aot.jaxpr_text(traced.jaxpr)))
+_, other, batch = proof.training_program(other, jax.devices())
+assert proof.jaxpr_fingerprint(other.step.trace(other.state, batch).jaxpr) != proof.jaxpr_fingerprint(traced.jaxpr)
+print("equal", len(proof.jaxpr_text(traced.jaxpr)))
 """
 
 
@@ -123,7 +123,7 @@ def fake_report(**fields):
         parameters=1,
         trained_parameters=1,
     )
-    return aot_report.Report(**(values | fields))
+    return report.Report(**(values | fields))
 
 
 def test_times_are_calculated_from_the_data_sheet():
@@ -131,7 +131,7 @@ def test_times_are_calculated_from_the_data_sheet():
     assert report.compute_seconds(1.0) == pytest.approx(1.0) and report.compute_seconds(0.4) == pytest.approx(2.5)
     assert report.memory_seconds() == pytest.approx(1.0) and report.interconnect_seconds() == pytest.approx(1.0)
     assert report.fits and report.headroom == pytest.approx(7 / 16)
-    assert aot_report.Report.from_dict(report.to_dict()) == report
+    assert report.Report.from_dict(report.to_dict()) == report
     # What goes to other slices goes over the hosts' network, 100 Gbit/s for four chips, and not over the chips' links.
     sent = report.collectives | {"between-slices": {"count": 1, "bytes": 1e9, "wire_bytes": 6.25e9}}
     slices = fake_report(slices=2, collectives=sent)
@@ -144,21 +144,21 @@ def test_times_are_calculated_from_the_data_sheet():
 
 def test_recommendation():
     big, small, tight = dict(batch_size=4096), dict(batch_size=1024), dict(total=15 * 2**30)
-    assert aot_report.recommend([fake_report(**small), fake_report(**big)]).batch_size == 4096
-    assert aot_report.recommend([fake_report(**big, **tight), fake_report(**small)]).batch_size == 1024
+    assert report.recommend([fake_report(**small), fake_report(**big)]).batch_size == 4096
+    assert report.recommend([fake_report(**big, **tight), fake_report(**small)]).batch_size == 1024
     # Recomputing costs FLOPs, accumulation only smaller products.
-    assert aot_report.recommend([fake_report(remat="full"), fake_report(accumulate=2)]).accumulate == 2
-    assert aot_report.recommend([fake_report(accumulate=4), fake_report(accumulate=2)]).accumulate == 2
-    assert aot_report.recommend([fake_report(error="no memory", **big), fake_report()]).batch_size == 2048
-    assert aot_report.recommend([fake_report(**tight)]) is None
+    assert report.recommend([fake_report(remat="full"), fake_report(accumulate=2)]).accumulate == 2
+    assert report.recommend([fake_report(accumulate=4), fake_report(accumulate=2)]).accumulate == 2
+    assert report.recommend([fake_report(error="no memory", **big), fake_report()]).batch_size == 2048
+    assert report.recommend([fake_report(**tight)]) is None
 
 
 def test_sweep_has_every_combination():
     config = load_config("configs/octo_small.py")
-    found = aot.variants(config, batch_sizes=(512, 1024), remats=("full", "none"), fsdps=(4, 1))
+    found = proof.variants(config, batch_sizes=(512, 1024), remats=("full", "none"), fsdps=(4, 1))
     seen = [(one.batch_size, one.model.transformer.remat, one.accumulate, one.mesh.fsdp) for one in found]
     assert len(seen) == 8 and seen[0] == (1024, "none", 1, 1) and seen[-1] == (512, "full", 1, 4)
-    (alone,) = aot.variants(config)
+    (alone,) = proof.variants(config)
     assert alone == config
 
 
@@ -171,7 +171,7 @@ def test_sweep_has_every_combination():
     ],
 )
 def test_what_the_compiler_says_it_needs(message, needed):
-    assert aot._needed_bytes(message) == needed
+    assert proof._needed_bytes(message) == needed
 
 
 def test_tables_say_whether_it_fits():

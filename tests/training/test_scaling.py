@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from octo_like.training.aot_table import Row, markdown, read, replace_between, report_of
-from octo_like.training.chips import parse_topology
-from octo_like.training.scaling import PROCESS_GB, Assumptions, Facts, estimate
-from octo_like.training.scaling import markdown as scaling_markdown
+from octo_like.aot.chips import parse_topology
+from octo_like.aot.scaling import PROCESS_GB, Assumptions, Facts, estimate
+from octo_like.aot.scaling import markdown as scaling_markdown
+from octo_like.aot.table import Row, markdown, read, replace_between, report_of
 from tests.training.test_program import fake_report
 
 # 64 v5e chips at an MFU of 50% do 64 * 197e12 * 0.5 FLOP/s.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import flatten
-from octo_like.model.policy import Policy
+from octo_like.policy.policy import Policy
 from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.metrics import read_metrics
 from tests.data.conftest import build, make_episodes

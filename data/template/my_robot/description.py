@@ -1,11 +1,11 @@
 """Template: the same meaning as transform.py, as data: cameras, actions and state in the words of the registry.
 
 Named in a config as `standardize="description:MY_ROBOT"` (any importable "module:NAME"), it fills in the cameras, the
-state and the normalisation mask too; what the config gives itself wins. The words are in octo_like/data/standardize.py,
-examples in octo_like/data/oxe/.
+state and the normalisation mask too; what the config gives itself wins. The words are in
+octo_like/data/oxe/vocabulary.py, examples in octo_like/data/oxe/.
 """
 
-from octo_like.data import standardize as s
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import JOINTS, Entry
 
 STATE, ACTION = s.field("observation/state"), s.field("action")

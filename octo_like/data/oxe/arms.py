@@ -1,6 +1,6 @@
 """Other arms: Kuka, xArm, UR, Sawyer, PR2, DLR's, Fanuc, Stretch, hand-held grippers."""
 
-from octo_like.data import standardize as s
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import (
     ACTION,
     EEF_AND_GRIPPER,

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from octo_like.data import standardize as s
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.spec import DataError
 
 # Where most datasets keep these.

@@ -1,6 +1,6 @@
 """Franka arms, real and simulated."""
 
-from octo_like.data import standardize as s
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import (
     ACTION,
     EEF_AND_GRIPPER,

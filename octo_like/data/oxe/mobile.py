@@ -1,6 +1,6 @@
 """Robots that drive (actions are way-points in the plane) and bimanual ones."""
 
-from octo_like.data import standardize as s
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import ACTION, ARM, BIMANUAL, BIMANUAL_BASE, PLANAR, Entry, OpenVLA, oxe
 
 POSITION, YAW = s.field("observation/position"), s.field("observation/yaw")

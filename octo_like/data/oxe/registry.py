@@ -1,7 +1,7 @@
 """Datasets of the Open X-Embodiment collection and its neighbours, as data: one readable entry each.
 
 An entry says where the cameras are, and what the action and proprioception mean, in the vocabulary of
-`octo_like.data.standardize`. Naming it in a config (`standardize="bridge_dataset"`) fills in every field of the
+`octo_like.data.oxe.vocabulary`. Naming it in a config (`standardize="bridge_dataset"`) fills in every field of the
 dataset's spec that the config does not give itself. `compat` chooses the reading, see `octo_like.data.oxe.entry`.
 docs/oxe.md lists what our reading corrects.
 """
@@ -9,8 +9,8 @@ docs/oxe.md lists what our reading corrects.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from octo_like.data import standardize as s
 from octo_like.data.oxe import arms, franka, mobile, rtx
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import Entry
 from octo_like.data.spec import DataError, suggest
 

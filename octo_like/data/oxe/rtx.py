@@ -1,6 +1,6 @@
 """Datasets of the first RT-X release: mostly an action dictionary, and the instruction inside the observation."""
 
-from octo_like.data import standardize as s
+from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import ACTION, NO_STATE, STATE, Entry, OpenVLA, from_closedness, oxe
 
 WORLD, ROTATION = s.field("action/world_vector"), s.field("action/rotation_delta")

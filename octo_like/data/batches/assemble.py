@@ -1,0 +1,318 @@
+"""Samples to batches: gathers windows, chunks and goals from episodes, decodes the frames they use, fills the masks."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from octo_like.common.schema import BatchSpec, Tree
+from octo_like.data.batches.buffers import Buffers
+from octo_like.data.batches.damage import DamageLog
+from octo_like.data.batches.episodes import Episode, EpisodeStore
+from octo_like.data.batches.gather import FrameGatherer
+from octo_like.data.batches.texts import Texts
+from octo_like.data.order import windows
+from octo_like.data.order.order import uniform
+from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.records import DamagedRecord, LostRecord
+from octo_like.data.spec import DataError, suggest
+
+# A dataset may have these cameras without the run using them; any other name without a size is a mistake.
+COMMON_SLOTS = ("primary", "secondary", "wrist")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """How a sample is told what to do. All draws are keyed by the sample.
+
+    Attributes:
+      keep_goal_prob: of the samples with both an instruction and a goal image, the share whose task is the image; the
+        others' task is the instruction. A sample that has only one keeps it.
+      max_goal_distance: goals are drawn from fewer than this many steps ahead; None: up to the end of the episode.
+      octo_compat: reproduce Octo's action mask (see `indices.task_completed`).
+      drop_task_prob: share of the samples that are not told what to do at all.
+      paraphrase_prob: of the samples whose task is an instruction that has paraphrases, the share that gets one.
+      image_dropout_prob: probability that a camera's observations (all of a window) are dropped.
+      image_dropout_keep: the camera that is never dropped; None: of those that a sample has, one drawn by its key.
+    """
+
+    keep_goal_prob: float = 0.5
+    max_goal_distance: int | None = None
+    octo_compat: bool = False
+    drop_task_prob: float = 0.0
+    paraphrase_prob: float = 0.0
+    image_dropout_prob: float = 0.0
+    image_dropout_keep: str | None = None
+
+    def __post_init__(self):
+        for field in ("keep_goal_prob", "drop_task_prob", "paraphrase_prob", "image_dropout_prob"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise DataError(f"{field} must be in [0, 1], got {getattr(self, field)}")
+        if self.max_goal_distance is not None and self.max_goal_distance < 1:
+            raise DataError(f"max_goal_distance must be at least 1 or None, got {self.max_goal_distance}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Samples to assemble: equally long arrays of N entries."""
+
+    sample_id: np.ndarray  # int64
+    dataset: np.ndarray  # int32
+    episode: np.ndarray  # int64
+    step: np.ndarray  # int64, the present step of the sample
+    key: np.ndarray  # uint64
+    # row -> its episode, for samples of sources that have no index (`octo_like.data.tf_source`)
+    held: Mapping[int, Episode] = dataclasses.field(default_factory=dict)
+
+
+# (row of the request, attempt) -> (episode, step) that takes the place of a damaged sample, of the same dataset.
+Substitute = Callable[[int, int], tuple[int, int]]
+MAX_SUBSTITUTES = 64
+
+
+def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
+    """Raises DataError when a dataset does not fit the batches: too wide, an unknown camera or head."""
+    for prepared in datasets:
+        width, head = prepared.function.action_dim, prepared.spec.head
+        if width > spec.action_dim:
+            raise DataError(
+                f"{prepared.key}: action has {width} dimensions, but batches hold {spec.action_dim}; widen its head, "
+                f"model.heads.{head}.action_dim={width} (adapting: --config.surgery.heads.{head}.action_dim={width}, "
+                "which keeps what the head knows of the first ones)"
+            )
+        width = prepared.function.proprio_dim
+        if width is not None and spec.proprio_dim is not None and width > spec.proprio_dim:
+            raise DataError(
+                f"{prepared.key}: observation/proprio has {width} dimensions, but batches hold {spec.proprio_dim}; set "
+                f"--config.proprio_dim to at least {width}"
+            )
+        cameras = {slot for slot, key in prepared.spec.image_keys.items() if key is not None}
+        unknown = sorted(cameras - set(spec.image_sizes) - set(COMMON_SLOTS))
+        if unknown or (cameras and not cameras & set(spec.image_sizes)):
+            slot = (unknown or sorted(cameras))[0]
+            raise DataError(
+                f"{prepared.key}: camera {slot!r} has no size in image_sizes; {suggest(slot, spec.image_sizes)}. "
+                "Give it a size, or leave it out of image_keys"
+            )
+        told = {name for name, key in prepared.spec.point_keys.items() if key is not None}
+        if spec.points and told - set(spec.points):
+            name = min(told - set(spec.points))
+            raise DataError(
+                f"{prepared.key}: point_keys: model.auxiliaries learn no point {name!r}; {suggest(name, spec.points)}"
+            )
+        for name, shape in prepared.function.extra_shapes.items():
+            wanted = spec.extra_observations.get(name)
+            if wanted != shape:
+                expected = f"they hold {wanted}" if wanted else suggest(name, spec.extra_observations)
+                raise DataError(
+                    f"{prepared.key}: sensor {name!r} (extra_keys) has the shape {shape} at a step, which is not that "
+                    f"of batches; {expected}. Set --config.extra_observations.{name}={','.join(map(str, shape))}, or "
+                    "leave it out of extra_keys"
+                )
+        if prepared.spec.head not in spec.heads:
+            raise DataError(
+                f"{prepared.key}: no action head {prepared.spec.head!r}; {suggest(prepared.spec.head, spec.heads)}"
+            )
+        chunk = prepared.function.action_chunk
+        if chunk is not None and chunk < spec.action_horizon:
+            raise DataError(
+                f"{prepared.key}: actions come in chunks of {chunk}, shorter than action_horizon={spec.action_horizon}"
+            )
+
+
+class Assembler:
+    """Makes batches of the schema from requests. The same request always gives the same batch."""
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[PreparedDataset, Index]],
+        spec: BatchSpec,
+        store: EpisodeStore,
+        table: Texts,
+        damage: DamageLog,
+        pool: concurrent.futures.Executor,
+        *,
+        task: TaskOptions,
+        decode: str,
+        threads: int,
+        buffers: Buffers,
+    ):
+        self._sources, self._spec, self._store, self._table = sources, spec, store, table
+        self._task, self._damage = task, damage
+        self._frames = FrameGatherer(sources, spec, pool, decode, threads, buffers)
+        if task.image_dropout_keep is not None and task.image_dropout_keep not in spec.image_sizes:
+            keep = task.image_dropout_keep
+            raise DataError(f"image_dropout_keep: no camera {keep!r}; {suggest(keep, spec.image_sizes)}")
+        self._has_slot = {
+            slot: np.array([prepared.spec.image_keys.get(slot) is not None for prepared, _ in sources])
+            for slot in spec.image_sizes
+        }
+        self._heads = {head: np.array([prepared.spec.head == head for prepared, _ in sources]) for head in spec.heads}
+
+    def __call__(self, request: Request, substitute: Substitute) -> Tree:
+        """A batch of N samples. One that needs a damaged record or frame is made from its substitute, keeping its own
+        number and key; no other sample changes.
+
+        Raises:
+          DataError: too much damage (see `DamageLog`), or anything else that is wrong, by name.
+        """
+        attempts = np.zeros(len(request.sample_id), np.int64)
+        while True:
+            found = self._find(request)
+            bad = {row: str(error) for row, error in enumerate(found) if isinstance(error, DamagedRecord)}
+            batch: Tree = {}
+            if not bad:
+                batch, bad = self._batch(request, [episode for episode in found if isinstance(episode, Episode)])
+            for row, reason in bad.items():
+                if row in request.held:
+                    raise DataError(f"{reason}; leave such trajectories out in the source itself")
+                gone = isinstance(found[row], LostRecord)
+                self._damage.report(int(request.dataset[row]), int(request.episode[row]), reason, file_gone=gone)
+            if not bad:
+                return batch
+            episode, step = request.episode.copy(), request.step.copy()
+            for row, reason in bad.items():
+                if attempts[row] == MAX_SUBSTITUTES:
+                    name = self._sources[int(request.dataset[row])][0].key
+                    raise DataError(
+                        f"{name}: sample {int(request.sample_id[row])}: {MAX_SUBSTITUTES} substitutes are all damaged; "
+                        f"the last one: {reason}"
+                    )
+                episode[row], step[row] = substitute(row, int(attempts[row]))
+                attempts[row] += 1
+            request = dataclasses.replace(request, episode=episode, step=step)
+
+    def _find(self, request: Request) -> list[Episode | DamagedRecord]:
+        """The episodes of all rows, or what is wrong with them."""
+        rows = [row for row in range(len(request.sample_id)) if row not in request.held]
+        wanted = [(int(request.dataset[row]), int(request.episode[row])) for row in rows]
+        found: dict[int, Episode | DamagedRecord] = dict(request.held)
+        found |= dict(zip(rows, self._store.get(wanted), strict=True))
+        return [found[row] for row in range(len(request.sample_id))]
+
+    def _batch(self, request: Request, episodes: list[Episode]) -> tuple[Tree, dict[int, str]]:
+        """(batch, {row: reason} of samples that use a frame that cannot be decoded)."""
+        spec = self._spec
+        t = request.step.astype(np.int32)
+        length = np.array([len(episode.action) for episode in episodes], np.int32)
+        text = np.array([episode.text[step] for episode, step in zip(episodes, t, strict=True)], np.int32)
+        use_goal, use_text = self._choose_task(request, text)
+
+        drawn = windows.goal_step(
+            uniform(request.key, "goal").astype(np.float32), t, length, self._task.max_goal_distance
+        )
+        goal = np.where(use_goal, drawn, length - 1).astype(np.int32)
+        steps = windows.window_steps(t, spec.window_size)  # (N, W), negative before the beginning
+        window = windows.within(steps, length[:, None])
+        chunk = windows.chunk_steps(window, spec.action_horizon)  # (N, W, H), clamped history as in Octo
+        reached = windows.chunk_steps(steps, spec.action_horizon)
+        past = windows.task_completed(reached, goal, octo_compat=self._task.octo_compat)
+
+        action, action_mask = self._actions(episodes, windows.within(chunk, length[:, None, None]), past)
+        seen = self._frames(
+            request.dataset, request.episode, episodes, window, goal, use_goal, self._kept_cameras(request)
+        )
+        observation: Tree = dict(seen.observed)
+        masks = dict(seen.masks)
+        if spec.proprio_dim is not None:
+            observation |= self._proprio(episodes, window)
+            masks["proprio"] = observation["proprio_pad_mask"].any(-1)
+        for name, shape in spec.extra_observations.items():
+            observation[name], masks[name] = self._extra(name, shape, episodes, window)
+        observation["timestep"] = window.astype(np.int32)
+        observation["timestep_pad_mask"] = steps >= 0
+        observation["pad_mask_dict"] = masks
+
+        task: Tree = {}
+        task_masks: Tree = {}
+        if spec.language_length is not None:
+            said = self._table.paraphrased(np.where(use_text, text, 0), request.key)
+            task["language_instruction"] = self._table.encoded(said)
+            task_masks["language_instruction"] = use_text
+        task |= seen.goals
+        task["timestep"] = goal
+        task["pad_mask_dict"] = task_masks | seen.goal_masks
+        batch = {
+            "observation": observation,
+            "task": task,
+            "action": action,
+            "action_pad_mask": action_mask,
+            **self._points(episodes, window, use_text),
+            "action_head_mask": {head: mask[request.dataset] for head, mask in self._heads.items()},
+            "dataset_id": request.dataset.astype(np.int32),
+            "sample_id": request.sample_id.astype(np.int64),
+        }
+        return batch, seen.bad
+
+    def _choose_task(self, request: Request, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) bool: the task is a goal image; the task is an instruction. Never both, and with drop_task_prob none."""
+        told = uniform(request.key, "drop task") >= self._task.drop_task_prob
+        has_text = (text != 0) & (self._spec.language_length is not None)
+        has_goal = np.zeros(len(text), bool)
+        for slot in self._spec.goal_images:
+            has_goal |= self._has_slot[slot][request.dataset]
+        use_goal = has_goal & (~has_text | (uniform(request.key, "task") < self._task.keep_goal_prob))
+        return use_goal & told, has_text & ~use_goal & told
+
+    def _actions(
+        self, episodes: Sequence[Episode], chunk: np.ndarray, past: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        action = np.zeros((*chunk.shape, self._spec.action_dim), np.float32)
+        mask = np.zeros(action.shape, bool)
+        for i, episode in enumerate(episodes):
+            width = episode.action.shape[-1]
+            if episode.action.ndim == 3:  # each step has a chunk of its own: that of the window's step
+                action[i, ..., :width] = episode.action[chunk[i, :, 0], : chunk.shape[-1]]
+            else:
+                action[i, ..., :width] = episode.action[chunk[i]]
+            mask[i, ..., :width] = ~past[i, ..., None]
+        return action, mask
+
+    def _proprio(self, episodes: Sequence[Episode], window: np.ndarray) -> Tree:
+        proprio = np.zeros((*window.shape, self._spec.proprio_dim), np.float32)
+        mask = np.zeros(proprio.shape, bool)
+        for i, episode in enumerate(episodes):
+            if episode.proprio is not None:
+                width = episode.proprio.shape[-1]
+                proprio[i, :, :width] = episode.proprio[window[i]]
+                mask[i, :, :width] = True
+        return {"proprio": proprio, "proprio_pad_mask": mask}
+
+    def _extra(
+        self, name: str, shape: tuple[int, ...], episodes: Sequence[Episode], window: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(values (N, W, *shape) of another sensor, (N, W) bool): zeros and False for datasets that have none."""
+        values, mask = np.zeros((*window.shape, *shape), np.float32), np.zeros(window.shape, bool)
+        for i, episode in enumerate(episodes):
+            if name in episode.extras:
+                values[i], mask[i] = episode.extras[name][window[i]], True
+        return values, mask
+
+    def _points(self, episodes: Sequence[Episode], window: np.ndarray, use_text: np.ndarray) -> Tree:
+        """Places of the things that the instruction names: nobody names them where the task is a goal image."""
+        if not self._spec.points:
+            return {}
+        points = np.full((*window.shape, len(self._spec.points), 2), np.nan, np.float32)
+        for i, episode in enumerate(episodes):
+            for k, name in enumerate(self._spec.points):
+                if name in episode.points:
+                    points[i, :, k] = episode.points[name][window[i]]
+        known = np.isfinite(points).all(-1) & use_text[:, None, None]
+        return {"points": np.where(known[..., None], points, np.float32(0)), "points_pad_mask": known}
+
+    # -- frames
+
+    def _kept_cameras(self, request: Request) -> dict[str, np.ndarray]:
+        """{slot: (N,) bool}, False where dropout takes a camera of a sample."""
+        slots, probability = sorted(self._spec.image_sizes), self._task.image_dropout_prob
+        if probability == 0:
+            return {slot: np.ones(len(request.key), bool) for slot in slots}
+        present = np.stack([self._has_slot[slot][request.dataset] for slot in slots], axis=-1)  # (N, slots)
+        if self._task.image_dropout_keep is not None:
+            keep = np.full(len(request.key), slots.index(self._task.image_dropout_keep))
+        else:
+            keep = windows.nth_true(present, uniform(request.key, "camera that is kept"))
+        draws = np.stack([uniform(request.key, f"drop camera {slot}") for slot in slots], axis=-1)
+        kept = windows.kept_images(present, draws, probability, keep)
+        return {slot: kept[:, i] for i, slot in enumerate(slots)}

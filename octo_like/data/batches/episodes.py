@@ -1,0 +1,233 @@
+"""Episodes in memory: encoded frames, normalised numbers, instruction rows; loaded by offset, kept while they fit."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from octo_like.common import normalization
+from octo_like.data.batches import memory
+from octo_like.data.batches.frames import EncodedFrame
+from octo_like.data.batches.texts import Texts
+from octo_like.data.rlds import records
+from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.records import DamagedRecord
+from octo_like.data.spec import DataError
+from octo_like.data.tf import error_text
+
+RETRIES = 3  # of a read that the storage refused
+SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One standardised episode of T steps.
+
+    Attributes:
+      action: (T, A) float32, normalised; (T, N, A) when actions come in chunks.
+      proprio: (T, P) float32, normalised, or None.
+      text: (T,) int32 rows of the text table; 0 means no instruction.
+      images: slot -> T encoded frames, or (T, h, w, 3) uint8; an empty one is missing.
+      depths: slot -> T encoded depth maps, or (T, h, w) or (T, h, w, 1) numbers, as stored.
+      points: name -> (T, 2) float32, column and row as fractions of the image; NaN where it is not known.
+      extras: name -> (T, ...) float32, values of other sensors, normalised.
+    """
+
+    action: np.ndarray
+    proprio: np.ndarray | None
+    text: np.ndarray
+    images: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
+    depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray] = dataclasses.field(default_factory=dict)
+    points: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        total = self.action.nbytes + self.text.nbytes + (0 if self.proprio is None else self.proprio.nbytes)
+        total += sum(values.nbytes for values in self.extras.values())
+        for frames in [*self.images.values(), *self.depths.values()]:
+            if isinstance(frames, np.ndarray):
+                total += frames.nbytes
+            else:
+                total += sum(map(len, frames)) + EncodedFrame.OVERHEAD * len(frames)
+        return total
+
+
+def load_episode(
+    prepared: PreparedDataset,
+    index: Index,
+    episode: int,
+    slots: Collection[str],
+    table: Texts,
+    lock: threading.Lock,
+    depth_slots: Collection[str] = (),
+) -> Episode:
+    """Reads, checks and normalises one episode, keeping images of the cameras in `slots`, depth of `depth_slots`.
+
+    Raises:
+      DamagedRecord: the record is damaged, or its file gone or cut; names file and episode.
+      DataError: it is another record than the one that was indexed, or the storage does not answer.
+    """
+    path, offset = index.files[index.file[episode]], int(index.offset[episode])
+    for attempt in range(RETRIES + 1):
+        try:
+            raw = prepared.function.read(path, offset, slots, depth_slots)
+            break
+        except records.damage_errors() as error:
+            raise records.damaged(path, int(index.record[episode]), offset, error) from error
+        except records.transient_errors() as error:
+            if attempt == RETRIES:
+                raise DataError(f"{index.where(episode)}: cannot be read: {error_text(error)}") from error
+            log.warning("%s: reading failed (%s), trying again", index.where(episode), error_text(error))
+            time.sleep(2.0**attempt)
+    if raw.hash != index.record_hash[episode]:
+        raise DataError(
+            f"{index.where(episode)}: the record is not the one that was indexed: {prepared.key} has been written anew "
+            f"since. Stop what writes it, delete {index.folder} and start again"
+        )
+    statistics, kind = prepared.statistics, prepared.spec.normalization
+    action, proprio = normalization.normalize(raw.action, statistics["action"], kind), None
+    if raw.proprio is not None:
+        proprio = normalization.normalize(raw.proprio, statistics["proprio"], kind)
+    text = np.zeros(len(action), np.int32)
+    if raw.texts is not None:
+        with lock:
+            text = table.rows(raw.texts)
+    extras = normalization.normalize_extras(raw.extras, statistics, kind)
+    return Episode(action, proprio, text, raw.images, raw.depths, raw.points, extras)
+
+
+class EpisodeStore:
+    """Loads episodes in a few threads and keeps the most recently used ones within a limit of bytes.
+
+    What is in memory never changes what is returned, only how fast.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[PreparedDataset, Index]],
+        slots: Collection[str],
+        table: Texts,
+        pool: concurrent.futures.Executor,
+        max_bytes: int,
+        depth_slots: Collection[str] = (),
+    ):
+        self._sources, self._slots, self._table = sources, frozenset(slots), table
+        self._depth_slots = frozenset(depth_slots)
+        self._pool, self.max_bytes = pool, max_bytes
+        self.text_lock, self._lock = threading.Lock(), threading.Lock()
+        self._entries: collections.OrderedDict[tuple[int, int], concurrent.futures.Future] = collections.OrderedDict()
+        self.nbytes = 0
+        self._bytes = [memory.each_bytes(prepared, index, slots, depth_slots) for prepared, index in sources]
+        self._loading: dict[tuple[int, int], int] = {}  # expected bytes of what is being read
+
+    def request(self, wanted: Iterable[tuple[int, int]]) -> list[concurrent.futures.Future]:
+        """Futures of (dataset, episode) pairs; those not in memory start loading."""
+        futures = []
+        with self._lock:
+            for key in wanted:
+                if key not in self._entries:
+                    self._begin(key)
+                self._entries.move_to_end(key)
+                futures.append(self._entries[key])
+        return futures
+
+    def request_ahead(self, wanted: Iterable[tuple[int, int]]) -> bool:
+        """Starts loading in turn what is not in memory, as long as there is room for it. Whether there was for all."""
+        with self._lock:
+            expected = self.nbytes + sum(self._loading.values())
+            for key in wanted:
+                if key not in self._entries:
+                    expected += self._expected_bytes(key)
+                    if expected > self.max_bytes:
+                        return False
+                    self._begin(key)
+                self._entries.move_to_end(key)
+        return True
+
+    def drop_all_but(self, kept: Collection[tuple[int, int]]) -> None:
+        """Forgets episodes that are in memory and not in `kept`."""
+        with self._lock:
+            for key in [key for key in self._entries if key not in kept]:
+                self._drop(key)
+
+    def _begin(self, key: tuple[int, int]) -> None:
+        self._loading[key] = self._expected_bytes(key)
+        self._entries[key] = self._pool.submit(self._load, key)
+
+    def _expected_bytes(self, key: tuple[int, int]) -> int:
+        return int(self._bytes[key[0]][key[1]])
+
+    def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode | DamagedRecord]:
+        """Episodes of (dataset, episode) pairs; the error in place of a damaged one. Other errors are raised.
+
+        A read that was under way before this call and failed says how the storage was then: it is done once more.
+        """
+        found: list[Episode | DamagedRecord] = []
+        with self._lock:
+            under_way = set(self._loading)
+        for key, future in zip(wanted, self.request(wanted), strict=True):
+            error = self._wait(key, future)
+            if key in under_way and error is not None and not isinstance(error, DamagedRecord):
+                (future,) = self.request([key])
+                error = self._wait(key, future)
+            if error is not None and not isinstance(error, DamagedRecord):
+                raise error
+            found.append(future.result() if error is None else error)
+        self._evict()
+        return found
+
+    def _wait(self, key: tuple[int, int], future: concurrent.futures.Future) -> BaseException | None:
+        """The error of a read, None when it worked. The log names a read that batches have to wait for."""
+        start, patience = time.monotonic(), SLOW_SECONDS
+        while True:
+            try:
+                return future.exception(timeout=patience)
+            except concurrent.futures.TimeoutError:
+                prepared, index = self._sources[key[0]]
+                log.warning(
+                    "%s: batches have been waiting for this read for %.0f s (%s)",
+                    index.where(key[1]),
+                    time.monotonic() - start,
+                    prepared.key,
+                )
+                patience *= 2
+
+    def _load(self, key: tuple[int, int]) -> Episode:
+        dataset, number = key
+        prepared, index = self._sources[dataset]
+        size, lasting = 0, False
+        try:
+            episode = load_episode(prepared, index, number, self._slots, self._table, self.text_lock, self._depth_slots)
+            size, lasting = episode.nbytes, True
+            return episode
+        except DamagedRecord:
+            lasting = True
+            raise
+        finally:
+            with self._lock:
+                self.nbytes += size
+                self._loading.pop(key, None)
+                if not lasting:  # other errors may pass: who asks again gets another read
+                    self._entries.pop(key, None)
+
+    def _evict(self) -> None:
+        """Forgets the least recently used episodes while there are too many bytes."""
+        with self._lock:
+            for key in list(self._entries):
+                if self.nbytes <= self.max_bytes:
+                    break
+                self._drop(key)
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        future = self._entries[key]
+        if key not in self._loading and future.done() and future.exception() is None:
+            self.nbytes -= future.result().nbytes
+            del self._entries[key]

@@ -1,0 +1,112 @@
+"""Instructions as rows of a table of token ids, and their paraphrases."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from octo_like.common.text import TextTable, TextTokenizer
+from octo_like.data.order.order import uniform
+from octo_like.data.spec import DataError
+from octo_like.data.tf import tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Paraphrases:
+    """Other ways of saying an instruction.
+
+    Attributes:
+      variants: instruction (stripped) -> at least one paraphrase.
+      hash: of the file's content.
+    """
+
+    variants: Mapping[str, tuple[str, ...]]
+    hash: str
+
+
+def load_paraphrases(path: str) -> Paraphrases:
+    """Reads a JSON file {"instruction": ["paraphrase", ...], ...}. No pickles: a pickle runs code when it is read.
+
+    Raises:
+      DataError: no such file, not JSON, or not of this form; names the instruction.
+    """
+    if not tf.io.gfile.exists(path):
+        raise DataError(f"paraphrases: {path!r} does not exist")
+    with tf.io.gfile.GFile(path, "rb") as file:
+        content = file.read()
+    try:
+        data = json.loads(content)
+    except ValueError as error:  # also UnicodeDecodeError
+        raise DataError(
+            f'paraphrases: {path!r} is not a JSON file of the form {{"instruction": ["paraphrase", ...]}}: {error}'
+        ) from error
+    if not isinstance(data, dict):
+        raise DataError(f"paraphrases: {path!r} holds a {type(data).__name__}; valid: an object of lists of strings")
+    variants = {}
+    for text, others in data.items():
+        if not isinstance(others, list) or not others or not all(isinstance(t, str) and t.strip() for t in others):
+            raise DataError(f"paraphrases: {path!r}: {text!r} needs a list of at least one string that is not empty")
+        variants[text.strip()] = tuple(t.strip() for t in others)
+    return Paraphrases(variants, hashlib.sha256(content).hexdigest()[:16])
+
+
+class Texts:
+    """The table of a run's texts: text -> row when an episode is read, row -> ids when a batch is made.
+
+    Args:
+      tokenizer: None for a run without language; every text is row 0 then.
+      paraphrases, probability: with this probability a sample's instruction is replaced by one of its paraphrases, each
+        equally likely.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer | None, paraphrases: Paraphrases | None = None, probability: float = 0.0
+    ):
+        if not 0 <= probability <= 1:
+            raise DataError(f"paraphrase_prob must be in [0, 1], got {probability}")
+        self._table = TextTable(tokenizer) if tokenizer is not None else None
+        self._paraphrases, self._probability = paraphrases, probability
+        self._variants: dict[int, np.ndarray] = {}
+
+    def check(self, instructions: Iterable[str]) -> None:
+        """Raises DataError when none of the datasets' instructions has a paraphrase: it is another dataset's file."""
+        if self._paraphrases is None:
+            return
+        known = {text.strip() for text in instructions} - {""}
+        if known and not known & set(self._paraphrases.variants):
+            raise DataError(
+                f"paraphrases: the file has none of the {len(known)} instructions of the mixture, e.g. "
+                f"{min(known)!r}; it has {min(self._paraphrases.variants, default='nothing')!r} ..."
+            )
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        """Row numbers (N,) int32 of texts. Not safe for concurrent calls; callers hold a lock."""
+        if self._table is None:
+            return np.zeros(len(texts), np.int32)
+        if self._paraphrases is not None:
+            for text in set(texts) & set(self._paraphrases.variants):
+                row = int(self._table.rows([text])[0])
+                if row not in self._variants:
+                    self._variants[row] = self._table.rows(self._paraphrases.variants[text])
+        return self._table.rows(texts)
+
+    def paraphrased(self, rows: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """Rows (N,) with some replaced by a paraphrase, by the samples' keys (N,). Which row a text has is an accident
+        of what was read first; which text is taken is not."""
+        if not self._variants or self._probability == 0:
+            return rows
+        replaced = uniform(key, "paraphrase") < self._probability
+        which = uniform(key, "which paraphrase")
+        rows = rows.copy()
+        for i in np.flatnonzero(replaced):
+            others = self._variants.get(int(rows[i]))
+            if others is not None:
+                rows[i] = others[int(which[i] * len(others))]
+        return rows
+
+    def encoded(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """{"input_ids", "attention_mask"} (N, L) int32 of row numbers (N,)."""
+        assert self._table is not None
+        return self._table.encoded(rows)

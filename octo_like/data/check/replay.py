@@ -1,0 +1,66 @@
+"""Episodes of a dataset as `Demo`s: decoded and in physical units, to try a policy on."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from octo_like.common import normalization
+from octo_like.common.demo import Demo
+from octo_like.data.batches import frames
+from octo_like.data.rlds import records
+from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.spec import DataError
+
+
+def load_demos(
+    prepared: PreparedDataset, index: Index, sizes: Mapping[str, tuple[int, int]], limit: int
+) -> Iterator[Demo]:
+    """Up to `limit` episodes, spread over `index`, one in memory at a time. Relative actions are made absolute again.
+
+    Args:
+      sizes: slot -> (height, width) of the cameras that are wanted; those the dataset has not are left out.
+
+    Raises:
+      DataError: an episode that cannot be read.
+    """
+    slots = [slot for slot in sizes if prepared.spec.image_keys.get(slot) is not None]
+    for number in np.unique(np.linspace(0, len(index) - 1, min(limit, len(index))).astype(int)):
+        path, offset = index.files[index.file[number]], int(index.offset[number])
+        try:
+            raw = prepared.function.from_file(path, offset)
+        except records.damage_errors() as error:
+            raise records.damaged(path, int(index.record[number]), offset, error) from error
+        steps = len(raw["action"])
+        if steps == 0:
+            continue
+        images, present = {}, {}
+        for slot, stored in frames.stored_frames(raw["images"], slots).items():
+            if isinstance(stored, np.ndarray):
+                images[slot], present[slot] = frames.resize_frames(stored, sizes[slot]), np.ones(steps, bool)
+            else:
+                there = np.array([len(frame) > 0 for frame in stored])
+                images[slot] = np.zeros((steps, *sizes[slot], 3), np.uint8)
+                if there.any():
+                    try:
+                        images[slot][there] = frames.decode_frames(
+                            [frame for frame in stored if len(frame)], sizes[slot]
+                        )
+                    except frames.FrameError as error:
+                        raise DataError(f"{index.where(number)}, camera {slot!r}: {error}") from error
+                present[slot] = there
+            if slot in prepared.spec.bgr_slots:
+                images[slot] = images[slot][..., ::-1]
+        proprio = raw["proprio"].numpy() if "proprio" in raw else None
+        action = raw["action"].numpy()
+        if prepared.spec.relative_to is not None:
+            action = normalization.to_absolute(action[:, 0], proprio, prepared.spec.relative_to)
+        texts = raw["language"].numpy().tolist() if "language" in raw else [b""]
+        yield Demo(
+            where=index.where(number),
+            images=images,
+            present=present,
+            proprio=proprio,
+            action=action,
+            instruction=texts[0].decode("utf-8", "replace").strip(),
+            extras={name: values.numpy() for name, values in raw["extras"].items()},
+        )

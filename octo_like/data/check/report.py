@@ -1,0 +1,236 @@
+"""Datasets as text and pictures, for people: what is in them, and what a model gets to see."""
+
+import base64
+import concurrent.futures
+import html
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from octo_like.common import normalization
+from octo_like.common.pages import STYLE, text_table
+from octo_like.data.batches import frames
+from octo_like.data.batches.episodes import load_episode
+from octo_like.data.rlds import records
+from octo_like.data.rlds.index import load_index
+from octo_like.data.rlds.prepare import Index, PreparedDataset
+
+COLUMNS = ("min", "p01", "mean", "std", "p99", "max")
+
+
+def empty_episodes(prepared: PreparedDataset, data_dir: str, cache_dir: str | None = None) -> tuple[list[str], int]:
+    """(one "file: episode k" per episode without steps, number of all episodes) of a prepared dataset's splits.
+
+    Episodes of which the standardize function leaves nothing are among them, and say so. Read from the index.
+    """
+    spec = prepared.spec
+    if spec.source is not None:
+        return [], 0
+    messages, total = [], 0
+    for name in dict.fromkeys([spec.split, *([spec.val_split] if spec.val_split is not None else [])]):
+        split = records.open_split(spec.name, data_dir, spec.version, name, max_bad_fraction=1.0)
+        index = load_index(split, prepared.function, cache_dir, False, max_bad_fraction=1.0).index
+        total += len(index)
+        for number in np.flatnonzero(index.steps == 0):
+            left = f" ({index.raw_steps[number]} recorded, none after standardize)" if index.raw_steps[number] else ""
+            messages.append(f"{index.files[index.file[number]]}: episode {index.record[number]}{left}")
+    return messages, total
+
+
+def mixture_rows(
+    datasets: Mapping[str, PreparedDataset], samples: int | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """(header, one row per dataset): weight, episodes, steps, bytes, cameras, instructions.
+
+    Args:
+      samples: of the whole run (steps x batch size), for the passes through each dataset; None: left out.
+    """
+    total = sum(d.spec.weight for d in datasets.values()) or 1.0
+    header = ["dataset", "version", "weight", "train", "val", "steps", "length", "GB", "action", "proprio"]
+    header += ["cameras", "depth", "texts", *(["passes"] if samples is not None else [])]
+    rows = []
+    for name, d in datasets.items():
+        live = d.spec.source is not None  # no files, and the numbers of its pseudo-index mean nothing
+        episodes, steps = len(d.train), int(d.train.frames.sum(dtype=np.int64))
+        if live:
+            episodes, steps = d.statistics["num_trajectories"], d.statistics["num_transitions"]
+        cameras, depths = (
+            [slot for slot, key in keys.items() if key is not None] for keys in (d.spec.image_keys, d.spec.depth_keys)
+        )
+        weight = d.spec.weight / total
+        row = [name, d.version, f"{weight:.3f}", f"{episodes:,}", f"{len(d.val):,}", f"{steps:,}"]
+        row += [f"{steps / max(episodes, 1):.1f}", "-" if live else f"{d.train.length.sum(dtype=np.int64) / 1e9:.3g}"]
+        row += [str(d.function.action_dim), str(d.function.proprio_dim or "-"), ",".join(cameras) or "-"]
+        row += [",".join(depths) or "-", f"{len([text for text in d.instructions if text]):,}"]
+        if samples is not None:
+            row.append("-" if live else f"{samples * weight / max(steps, 1):.3g}")
+        rows.append(row)
+    return header, rows
+
+
+def mixture_table(datasets: Mapping[str, PreparedDataset], samples: int | None = None) -> str:
+    """`mixture_rows` as text."""
+    header, rows = mixture_rows(datasets, samples)
+    return text_table([header, *rows])
+
+
+def range_table(prepared: PreparedDataset) -> str:
+    """Statistics of each dimension of action, proprioception and other sensors, in physical units, over the training
+    episodes."""
+    rows = [["dimension", *COLUMNS, "normalised"]]
+    of = {key: prepared.statistics.get(key) for key in ("action", "proprio")} | prepared.statistics.get("extra", {})
+    for key, stats in of.items():
+        if stats is None:
+            continue
+        for d in range(len(stats["mean"])):
+            how = prepared.spec.normalization if stats["mask"][d] else "no"
+            how = "constant" if stats["mask"][d] and stats["min"][d] == stats["max"][d] else how
+            rows.append([f"{key}[{d}]", *(f"{stats[c][d]:.4g}" for c in COLUMNS), how])
+    return text_table(rows)
+
+
+def instruction_table(prepared: PreparedDataset, limit: int = 10) -> str:
+    """The most frequent instructions and the number of episodes that have them."""
+    ranked = sorted(prepared.instructions.items(), key=lambda item: (-item[1], item[0]))
+    lines = [f"{count:7,}  {text or '(none)'}" for text, count in ranked[:limit]]
+    return "\n".join(lines + ([f"         and {len(ranked) - limit:,} more"] if len(ranked) > limit else []))
+
+
+class _Texts:
+    """Keeps the words where training keeps their ids."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def rows(self, texts: list[str]) -> np.ndarray:
+        rows = [self.texts.index(t) if t in self.texts else self.texts.append(t) or len(self.texts) - 1 for t in texts]
+        return np.array(rows, np.int32)
+
+
+def contact_sheet(
+    prepared: PreparedDataset, index: Index, path: str, *, episodes: int = 4, columns: int = 6, size: int = 96
+) -> None:
+    """Writes a PNG: for some episodes, frames of every camera with the instruction, and the actions over time.
+
+    Args:
+      index: `prepared.train` or `prepared.val`.
+      path: file to write.
+      episodes: how many, spread over the index.
+      columns: frames per episode and camera.
+      size: height and width of a frame in the picture.
+
+    The actions are drawn in physical units (solid) and, right of them, as the model sees them.
+    """
+    # A figure of its own: pyplot's state, and the back end that a notebook has chosen, stay as they are.
+    from matplotlib.figure import Figure
+
+    slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
+    texts, lock = _Texts(), threading.Lock()
+    height = max(1, len(slots))
+    figure = Figure(figsize=(17, 1.4 + len(chosen) * max(2.2, 1.7 * height)))
+    axes = figure.subplots(len(chosen), 3, width_ratios=[3.2, 1.2, 1.2], squeeze=False)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(lambda e: load_episode(prepared, index, int(e), slots, texts, lock), chosen))
+    for row, (number, episode) in enumerate(zip(chosen, loaded, strict=True)):
+        steps = np.unique(np.linspace(0, len(episode.action) - 1, columns).astype(int))
+        strip = np.full((height * (size + 2), columns * (size + 2), 3), 255, np.uint8)
+        for r, slot in enumerate(slots):
+            stored = episode.images[slot]
+            if isinstance(stored, np.ndarray):
+                images = frames.resize_frames(stored[steps], (size, size))
+            else:
+                present = [len(stored[s]) > 0 for s in steps]
+                images = np.zeros((len(steps), size, size, 3), np.uint8)
+                images[present] = frames.decode_frames([stored[s] for s in steps[present]], (size, size))
+            if slot in prepared.spec.bgr_slots:
+                images = images[..., ::-1]
+            for c, image in enumerate(images):
+                y, x = r * (size + 2), c * (size + 2)
+                strip[y : y + size, x : x + size] = image
+        text = texts.texts[episode.text[0]] if texts.texts else ""
+        pictures, physical, seen = axes[row]
+        pictures.imshow(strip)
+        pictures.set_title(
+            f"{text or '(no instruction)'}   [episode {number}, {len(episode.action)} steps]", fontsize=9
+        )
+        pictures.set_ylabel(" / ".join(reversed(slots)), fontsize=8)
+        pictures.set_xticks([(c + 0.5) * (size + 2) for c in range(len(steps))], [f"t={s}" for s in steps], fontsize=7)
+        pictures.set_yticks([])
+        normalised = episode.action if episode.action.ndim == 2 else episode.action[:, 0]
+        raw = normalization.unnormalize(normalised, prepared.statistics["action"], prepared.spec.normalization)
+        for axis, values, title in (
+            (physical, raw, "action, physical units"),
+            (seen, normalised, "action, normalised"),
+        ):
+            for d in range(values.shape[1]):
+                axis.plot(values[:, d], lw=1, label=str(d))
+            axis.tick_params(labelsize=7)
+            axis.set_title(title, fontsize=8)
+        physical.legend(fontsize=6, ncols=4, loc="upper right", framealpha=0.4)
+    figure.suptitle(f"{prepared.key}  {prepared.version}", fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=90)
+
+
+def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, episodes: int = 64) -> None:
+    """Writes a PNG: for each action dimension the histogram in physical units and, below it, as a model sees it.
+
+    Args:
+      index: `prepared.train` or `prepared.val`.
+      episodes: read for it, spread over the index; their frames are not decoded.
+    """
+    # A figure of its own: pyplot's state, and the back end that a notebook has chosen, stay as they are.
+    from matplotlib.figure import Figure
+
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
+    lock = threading.Lock()
+    normalised = np.concatenate(
+        [load_episode(prepared, index, int(e), (), _Texts(), lock).action.reshape(-1, prepared.function.action_dim)
+         for e in chosen]
+    )  # fmt: skip
+    statistics = prepared.statistics["action"]
+    physical = normalization.unnormalize(normalised, statistics, prepared.spec.normalization)
+    width = normalised.shape[1]
+    figure = Figure(figsize=(1.2 + 1.9 * width, 3.6))
+    axes = figure.subplots(2, width, squeeze=False)
+    for row, (values, label) in enumerate(((physical, "physical units"), (normalised, "normalised"))):
+        for d in range(width):
+            axis = axes[row, d]
+            axis.hist(values[:, d], bins=40, color=("#4472a8", "#c8743c")[row])
+            axis.tick_params(labelsize=6)
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(f"action[{d}]" + ("" if statistics["mask"][d] else " (not normalised)"), fontsize=7)
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    figure.suptitle(f"{prepared.key}: {len(normalised):,} actions of {len(chosen)} episodes", fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.savefig(path, dpi=90)
+
+
+def html_page(
+    datasets: Mapping[str, PreparedDataset], pictures: Mapping[str, Sequence[str]], samples: int | None = None
+) -> str:
+    """One self-contained HTML page: the mixture, and for each dataset its pictures, ranges and instructions.
+
+    Args:
+      pictures: dataset -> PNG files, which are put into the page.
+      samples: see `mixture_rows`.
+    """
+    header, rows = mixture_rows(datasets, samples)
+    parts = [f"<!doctype html><meta charset=utf-8><title>datasets</title><style>{STYLE}</style><h1>Mixture</h1>"]
+    cells = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+             for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
+    parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
+    if samples is not None:
+        parts.append(f"<p>passes: in a run of {samples:,} samples</p>")
+    for name, prepared in datasets.items():
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        for path in pictures.get(name, ()):
+            with open(path, "rb") as file:
+                content = base64.b64encode(file.read()).decode()
+            parts.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{content}">')
+        parts.append(f"<pre>{html.escape(range_table(prepared))}</pre>")
+        parts.append(f"<pre>{html.escape(instruction_table(prepared))}</pre>")
+    return "\n".join(parts) + "\n"

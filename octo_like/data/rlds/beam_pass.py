@@ -1,0 +1,68 @@
+"""The pass over records that are not indexed yet as an Apache Beam pipeline: on this machine, Dataflow, Spark or Flink.
+
+An extra, `pip install 'octo_like[beam]'`. The pipeline writes the parts of `shared_pass.py` into the folders of the
+indices, which all its workers have to see (a bucket, unless they are processes of this machine); they are joined where
+the pipeline was started. The index is the same, byte by byte, whatever runs the pipeline.
+"""
+
+import pickle
+from collections.abc import Sequence
+
+from octo_like.data.rlds import shared_pass
+from octo_like.data.rlds.scan import traced_summary
+from octo_like.data.spec import DataError
+from octo_like.data.tf import tf
+
+
+def run(jobs: Sequence[shared_pass.Job], options: Sequence[str]) -> None:
+    """Scans all files that have no part yet.
+
+    Args:
+      options: command-line options of the pipeline: `--runner=...` and those of the runner.
+
+    Raises:
+      DataError: Apache Beam is not installed, or workers of a cluster would write to a disk of this machine.
+    """
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"Apache Beam cannot be imported ({error}): pip install 'octo_like[beam]', or leave out --beam and let "
+            "--processes read"
+        ) from error
+    parsed = PipelineOptions(list(options))
+    runner = parsed.get_all_options().get("runner") or "DirectRunner"
+    elsewhere = [job.folder for job in jobs if "://" not in job.folder]
+    if "Dataflow" in runner and elsewhere:
+        raise DataError(f"--beam: workers of {runner} cannot write to {elsewhere[0]}; give a bucket as --cache_dir")
+    numbers = {id(job): number for number, job in enumerate(jobs)}
+    pieces = [(numbers[id(job)], (piece.start, piece.stop)) for job, piece in shared_pass.unfinished(jobs)]
+    if not pieces:
+        return
+    for job in jobs:
+        tf.io.gfile.makedirs(job.parts)
+
+    class Scan(apache_beam.DoFn):
+        """Scans pieces; the functions are made once for each worker."""
+
+        def __init__(self, content: bytes):
+            self._content = content
+
+        def setup(self):
+            self._jobs = pickle.loads(self._content)
+
+        def process(self, piece):
+            number, (start, stop) = piece
+            job = self._jobs[number]
+            traced_summary(job.function)
+            shared_pass.scan_piece(job, range(start, stop))
+
+    content = pickle.dumps([job.plain() for job in jobs])
+    with apache_beam.Pipeline(options=parsed) as pipeline:
+        _ = (
+            pipeline
+            | "pieces" >> apache_beam.Create(pieces)
+            | "spread" >> apache_beam.Reshuffle()
+            | "scan" >> apache_beam.ParDo(Scan(content))
+        )

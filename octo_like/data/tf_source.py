@@ -1,0 +1,275 @@
+"""Any tf.data.Dataset of trajectories as one dataset of a mixture: it works, but its resume is approximate.
+
+    config.data.datasets.mine = dict(source="my_module:trajectories", image_keys=dict(primary="image"), weight=0.2)
+
+`my_module.trajectories()` returns a `tf.data.Dataset` (a dlimp dataset is one) or a `TrajectoryDataset` of dicts of
+tensors whose first axis is the step, as RLDS has them. A `standardize` function and the keys of the spec apply to it as
+they do to other datasets.
+
+Such a dataset cannot be sought: which trajectory comes next is its own affair. So samples that the order gives to it
+are filled from a pool of trajectories, each of which leaves when all of its steps have been used. Which samples these
+are, their goals and everything else drawn by key remain exact, and so do the samples of all other datasets. After a
+resume the source begins anew. `order_spec["approximate"]` and the log name it.
+
+Statistics come from its first `STATISTICS_TRAJECTORIES` trajectories, once at each start (they may differ between
+starts when the source shuffles; give it a seed). Hosts of a run compare them at its start, and refuse to normalise the
+same source differently. It has no validation episodes. Each process takes every P-th trajectory.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from octo_like.common import normalization
+from octo_like.data.batches.episodes import Episode
+from octo_like.data.batches.frames import as_points, stored_frames
+from octo_like.data.batches.texts import Texts
+from octo_like.data.order.order import permutation
+from octo_like.data.oxe import vocabulary
+from octo_like.data.rlds import records
+from octo_like.data.rlds.index import Index
+from octo_like.data.rlds.leaves import select
+from octo_like.data.rlds.prepare import PreparedDataset
+from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.tf import tf
+
+POOL = 64  # trajectories that samples are drawn from
+STATISTICS_TRAJECTORIES = 1000
+# Steps of the pseudo-episode that stands for the source in the order; its numbers mean nothing.
+_STEPS = 1 << 14
+
+log = logging.getLogger(__name__)
+
+
+class SourceFunction:
+    """What `EpisodeFunction` is for files: spec and source as a dataset of selected trajectories.
+
+    Raises:
+      DataError: no such function, not a dataset of trajectories, a wrong key (with the valid ones).
+    """
+
+    random_ops: tuple[str, ...] = ()
+
+    def __init__(self, spec: DatasetSpec):
+        self.spec = spec
+        try:
+            make, source = vocabulary.resolve(spec.source)
+        except DataError as error:
+            raise DataError(f"{spec.name}: {str(error).replace('standardize=', 'source=')}") from error
+        transform, transform_source = vocabulary.resolve(
+            spec.standardize, compat=spec.compat, blank_text=spec.blank_text
+        )
+        self.definition = {
+            **spec.transform_fields(),
+            "source": spec.source,
+            "source_code": source,
+            "standardize_source": transform_source,
+        }
+        self._dataset = _trajectories(make, spec)
+
+        def chosen(trajectory):
+            return select(trajectory if transform is None else transform(trajectory), spec)
+
+        self.dataset = self._dataset.map(chosen, num_parallel_calls=2, deterministic=True)
+        self.output = self.dataset.element_spec
+
+    @property
+    def action_dim(self) -> int:
+        return self._width("action")
+
+    @property
+    def proprio_dim(self) -> int | None:
+        return self._width("proprio") if "proprio" in self.output else None
+
+    @property
+    def action_chunk(self) -> int | None:
+        shape = self.output["action"].shape
+        return None if shape.rank == 2 else int(shape[1])
+
+    @property
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
+
+    def _width(self, key: str) -> int:
+        width = self.output[key].shape[-1]
+        if width is None:
+            raise DataError(f"{self.spec.name}: the width of {key!r} is not known beforehand (use tf.ensure_shape)")
+        return int(width)
+
+
+def _trajectories(make: Callable[[], Any], spec: DatasetSpec) -> tf.data.Dataset:
+    if inspect.signature(make).parameters:
+        raise DataError(f"{spec.name}: source={spec.source!r} must be a function without arguments")
+    made = make()
+    dataset = made if isinstance(made, tf.data.Dataset) else getattr(made, "dataset", None)
+    if not isinstance(dataset, tf.data.Dataset) or not isinstance(dataset.element_spec, Mapping):
+        raise DataError(
+            f"{spec.name}: source={spec.source!r} returned a {type(made).__name__}; it must return a tf.data.Dataset "
+            "whose elements are trajectories (dicts of tensors with the step first)"
+        )
+    if getattr(made, "is_flattened", False):
+        raise DataError(f"{spec.name}: source={spec.source!r} is flattened; trajectories are needed")
+    return dataset
+
+
+def _checked(item: Mapping[str, Any], number: int, spec: DatasetSpec) -> None:
+    """Raises DataError for a trajectory that cannot be used, by its number."""
+    where = f"{spec.name}: trajectory {number} of source={spec.source!r}"
+    steps = len(item["action"])
+    if not steps:
+        raise DataError(f"{where} has no steps; leave such out with .filter(...)")
+    parts = {key: item[key] for key in ("proprio", "language") if key in item}
+    parts |= {f"camera {slot}": frames for slot, frames in item["images"].items()}
+    parts |= {f"depth of {slot}": frames for slot, frames in item["depths"].items()}
+    parts |= {f"sensor {name}": values for name, values in item["extras"].items()}
+    wrong = [f"{key} has {len(value)}" for key, value in parts.items() if len(value) != steps]
+    if wrong:
+        raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
+    for key, values in {**{key: item[key] for key in ("action", "proprio") if key in item}, **item["extras"]}.items():
+        bad = records.non_finite(values)
+        if bad is not None:
+            raise DataError(f"{where}: {key} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}")
+
+
+def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
+    """A source as a dataset of a mixture; reads its first trajectories for the statistics.
+
+    Raises:
+      DataError: whatever is wrong with the source or its first trajectories, by name and number.
+    """
+    function = SourceFunction(spec)
+    values: dict[str, list[np.ndarray]] = {"action": [], "proprio": []}
+    sensors: dict[str, list[np.ndarray]] = {name: [] for name in function.extra_shapes}
+    instructions: collections.Counter = collections.Counter()
+    sizes = []
+    for number, item in enumerate(function.dataset.take(STATISTICS_TRAJECTORIES).as_numpy_iterator()):
+        _checked(item, number, spec)
+        for name in values:
+            if name in item:
+                values[name].append(item[name].reshape(-1, item[name].shape[-1]))
+        for name, of_sensor in item["extras"].items():
+            sensors[name].append(of_sensor.reshape(len(of_sensor), -1))
+        instructions.update({text.decode("utf-8", "replace").strip() for text in item.get("language", ())})
+        frames = stored_frames(item["images"], item["images"]) | stored_frames(item["depths"], item["depths"])
+        numbers = (item["action"], item.get("proprio"), np.zeros(0, np.int32))
+        sizes.append(Episode(*numbers, frames, extras=item["extras"]).nbytes)
+    if not sizes:
+        raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")
+    mask, width = spec.action_normalization_mask, function.action_dim
+    if mask is not None and len(mask) != width:
+        raise DataError(
+            f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has {width} dimensions"
+        )
+    statistics: dict[str, Any] = {"action": normalization.compute_statistics(np.concatenate(values["action"]), mask)}
+    if values["proprio"]:
+        statistics["proprio"] = normalization.compute_statistics(np.concatenate(values["proprio"]))
+    if sensors:
+        of = normalization.compute_statistics
+        statistics["extra"] = {name: of(np.concatenate(parts)) for name, parts in sensors.items()}
+    statistics["num_transitions"] = sum(len(part) for part in values["action"])
+    statistics["num_trajectories"] = len(sizes)
+    train = _index(function, np.array([_STEPS]), int(POOL * np.mean(sizes)))
+    val = _index(function, np.zeros(0, np.int64), 0)
+    log.warning(
+        "%s: source=%r is a tf.data.Dataset: resume is approximate for its samples, which begin anew at each start",
+        key,
+        spec.source,
+    )
+    return PreparedDataset(key, spec, function, train, val, statistics, dict(instructions), spec.source or "", "live")
+
+
+def _index(function: SourceFunction, steps: np.ndarray, size: int) -> Index:
+    """An index that lets the order draw from the source, and memory be planned for its pool."""
+    zeros = np.zeros(len(steps), np.int64)
+    definition = hashlib.sha256(repr(sorted(function.definition.items())).encode()).hexdigest()[:16]
+    return Index(
+        files=(function.spec.source or "",),
+        file=zeros,
+        record=zeros,
+        offset=zeros,
+        length=np.full(len(steps), size, np.int64),
+        record_hash=zeros,
+        raw_steps=steps,
+        steps=steps,
+        frames=steps,
+        has_language=zeros.astype(bool),
+        first=zeros,
+        bits=None,
+        definition_hash=definition,
+    )
+
+
+class LiveSource:
+    """The pool of trajectories of one source in one process. Safe to draw from in several threads."""
+
+    def __init__(
+        self,
+        prepared: PreparedDataset,
+        texts: Texts,
+        lock: threading.Lock,
+        slots: Collection[str],
+        depth_slots: Collection[str],
+        process_index: int,
+        process_count: int,
+    ):
+        self._prepared, self._texts, self._text_lock = prepared, texts, lock
+        self._slots, self._depth_slots = frozenset(slots), frozenset(depth_slots)
+        self._lock = threading.Lock()
+        self._numbers = iter(range(process_index, 1 << 62, process_count))
+        self._items = self._endless(process_index, process_count)
+        # (number of the trajectory, trajectory, steps that have not been used)
+        self._pool: list[tuple[int, Episode, list[int]]] = []
+
+    def _endless(self, index: int, count: int) -> Iterator[Mapping[str, Any]]:
+        share = self._prepared.function.dataset.shard(count, index)
+        while True:
+            empty = True
+            for item in share.as_numpy_iterator():
+                empty = False
+                yield item
+            if empty:
+                spec = self._prepared.spec
+                raise DataError(
+                    f"{spec.name}: source={spec.source!r} has no trajectory for process {index} of {count}; it needs "
+                    "at least one for each"
+                )
+
+    def draw(self, key: int) -> tuple[int, Episode, int]:
+        """(number of a trajectory, the trajectory, a step that was not used before), by a sample's 64-bit key."""
+        with self._lock:
+            while len(self._pool) < POOL:
+                number = next(self._numbers)
+                episode = self._load(number, next(self._items))
+                steps = permutation(len(episode.action), "live", number).tolist()
+                self._pool.append((number, episode, steps))
+            place = key % POOL
+            number, episode, steps = self._pool[place]
+            step = steps.pop()
+            if not steps:
+                del self._pool[place]
+            return number, episode, step
+
+    def _load(self, number: int, item: Mapping[str, Any]) -> Episode:
+        spec, statistics = self._prepared.spec, self._prepared.statistics
+        _checked(item, number, spec)
+        action = normalization.normalize(item["action"], statistics["action"], spec.normalization)
+        proprio = None
+        if "proprio" in item:
+            proprio = normalization.normalize(item["proprio"], statistics["proprio"], spec.normalization)
+        text = np.zeros(len(action), np.int32)
+        if "language" in item:
+            with self._text_lock:
+                text = self._texts.rows([t.decode("utf-8", "replace").strip() for t in item["language"].tolist()])
+        images = stored_frames(item["images"], self._slots)
+        points = {name: as_points(values) for name, values in item["points"].items()}
+        depths = stored_frames(item["depths"], self._depth_slots)
+        extras = normalization.normalize_extras(item["extras"], statistics, spec.normalization)
+        return Episode(action, proprio, text, images, depths, points, extras)

@@ -1,0 +1,494 @@
+"""Policy: the public face of a trained model. Pure JAX; loading and running it imports no TensorFlow.
+
+policy = Policy.load_pretrained("runs/pretrain/export")
+task = policy.create_tasks(texts=["put the green block on the blue plate"])
+actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize="tabletop_gripper")
+"""
+
+import difflib
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from octo_like.common import normalization
+from octo_like.common.parts import Modules, is_named, unnamed
+from octo_like.common.schema import BatchSpec, Leaf, check_tree, flatten, synthetic_batch
+from octo_like.common.text import TextTokenizer
+from octo_like.model import parts
+from octo_like.model.octo import OctoModel, build_model, init_params
+from octo_like.model.tokenizers import match_keys
+from octo_like.policy import locations
+from octo_like.policy.describe import model_card, pretty_spec
+from octo_like.policy.octo_release import (
+    EXAMPLE,
+    is_release,
+    load_release,
+    name_statistics,
+    release_files,
+    release_spec,
+)
+from octo_like.policy.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
+
+log = logging.getLogger(__name__)
+
+
+class Policy:
+    """A model, its parameters, and what it needs to speak in physical units and words.
+
+    Attributes:
+      config: {"model": ..., "batch_spec": ..., and anything else worth keeping}, JSON-able.
+      params: nested dict of arrays.
+      statistics: normalisation statistics by dataset name; see `octo_like.common.normalization`. The entry
+        "normalization" of a dataset says which kind ("normal", "bounds") its numbers were trained with, "relative_to"
+        which of its actions are relative to which proprioception.
+      text_tokenizer: None for a policy without language.
+      batch_spec: sizes of everything that goes in and comes out.
+      sample_program, language_program: the jitted functions behind `sample_actions` and `create_tasks`.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        params: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+        text_tokenizer: TextTokenizer | None = None,
+        *,
+        modules: Modules = None,
+    ):
+        """`modules`: see `octo_like.model.octo.build_model`; None is for a config of the caller's own."""
+        self.config, self.params, self.statistics = dict(config), params, dict(statistics)
+        self.text_tokenizer = text_tokenizer
+        self.batch_spec = BatchSpec.from_json(config["batch_spec"])
+        vocab_size = text_tokenizer.vocab_size if text_tokenizer else 0
+        self.model = build_model(config["model"], vocab_size=vocab_size, modules=modules)
+        self.sample_program = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
+        self.language_program = jax.jit(
+            lambda params, task: self.model.apply({"params": params}, task, method="encode_language")
+        )
+        self._warned: set[str] = set()
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        step: int | None = None,
+        text_model: str | os.PathLike | None = None,
+        t5: Mapping[str, Any] | None = None,
+        modules: Modules = (),
+    ) -> "Policy":
+        """Loads an exported policy (what `save_pretrained` and `push` write) or a released Octo checkpoint.
+
+        Args:
+          path: a folder, gs://bucket/path or hf://owner/name[@revision][/subfolder].
+          step: of a release that holds several; the newest when None.
+          text_model: sentencepiece model of a release (T5's spiece.model), which does not bring its own. A release
+            without it acts on goals and on token ids, and refuses texts.
+          t5: fields of `T5Config` that a release's parameters do not tell: max_distance (128) and epsilon (1e-6).
+          modules: of the policy's own parts (docs/extending.md), by name or as modules. Only these, and what is in them
+            when they are packages, are imported: a policy that was downloaded runs no code by itself.
+
+        Raises:
+          PretrainedError: when the path is no policy, or is damaged, or has parts of modules that are not named.
+          PartError: a named module cannot be imported, or has no such part.
+          LocationError: when a remote location cannot be read.
+        """
+        folder = locations.fetch(path, select=functools.partial(release_files, step=step))
+        if is_release(folder):
+            policy = cls._from_release(folder, step, text_model, t5)
+        else:
+            if step is not None or text_model is not None or t5 is not None:
+                raise PretrainedError(
+                    f"{path} is not a released Octo checkpoint: step, text_model and t5 are for those"
+                )
+            config, params, statistics, text_dir = load_directory(folder)
+            _check_modules(path, config, modules)
+            tokenizer = TextTokenizer.load(str(text_dir)) if text_dir else None
+            named = normalization.from_json(statistics) if statistics else {}
+            policy = cls(config, params, named, tokenizer, modules=modules)
+            _compare_sources(path, config)
+        policy._check_params(path)
+        return policy
+
+    @classmethod
+    def _from_release(cls, folder, step, text_model, t5) -> "Policy":
+        model, params, statistics, example = load_release(folder, step=step, t5=t5)
+        spec = release_spec(model, example, model["heads"], os.path.join(folder, EXAMPLE))
+        tokenizer = TextTokenizer.load(os.fspath(text_model), spec.language_length) if text_model is not None else None
+        named = normalization.from_json(name_statistics(statistics)) if statistics else {}
+        try:
+            return cls({"model": model, "batch_spec": spec.to_json()}, params, named, tokenizer, modules=())
+        except (ValueError, TypeError) as error:
+            raise PretrainedError(f"{folder}: {CONFIG_FILE} describes no model that can be built: {error}") from error
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes the policy as one self-contained directory; it appears whole or not at all."""
+        derived = ("format_version", "params_sha256", "modules")
+        config = {key: value for key, value in self.config.items() if key not in derived}
+        if own := parts.hashes(config["model"]):
+            config["modules"] = own
+        save_directory(
+            path,
+            config=config,
+            params=jax.device_get(self.params),
+            statistics=normalization.to_json(self.statistics),
+            save_text=(lambda folder: self.text_tokenizer.save(str(folder))) if self.text_tokenizer else None,
+            card=model_card(self),
+        )
+
+    def push(self, location: str, *, message: str = "Upload policy") -> None:
+        """Uploads the policy to gs://bucket/path or hf://owner/name; a local path is the same as `save_pretrained`.
+
+        Raises:
+          LocationError: the location cannot be written.
+        """
+        if not locations.is_remote(location):
+            self.save_pretrained(locations.fetch(location))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(os.path.join(folder, "policy"))
+            locations.push(os.path.join(folder, "policy"), location, last=CONFIG_FILE, message=message)
+
+    def _check_params(self, path) -> None:
+        try:
+            expected = jax.eval_shape(lambda: init_params(self.model, self.batch_spec, jax.random.key(0)))
+        except Exception as error:  # modules, Flax and JAX raise many kinds
+            raise PretrainedError(f"{path}: {CONFIG_FILE} describes no model that can be built: {error}") from error
+        want = {name: leaf.shape for name, leaf in flatten(expected)}
+        got = {name: leaf.shape for name, leaf in flatten(self.params)}
+        problems = [
+            f"{n}: config.json says {want[n]}, the file has {got[n]}" for n in want if got.get(n, want[n]) != want[n]
+        ]
+        problems += [f"{n} {want[n]} is missing" for n in want if n not in got]
+        problems += [f"{n} {got[n]} is in no part of this model" for n in got if n not in want]
+        if problems:
+            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+            listed = "\n  ".join(problems[:20])
+            raise PretrainedError(f"{path}: {len(problems)} parameters do not fit config.json:\n  {listed}{more}")
+
+    # -- what goes in -------------------------------------------------------------------------------------------------
+
+    @property
+    def example_batch(self) -> dict[str, Any]:
+        """A random batch of one sample with every key and shape the model knows."""
+        return synthetic_batch(self.batch_spec, 1)
+
+    def create_tasks(
+        self,
+        texts: Sequence[str] | None = None,
+        goals: Mapping[str, np.ndarray] | None = None,
+        *,
+        embeddings: np.ndarray | None = None,
+    ) -> dict[str, Any]:
+        """Tasks from instructions, goal images, or both.
+
+        A frozen language encoder runs here, once per task, and not again in `sample_actions`.
+
+        Args:
+          texts: B instructions; "" means no instruction.
+          goals: "image_{slot}" to (B, h, w, 3) or (h, w, 3) uint8, of the sizes in `batch_spec`.
+          embeddings: (B, *batch_spec.language_embedding) float, for a policy that takes precomputed embeddings.
+
+        Returns:
+          Schema `task`; whatever was not given is marked missing in its pad_mask_dict.
+        """
+        spec = self.batch_spec
+        if texts is None and goals is None and embeddings is None:
+            raise ValueError("a task needs texts, goals or both")
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of instructions, one per row of the batch, not a single string")
+        goals = {key: np.asarray(g)[None] if np.ndim(g) == 3 else np.asarray(g) for key, g in (goals or {}).items()}
+        valid_goals = [f"image_{slot}" for slot in spec.goal_images]
+        for key in goals:
+            if key not in valid_goals:
+                raise ValueError(f"this policy takes no goal {key!r}; valid goals: {valid_goals or 'none'}")
+        if texts is not None and spec.language_embedding is not None:
+            raise ValueError(f"this policy takes embeddings {spec.language_embedding} of instructions, not texts")
+        if texts is not None and spec.language_length is None:
+            raise ValueError(f"this policy takes no language; valid goals: {valid_goals}")
+        if embeddings is not None and spec.language_embedding is None:
+            raise ValueError("this policy takes no language embeddings")
+        if texts is not None and self.text_tokenizer is None:
+            raise ValueError(
+                "this policy has no text tokenizer; load it with text_model=, the sentencepiece model of its language "
+                "encoder (T5's spiece.model)"
+            )
+        given = [len(x) for x in (texts, embeddings) if x is not None]
+        sizes = {len(g) for g in goals.values()} | set(given)
+        if len(sizes) != 1:
+            raise ValueError(f"texts and goals must have the same batch size, got sizes {sorted(sizes)}")
+        b = sizes.pop()
+        task: dict[str, Any] = {"pad_mask_dict": {}, "timestep": np.zeros(b, np.int32)}
+        if spec.language_length is not None:
+            texts = [""] * b if texts is None else list(texts)
+            task["language_instruction"] = self._token_ids(texts)
+            task["pad_mask_dict"]["language_instruction"] = np.array([bool(text.strip()) for text in texts])
+        if spec.language_embedding is not None:
+            task["pad_mask_dict"]["language_instruction"] = np.full(b, embeddings is not None)
+            if embeddings is None:
+                embeddings = np.zeros((b, *spec.language_embedding), np.float32)
+            task["language_instruction"] = np.asarray(embeddings, np.float32)
+        for slot in spec.goal_images:
+            key = f"image_{slot}"
+            task["pad_mask_dict"][key] = np.full(b, key in goals)
+            task[key] = goals.get(key, np.zeros((b, *spec.image_sizes[slot], 3), np.uint8))
+        check_tree(task, spec.task(), where="task")
+        encoded = self.language_program(self.params, task) if spec.language_length is not None else {}
+        if encoded:
+            task["language_instruction"]["encoded"] = encoded
+        return task
+
+    def _token_ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        if self.text_tokenizer is not None:
+            return self.text_tokenizer.encode(texts)
+        # No instruction is </s> and padding, whatever the words are.
+        ids = np.zeros((len(texts), self.batch_spec.language_length), np.int32)
+        ids[:, 0] = 1
+        return {"input_ids": ids, "attention_mask": ids.copy()}
+
+    def prepare_observations(self, observations: Mapping[str, Any], unnormalize: str | None = None) -> dict[str, Any]:
+        """Checks observations, normalises proprio and other sensors, and fills in what is missing (marked so, and
+        logged once).
+
+        No mask reaches the tokens of a released Octo's low-dimensional sensors: one that is missing stays out of the
+        observation, and its tokens out of the sequence, as in Octo.
+
+        Args:
+          observations: (B, W, ...) arrays: image_{slot} uint8, proprio and other sensors (physical units when
+            `unnormalize` names statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any
+            up to the model's.
+        """
+        spec = self.batch_spec
+        known = spec.observation()
+        observations = dict(observations)
+        if "timestep_pad_mask" not in observations:
+            raise ValueError(f"observation/timestep_pad_mask (B, W) bool is missing; got {sorted(observations)}")
+        b, w = np.shape(observations["timestep_pad_mask"])
+        pads = dict(observations.get("pad_mask_dict", {}))
+        out: dict[str, Any] = {"timestep_pad_mask": observations["timestep_pad_mask"], "pad_mask_dict": {}}
+        out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
+        if "proprio" in observations and "proprio" in known:
+            observations.update(self._proprio(observations, unnormalize))
+        observations.update(self._extras(observations, unnormalize))
+        for key in list(known["pad_mask_dict"]):
+            leaf = known[key]
+            if key in observations:
+                out[key] = observations[key]
+                out["pad_mask_dict"][key] = pads.get(key, np.ones((b, w), bool))
+            elif self._is_left_out(key, observations):
+                if key not in self._warned:
+                    log.warning("observation/%s is missing: its tokens are left out", key)
+                    self._warned.add(key)
+                known = {name: leaf for name, leaf in known.items() if name not in (key, f"{key}_pad_mask")}
+                known["pad_mask_dict"] = {name: leaf for name, leaf in known["pad_mask_dict"].items() if name != key}
+            else:
+                if key not in self._warned:
+                    log.warning("observation/%s is missing: it is marked as such and masked out", key)
+                    self._warned.add(key)
+                out[key] = np.zeros((b, w, *leaf.shape[1:]), leaf.dtype)
+                out["pad_mask_dict"][key] = np.zeros((b, w), bool)
+        if "proprio" in known:
+            default = np.broadcast_to(np.asarray(out["pad_mask_dict"]["proprio"])[..., None], (b, w, spec.proprio_dim))
+            out["proprio_pad_mask"] = observations.get("proprio_pad_mask", default)
+        images = [key for key in known if key.startswith("image_")]
+        if images and not any(key in observations for key in images):
+            raise ValueError(f"the observation has none of this policy's cameras {images}; got {sorted(observations)}")
+        expected = {key: _with_window(leaf, w) for key, leaf in known.items()}
+        check_tree(out, expected, where="observation")
+        return out
+
+    def _is_left_out(self, key: str, observations: Mapping[str, Any]) -> bool:
+        """Whether a sensor that is missing is one of a released Octo whose tokens must not be there at all. (Where a
+        tokenizer reads several sensors and has some of them, its tokens have to stay: zeros stand for the others.)"""
+        model = self.config["model"]
+        if not model.get("octo_compat"):
+            return False
+        sensors = list(self.batch_spec.observation()["pad_mask_dict"])
+        for part in model["observation_tokenizers"].values():
+            read = match_keys(dict.fromkeys(sensors), tuple(part["obs_keys"]), prefix=True)
+            if key in read and (part["kind"] != "lowdim" or any(other in observations for other in read)):
+                return False
+        return True
+
+    def _proprio(self, observations, unnormalize) -> dict[str, Any]:
+        proprio = jnp.asarray(observations["proprio"], jnp.float32)
+        want, width = self.batch_spec.proprio_dim, proprio.shape[-1] if proprio.ndim else 0
+        entry = None if unnormalize is None else self._entry(unnormalize)
+        if entry is not None and "proprio" not in entry:
+            raise ValueError(f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation")
+        expected = want if entry is None else len(entry["proprio"]["mean"])
+        if proprio.ndim != 3 or width > want or (entry is not None and width != expected):
+            whose = f", as {unnormalize!r} was trained with" if entry is not None else ", or fewer dimensions"
+            shape = ", ".join(map(str, proprio.shape))
+            raise ValueError(f"observation/proprio: expected (B, W, {expected}) float32{whose}; got ({shape})")
+        if entry is not None:
+            proprio = normalization.normalize(proprio, entry["proprio"], entry.get("normalization", "normal"))
+        pad = [(0, 0)] * (proprio.ndim - 1) + [(0, want - width)]
+        valid = observations.get("proprio_pad_mask")
+        if valid is None:
+            valid = np.broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
+        return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
+
+    def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:
+        """Other sensors, normalised; as they are where the policy has no statistics of them, as a released Octo."""
+        entry, found = None if unnormalize is None else self._entry(unnormalize), {}
+        for key, shape in self.batch_spec.extra_observations.items():
+            if key not in observations:
+                continue
+            found[key] = jnp.asarray(observations[key], jnp.float32)
+            if entry is None or not any(key in one.get("extra", {}) for one in self.statistics.values()):
+                continue
+            if key not in entry.get("extra", {}):
+                raise ValueError(f"dataset {unnormalize!r} was trained without {key}; leave it out of the observation")
+            if found[key].shape[2:] == tuple(shape):  # others are refused by name, with everything else that is wrong
+                kind = entry.get("normalization", "normal")
+                found[key] = normalization.normalize_sensor(found[key], entry["extra"][key], kind)
+        return found
+
+    def _entry(self, name: str) -> Mapping[str, Any]:
+        if name not in self.statistics:
+            close = difflib.get_close_matches(name, self.statistics, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown unnormalisation {name!r}{hint} Valid: {sorted(self.statistics)} or None")
+        return self.statistics[name]
+
+    # -- what comes out -----------------------------------------------------------------------------------------------
+
+    def sample_actions(
+        self,
+        observations: Mapping[str, Any],
+        tasks: Mapping[str, Any],
+        *,
+        rng: jax.Array,
+        unnormalize: str | None = None,
+        head: str | None = None,
+        sample_shape: tuple[int, ...] = (),
+    ) -> jax.Array:
+        """Samples action chunks for the last timestep of the window.
+
+        Args:
+          observations: see `prepare_observations`.
+          tasks: from `create_tasks`.
+          rng: one key, or B keys (row i then depends on key i alone, whatever else is in the batch).
+          unnormalize: dataset whose statistics turn actions (and proprio) into physical units and say how many action
+            dimensions the robot has; None gives the model's own normalised numbers.
+          head: name of the head; None: the one that learned from the dataset `unnormalize`, else the only one, or the
+            one called "action".
+          sample_shape: leading dimensions of independent samples.
+
+        Returns:
+          (*sample_shape, B, H, A) float32. Where the dataset's actions were learned relative to the proprioception
+          (`DatasetSpec.relative_to`), that of the last timestep is added: in physical units they are always absolute.
+
+        Raises:
+          ValueError: what `prepare_observations` refuses, unknown heads or statistics, a wrong number of tasks, or
+            actions that are relative to a proprioception that is missing.
+        """
+        head = self._head(head, unnormalize)
+        relative_to = None if unnormalize is None else self._entry(unnormalize).get("relative_to")
+        origin_bp = None if relative_to is None else _last_proprio(observations, unnormalize)
+        observations = self.prepare_observations(observations, unnormalize)
+        b = observations["timestep_pad_mask"].shape[0]
+        rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
+        if rows != b:
+            raise ValueError(f"{b} observations but {rows} tasks; create one task per row")
+        rng = jnp.asarray(rng)
+        single = rng.ndim == (0 if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else 1)
+        keys_b = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(b)) if single else rng
+        dim = self.model.heads[head].action_dim
+        if unnormalize is not None:
+            entry = self._entry(unnormalize)
+            dim = len(entry["action"]["mean"])
+            if dim > self.model.heads[head].action_dim:
+                raise ValueError(
+                    f"statistics {unnormalize!r} have {dim} action dimensions, head {head!r} has "
+                    f"{self.model.heads[head].action_dim}"
+                )
+        valid = np.arange(self.model.heads[head].action_dim) < dim
+        actions = self.sample_program(
+            self.params, observations, tasks, keys_b, valid, head=head, sample_shape=tuple(sample_shape)
+        )
+        if unnormalize is None:
+            return actions
+        actions = normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
+        return actions if relative_to is None else normalization.to_absolute(actions, origin_bp[:, None], relative_to)
+
+    def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
+        """H of the chunks that `sample_actions` gives for the same arguments."""
+        return self.model.heads[self._head(head, unnormalize)].action_horizon
+
+    def _head(self, head: str | None, dataset: str | None) -> str:
+        heads = list(self.model.heads)
+        if head is None and dataset is not None and self._entry(dataset).get("head") in heads:
+            return self._entry(dataset)["head"]
+        if head is None:
+            head = heads[0] if len(heads) == 1 else "action"
+        if head not in heads:
+            raise ValueError(f"unknown head {head!r}; valid: {heads}")
+        return head
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def get_pretty_spec(self) -> str:
+        """What the policy takes, gives and holds: inputs, actions, the token sequence, parameters by part."""
+        return pretty_spec(self)
+
+
+def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, head, sample_shape):
+    return model.apply(
+        {"params": params},
+        observations,
+        tasks,
+        keys_b,
+        head=head,
+        sample_shape=sample_shape,
+        valid=valid,
+        method="sample",
+    )
+
+
+def _check_modules(path, config: Mapping[str, Any], modules: Modules) -> None:
+    """Raises PretrainedError when a policy has parts of modules that its user has not named."""
+    unknown = {where: kind for where, kind in parts.own_kinds(config["model"]).items() if not is_named(kind, modules)}
+    if unknown:
+        listed = ", ".join(f"{where} is {kind!r}" for where, kind in unknown.items())
+        needed = sorted({kind.partition(":")[0] for kind in unknown.values()})
+        raise PretrainedError(f"{path} has parts of its own ({listed}), and {unnamed(*needed)}")
+
+
+def _compare_sources(path, config: Mapping[str, Any]) -> None:
+    """Logs which modules of a policy's own parts are not those that it was exported with."""
+    for module, now in parts.hashes(config["model"]).items():
+        was = config.get("modules", {}).get(module)
+        if was != now:
+            log.warning(
+                "%s: its parts are of module %s, whose source (hash %s) is not the one it was exported with (%s): the "
+                "parameters may mean something else now",
+                *(path, module, now, was or "not kept"),
+            )
+
+
+def _with_window(leaf, window: int):
+    if isinstance(leaf, Mapping):
+        return {key: _with_window(value, window) for key, value in leaf.items()}
+    return Leaf((window, *leaf.shape[1:]), leaf.dtype)
+
+
+def _last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
+    """(B, P) in physical units: what the actions of `dataset` are relative to."""
+    present = np.asarray(observations.get("pad_mask_dict", {}).get("proprio", [True]))
+    if "proprio" not in observations or not present[..., -1].all():
+        raise ValueError(
+            f"observation/proprio is missing, but the actions of {dataset!r} are relative to it: the policy cannot say "
+            "where the robot should go without knowing where it is"
+        )
+    return jnp.asarray(observations["proprio"], jnp.float32)[:, -1]
