@@ -86,7 +86,13 @@ QUICK = Settings(
     quick=True,
 )
 
-TRAINING_CODE = ("octo_like/common/**/*", "octo_like/model/*.py", "octo_like/data/**/*.py", "octo_like/training/*.py")
+TRAINING_CODE = (
+    "octo_like/common/**/*",
+    "octo_like/model/*.py",
+    "octo_like/policy/*.py",
+    "octo_like/data/**/*.py",
+    "octo_like/training/*.py",
+)
 WORLD_CODE = ("octo_like/envs/*.py",)
 
 
