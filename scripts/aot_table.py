@@ -45,6 +45,11 @@ ROWS = (
     Row(BASE, "v6e-64"),
     Row(BASE, "v5p-128"),
     Row(BASE, "v5e-16", 2, _settings(accumulate=8)),
+    Row(LARGE, "v5p-64", 1, _settings(accumulate=2)),
+    Row(HUGE, "v5p-64", 1, _settings(accumulate=4)),
+    Row(SMALL, "v5p-16", 1, _settings(accumulate=2)),
+    # The text encoder is trained as well.
+    Row(SMALL, "v5p-32", 1, _settings(optimizer__freeze="()", model__task_tokenizers__language__finetune_encoder=True)),
 )
 
 
