@@ -17,6 +17,10 @@ import numpy as np
 from octo_like.common.schema import synthetic_batch
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
 from octo_like.robot.rollout import PolicyLike, sampling_keys
+from octo_like.robot.safety import action_limits, check_allowed, check_observation, expected_keys
+
+# Of an observation, what says which of its frames are there.
+WINDOW_KEYS = ("timestep", "timestep_pad_mask", "pad_mask_dict", "proprio_pad_mask")
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +77,12 @@ class PolicyServer:
             "statistics": sorted(policy.statistics),
             "unnormalize": unnormalize,
             "action_names": None if action_names is None else list(action_names),
+            "actions": {name: action_limits(entry) for name, entry in policy.statistics.items()},
         }
+        # What requests have to bring, by the dataset in whose units they come; "": normalised numbers.
+        of_datasets = {"": None, **policy.statistics}
+        batch_spec = self.metadata["batch_spec"]
+        self.metadata["expects"] = {name: expected_keys(batch_spec, entry) for name, entry in of_datasets.items()}
 
     def warm_up(self) -> float:
         """Compiles the policy for single requests before any robot waits for it; returns the seconds it took."""
@@ -111,12 +120,15 @@ class PolicyServer:
         """One client from hello to goodbye; runs in a thread of its own."""
         connection.send(pack(self.metadata))
         for data in connection:
+            number = None
             try:
-                reply = self._answer(unpack(data))
+                request = unpack(data)
+                number = request.get("id") if isinstance(request, dict) else None
+                reply = self._answer(request)
             except Exception as error:  # whatever a request does wrong must reach its sender and nobody else
                 log.warning("request failed: %s: %s", type(error).__name__, error)
                 reply = {"type": "error", "error": type(error).__name__, "message": str(error)}
-            connection.send(pack(reply))
+            connection.send(pack({**reply, "id": number}))
 
     def _answer(self, request: Any) -> dict[str, Any]:
         kind = request.get("type") if isinstance(request, dict) else None
@@ -124,15 +136,40 @@ class PolicyServer:
             raise ValueError(f"unknown request type {kind!r}; valid: act")
         if not isinstance(request.get("observation"), dict):
             raise ValueError("a request needs 'observation': a map from key to array")
-        unnormalize = request.get("unnormalize") or self.unnormalize
+        instruction, unnormalize = request.get("instruction"), request.get("unnormalize") or self.unnormalize
+        if not isinstance(instruction, str | None):
+            raise ValueError(f"'instruction' must be a text or nothing, got {type(instruction).__name__}")
         if unnormalize is not None and unnormalize not in self.policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(self.metadata['statistics'])}")
+        self._check(request["observation"], request.get("allow_missing") or (), unnormalize or "")
         start = time.monotonic()
         with self._lock:
             observation = {key: np.asarray(value)[None] for key, value in request["observation"].items()}
-            task = self._task(request.get("instruction"), request.get("goal"))
+            task = self._task(instruction, request.get("goal"))
             actions = self._sample(observation, task, unnormalize, request.get("seed", 0), request.get("step", 0))
-        return {"type": "actions", "actions": actions, "seconds": time.monotonic() - start}
+        if not np.isfinite(actions).all():
+            raise FloatingPointError("the policy's actions are not finite; they were not sent")
+        warnings = self._warnings(instruction)
+        return {"type": "actions", "actions": actions, "seconds": time.monotonic() - start, "warnings": warnings}
+
+    def _check(self, observation: dict[str, Any], allow_missing: Sequence[str], dataset: str) -> None:
+        """Raises ValueError for what is missing, unknown or not finite: a policy would act on it all the same."""
+        expected = self.metadata["expects"][dataset]
+        frames = {key: value for key, value in observation.items() if key not in WINDOW_KEYS}
+        pads = observation.get("pad_mask_dict") or {}
+        check_allowed(allow_missing, self.metadata["expects"][""])
+        check_observation(frames, expected, allow_missing)
+        check_observation(pads, expected, expected, where="observation/pad_mask_dict")
+
+    def _warnings(self, instruction: str | None) -> list[str]:
+        """What the policy will not read of an instruction."""
+        tokenizer = getattr(self.policy, "text_tokenizer", None)
+        if not instruction or not hasattr(tokenizer, "num_tokens"):
+            return []
+        needed = tokenizer.num_tokens(instruction)
+        if needed <= tokenizer.max_length:
+            return []
+        return [f"the policy reads {tokenizer.max_length} tokens, the instruction has {needed}: its end is cut off"]
 
     def _task(self, instruction: str | None, goal: dict[str, np.ndarray] | None):
         if goal is None:
