@@ -46,6 +46,7 @@ class PolicyClient:
     Args:
       host, port: of the server.
       timeout: seconds to wait for the connection and for each answer (TimeoutError after that).
+      token: what the server was started with (PermissionError without it).
       allow_missing: observation keys that the policy reads and this robot does not have: the policy masks them. Any
         other key that is missing is an error.
       limits: whether actions are kept within the limits that the server tells; False: as the policy gives them.
@@ -58,12 +59,14 @@ class PolicyClient:
         port: int = 8000,
         timeout: float = 30.0,
         *,
+        token: str | None = None,
         allow_missing: Sequence[str] = (),
         limits: bool = True,
         max_change: Sequence[float | None] | float | None = None,
     ):
         # Imported here and not at the top: only the two ends of the wire need the package.
         try:
+            from websockets.exceptions import InvalidStatus
             from websockets.sync.client import connect
         except ImportError as error:
             raise ImportError("talking to a policy server needs websockets: pip install 'octo_like[serve]'") from error
@@ -76,11 +79,16 @@ class PolicyClient:
         self._filters: dict[str | None, ActionFilter] = {}
         self._ids, self._warned = itertools.count(1), set[str]()
         self._open = contextlib.ExitStack()
-        self._connection = self._open.enter_context(
-            connect(
-                f"ws://{host}:{port}", compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None
+        headers = None if token is None else {"Authorization": f"Bearer {token}"}
+        wire = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None)
+        try:
+            self._connection = self._open.enter_context(
+                connect(f"ws://{host}:{port}", additional_headers=headers, **wire)
             )
-        )
+        except InvalidStatus as error:
+            answer = error.response.body.decode(errors="replace").strip()
+            kind = PermissionError if error.response.status_code == 401 else ConnectionError
+            raise kind(f"the server at {host}:{port} refused: {answer}") from error
         self.metadata = unpack(self._connection.recv(timeout))
         if not isinstance(self.metadata, dict) or self.metadata.get("protocol") != PROTOCOL:
             self.close()

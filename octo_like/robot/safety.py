@@ -50,9 +50,10 @@ def check_observation(
             raise ValueError(f"{where}: {_not_read(key, expected)}")
     missing = [key for key in expected if key not in observation and key not in allow_missing]
     if missing:
+        there = ", ".join(sorted(observation)) or "none"
         raise ValueError(
-            f"{where} lacks {', '.join(missing)}, which the policy reads; got {', '.join(sorted(observation)) or 'none'}"
-            f". Send it, or say that this robot has none: allow_missing=({', '.join(map(repr, missing))},)"
+            f"{where} lacks {', '.join(missing)}, which the policy reads; got {there}. Send it, or "
+            f"say that this robot has none: allow_missing=({', '.join(map(repr, missing))},)"
         )
     for key, value in observation.items():
         array = np.asarray(value)

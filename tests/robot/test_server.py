@@ -122,10 +122,10 @@ def test_unknown_statistics_are_refused_at_the_start():
         PolicyServer(LinePolicy(), unnormalize="bridge", port=0)
 
 
-def test_warming_up_runs_the_policy_once():
+def test_warming_up_runs_the_policy_once_for_every_batch_size():
     policy = LinePolicy()
     assert PolicyServer(policy, port=0).warm_up() >= 0
-    assert [call["batch"] for call in policy.calls] == [1]
+    assert [call["batch"] for call in policy.calls] == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float16, np.float32, ">f8"])
