@@ -15,6 +15,7 @@ import sys
 
 from octo_like import Policy
 from octo_like.policy.pretrained import PretrainedError
+from octo_like.robot.openpi import PRESETS, Keys, OpenpiServer
 from octo_like.robot.server import PolicyServer
 
 
@@ -26,6 +27,11 @@ def main() -> int:
     parser.add_argument("--action_names", nargs="+", help="names of the action dimensions, told to clients")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: every interface)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument(
+        "--openpi",
+        metavar="KEYS",
+        help=f"speak openpi's protocol, for its clients: {', '.join(PRESETS)}, or a JSON file that says which key is what",
+    )
     parser.add_argument("--max_batch", type=int, default=8, help="robots whose requests are computed together")
     parser.add_argument("--max_connections", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
@@ -33,8 +39,10 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         policy = Policy.load_pretrained(args.checkpoint, modules=args.modules)
-        server = PolicyServer(
+        kind, keys = (PolicyServer, {}) if args.openpi is None else (OpenpiServer, {"keys": Keys.load(args.openpi)})
+        server = kind(
             policy,
+            **keys,
             unnormalize=args.unnormalize,
             action_names=args.action_names,
             rng_seed=args.seed,

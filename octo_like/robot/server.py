@@ -246,7 +246,8 @@ class PolicyServer:
         start = time.monotonic()
         observation = _one_row(request["observation"])
         task = self._tasks(instruction, request.get("goal"))
-        actions = self.batcher.submit(Request(observation, task, unnormalize, seed, step)).result()
+        future = self.batcher.submit(Request(observation, task, unnormalize, seed, step))
+        actions = np.asarray(future.result(), np.float32)
         if not np.isfinite(actions).all():
             raise FloatingPointError("the policy's actions are not finite; they were not sent")
         warnings = self._warnings(instruction)
