@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument(
         "--openpi",
         metavar="KEYS",
-        help=f"speak openpi's protocol, for its clients: {', '.join(PRESETS)}, or a JSON file that says which key is what",
+        help=f"speak openpi's protocol, for its clients: {', '.join(PRESETS)}, or a JSON file with their keys",
     )
     parser.add_argument("--max_batch", type=int, default=8, help="robots whose requests are computed together")
     parser.add_argument("--max_connections", type=int, default=64)
