@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-sim demo lint lock doctor clean
+.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-sim demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -98,6 +98,17 @@ test-lerobot: $(READY) ## converts datasets that the real lerobot writes (instal
 	@[ -x .venv-lerobot/bin/python ] || $(PYTHON) -m venv .venv-lerobot
 	@.venv-lerobot/bin/python -c "import lerobot" 2>/dev/null || .venv-lerobot/bin/pip install --quiet lerobot==0.4.4
 	@OCTO_LEROBOT_PYTHON=$(CURDIR)/.venv-lerobot/bin/python $(PY) -m pytest tests/data/test_convert_lerobot.py $(ARGS)
+
+OPENPI := .venv-openpi
+OPENPI_READY := $(OPENPI)/.ready-0.1.2
+
+$(OPENPI_READY): $(READY)
+	@$(PYTHON) -m venv --clear $(OPENPI)
+	@$(OPENPI)/bin/pip install --quiet --disable-pip-version-check openpi-client==0.1.2 typing_extensions
+	@touch $@
+
+test-openpi: $(OPENPI_READY) ## openpi's published client drives our server (in an environment of its own)
+	@OCTO_OPENPI_PYTHON=$(CURDIR)/$(OPENPI)/bin/python $(PY) -m pytest tests/robot/test_openpi.py $(ARGS)
 
 SIM_READY := $(READY)-sim
 

@@ -2,17 +2,20 @@
 
     python scripts/serve.py --checkpoint runs/demo/pretrain/export --unnormalize tabletop_gripper --port 8000
 
-On the robot: `octo_like.robot.client.PolicyClient(host, port).act(observation, instruction)`. Whoever reaches the port
-can use the policy: listen on 127.0.0.1 (the default) or inside a network you trust. Needs the extra [serve].
+On the robot: `octo_like.robot.client.PolicyClient(host, port).act(observation, instruction)`. The port also answers
+/healthz, /metadata and /metrics (Prometheus) over HTTP. Listening on other addresses than 127.0.0.1, give a token: in
+the environment variable OCTO_LIKE_TOKEN, where no list of processes shows it. Needs the extra [serve].
 """
 
 import argparse
 import logging
+import os
 import signal
 import sys
 
 from octo_like import Policy
 from octo_like.policy.pretrained import PretrainedError
+from octo_like.robot.openpi import PRESETS, Keys, OpenpiServer
 from octo_like.robot.server import PolicyServer
 
 
@@ -24,18 +27,30 @@ def main() -> int:
     parser.add_argument("--action_names", nargs="+", help="names of the action dimensions, told to clients")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: every interface)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument(
+        "--openpi",
+        metavar="KEYS",
+        help=f"speak openpi's protocol, for its clients: {', '.join(PRESETS)}, or a JSON file with their keys",
+    )
+    parser.add_argument("--max_batch", type=int, default=8, help="robots whose requests are computed together")
+    parser.add_argument("--max_connections", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         policy = Policy.load_pretrained(args.checkpoint, modules=args.modules)
-        server = PolicyServer(
+        kind, keys = (PolicyServer, {}) if args.openpi is None else (OpenpiServer, {"keys": Keys.load(args.openpi)})
+        server = kind(
             policy,
+            **keys,
             unnormalize=args.unnormalize,
             action_names=args.action_names,
             rng_seed=args.seed,
             host=args.host,
             port=args.port,
+            token=os.environ.get("OCTO_LIKE_TOKEN") or None,
+            max_batch=args.max_batch,
+            max_connections=args.max_connections,
         )
     except (PretrainedError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,13 +58,15 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         # A program that a shell starts in the background inherits SIGINT ignored; a server must end when told.
         signal.signal(number, signal.default_int_handler)
-    print(f"compiled in {server.warm_up():.1f} s", flush=True)
-    with server.running():
-        print(f"serving {args.checkpoint} at ws://{args.host}:{server.port} (Ctrl-C ends it)", flush=True)
-        try:
+    try:
+        with server.running(warm=True):
+            print(f"serving {args.checkpoint} at ws://{args.host}:{server.port} (Ctrl-C ends it)", flush=True)
             server.wait()
-        except KeyboardInterrupt:
-            print("\nclosed")
+    except KeyboardInterrupt:
+        print("\nclosed")
+    except OSError as error:
+        print(f"error: {args.host}:{args.port}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

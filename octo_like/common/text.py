@@ -96,6 +96,10 @@ class TextTokenizer:
             mask[row, : len(pieces)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text with its </s>; beyond `max_length`, `encode` cuts them off."""
+        return len(self._processor.encode(text)) + 1
+
     def decode(self, input_ids: np.ndarray) -> list[str]:
         """Texts of (B, L) ids, without padding and </s>."""
         return [self._processor.decode([int(i) for i in row if i not in (PAD, EOS)]) for row in np.asarray(input_ids)]

@@ -7,10 +7,16 @@ with PolicyClient("gpu-box", 8000) as policy:
         for action in actions[:4]:
             robot.execute(action)
             policy.observe({"image_primary": frame, "proprio": joints})   # all but the last: `act` brings that one
+
+What is sent is complete, finite and spelled as the policy spells it; what comes back is finite and within limits
+(`octo_like.robot.safety`). When `act` fails, `hold()` is the action that keeps the robot where it is.
 """
 
 import contextlib
-from collections.abc import Mapping
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +24,9 @@ import numpy as np
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
+from octo_like.robot.safety import ActionFilter, check_allowed, check_observation
+
+log = logging.getLogger(__name__)
 
 
 class PolicyServerError(RuntimeError):
@@ -25,33 +34,66 @@ class PolicyServerError(RuntimeError):
 
 
 class PolicyClient:
-    """A connection to a `PolicyServer`; it keeps the window of observations and resizes images.
+    """A connection to a `PolicyServer`; it keeps the window of observations, resizes images and filters actions.
 
     Attributes:
-      metadata: what the server says of its policy: `spec` (text), `batch_spec`, `statistics` (names), `action_names`.
+      metadata: what the server says of its policy: `spec` (text), `batch_spec`, `statistics` (names), `action_names`,
+        `expects` (observation keys) and `actions` (limits, names and units) of each dataset.
+      filter: the `ActionFilter` of the dataset in use, with its `counts`; None before the first `act`, and with
+        limits=False.
+      late_replies: answers that came after their request had timed out, and were dropped.
 
     Args:
       host, port: of the server.
       timeout: seconds to wait for the connection and for each answer (TimeoutError after that).
+      token: what the server was started with (PermissionError without it).
+      allow_missing: observation keys that the policy reads and this robot does not have: the policy masks them. Any
+        other key that is missing is an error.
+      limits: whether actions are kept within the limits that the server tells; False: as the policy gives them.
+      max_change: largest change from one action to the next, one number or one for each dimension (None: unlimited).
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 8000, timeout: float = 30.0):
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        timeout: float = 30.0,
+        *,
+        token: str | None = None,
+        allow_missing: Sequence[str] = (),
+        limits: bool = True,
+        max_change: Sequence[float | None] | float | None = None,
+    ):
         # Imported here and not at the top: only the two ends of the wire need the package.
         try:
+            from websockets.exceptions import InvalidStatus
             from websockets.sync.client import connect
         except ImportError as error:
             raise ImportError("talking to a policy server needs websockets: pip install 'octo_like[serve]'") from error
-        self.timeout = timeout
+        if isinstance(allow_missing, str):
+            raise ValueError(f"allow_missing is a list of keys; for one: allow_missing=({allow_missing!r},)")
+        self.timeout, self.allow_missing = timeout, tuple(allow_missing)
+        self.filter: ActionFilter | None = None
+        self.late_replies = 0
+        self._limits, self._max_change = limits, max_change
+        self._filters: dict[str | None, ActionFilter] = {}
+        self._ids, self._warned = itertools.count(1), set[str]()
         self._open = contextlib.ExitStack()
-        self._connection = self._open.enter_context(
-            connect(
-                f"ws://{host}:{port}", compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None
+        headers = None if token is None else {"Authorization": f"Bearer {token}"}
+        wire = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None)
+        try:
+            self._connection = self._open.enter_context(
+                connect(f"ws://{host}:{port}", additional_headers=headers, **wire)
             )
-        )
+        except InvalidStatus as error:
+            answer = error.response.body.decode(errors="replace").strip()
+            kind = PermissionError if error.response.status_code == 401 else ConnectionError
+            raise kind(f"the server at {host}:{port} refused: {answer}") from error
         self.metadata = unpack(self._connection.recv(timeout))
         if not isinstance(self.metadata, dict) or self.metadata.get("protocol") != PROTOCOL:
             self.close()
             raise PolicyServerError(f"the server at {host}:{port} does not speak protocol {PROTOCOL} of this client")
+        check_allowed(self.allow_missing, self.metadata["expects"][""])
         spec = self.metadata["batch_spec"]
         self._sizes = {f"image_{slot}": tuple(size) for slot, size in spec["image_sizes"].items()}
         self._history = History(spec["window_size"])
@@ -61,10 +103,20 @@ class PolicyClient:
         """Starts an episode: forgets the observations; `seed` determines the policy's sampling noise."""
         self._history.reset()
         self._seed = seed
+        self._chunk, self._executed = None, 0
+        for each in self._filters.values():
+            each.reset()
 
-    def observe(self, observation: Mapping[str, Any]) -> None:
-        """Adds an observation that no action is asked for, so that the policy's window has no gaps."""
+    def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:
+        """Adds an observation that no action is asked for, so that the policy's window has no gaps.
+
+        Raises:
+          ValueError: a key is missing or unknown, or a value is not finite; see `allow_missing`.
+        """
+        expected = self._of_dataset("expects", unnormalize)
+        check_observation(observation, expected, self.allow_missing)
         self._window = self._history.append(self._prepare(observation))
+        self._executed += 1
 
     def act(
         self,
@@ -84,23 +136,74 @@ class PolicyClient:
           unnormalize: name of the statistics of the actions' units; the server's default when None.
 
         Raises:
+          ValueError: see `observe`; nothing was sent.
           PolicyServerError: the server refused the request and says why.
+          TimeoutError: no answer in time. The next call goes on; the late answer is dropped when it comes.
+          UnsafeAction: the very first action is not finite.
         """
-        self.observe(observation)
-        request = {
-            "type": "act",
-            "observation": self._window,
-            "instruction": instruction,
-            "goal": None if goal is None else self._prepare(goal),
-            "unnormalize": unnormalize,
-            "seed": self._seed,
-            "step": int(self._window["timestep"][-1]),
-        }
-        self._connection.send(pack(request))
-        reply = unpack(self._connection.recv(self.timeout))
+        self.observe(observation, unnormalize=unnormalize)
+        reply = self._request(
+            {
+                "type": "act",
+                "observation": self._window,
+                "allow_missing": list(self.allow_missing),
+                "instruction": instruction,
+                "goal": None if goal is None else self._prepare(goal),
+                "unnormalize": unnormalize,
+                "seed": self._seed,
+                "step": int(self._window["timestep"][-1]),
+            }
+        )
+        for warning in set(reply.get("warnings", ())) - self._warned:
+            log.warning("policy server: %s", warning)
+            self._warned.add(warning)
+        actions = np.asarray(reply["actions"], np.float32)
+        if self._limits:
+            actions = self._filtered(actions, unnormalize)
+        self._chunk, self._executed = actions, 0
+        return actions
+
+    def hold(self) -> np.ndarray:
+        """The action (A,) that keeps the robot where it is, for when `act` fails. Raises UnsafeAction as the filter."""
+        if self.filter is None:
+            raise RuntimeError("there is nothing to hold: no action was received yet, or limits=False")
+        self._tell_executed(self.filter)
+        return self.filter.hold()
+
+    def _request(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The reply to a request; what answers earlier ones, which were given up, is dropped."""
+        number = next(self._ids)
+        deadline = time.monotonic() + self.timeout
+        self._connection.send(pack({**message, "id": number}))
+        while True:
+            reply = unpack(self._connection.recv(max(0.0, deadline - time.monotonic())))
+            if reply.get("id") == number:
+                break
+            self.late_replies += 1
         if reply["type"] == "error":
             raise PolicyServerError(f"{reply['error']}: {reply['message']}")
-        return reply["actions"]
+        return reply
+
+    def _filtered(self, actions: np.ndarray, unnormalize: str | None) -> np.ndarray:
+        name = unnormalize or self.metadata["unnormalize"]
+        if name not in self._filters:
+            known = self.metadata["actions"].get(name) or {"low": [None] * actions.shape[-1]}
+            known = {"high": known["low"], "kinds": None, "names": None, **known}
+            self._filters[name] = ActionFilter.of(known, max_change=self._max_change)
+        self.filter = self._filters[name]
+        self._tell_executed(self.filter)
+        return self.filter.chunk(actions)
+
+    def _tell_executed(self, each: ActionFilter) -> None:
+        # Every observation since the last chunk came after one of its actions.
+        if self._chunk is not None and self._executed:
+            each.executed(self._chunk[min(self._executed, len(self._chunk)) - 1])
+
+    def _of_dataset(self, what: str, unnormalize: str | None) -> Any:
+        found, name = self.metadata[what], unnormalize or self.metadata["unnormalize"]
+        if name is not None and name not in found:
+            raise ValueError(f"unknown statistics {name!r}; valid: {', '.join(self.metadata['statistics'])}")
+        return found["" if name is None else name]
 
     def _prepare(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return resize_images({key: np.asarray(value) for key, value in observation.items()}, self._sizes)

@@ -11,14 +11,15 @@ class History:
     """The last W observations, stacked: W the window size.
 
     The first observation of an episode fills the window; the copies standing before it have timestep_pad_mask False and
-    timestep 0, exactly as the first window of a training episode.
+    timestep 0, exactly as the first window of a training episode. What is kept is a copy: a camera may write its next
+    picture into the same buffer.
     """
 
     def __init__(self, window_size: int):
         if window_size < 1:
             raise ValueError(f"window_size must be at least 1, got {window_size}")
         self.window_size = window_size
-        self._frames: deque[dict[str, Any]] = deque(maxlen=window_size)
+        self._frames: deque[dict[str, np.ndarray]] = deque(maxlen=window_size)
         self._count = 0
 
     def reset(self) -> None:
@@ -27,7 +28,7 @@ class History:
 
     def append(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Adds a frame; returns {key: (W, ...)} plus timestep (W,) int32 and timestep_pad_mask (W,) bool."""
-        frame = dict(observation)
+        frame = {key: np.array(value) for key, value in observation.items()}
         if self._frames and frame.keys() != self._frames[-1].keys():
             raise ValueError(
                 f"observation keys changed within an episode: had {sorted(self._frames[-1])}, got {sorted(frame)}"

@@ -3,11 +3,16 @@
 An array is one extension value: its dtype, shape and raw bytes, C order. Only plain numbers and booleans travel:
 nothing that is received is ever executed.
 
-    server, on connecting   {"type": "metadata", "protocol": 1, "batch_spec": ..., "statistics": [...], ...}
-    client                  {"type": "act", "observation": {...: (W, ...)}, "instruction": str | None,
-                             "goal": {...} | None, "unnormalize": str | None, "seed": int, "step": int}
-    server                  {"type": "actions", "actions": (H, A) float32, "seconds": float}
-                            {"type": "error", "error": "ValueError", "message": "..."}
+    server, on connecting   {"type": "metadata", "protocol": 2, "batch_spec": ..., "statistics": [...],
+                             "expects": {...}, "actions": {...}, ...}
+    client                  {"type": "act", "id": int, "observation": {...: (W, ...)}, "allow_missing": [...],
+                             "instruction": str | None, "goal": {...} | None, "unnormalize": str | None, "seed": int,
+                             "step": int}
+    server                  {"type": "actions", "id": int, "actions": (H, A) float32, "seconds": float,
+                             "warnings": [...]}
+                            {"type": "error", "id": int | None, "error": "ValueError", "message": "..."}
+
+A reply has the id of its request: an answer that comes after its client has given up is recognised and dropped.
 """
 
 from typing import Any
@@ -15,7 +20,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 2**20
 _ARRAY = 0x4E
 _KINDS = "biuf"

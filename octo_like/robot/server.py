@@ -1,11 +1,19 @@
 """A policy behind a websocket, so that the robot's computer needs neither an accelerator nor JAX.
 
 The server keeps nothing between requests: the client sends the whole window of observations, and the sampling noise is
-a function of the client's (seed, step). Any number of clients may be connected; their requests are answered one by one.
+a function of the client's (seed, step). Requests of several clients are computed together (`octo_like.robot.batching`).
+The same port answers plain HTTP:
+
+    /healthz    200 "OK" once requests can be answered, 503 before (needs no token)
+    /metadata   what clients are told when they connect, as JSON
+    /metrics    numbers for Prometheus
 """
 
+import collections
 import contextlib
-import functools
+import hmac
+import http
+import json
 import logging
 import threading
 import time
@@ -14,34 +22,36 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.common.schema import synthetic_batch
+from octo_like.common.schema import flatten, synthetic_batch
+from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
-from octo_like.robot.rollout import PolicyLike, sampling_keys
+from octo_like.robot.rollout import PolicyLike
+from octo_like.robot.safety import action_limits, check_allowed, check_observation, expected_keys
+
+# Of an observation, what says which of its frames are there.
+WINDOW_KEYS = ("timestep", "timestep_pad_mask", "pad_mask_dict", "proprio_pad_mask")
+TASK_CACHE_BYTES = 64 << 20
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger(__name__)
-
-
-def import_websockets(side: str):
-    """The module `websockets.sync.<side>`, or an ImportError that says how to get it."""
-    try:
-        if side == "server":
-            import websockets.sync.server as module
-        else:
-            import websockets.sync.client as module
-    except ImportError as error:
-        raise ImportError("serving a policy needs the package websockets: pip install 'octo_like[serve]'") from error
-    return module
 
 
 class PolicyServer:
     """Serves one policy.
 
+    Attributes:
+      ready: set once requests can be answered.
+      requests, errors: {address of the client: count}.
+
     Args:
       policy: see `octo_like.robot.rollout.PolicyLike`; also `statistics` and `get_pretty_spec()`.
       unnormalize: statistics used when a request names none; None sends normalised actions.
-      action_names: of the action dimensions, told to clients.
+      action_names: of the action dimensions, told to clients; None: those of the robot's description.
       rng_seed: of the sampling noise.
-      host, port: where to listen; port 0 takes a free one, see `port` after `start()`.
+      host, port: where to listen; port 0 takes a free one, see `port` in `running()`.
+      token: clients must know it; None: whoever reaches the port may use the policy.
+      max_batch: requests computed at a time.
+      max_connections: clients at a time; more are refused with HTTP 503.
 
     Raises:
       ValueError: `unnormalize` names no statistics of the policy.
@@ -57,66 +67,168 @@ class PolicyServer:
         rng_seed: int = 0,
         host: str = "127.0.0.1",
         port: int = 8000,
+        token: str | None = None,
+        max_batch: int = 8,
+        max_connections: int = 64,
     ):
         if unnormalize is not None and unnormalize not in policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(sorted(policy.statistics))}")
-        self._websockets = import_websockets("server")
-        self.policy, self.unnormalize, self.rng_seed = policy, unnormalize, rng_seed
-        self.host, self.port = host, port
-        self._lock = threading.Lock()
-        self._text_task = functools.lru_cache(maxsize=64)(lambda text: policy.create_tasks(texts=[text]))
+        self._websockets = _import_websockets()
+        self.policy, self.unnormalize = policy, unnormalize
+        self.host, self.port, self.token, self.max_connections = host, port, token, max_connections
+        self.batcher = Batcher(policy, rng_seed, max_batch)
+        self.ready = threading.Event()
+        self.requests: collections.Counter[str] = collections.Counter()
+        self.errors: collections.Counter[str] = collections.Counter()
+        self._tasks = _TaskCache(policy)
+        limits = {name: action_limits(entry) for name, entry in policy.statistics.items()}
+        if action_names is None and unnormalize is not None and (policy.statistics[unnormalize].get("robot") or {}):
+            action_names = limits[unnormalize]["names"]
+        batch_spec = policy.batch_spec.to_json()
+        # What requests have to bring, by the dataset in whose units they come; "": normalised numbers.
+        of_datasets = {"": None, **policy.statistics}
         self.metadata = {
             "type": "metadata",
             "protocol": PROTOCOL,
             "spec": policy.get_pretty_spec(),
-            "batch_spec": policy.batch_spec.to_json(),
+            "batch_spec": batch_spec,
             "statistics": sorted(policy.statistics),
             "unnormalize": unnormalize,
             "action_names": None if action_names is None else list(action_names),
+            "actions": limits,
+            "expects": {name: expected_keys(batch_spec, entry) for name, entry in of_datasets.items()},
         }
 
     def warm_up(self) -> float:
-        """Compiles the policy for single requests before any robot waits for it; returns the seconds it took."""
+        """Compiles the policy for every batch size before any robot waits for it; returns the seconds it took."""
         start = time.monotonic()
         example = synthetic_batch(self.policy.batch_spec, 1)
-        observation = {key: example["observation"][key] for key in example["observation"] if not key.endswith("_dict")}
-        task = example["task"] if self.policy.batch_spec.language_length is None else self._text_task("")
-        self._sample(observation, task, None, 0, 0)
+        dropped = ("pad_mask_dict", "proprio_pad_mask") if "proprio" in example["observation"] else ("pad_mask_dict",)
+        observation = {key: value for key, value in example["observation"].items() if key not in dropped}
+        task = example["task"] if self.policy.batch_spec.language_length is None else self._tasks.of_text("")
+        for size in self.batcher.sizes:
+            self.batcher.compute([Request(observation, task, None, 0, 0)] * size)
         return time.monotonic() - start
 
     @contextlib.contextmanager
-    def running(self) -> Iterator["PolicyServer"]:
-        """Listens in a thread of its own for as long as the context lasts."""
-        self._listen()
-        self._thread = threading.Thread(target=self._server.serve_forever, name="policy-server", daemon=True)
-        self._thread.start()
+    def running(self, *, warm: bool = False) -> Iterator["PolicyServer"]:
+        """Listens in a thread of its own for as long as the context lasts; what was asked for by then is answered.
+
+        Args:
+          warm: compile first. The port is taken before that, and answers 503 meanwhile.
+
+        Raises:
+          OSError: the address cannot be listened on.
+        """
+        server = self._listen()
+        thread = threading.Thread(target=server.serve_forever, name="policy-server", daemon=True)
+        thread.start()
+        self._stopped = threading.Event()
         try:
+            if warm:
+                log.info("compiled for batches of %s in %.1f s", self.batcher.sizes, self.warm_up())
+            self.batcher.start()
+            self.ready.set()
             yield self
         finally:
-            self._server.shutdown()
-            self._thread.join()
+            self.ready.clear()
+            self.batcher.close()
+            server.shutdown()
+            thread.join()
+            self._stopped.set()
 
     def wait(self) -> None:
         """Blocks for as long as the server runs."""
-        self._thread.join()
+        while not self._stopped.wait(3600):
+            pass
 
-    def _listen(self) -> None:
+    # ---------------------------------------------------------------- connections
+
+    def _listen(self):
+        if self.host not in LOOPBACK and self.token is None:
+            log.warning("listening on %s without a token: whoever reaches the port can use the policy", self.host)
         # Images compress badly and the robot is waiting: no compression.
-        self._server = self._websockets.serve(
-            self._converse, self.host, self.port, compression=None, max_size=MAX_MESSAGE_BYTES
+        server = self._websockets.serve(
+            self._converse,
+            self.host,
+            self.port,
+            compression=None,
+            max_size=min(MAX_MESSAGE_BYTES, self._largest_message()),
+            process_request=self._http,
+            logger=_one_line_logger(),
         )
-        self.port = self._server.socket.getsockname()[1]
+        self.port = server.socket.getsockname()[1]
+        self._server = server
+        return server
+
+    def _largest_message(self) -> int:
+        """Twice what a request of this policy takes: an image that was not resized is refused with a reason."""
+        example = synthetic_batch(self.policy.batch_spec, 1)
+        size = sum(leaf.nbytes for part in ("observation", "task") for _, leaf in flatten(example[part]))
+        return 2 * size + (1 << 20)
+
+    def _http(self, connection, request):
+        """The answer to a plain HTTP request, or what keeps a client from connecting; None lets it in."""
+        path = request.path.split("?")[0]
+        if path == "/healthz":
+            ready = self.ready.is_set()
+            status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
+            return connection.respond(status, "OK\n" if ready else "compiling or shutting down\n")
+        if self.token is not None and not self._knows_token(request.headers):
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN\n")
+        if path == "/metadata":
+            return connection.respond(http.HTTPStatus.OK, json.dumps(self.metadata, default=str) + "\n")
+        if path == "/metrics":
+            return connection.respond(http.HTTPStatus.OK, self.metrics())
+        if not self.ready.is_set():
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "compiling or shutting down\n")
+        if len(self._server.connections) >= self.max_connections:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{self.max_connections} clients are here\n")
+        return None
+
+    def _knows_token(self, headers) -> bool:
+        scheme, _, given = headers.get("Authorization", "").partition(" ")
+        return scheme in ("Bearer", "Api-Key") and hmac.compare_digest(given.strip().encode(), self.token.encode())
+
+    def metrics(self) -> str:
+        """Counters and latencies in the text format of Prometheus."""
+        latencies = np.array(self.batcher.latencies or [0.0])
+        lines = [f"octo_like_connections {len(self._server.connections)}"]
+        lines += [f"octo_like_queue_length {self.batcher.queue_length}"]
+        for q in (0.5, 0.99):
+            lines.append(f'octo_like_latency_seconds{{quantile="{q}"}} {np.quantile(latencies, q):.6f}')
+        lines += [f'octo_like_batches_total{{size="{n}"}} {count}' for n, count in sorted(self.batcher.batches.items())]
+        for name, counts in (("requests", self.requests), ("errors", self.errors)):
+            lines += [f'octo_like_{name}_total{{client="{who}"}} {count}' for who, count in sorted(counts.items())]
+        return "\n".join(lines) + "\n"
 
     def _converse(self, connection) -> None:
         """One client from hello to goodbye; runs in a thread of its own."""
-        connection.send(pack(self.metadata))
-        for data in connection:
-            try:
-                reply = self._answer(unpack(data))
-            except Exception as error:  # whatever a request does wrong must reach its sender and nobody else
-                log.warning("request failed: %s: %s", type(error).__name__, error)
-                reply = {"type": "error", "error": type(error).__name__, "message": str(error)}
-            connection.send(pack(reply))
+        from websockets.exceptions import ConnectionClosed
+
+        client = str((connection.remote_address or ("unknown",))[0])
+        try:
+            connection.send(pack(self.metadata))
+            for data in connection:
+                connection.send(pack(self._reply(data, client)))
+        except (ConnectionClosed, OSError) as error:
+            log.info("client %s is gone: %s", client, error)
+
+    # ---------------------------------------------------------------- requests
+
+    def _reply(self, data: bytes | str, client: str) -> dict[str, Any]:
+        """The answer to a message, whatever it is."""
+        number = None
+        self.requests[client] += 1
+        try:
+            request = unpack(data)
+            number = request.get("id") if isinstance(request, dict) else None
+            reply = self._answer(request)
+        except Exception as error:  # whatever a request does wrong must reach its sender and nobody else
+            self.errors[client] += 1
+            log.warning("a request of %s failed: %s: %s", client, type(error).__name__, error)
+            reply = {"type": "error", "error": type(error).__name__, "message": str(error)}
+        return {**reply, "id": number}
 
     def _answer(self, request: Any) -> dict[str, Any]:
         kind = request.get("type") if isinstance(request, dict) else None
@@ -124,22 +236,99 @@ class PolicyServer:
             raise ValueError(f"unknown request type {kind!r}; valid: act")
         if not isinstance(request.get("observation"), dict):
             raise ValueError("a request needs 'observation': a map from key to array")
-        unnormalize = request.get("unnormalize") or self.unnormalize
+        instruction, unnormalize = request.get("instruction"), request.get("unnormalize") or self.unnormalize
+        if not isinstance(instruction, str | None):
+            raise ValueError(f"'instruction' must be a text or nothing, got {type(instruction).__name__}")
         if unnormalize is not None and unnormalize not in self.policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(self.metadata['statistics'])}")
+        seed, step = (_whole(request.get(key, 0), key) for key in ("seed", "step"))
+        self._check(request["observation"], request.get("allow_missing") or (), unnormalize or "")
         start = time.monotonic()
-        with self._lock:
-            observation = {key: np.asarray(value)[None] for key, value in request["observation"].items()}
-            task = self._task(request.get("instruction"), request.get("goal"))
-            actions = self._sample(observation, task, unnormalize, request.get("seed", 0), request.get("step", 0))
-        return {"type": "actions", "actions": actions, "seconds": time.monotonic() - start}
+        observation = _one_row(request["observation"])
+        task = self._tasks(instruction, request.get("goal"))
+        future = self.batcher.submit(Request(observation, task, unnormalize, seed, step))
+        actions = np.asarray(future.result(), np.float32)
+        if not np.isfinite(actions).all():
+            raise FloatingPointError("the policy's actions are not finite; they were not sent")
+        warnings = self._warnings(instruction)
+        return {"type": "actions", "actions": actions, "seconds": time.monotonic() - start, "warnings": warnings}
 
-    def _task(self, instruction: str | None, goal: dict[str, np.ndarray] | None):
+    def _check(self, observation: dict[str, Any], allow_missing: Sequence[str], dataset: str) -> None:
+        """Raises ValueError for what is missing, unknown or not finite: a policy would act on it all the same."""
+        expected = self.metadata["expects"][dataset]
+        frames = {key: value for key, value in observation.items() if key not in WINDOW_KEYS}
+        pads = observation.get("pad_mask_dict") or {}
+        check_allowed(allow_missing, self.metadata["expects"][""])
+        check_observation(frames, expected, allow_missing)
+        check_observation(pads, expected, expected, where="observation/pad_mask_dict")
+
+    def _warnings(self, instruction: str | None) -> list[str]:
+        """What the policy will not read of an instruction."""
+        tokenizer = getattr(self.policy, "text_tokenizer", None)
+        if not instruction or not hasattr(tokenizer, "num_tokens"):
+            return []
+        needed = tokenizer.num_tokens(instruction)
+        if needed <= tokenizer.max_length:
+            return []
+        return [f"the policy reads {tokenizer.max_length} tokens, the instruction has {needed}: its end is cut off"]
+
+
+class _TaskCache:
+    """Tasks of instructions, encoded once: the last ones that fit into TASK_CACHE_BYTES."""
+
+    def __init__(self, policy: PolicyLike):
+        self._policy, self._lock = policy, threading.Lock()
+        self._kept: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, instruction: str | None, goal: dict[str, np.ndarray] | None) -> Any:
         if goal is None:
-            return self._text_task(instruction or "")
+            return self.of_text(instruction or "")
         goals = {key: np.asarray(value)[None] for key, value in goal.items()}
-        return self.policy.create_tasks(texts=None if instruction is None else [instruction], goals=goals)
+        with self._lock:
+            return self._policy.create_tasks(texts=None if instruction is None else [instruction], goals=goals)
 
-    def _sample(self, observation, task, unnormalize: str | None, seed: int, step: int) -> np.ndarray:
-        rng = sampling_keys(self.rng_seed, [seed], [step])
-        return np.asarray(self.policy.sample_actions(observation, task, rng=rng, unnormalize=unnormalize))[0]
+    def of_text(self, text: str) -> Any:
+        with self._lock:
+            if text not in self._kept:
+                task = self._policy.create_tasks(texts=[text])
+                size = sum(np.asarray(leaf).nbytes for _, leaf in flatten(task)) + len(text)
+                self._kept[text] = task, size
+                self._bytes += size
+                while self._bytes > TASK_CACHE_BYTES and len(self._kept) > 1:
+                    self._bytes -= self._kept.popitem(last=False)[1][1]
+            self._kept.move_to_end(text)
+            return self._kept[text][0]
+
+
+def _one_row(tree: dict[str, Any]) -> dict[str, Any]:
+    """Arrays (W, ...) as a batch of one."""
+    return {key: _one_row(value) if isinstance(value, dict) else np.asarray(value)[None] for key, value in tree.items()}
+
+
+def _whole(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{key!r} must be a whole number from 0 on, got {value!r}")
+    return value
+
+
+def _import_websockets():
+    try:
+        import websockets.sync.server as module
+    except ImportError as error:
+        raise ImportError("serving a policy needs the package websockets: pip install 'octo_like[serve]'") from error
+    return module
+
+
+def _one_line_logger() -> logging.Logger:
+    """What websockets reports, without tracebacks: somebody who scans ports is worth one line."""
+    logger = logging.getLogger("octo_like.websockets")
+    logger.setLevel(logging.WARNING)
+    if not logger.filters:
+        logger.addFilter(_drop_traceback)
+    return logger
+
+
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True

@@ -2,27 +2,32 @@
 
 A policy reads a window of W observations and answers with a chunk of H actions. The usual stack, innermost first:
 
+    env = ActionFilterWrapper(env, ActionFilter.of(action_limits(policy.statistics["my_robot"])))
     env = ResizeImages(env, {"image_primary": (256, 256)})
     env = HistoryWrapper(env, window_size=policy.batch_spec.window_size)
     env = ActionChunkWrapper(env, exec_horizon=4)            # or TemporalEnsembleWrapper(env, length=4)
 
-Observations are dicts of arrays with the schema's key names (`image_{slot}`, `proprio`).
+Observations are dicts of arrays with the schema's key names (`image_{slot}`, `proprio`). An order that cannot work is
+refused.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import gymnasium as gym
 import numpy as np
 
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
+from octo_like.robot.safety import ActionFilter
 
 
 class HistoryWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Stacks the last `window_size` observations and adds `timestep` and `timestep_pad_mask`; see `History`."""
 
     def __init__(self, env: gym.Env, window_size: int):
+        _refuse(env, HistoryWrapper, "HistoryWrapper is there already")
+        _refuse(env, ActionChunkWrapper, "HistoryWrapper must be inside ActionChunkWrapper: it would miss frames")
         gym.utils.RecordConstructorArgs.__init__(self, window_size=window_size)
         gym.Wrapper.__init__(self, env)
         self._history = History(window_size)
@@ -52,13 +57,14 @@ class ActionChunkWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def __init__(self, env: gym.Env, exec_horizon: int):
         if exec_horizon < 1:
             raise ValueError(f"exec_horizon must be at least 1, got {exec_horizon}")
+        _refuse(env, (ActionChunkWrapper, TemporalEnsembleWrapper), "one of them takes chunks already")
         gym.utils.RecordConstructorArgs.__init__(self, exec_horizon=exec_horizon)
         gym.Wrapper.__init__(self, env)
         self.exec_horizon = exec_horizon
         self.action_space = _chunk_space(env.action_space, exec_horizon)
 
     def step(self, action):
-        chunk = _check_chunk(action, self.exec_horizon, "exec_horizon")
+        chunk = _check_chunk(self.env, action, self.exec_horizon, "exec_horizon")
         rewards, observations, infos = [], [], []
         for one in chunk[: self.exec_horizon]:
             observation, reward, terminated, truncated, info = self.env.step(one)
@@ -81,6 +87,7 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def __init__(self, env: gym.Env, length: int, exp_weight: float = 0.0):
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
+        _refuse(env, (ActionChunkWrapper, TemporalEnsembleWrapper), "one of them takes chunks already")
         gym.utils.RecordConstructorArgs.__init__(self, length=length, exp_weight=exp_weight)
         gym.Wrapper.__init__(self, env)
         self.length = length
@@ -93,11 +100,32 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
-        self._chunks.append(_check_chunk(action, self.length, "length"))
+        self._chunks.append(_check_chunk(self.env, action, self.length, "length"))
         n = len(self._chunks)
         now = np.stack([chunk[n - 1 - i] for i, chunk in enumerate(self._chunks)])
         weights = np.exp(-self.exp_weight * np.arange(n))
         return self.env.step((weights / weights.sum()) @ now)
+
+
+class ActionFilterWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Executes what an `ActionFilter` makes of each action; info gets its counts as "action_filter"."""
+
+    def __init__(self, env: gym.Env, action_filter: ActionFilter):
+        _refuse(env, (ActionChunkWrapper, TemporalEnsembleWrapper), "ActionFilterWrapper must be inside {}")
+        width = np.prod(env.action_space.shape, dtype=int)
+        if len(action_filter.low) != width:
+            raise ValueError(f"the filter limits {len(action_filter.low)} dimensions, the environment takes {width}")
+        gym.utils.RecordConstructorArgs.__init__(self, action_filter=action_filter)
+        gym.Wrapper.__init__(self, env)
+        self.action_filter = action_filter
+
+    def reset(self, *, seed=None, options=None):
+        self.action_filter.reset()
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(self.action_filter(action))
+        return observation, reward, terminated, truncated, {**info, "action_filter": dict(self.action_filter.counts)}
 
 
 class ResizeImages(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
@@ -109,6 +137,7 @@ class ResizeImages(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
     def __init__(
         self, env: gym.Env, sizes: Mapping[str, tuple[int, int]], crop_areas: Mapping[str, float] | None = None
     ):
+        _refuse(env, HistoryWrapper, "ResizeImages must be inside HistoryWrapper: it resizes single frames")
         gym.utils.RecordConstructorArgs.__init__(self, sizes=sizes, crop_areas=crop_areas)
         gym.ObservationWrapper.__init__(self, env)
         self.sizes = {key: tuple(size) for key, size in sizes.items()}
@@ -126,6 +155,20 @@ class ResizeImages(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
 
     def observation(self, observation):
         return resize_images(observation, self.sizes, self.crop_areas)
+
+
+def _chain(env: gym.Env) -> Iterator[gym.Env]:
+    """An environment's wrappers, outermost first."""
+    while isinstance(env, gym.Wrapper):
+        yield env
+        env = env.env
+
+
+def _refuse(env: gym.Env, inner: type | tuple[type, ...], message: str) -> None:
+    """Raises ValueError when one of some wrappers is among those of an environment."""
+    for one in _chain(env):
+        if isinstance(one, inner):
+            raise ValueError(message.format(type(one).__name__))
 
 
 def _dict_space(env: gym.Env, wrapper: str) -> gym.spaces.Dict:
@@ -150,10 +193,13 @@ def _chunk_space(space: gym.Space, length: int) -> gym.spaces.Box:
     )
 
 
-def _check_chunk(action: np.ndarray, at_least: int, argument: str) -> np.ndarray:
+def _check_chunk(env: gym.Env, action: np.ndarray, at_least: int, argument: str) -> np.ndarray:
+    """The chunk as an array. Values that are not finite pass only where an ActionFilterWrapper will hold them."""
     chunk = np.asarray(action)
     if chunk.ndim != 2 or len(chunk) < at_least:
         raise ValueError(
             f"expected a chunk of actions (H, A) with H >= {argument} = {at_least}, got shape {chunk.shape}"
         )
+    if not np.isfinite(chunk).all() and not any(isinstance(one, ActionFilterWrapper) for one in _chain(env)):
+        raise ValueError("the chunk holds values that are not finite; an ActionFilterWrapper would hold the last ones")
     return chunk

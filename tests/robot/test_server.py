@@ -73,18 +73,23 @@ def test_the_window_is_complete_and_the_answer_reproducible(server):
 
 def test_images_are_resized_before_they_travel(server):
     large = np.full((40, 60, 3), 200, np.uint8)
-    with PolicyClient(port=server.port) as client:
+    with PolicyClient(port=server.port, allow_missing=("proprio",)) as client:
         client.act({"image_primary": large}, "go left")
     assert server.policy.calls[-1]["observations"]["image_primary"].shape == (1, 2, SIZE, SIZE, 3)
 
 
+def broken(*_, **__):
+    raise KeyError("a mistake of the policy")
+
+
 def test_errors_reach_the_client_and_the_server_lives_on(server):
     with PolicyClient(port=server.port) as client, PolicyClient(port=server.port) as other:
-        with pytest.raises(PolicyServerError, match="unknown statistics 'bridge'; valid: line"):
+        with pytest.raises(ValueError, match="unknown statistics 'bridge'; valid: line"):
             client.act(frame(), "go left", unnormalize="bridge")
-        client.reset()
-        with pytest.raises(PolicyServerError, match="KeyError.*image_primary"):
-            client.act({"proprio": np.zeros(1)}, "go left")
+        server.policy.sample_actions, works = broken, server.policy.sample_actions
+        with pytest.raises(PolicyServerError, match="KeyError.*of the policy"):
+            client.act(frame(), "go left")
+        server.policy.sample_actions = works
         client.reset()
         assert client.act(frame(), "go left").shape == (3, 1)
         assert other.act(frame(), "go right").shape == (3, 1)
@@ -117,10 +122,10 @@ def test_unknown_statistics_are_refused_at_the_start():
         PolicyServer(LinePolicy(), unnormalize="bridge", port=0)
 
 
-def test_warming_up_runs_the_policy_once():
+def test_warming_up_runs_the_policy_once_for_every_batch_size():
     policy = LinePolicy()
     assert PolicyServer(policy, port=0).warm_up() >= 0
-    assert [call["batch"] for call in policy.calls] == [1]
+    assert [call["batch"] for call in policy.calls] == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float16, np.float32, ">f8"])

@@ -70,7 +70,8 @@ class LinePolicy:
             proprio_dim=1,
             language_length=4,
         )
-        self.statistics = {"line": {"action": {"mean": np.zeros(1), "std": np.ones(1)}}}
+        numbers = {"mean": np.zeros(1), "std": np.ones(1)}
+        self.statistics = {"line": {"action": dict(numbers), "proprio": dict(numbers)}}
         self.noise = noise
         self.calls: list[dict] = []
 

@@ -1,0 +1,140 @@
+"""Requests of several robots as batches of one policy.
+
+While a batch is being computed the next requests wait; then those that fit together go as one. So a single robot never
+waits for company, and many share the accelerator. Rows do not know of each other: the sampling noise of each comes from
+its own (seed, step), and what fills a batch up is thrown away.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from octo_like.robot.rollout import PolicyLike, sampling_keys
+
+
+@dataclasses.dataclass
+class Request:
+    """What one robot wants to know.
+
+    Attributes:
+      observation: arrays (1, W, ...), and "pad_mask_dict".
+      task: of one row, from `create_tasks`.
+      unnormalize: dataset of the units. seed, step: of the sampling noise.
+      done: gets the actions (H, A).
+    """
+
+    observation: Mapping[str, Any]
+    task: Any
+    unnormalize: str | None
+    seed: int
+    step: int
+    done: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def kind(self) -> tuple:
+        """Requests of one kind fit into one batch."""
+        shapes = jax.tree.map(lambda x: (np.shape(x), np.asarray(x).dtype.str), (self.observation, self.task))
+        return self.unnormalize, str(shapes)
+
+
+class Batcher:
+    """Computes requests in a thread of its own.
+
+    Attributes:
+      sizes: batch sizes that are compiled: powers of two, and `max_batch`.
+      batches: {size: number of batches}, of requests in them before filling up.
+      latencies: seconds from arrival to actions on the host, of the last requests.
+
+    Args:
+      policy: see `octo_like.robot.rollout.PolicyLike`.
+      rng_seed: of the sampling noise.
+      max_batch: requests in one batch.
+    """
+
+    def __init__(self, policy: PolicyLike, rng_seed: int = 0, max_batch: int = 8):
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        self.policy, self.rng_seed, self.max_batch = policy, rng_seed, max_batch
+        self.sizes = sorted({2**i for i in range(max_batch.bit_length()) if 2**i <= max_batch} | {max_batch})
+        self.batches: collections.Counter[int] = collections.Counter()
+        self.latencies: collections.deque[float] = collections.deque(maxlen=2048)
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._changed = threading.Condition()
+        self._busy = self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="policy-batches", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> concurrent.futures.Future:
+        """The future of a request's actions. Raises RuntimeError after `close`."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the server is shutting down")
+            self._waiting.append(request)
+            self._changed.notify_all()
+        return request.done
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._waiting)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Takes no more requests, and returns when those that were taken are answered, or after `timeout` seconds."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
+
+    def compute(self, requests: Sequence[Request]) -> np.ndarray:
+        """Actions (N, H, A) of requests of one kind."""
+        size = next(size for size in self.sizes if size >= len(requests))
+        rows = [*requests, *[requests[-1]] * (size - len(requests))]
+        observation, task = (_stacked([getattr(row, part) for row in rows]) for part in ("observation", "task"))
+        rng = sampling_keys(self.rng_seed, [row.seed for row in rows], [row.step for row in rows])
+        actions = self.policy.sample_actions(observation, task, rng=rng, unnormalize=requests[0].unnormalize)
+        return np.asarray(actions)[: len(requests)]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                batch = self._next()
+                self._busy = True
+            try:
+                actions = self.compute(batch)
+            except Exception as error:
+                for request in batch:
+                    request.done.set_exception(error)
+                continue
+            self.batches[len(batch)] += 1
+            for request, each in zip(batch, actions, strict=True):
+                self.latencies.append(time.monotonic() - request.arrived)
+                request.done.set_result(each)
+
+    def _next(self) -> list[Request]:
+        """The oldest request, and those behind it that fit into its batch."""
+        kind, batch, rest = self._waiting[0].kind, [], collections.deque()
+        for request in self._waiting:
+            fits = len(batch) < self.max_batch and request.kind == kind
+            (batch if fits else rest).append(request)
+        self._waiting = rest
+        return batch
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    """Trees of single rows as one tree of rows."""
+    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *trees)

@@ -1,0 +1,320 @@
+"""openpi's wire protocol, both ways: its clients drive our policies, and our rollouts drive its servers.
+
+A client of openpi sends one frame at a time as a flat map (`observation/image`, `prompt`, ...), and gets a map with
+`actions`; the first thing on the wire is a map of metadata. There are no request numbers, no windows and no word for
+the beginning of an episode. `OpenpiServer` keeps the window of each connection, and takes a changed prompt or the key
+`reset` for a new episode. An error is a text frame, after which the connection is closed, as these clients expect it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import msgpack
+import numpy as np
+
+from octo_like.common.schema import BatchSpec
+from octo_like.robot.history import History
+from octo_like.robot.images import resize_images
+from octo_like.robot.messages import MAX_MESSAGE_BYTES
+from octo_like.robot.server import PolicyServer
+
+_KINDS = "biuf"
+INTERNAL_ERROR = 1011
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Which of a robot's openpi keys is what to a policy.
+
+    Attributes:
+      images: key to camera slot. state: keys whose values, one after the other, are the proprioception.
+      prompt: of the instruction.
+    """
+
+    images: Mapping[str, str]
+    state: Sequence[str]
+    prompt: str = "prompt"
+
+    @classmethod
+    def load(cls, name: str) -> "Keys":
+        """One of `PRESETS`, or a JSON file with the attributes. Raises ValueError for anything else."""
+        if name in PRESETS:
+            return PRESETS[name]
+        try:
+            with open(name, encoding="utf-8") as file:
+                return cls(**json.load(file))
+        except (OSError, ValueError, TypeError) as error:
+            valid = f"{', '.join(PRESETS)}, or a JSON file with images, state and prompt"
+            raise ValueError(f"openpi keys {name!r}: {error}; valid: {valid}") from error
+
+
+PRESETS = {
+    "droid": Keys(
+        {"observation/exterior_image_1_left": "primary", "observation/wrist_image_left": "wrist"},
+        ("observation/joint_position", "observation/gripper_position"),
+    ),
+    "libero": Keys({"observation/image": "primary", "observation/wrist_image": "wrist"}, ("observation/state",)),
+    "aloha": Keys(
+        {"images/cam_high": "primary", "images/cam_left_wrist": "wrist", "images/cam_right_wrist": "wrist_right"},
+        ("state",),
+    ),
+}
+
+
+def pack(message: Any) -> bytes:
+    """msgpack with arrays as openpi writes them. Raises ValueError for arrays of objects, texts or complex numbers."""
+    return msgpack.packb(message, default=_encode)
+
+
+def unpack(data: bytes) -> Any:
+    """Inverse of `pack`, also of what openpi's clients send. Raises ValueError for anything else."""
+    try:
+        return msgpack.unpackb(data, object_hook=_decode)
+    except (msgpack.UnpackException, msgpack.ExtraData, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"not a message of openpi: {error}") from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        array = np.asarray(value)
+        if array.dtype.kind not in _KINDS:
+            raise ValueError(f"cannot send an array of {array.dtype}")
+        if isinstance(value, np.generic):
+            return {b"__npgeneric__": True, b"data": value.item(), b"dtype": array.dtype.str}
+        return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
+    raise TypeError(f"cannot send a {type(value).__name__}")
+
+
+def _decode(value: dict) -> Any:
+    if b"__ndarray__" in value or b"__npgeneric__" in value:
+        dtype = np.dtype(value[b"dtype"])
+        if dtype.kind not in _KINDS:
+            raise ValueError(f"arrays of {dtype} are not accepted")
+        if b"__npgeneric__" in value:
+            return dtype.type(value[b"data"])
+        return np.frombuffer(value[b"data"], dtype).reshape(value[b"shape"])
+    return value
+
+
+# ---------------------------------------------------------------- their clients, our policy
+
+
+class OpenpiServer(PolicyServer):
+    """A `PolicyServer` for the clients of openpi; see there for the arguments.
+
+    Args:
+      keys: of the robot. Cameras that the policy reads and the table does not name are masked.
+    """
+
+    def __init__(self, policy: Any, keys: Keys, **arguments: Any):
+        super().__init__(policy, **arguments)
+        slots = set(policy.batch_spec.image_sizes)
+        if not slots & set(keys.images.values()):
+            raise ValueError(
+                f"the policy's cameras are {', '.join(sorted(slots))}, of which the openpi keys name none: "
+                f"{', '.join(sorted(set(keys.images.values())))}"
+            )
+        self.keys = keys
+        self._sizes = {f"image_{slot}": size for slot, size in policy.batch_spec.image_sizes.items()}
+        self._expected = self.metadata["expects"][self.unnormalize or ""]
+
+    def _largest_message(self) -> int:
+        return MAX_MESSAGE_BYTES  # frames come in any size
+
+    def _converse(self, connection) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        client = str((connection.remote_address or ("unknown",))[0])
+        episode = _Episode(History(self.policy.batch_spec.window_size))
+        try:
+            connection.send(pack({"policy": "octo_like", "action_names": self.metadata["action_names"]}))
+            for data in connection:
+                self.requests[client] += 1
+                try:
+                    reply = self._infer(unpack(data), episode)
+                except Exception as error:
+                    self.errors[client] += 1
+                    connection.send(f"{type(error).__name__}: {error}")
+                    connection.close(INTERNAL_ERROR, "the message before says why")
+                    return
+                connection.send(pack(reply))
+        except (ConnectionClosed, OSError):
+            pass  # a client that is done just goes
+
+    def _infer(self, message: Any, episode: "_Episode") -> dict[str, Any]:
+        if not isinstance(message, dict):
+            raise ValueError(f"expected a map of observations, got {type(message).__name__}")
+        start = time.monotonic()
+        flat = dict(_flat(message))
+        prompt = flat.get(self.keys.prompt, "")
+        if flat.get("reset") or prompt != episode.prompt:
+            episode.begin(prompt, int(flat.get("seed", 0)))
+        observation = {key: value for key, value in self._observation(flat).items() if key in self._expected}
+        missing = [f"image_{slot}" for slot in self.policy.batch_spec.image_sizes]
+        missing = [key for key in missing if key.removeprefix("image_") not in self.keys.images.values()]
+        self._check(observation, missing, self.unnormalize or "")
+        reply = self._answer(
+            {
+                "type": "act",
+                "observation": episode.history.append(resize_images(observation, self._sizes)),
+                "allow_missing": missing,
+                "instruction": prompt or None,
+                "seed": episode.seed,
+                "step": episode.steps,
+            }
+        )
+        episode.steps += 1
+        milliseconds = 1000 * (time.monotonic() - start)
+        return {"actions": reply["actions"], "server_timing": {"infer_ms": milliseconds}}
+
+    def _observation(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """The policy's keys of one frame. Raises ValueError for a camera or a state that is missing."""
+        slots = self.policy.batch_spec.image_sizes
+        wanted = {key: slot for key, slot in self.keys.images.items() if slot in slots}
+        absent = [key for key in [*wanted, *self.keys.state] if key not in flat]
+        if absent:
+            raise ValueError(f"the observation lacks {absent[0]!r}; got {', '.join(sorted(flat))}")
+        found = {f"image_{slot}": as_image(flat[key], key) for key, slot in wanted.items()}
+        parts = [np.atleast_1d(np.asarray(flat[key], np.float32)) for key in self.keys.state]
+        return {**found, "proprio": np.concatenate(parts)} if parts else found
+
+
+@dataclasses.dataclass
+class _Episode:
+    """What a connection is in the midst of."""
+
+    history: History
+    prompt: str | None = None
+    seed: int = 0
+    steps: int = 0
+
+    def begin(self, prompt: str, seed: int) -> None:
+        self.history.reset()
+        self.prompt, self.seed, self.steps = prompt, seed, 0
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves by path: ALOHA's images are a map in the map."""
+    found = []
+    for key, value in tree.items():
+        found += _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def as_image(value: Any, key: str) -> np.ndarray:
+    """A picture (h, w, 3) uint8 from one that may be (3, h, w), or floats from 0 to 1."""
+    image = np.asarray(value)
+    if image.ndim == 3 and image.shape[0] == 3 and image.shape[-1] != 3:
+        image = np.moveaxis(image, 0, -1)
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"{key}: expected a picture (h, w, 3) or (3, h, w), got {image.shape}")
+    if image.dtype.kind == "f":
+        if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
+            raise ValueError(f"{key}: a picture of floats must be within 0 and 1")
+        return np.rint(255 * image).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"{key}: expected uint8, or floats from 0 to 1, got {image.dtype}")
+    return image
+
+
+# ---------------------------------------------------------------- their server, our rollouts
+
+
+class OpenpiPolicy:
+    """A policy behind an openpi server, for `octo_like.robot.rollout.evaluate` and the wrappers.
+
+    Attributes:
+      batch_spec: one frame, the cameras of `keys` at `image_size`.
+      metadata: what the server says of itself.
+      statistics: empty: actions come in physical units.
+
+    Args:
+      keys: of the robot.
+      image_size: (height, width) in which pictures are sent.
+      action_horizon, action_dim: of the server's chunks.
+      api_key: sent as `Authorization: Api-Key`.
+      timeout: seconds to wait for the connection and each answer.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: Keys,
+        *,
+        action_horizon: int,
+        action_dim: int,
+        image_size: tuple[int, int] = (224, 224),
+        proprio_dim: int | None = None,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+    ):
+        from websockets.sync.client import connect
+
+        headers = None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+        uri = address if address.startswith("ws") else f"ws://{address}"
+        wire = dict(compression=None, max_size=None, open_timeout=timeout, proxy=None)
+        self._open = contextlib.ExitStack()
+        self._connection = self._open.enter_context(connect(uri, additional_headers=headers, **wire))
+        self.keys, self.timeout = keys, timeout
+        self.metadata = unpack(self._connection.recv(timeout))
+        self.batch_spec = BatchSpec(
+            window_size=1,
+            action_horizon=action_horizon,
+            action_dim=action_dim,
+            image_sizes={slot: image_size for slot in keys.images.values()},
+            proprio_dim=proprio_dim,
+            language_length=1,
+        )
+        self.statistics: dict[str, Any] = {}
+
+    def create_tasks(self, texts: Sequence[str]) -> dict[str, Any]:
+        return {"texts": np.array(list(texts), object)}
+
+    def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng, unnormalize: str | None = None):
+        """Actions (B, H, A): one request after the other. `rng` stays here: the server draws by itself."""
+        chunks = [self.infer(row, text) for row, text in zip(_rows(observations), tasks["texts"], strict=True)]
+        return np.stack(chunks)
+
+    def infer(self, observation: Mapping[str, np.ndarray], prompt: str) -> np.ndarray:
+        """Actions (H, A) for one frame of the policy's keys.
+
+        Raises:
+          RuntimeError: the server's error. ValueError: a camera is missing, or the actions are no chunk of numbers.
+        """
+        message: dict[str, Any] = {self.keys.prompt: prompt}
+        for key, slot in self.keys.images.items():
+            if f"image_{slot}" not in observation:
+                raise ValueError(f"the observation lacks image_{slot}; got {', '.join(sorted(observation))}")
+            message[key] = np.ascontiguousarray(observation[f"image_{slot}"])
+        if self.keys.state and "proprio" in observation:
+            message |= self._state(np.asarray(observation["proprio"], np.float32))
+        self._connection.send(pack(message))
+        reply = self._connection.recv(self.timeout)
+        if isinstance(reply, str):
+            raise RuntimeError(f"the openpi server failed:\n{reply}")
+        actions = np.asarray(unpack(reply)["actions"], np.float32)
+        if actions.ndim != 2 or not np.isfinite(actions).all():
+            raise ValueError(f"expected finite actions (H, A), got {actions.shape}")
+        return actions
+
+    def _state(self, proprio: np.ndarray) -> dict[str, np.ndarray]:
+        # DROID's last number is the gripper; a robot with one key sends everything under it.
+        *most, last = self.keys.state
+        if not most:
+            return {last: proprio}
+        return {most[0]: proprio[:-1], last: proprio[-1:]}
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def _rows(observations: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
+    """The last frame of each row."""
+    keys = [key for key in observations if key.startswith("image_") or key == "proprio"]
+    batch = len(observations["timestep_pad_mask"])
+    return [{key: np.asarray(observations[key])[row, -1] for key in keys} for row in range(batch)]

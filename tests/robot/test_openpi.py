@@ -1,0 +1,223 @@
+"""openpi's dialect: their real client on our server (`make test-openpi`), our rollouts on a server that speaks it."""
+
+import os
+import subprocess
+import textwrap
+
+import numpy as np
+import pytest
+
+from octo_like.robot import openpi
+from octo_like.robot.client import PolicyClient
+from octo_like.robot.openpi import PRESETS, Keys, OpenpiPolicy, OpenpiServer, as_image
+from octo_like.robot.rollout import evaluate
+from octo_like.robot.server import PolicyServer
+from tests.robot.toy import SIZE, LineEnv, LinePolicy
+
+pytest.importorskip("websockets")
+
+LINE = Keys({"observation/image": "primary"}, ("observation/state",))
+# The interpreter of an environment with the published openpi-client.
+PYTHON = os.environ.get("OCTO_OPENPI_PYTHON")
+needs_client = pytest.mark.skipif(PYTHON is None, reason="openpi-client is not installed; run make test-openpi")
+
+
+@pytest.fixture
+def server():
+    with OpenpiServer(LinePolicy(), LINE, unnormalize="line", port=0).running() as running:
+        yield running
+
+
+def message(x: float, prompt: str = "go left", **more) -> dict:
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    image[:, int(x)] = 255
+    return {"observation/image": image, "observation/state": np.array([x], np.float32), "prompt": prompt, **more}
+
+
+class Wire:
+    """The dialect by hand."""
+
+    def __init__(self, server):
+        from websockets.sync.client import connect
+
+        opened = connect(f"ws://127.0.0.1:{server.port}", compression=None, proxy=None)
+        self.connection = opened.__enter__()
+        self.metadata = openpi.unpack(self.connection.recv(30))
+
+    def infer(self, observation: dict):
+        self.connection.send(openpi.pack(observation))
+        reply = self.connection.recv(30)
+        return reply if isinstance(reply, str) else openpi.unpack(reply)
+
+
+def test_frames_become_windows_of_a_connection(server):
+    first, second = Wire(server), Wire(server)
+    for x in (5, 6):
+        reply = first.infer(message(x))
+    assert reply["actions"].shape == (3, 1) and reply["server_timing"]["infer_ms"] > 0
+    seen = server.policy.calls[-1]["observations"]
+    assert seen["proprio"].ravel().tolist() == [5, 6] and seen["timestep_pad_mask"].all()
+    second.infer(message(9))  # a robot of its own
+    assert server.policy.calls[-1]["observations"]["timestep_pad_mask"].tolist() == [[False, True]]
+    first.infer(message(7))
+    assert server.policy.calls[-1]["observations"]["proprio"].ravel().tolist() == [6, 7]
+    for new_episode in (message(8, "go right"), message(8, "go right", reset=True)):
+        first.infer(new_episode)
+        assert server.policy.calls[-1]["observations"]["timestep_pad_mask"].tolist() == [[False, True]]
+
+
+def test_the_actions_are_those_of_our_own_client(server):
+    wire = Wire(server)
+    theirs = [wire.infer(message(x, seed=4))["actions"] for x in (5, 6, 7)]
+    with (
+        PolicyServer(LinePolicy(), unnormalize="line", port=0).running() as ours,
+        PolicyClient(port=ours.port) as client,
+    ):
+        client.reset(seed=4)
+        for x, actions in zip((5, 6, 7), theirs, strict=True):
+            sent = message(x)
+            observation = {"image_primary": sent["observation/image"], "proprio": sent["observation/state"]}
+            np.testing.assert_array_equal(client.act(observation, "go left"), actions)
+
+
+def test_pictures_in_any_layout():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (6, 8, 3), np.uint8)
+    for given in (picture, np.moveaxis(picture, -1, 0), picture / 255.0, np.moveaxis(picture / 255.0, -1, 0)):
+        np.testing.assert_array_equal(as_image(given, "x"), picture)
+    for wrong in (picture[..., :2], picture.astype(np.int32), picture / 100.0, picture[0]):
+        with pytest.raises(ValueError, match="x: "):
+            as_image(wrong, "x")
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda m: m.pop("observation/image"), "lacks 'observation/image'"),
+        (lambda m: m.pop("observation/state"), "lacks 'observation/state'"),
+        (lambda m: m.update({"observation/state": np.array([np.nan], np.float32)}), "not finite"),
+        (lambda m: m.update({"observation/image": np.zeros((4, 4), np.uint8)}), "expected a picture"),
+    ],
+)
+def test_an_error_is_a_text_after_which_the_connection_is_closed(server, change, error):
+    from websockets.exceptions import ConnectionClosed
+
+    wire, wrong = Wire(server), message(5)
+    change(wrong)
+    assert error in wire.infer(wrong)
+    with pytest.raises(ConnectionClosed) as closed:
+        wire.connection.recv(30)
+    assert closed.value.rcvd.code == openpi.INTERNAL_ERROR
+    assert Wire(server).infer(message(5))["actions"].shape == (3, 1)
+
+
+def test_tables_of_keys(tmp_path):
+    (tmp_path / "keys.json").write_text('{"images": {"cam": "primary"}, "state": ["q"], "prompt": "task"}')
+    assert Keys.load(str(tmp_path / "keys.json")) == Keys({"cam": "primary"}, ["q"], "task")
+    assert Keys.load("droid") is PRESETS["droid"]
+    (tmp_path / "wrong.json").write_text('{"camera": 1}')
+    for name in ("nothing", str(tmp_path / "wrong.json")):
+        with pytest.raises(ValueError, match="valid: droid, libero, aloha, or a JSON file"):
+            Keys.load(name)
+    with pytest.raises(ValueError, match="name none: wrist"):
+        OpenpiServer(LinePolicy(), Keys({"cam": "wrist"}, ()), port=0)
+
+
+def test_our_rollouts_drive_a_server_of_that_dialect(server):
+    """The world is solved over their wire as in this process: the toy policy decides by what it sees."""
+    address = f"127.0.0.1:{server.port}"
+    policy = OpenpiPolicy(address, LINE, action_horizon=3, action_dim=1, image_size=(SIZE, SIZE), proprio_dim=1)
+    episodes = evaluate(policy, LineEnv, range(6), batch_size=3)
+    assert all(episode.success for episode in episodes)
+    policy.close()
+    wrong = OpenpiPolicy(address, Keys({"cam": "primary"}, ()), action_horizon=3, action_dim=1)
+    with pytest.raises(RuntimeError, match="lacks 'observation/image'"):
+        wrong.infer({"image_primary": np.zeros((SIZE, SIZE, 3), np.uint8)}, "go left")
+
+
+@needs_client
+@pytest.mark.parametrize("layout", ["hwc", "chw"])
+def test_the_published_client_drives_the_world_to_its_end(server, layout, tmp_path):
+    """Same success and, for the same seed, the same actions as our client in this process."""
+    program = textwrap.dedent(
+        f"""
+        import sys, numpy as np
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy
+        from openpi_client.action_chunk_broker import ActionChunkBroker
+        policy = WebsocketClientPolicy("127.0.0.1", {server.port})
+        broker = ActionChunkBroker(policy, action_horizon=3)
+        done = []
+        for goal in ("left", "right"):
+            x, first = 7.0, True
+            broker.reset()
+            for step in range(12):
+                image = np.zeros(({SIZE}, {SIZE}, 3), np.uint8)
+                image[:, int(np.clip(round(x), 0, {SIZE} - 1))] = 255
+                if {layout!r} == "chw":
+                    image = np.ascontiguousarray(image.transpose(2, 0, 1))
+                sent = {{"observation/image": image, "observation/state": np.array([x], np.float32),
+                        "prompt": "go " + goal, "seed": 3}}
+                if first:
+                    np.save({str(tmp_path)!r} + "/" + goal + ".npy", policy.infer(dict(sent, reset=True))["actions"])
+                    broker.reset()
+                    first = False
+                x += float(broker.infer(sent)["actions"][0])
+                if x <= 0 or x >= {SIZE} - 1:
+                    break
+            done.append("left" if x <= 0 else "right" if x >= {SIZE} - 1 else "nowhere")
+        assert done == ["left", "right"], done
+        try:
+            policy.infer({{"prompt": "go left"}})
+        except RuntimeError as error:
+            assert "lacks 'observation/image'" in str(error), error
+        else:
+            raise AssertionError("an error must reach the client")
+        """
+    )
+    done = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with (
+        PolicyServer(LinePolicy(), unnormalize="line", port=0).running() as ours,
+        PolicyClient(port=ours.port) as client,
+    ):
+        for goal in ("left", "right"):
+            client.reset(seed=3)
+            sent = message(7)
+            observation = {"image_primary": sent["observation/image"], "proprio": sent["observation/state"]}
+            actions = client.act(observation, f"go {goal}")
+            np.testing.assert_array_equal(np.load(tmp_path / f"{goal}.npy"), actions)
+
+
+@needs_client
+def test_two_published_clients_at_once(server):
+    program = textwrap.dedent(
+        f"""
+        import sys, numpy as np
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy
+        policy, sign = WebsocketClientPolicy("127.0.0.1", {server.port}), float(sys.argv[1])
+        image = np.full(({SIZE}, {SIZE}, 3), 255, np.uint8)
+        for step in range(50):
+            actions = policy.infer({{"observation/image": image, "observation/state": np.array([5.0], np.float32),
+                                    "prompt": "go right" if sign > 0 else "go left"}})["actions"]
+            assert (np.sign(actions) == sign).all(), actions
+        """
+    )
+    start = lambda sign: subprocess.Popen([PYTHON, "-c", program, sign], stderr=subprocess.PIPE, text=True)  # noqa: E731
+    robots = [start(sign) for sign in ("1", "-1")]
+    for robot in robots:
+        assert robot.wait(120) == 0, robot.stderr.read()
+
+
+def test_nothing_but_plain_arrays_travels():
+    for bad in (np.array([object()]), np.array(["x"]), np.array([1j])):
+        with pytest.raises((ValueError, TypeError)):
+            openpi.pack({"x": bad})
+    import msgpack
+
+    objects = msgpack.packb({b"__ndarray__": True, b"data": b"0" * 8, b"dtype": "|O", b"shape": [1]})
+    with pytest.raises(ValueError, match="not accepted"):
+        openpi.unpack(objects)
+    with pytest.raises(ValueError, match="not a message of openpi"):
+        openpi.unpack(b"\xc1")
+    back = openpi.unpack(openpi.pack({"a": np.arange(6.0).reshape(2, 3), "n": np.float32(2), "s": "x"}))
+    assert back["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and back["n"] == 2 and back["s"] == "x"

@@ -1,0 +1,286 @@
+"""Many robots on one server: batches, HTTP, tokens, limits, clients that vanish, an orderly end."""
+
+import logging
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+
+from octo_like.robot.batching import Batcher, Request
+from octo_like.robot.client import PolicyClient, PolicyServerError
+from octo_like.robot.messages import pack
+from octo_like.robot.server import PolicyServer
+from tests.robot.tiny import tiny_policy
+from tests.robot.toy import SIZE, LinePolicy
+
+pytest.importorskip("websockets")
+
+
+def frame(x: float = 5.0) -> dict:
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    image[:, int(x) % SIZE] = 255
+    return {"image_primary": image, "proprio": np.array([x], np.float32)}
+
+
+class Gated(LinePolicy):
+    """Computes a batch only when it is let; its actions say what each row saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.let, self.sizes = threading.Semaphore(0), []
+
+    def sample_actions(self, observations, tasks, *, rng, unnormalize):
+        assert self.let.acquire(timeout=60)
+        seen = np.asarray(observations["proprio"])[:, -1, 0]
+        self.sizes.append(len(seen))
+        direction = np.asarray(tasks["direction"])
+        return np.stack([seen, direction], axis=-1)[:, None].repeat(3, axis=1)
+
+
+def request(policy, x, text, step=0) -> Request:
+    window = {key: np.stack([value] * 2)[None] for key, value in frame(x).items()}
+    window["timestep_pad_mask"] = np.array([[True, True]])
+    return Request(window, policy.create_tasks(texts=[text]), "line", 0, step)
+
+
+def test_what_waits_together_is_computed_together_and_rows_go_to_their_askers():
+    policy = Gated()
+    batcher = Batcher(policy, max_batch=4)
+    assert batcher.sizes == [1, 2, 4]
+    batcher.start()
+    first = batcher.submit(request(policy, 1, "go left"))
+    deadline = time.monotonic() + 60
+    while batcher.queue_length and time.monotonic() < deadline:
+        time.sleep(0.01)  # it is taken: the rest waits for the next batch
+    asked = [(x, "go right" if x % 2 else "go left") for x in range(2, 9)]
+    others = [batcher.submit(request(policy, x, text)) for x, text in asked]
+    short = request(policy, 9, "go left")
+    short.observation = {key: value[:, -1:] for key, value in short.observation.items()}
+    other_kind = batcher.submit(short)  # another window: a batch of its own
+    for _ in range(5):
+        policy.let.release()
+    assert first.result(60)[0].tolist() == [1.0, -1.0]
+    for future, (x, text) in zip(others, asked, strict=True):
+        assert future.result(60)[0].tolist() == [x, 1.0 if "right" in text else -1.0]
+    assert other_kind.result(60)[0, 0] == 9
+    assert policy.sizes == [1, 4, 4, 1]  # seven as four and three filled up
+    assert dict(batcher.batches) == {1: 2, 4: 1, 3: 1}
+    batcher.close()
+    with pytest.raises(RuntimeError, match="shutting down"):
+        batcher.submit(short)
+
+
+@pytest.mark.parametrize("max_batch, sizes", [(1, [1]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_batch_sizes_are_few(max_batch, sizes):
+    assert Batcher(LinePolicy(), max_batch=max_batch).sizes == sizes
+
+
+def test_a_batch_has_the_actions_of_its_rows_alone():
+    """A real network: the rounding of the batched arithmetic is all that may differ."""
+    policy = tiny_policy("arm", 3, 4)
+    batcher = Batcher(policy, max_batch=4)
+    rng = np.random.default_rng(0)
+    requests = []
+    for seed in range(3):
+        spec = policy.batch_spec
+        window = {
+            f"image_{slot}": rng.integers(0, 255, (1, spec.window_size, *size, 3), np.uint8)
+            for slot, size in spec.image_sizes.items()
+        }
+        window["proprio"] = rng.normal(size=(1, spec.window_size, 4)).astype(np.float32)
+        window["timestep_pad_mask"] = np.ones((1, spec.window_size), bool)
+        requests.append(Request(window, policy.create_tasks(texts=[f"reach {seed}"]), "arm", seed, 3 * seed))
+    together = batcher.compute(requests)
+    for row, one in zip(together, requests, strict=True):
+        np.testing.assert_allclose(row, batcher.compute([one])[0], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(together[0], together[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_error_of_a_batch_reaches_all_its_askers_and_the_next_one_works():
+    policy = Gated()
+    policy.let = threading.Semaphore(100)
+    works, policy.sample_actions = policy.sample_actions, lambda *_, **__: 1 / 0
+    batcher = Batcher(policy)
+    batcher.start()
+    with pytest.raises(ZeroDivisionError):
+        batcher.submit(request(policy, 1, "go left")).result(60)
+    policy.sample_actions = works
+    assert batcher.submit(request(policy, 2, "go left")).result(60)[0, 0] == 2
+    batcher.close()
+
+
+# ---------------------------------------------------------------- robots at once
+
+
+def test_robots_at_once_get_their_own_answers():
+    policy = Gated()
+    policy.let = threading.Semaphore(10_000)
+    wrong: list = []
+
+    def drive(number: int, port: int) -> None:
+        with PolicyClient(port=port, limits=False) as client:
+            for step in range(15):
+                x = 100 * number + step
+                actions = client.act(frame(x), "go left" if number % 2 else "go right")
+                if actions[0].tolist() != [x, -1.0 if number % 2 else 1.0]:
+                    wrong.append((number, step, actions))
+
+    with PolicyServer(policy, unnormalize="line", port=0, max_batch=4).running() as server:
+        robots = [threading.Thread(target=drive, args=(n, server.port)) for n in range(8)]
+        for robot in robots:
+            robot.start()
+        for robot in robots:
+            robot.join(120)
+        assert not wrong and server.requests.total() == 8 * 15 and not server.errors
+        assert sum(size * count for size, count in server.batcher.batches.items()) == 8 * 15
+
+
+# ---------------------------------------------------------------- HTTP, tokens, limits
+
+
+def http(server, path: str, token: str | None = None) -> tuple[int, str]:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    asked = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_port_says_how_it_is(caplog):
+    with PolicyServer(LinePolicy(), unnormalize="line", port=0).running() as server:
+        assert http(server, "/healthz") == (200, "OK\n")
+        status, text = http(server, "/metadata")
+        assert status == 200 and '"statistics": ["line"]' in text
+        with PolicyClient(port=server.port) as client:
+            client.act(frame(), "go left")
+            with pytest.raises(PolicyServerError):
+                client._request({"type": "sing"})
+            status, text = http(server, "/metrics")
+        assert status == 200 and "octo_like_connections 1" in text
+        assert 'octo_like_requests_total{client="127.0.0.1"} 2' in text
+        assert 'octo_like_errors_total{client="127.0.0.1"} 1' in text
+        assert 'octo_like_batches_total{size="1"} 1' in text
+        seconds = [float(line.split()[1]) for line in text.splitlines() if line.startswith("octo_like_latency")]
+        assert len(seconds) == 2 and 0 < seconds[0] <= seconds[1] < 60
+
+
+def test_a_token_keeps_others_out(caplog):
+    with PolicyServer(LinePolicy(), unnormalize="line", port=0, token="sesame").running() as server:
+        for token in (None, "open"):
+            with pytest.raises(PermissionError, match="a token is needed"):
+                PolicyClient(port=server.port, token=token)
+            assert http(server, "/metadata", token)[0] == 401 and http(server, "/metrics", token)[0] == 401
+        assert http(server, "/healthz")[0] == 200
+        assert http(server, "/metadata", "sesame")[0] == 200
+        with PolicyClient(port=server.port, token="sesame") as client:
+            assert client.act(frame(), "go left").shape == (3, 1)
+    with PolicyServer(LinePolicy(), port=0, host="0.0.0.0").running():
+        assert "without a token" in caplog.text
+
+
+def test_too_many_clients_and_too_large_messages_are_refused():
+    with PolicyServer(LinePolicy(), unnormalize="line", port=0, max_connections=1).running() as server:
+        with PolicyClient(port=server.port) as client:
+            with pytest.raises(ConnectionError, match="1 clients are here"):
+                PolicyClient(port=server.port)
+            assert client.act(frame(), "go left").shape == (3, 1)
+            from websockets.exceptions import ConnectionClosed
+
+            with pytest.raises(ConnectionClosed, match="1009"):
+                client._request({"type": "act", "observation": {"image_primary": np.zeros((4000, 4000), np.uint8)}})
+    with PolicyServer(LinePolicy(), unnormalize="line", port=0).running() as server:
+        with PolicyClient(port=server.port) as client:
+            assert client.act(frame(), "go left").shape == (3, 1)
+
+
+def test_nobody_is_answered_before_the_policy_is_compiled():
+    policy = Gated()
+    server = PolicyServer(policy, unnormalize="line", port=0, max_batch=2)
+    entered = threading.Event()
+
+    def serve():
+        with server.running(warm=True):
+            entered.set()
+            over.wait(60)
+
+    over = threading.Event()
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while server.port == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert http(server, "/healthz")[0] == 503
+        with pytest.raises(ConnectionError, match="compiling"):
+            PolicyClient(port=server.port)
+        for _ in range(10):
+            policy.let.release()
+        assert entered.wait(60) and policy.sizes == [1, 2]
+        assert http(server, "/healthz") == (200, "OK\n")
+    finally:
+        over.set()
+        thread.join(60)
+
+
+def test_a_port_that_is_taken_is_an_error_before_anything_is_compiled():
+    policy = LinePolicy()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OSError):
+            with PolicyServer(policy, port=taken.getsockname()[1]).running(warm=True):
+                pass
+    assert not policy.calls
+
+
+# ---------------------------------------------------------------- clients that vanish, and the end
+
+
+def test_clients_that_vanish_or_talk_nonsense_cost_one_line_each(caplog):
+    caplog.set_level(logging.INFO)
+    policy = Gated()
+    with PolicyServer(policy, unnormalize="line", port=0).running() as server:
+        client = PolicyClient(port=server.port)
+        client.observe(frame())
+        client._connection.send(
+            pack({"type": "act", "id": 1, "observation": dict(client._window), "instruction": "go"})
+        )
+        client._connection.socket.shutdown(socket.SHUT_RDWR)  # as when the cable is pulled
+        policy.let.release()
+        with socket.create_connection(("127.0.0.1", server.port)) as scanner:
+            scanner.sendall(b"\x16\x03\x01 not HTTP at all\r\n\r\n")
+            scanner.recv(1000)
+        for _ in range(3):
+            policy.let.release()
+        with PolicyClient(port=server.port, limits=False) as other:
+            assert other.act(frame(7), "go left")[0, 0] == 7
+    assert "Traceback" not in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_what_was_asked_before_the_end_is_answered():
+    policy = Gated()
+    answers: list = []
+    server = PolicyServer(policy, unnormalize="line", port=0)
+
+    def ask(port: int) -> None:
+        with PolicyClient(port=port, limits=False) as client:
+            answers.append(client.act(frame(3), "go left"))
+
+    with server.running():
+        asking = threading.Thread(target=ask, args=(server.port,))
+        asking.start()
+        deadline = time.monotonic() + 60
+        while not server.requests and time.monotonic() < deadline:
+            time.sleep(0.01)
+        while not server.batcher._busy and time.monotonic() < deadline:
+            time.sleep(0.01)
+        threading.Timer(0.2, policy.let.release).start()
+    asking.join(60)
+    assert answers and answers[0][0, 0] == 3
