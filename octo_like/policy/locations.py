@@ -119,6 +119,8 @@ def _open_gcs(location: str):
     if not parts.netloc or not parts.path.strip("/"):
         raise LocationError(f"{location}: expected gs://bucket/path")
     spec = {"driver": "gcs", "bucket": parts.netloc, "path": parts.path.strip("/") + "/"}
+    # By default a machine without a network would be kept waiting for many minutes.
+    spec["context"] = {"gcs_request_retries": {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}}
     return _gcs(location, lambda: tensorstore.KvStore.open(spec).result())
 
 

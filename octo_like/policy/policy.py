@@ -206,6 +206,8 @@ class Policy:
             raise ValueError("a task needs texts, goals or both")
         if isinstance(texts, str):
             raise ValueError("texts must be a list of instructions, one per row of the batch, not a single string")
+        if texts is not None and not (len(texts) and all(isinstance(text, str) for text in texts)):
+            raise ValueError(f"texts must be strings, at least one, got {list(texts)!r}")
         goals = {key: np.asarray(g)[None] if np.ndim(g) == 3 else np.asarray(g) for key, g in (goals or {}).items()}
         valid_goals = [f"image_{slot}" for slot in spec.goal_images]
         for key in goals:
@@ -272,8 +274,17 @@ class Policy:
         observations = dict(observations)
         if "timestep_pad_mask" not in observations:
             raise ValueError(f"observation/timestep_pad_mask (B, W) bool is missing; got {sorted(observations)}")
+        if np.ndim(observations["timestep_pad_mask"]) != 2:
+            shape = np.shape(observations["timestep_pad_mask"])
+            raise ValueError(
+                f"observation/timestep_pad_mask: expected (B, W), got {shape}; a single window needs a batch of one, "
+                "observation = jax.tree.map(lambda x: x[None], window)"
+            )
         b, w = np.shape(observations["timestep_pad_mask"])
         pads = dict(observations.get("pad_mask_dict", {}))
+        for key in known["pad_mask_dict"]:
+            if key in observations:
+                _check_finite(key, observations[key], observations["timestep_pad_mask"], pads.get(key))
         out: dict[str, Any] = {"timestep_pad_mask": observations["timestep_pad_mask"], "pad_mask_dict": {}}
         out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
@@ -402,6 +413,8 @@ class Policy:
         if rows != b:
             raise ValueError(f"{b} observations but {rows} tasks; create one task per row")
         rng = jnp.asarray(rng)
+        if not (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.dtype == jnp.uint32):
+            raise ValueError(f"rng must be a key, jax.random.key(0), or one per row; got an array of {rng.dtype}")
         single = rng.ndim == (0 if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else 1)
         keys_b = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(b)) if single else rng
         dim = self.model.heads[head].action_dim
@@ -475,6 +488,20 @@ def _compare_sources(path, config: Mapping[str, Any]) -> None:
                 "parameters may mean something else now",
                 *(path, module, now, was or "not kept"),
             )
+
+
+def _check_finite(key: str, values: Any, timestep_pad_mask: Any, pad_mask: Any) -> None:
+    """Raises ValueError for a sensor that says NaN or infinity at a timestep that counts."""
+    if isinstance(values, jax.core.Tracer) or not np.issubdtype(np.asarray(values).dtype, np.floating):
+        return
+    counts = np.asarray(timestep_pad_mask) & (True if pad_mask is None else np.asarray(pad_mask))
+    finite = np.isfinite(np.asarray(values))
+    if finite.shape[:2] != counts.shape:
+        return  # refused by its shape, with what would be valid
+    bad = np.argwhere(~finite.reshape(*counts.shape, -1).all(-1) & counts)
+    if len(bad):
+        row, timestep = bad[0].tolist()
+        raise ValueError(f"observation/{key}: NaN or infinite values in row {row}, timestep {timestep} of the window")
 
 
 def _with_window(leaf, window: int):

@@ -87,6 +87,8 @@ def save_directory(
         document = {"format_version": FORMAT_VERSION, "params_sha256": digest, **config}
         (staging / CONFIG_FILE).write_text(json.dumps(document, indent=2))
         (staging / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
+        # safetensors writes for the owner alone; the mode of the other files is what the user's umask allows.
+        (staging / PARAMS_FILE).chmod((staging / CONFIG_FILE).stat().st_mode & 0o666)
         if card:
             (staging / CARD_FILE).write_text(card)
         if save_text is not None:

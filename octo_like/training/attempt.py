@@ -103,7 +103,7 @@ class Attempt:
 
     def _agree(self) -> None:
         self.watchdog.enter("startup")  # the devices are found when they are needed first
-        jax.devices()
+        _find_devices()
         distributed.setup_compilation_cache()
         self.watchdog.enter("agreement")
         distributed.fingerprint_across_hosts(to_dict(self._config))
@@ -284,6 +284,18 @@ def print_error(error: BaseException, status: int) -> None:
 
 def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _find_devices() -> None:
+    """Raises ConfigError when JAX finds no device of the kind that it was told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is one when the only kind failed
+        wanted = os.environ.get("JAX_PLATFORMS") or "any kind"
+        reason = f": {error}" if str(error) else ""
+        raise ConfigError(
+            f"JAX finds no device of {wanted} (JAX_PLATFORMS){reason}; JAX_PLATFORMS=cpu trains here"
+        ) from error
 
 
 def command(main: Callable[[], int]) -> NoReturn:

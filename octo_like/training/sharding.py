@@ -39,6 +39,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     count = len(devices)
     if data == -1 and fsdp == -1:
         raise ValueError("only one of mesh.data and mesh.fsdp may be -1")
+    for axis, size in (("data", data), ("fsdp", fsdp)):
+        if size != -1 and not 1 <= size <= count:
+            raise ValueError(f"mesh.{axis}={size}, but the number of devices is {count}; valid: -1, or a divisor of it")
     if data == -1:
         data = count // fsdp
     if fsdp == -1:

@@ -141,6 +141,42 @@ def test_input_errors_name_what_is_wrong(policy, observation):
         sample(observation, head="x")
 
 
+def test_values_that_are_no_numbers_are_refused_where_they_count(policy, observation):
+    """A policy answers NaN with actions that look like any others."""
+    observation = {key: value for key, value in observation.items() if key != "pad_mask_dict"}
+    observation["timestep_pad_mask"] = np.ones_like(observation["timestep_pad_mask"])
+    task, rng = policy.create_tasks(texts=["put it down"] * 2), jax.random.key(0)
+    for bad in (np.nan, np.inf):
+        proprio = np.array(observation["proprio"])
+        proprio[0, -1, 0] = bad
+        with pytest.raises(ValueError, match=r"observation/proprio: NaN or infinite values in row 0, timestep \d"):
+            policy.sample_actions({**observation, "proprio": proprio}, task, rng=rng)
+    masked = np.array(observation["timestep_pad_mask"])
+    masked[0, 0] = False
+    proprio = np.array(observation["proprio"])
+    proprio[0, 0] = np.nan  # no timestep of the episode: anything may stand there
+    got = policy.sample_actions({**observation, "proprio": proprio, "timestep_pad_mask": masked}, task, rng=rng)
+    assert np.isfinite(got).all()
+
+
+def test_what_is_easily_got_wrong_is_said(policy, observation):
+    task, rng = policy.create_tasks(texts=["put it down"] * 2), jax.random.key(0)
+    single = jax.tree.map(lambda leaf: leaf[0], observation)
+    with pytest.raises(ValueError, match=r"expected \(B, W\), got .* a single window needs a batch of one"):
+        policy.sample_actions(single, task, rng=rng)
+    with pytest.raises(ValueError, match=r"rng must be a key, jax.random.key\(0\)"):
+        policy.sample_actions(observation, task, rng=0)
+    for texts in ([], [None], [5]):
+        with pytest.raises(ValueError, match="texts must be strings, at least one"):
+            policy.create_tasks(texts=texts)
+
+
+def test_the_files_of_an_export_can_be_read_by_whom_the_umask_says(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "export")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "export").iterdir() if path.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_missing_camera_is_masked_not_guessed(policy, observation):
     tasks = policy.create_tasks(texts=["a", "b"])
     absent = {k: v for k, v in observation.items() if k != "image_wrist"}
