@@ -1,7 +1,6 @@
 """What a run must know about one dataset, as plain data."""
 
 import dataclasses
-import difflib
 import logging
 import numbers
 from collections.abc import Collection, Mapping
@@ -10,30 +9,13 @@ from typing import Any
 from octo_like.common.normalization import KINDS
 from octo_like.common.robot import Description, RobotError
 from octo_like.common.schema import RESERVED
+from octo_like.common.words import suggest
+from octo_like.data.errors import DataError
 
 IDLE_OF = ("action", "change")
 # What decides which episodes are held out, and which of the others are used.
 HELD_OUT = ("name", "split", "val_split", "val_fraction", "num_demos")
-
-
-class DataError(ValueError):
-    """Something is wrong with a dataset or its description. Messages name file, episode or key, and what is valid."""
-
-
-def suggest(word: str, valid: Any) -> str:
-    """'valid: a, b, c' with a 'did you mean' in front when one is close."""
-    valid = sorted(map(str, valid))
-    close = difflib.get_close_matches(str(word), valid, n=1)
-    listed = ", ".join(valid[:40]) + (f" and {len(valid) - 40} more" if len(valid) > 40 else "")
-    return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {listed or '(none)'}"
-
-
 COMPAT = (None, "octo", "openvla")
-
-
-def is_registry_name(standardize: str | None) -> bool:
-    """Whether a spec's `standardize` names a registry entry rather than a function."""
-    return standardize is not None and ":" not in standardize
 
 
 def _registry_entry(standardize: str | None) -> Any:
