@@ -36,7 +36,8 @@ def main() -> int:
         samples = args.samples
         if samples is None and args.config:
             config = load_config(args.config)
-            samples = config.num_steps * config.batch_size
+            if config.num_steps is not None:  # else it is derived from the data when training starts
+                samples = config.num_steps * config.batch_size
         datasets, pictures = {}, {}
         for name, spec in specs_from_arguments(args).items():
             prepared = datasets[name] = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
