@@ -41,8 +41,7 @@ def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
       ConfigError: a config or a robot's description that cannot be loaded.
       DataError: another argument that is wrong, by name.
     """
-    given = [bool(args.datasets or args.mix), bool(args.config), bool(args.robot)]
-    if sum(given) != 1:
+    if bool(args.datasets or args.mix) + bool(args.config) + bool(args.robot) != 1:
         raise DataError("name datasets or a --mix, or give --config or --robot: exactly one of them")
     twice = [name for name, count in collections.Counter(args.datasets).items() if count > 1]
     if twice:

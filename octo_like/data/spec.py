@@ -169,10 +169,10 @@ class DatasetSpec:
             raise DataError(f"{self.name}: source must be 'module:function', got {self.source!r}")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         of_files = ("version", "val_split", "num_demos", "filter", "subsample_length", *self.filter_fields())
-        given = [field for field in dict.fromkeys(of_files) if getattr(self, field) != defaults[field]]
-        if given:
+        changed = [field for field in dict.fromkeys(of_files) if getattr(self, field) != defaults[field]]
+        if changed:
             raise DataError(
-                f"{self.name}: {given[0]} cannot be given for a source, which is a tf.data.Dataset; do it there"
+                f"{self.name}: {changed[0]} cannot be given for a source, which is a tf.data.Dataset; do it there"
             )
 
     def _check_filters(self) -> None:
@@ -219,28 +219,23 @@ class DatasetSpec:
         if _registry_entry(data.get("standardize")) is not None:
             from octo_like.data.oxe import registry
 
-            given = data
-            data = {**registry.spec_fields(given["standardize"], given.get("compat")), **given}
-            if "image_keys" in given and "bgr_slots" not in given:
-                swapped = registry.bgr_keys(given["standardize"], given.get("compat"))
+            names = (data["standardize"], data.get("compat"))
+            if "image_keys" in data and "bgr_slots" not in data:
+                swapped, cameras = registry.bgr_keys(*names), (data["image_keys"] or {}).items()
                 data["bgr_slots"] = [
-                    slot
-                    for slot, key in (given["image_keys"] or {}).items()
-                    if key is not None and key.removeprefix("observation/") in swapped
+                    slot for slot, key in cameras if key and key.removeprefix("observation/") in swapped
                 ]
+            data = {**registry.spec_fields(*names), **data}
         if not data.get("name"):
             if not name:
                 raise DataError("a dataset needs a name")
             data["name"] = name
+        for field in ("image_keys", "depth_keys", "point_keys", "extra_keys"):
+            data[field] = dict(data.get(field) or {})
         for field in ("proprio_keys", "bgr_slots"):
             if isinstance(data.get(field), str):
                 raise DataError(f"{data['name']}: {field} is a list, got {data[field]!r}; write ({data[field]!r},)")
-        data["image_keys"] = dict(data.get("image_keys") or {})
-        data["depth_keys"] = dict(data.get("depth_keys") or {})
-        data["point_keys"] = dict(data.get("point_keys") or {})
-        data["extra_keys"] = dict(data.get("extra_keys") or {})
-        data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
-        data["bgr_slots"] = tuple(data.get("bgr_slots") or ())
+            data[field] = tuple(data.get(field) or ())
         mask = data.get("action_normalization_mask")
         data["action_normalization_mask"] = None if mask is None else tuple(bool(m) for m in mask)
         if data.get("robot") is not None:
