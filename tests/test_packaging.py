@@ -302,6 +302,7 @@ def test_apis_that_churn_live_in_one_place():
     assert files_importing("difflib") == {"common/words.py"}
     running = {p.relative_to(PACKAGE).as_posix() for p in sources() if "exec_module" in p.read_text(encoding="utf-8")}
     assert running == {"common/files.py"}
+    assert not [p.name for p in (ROOT / "scripts").glob("*.py") if "exec_module" in p.read_text(encoding="utf-8")]
 
 
 def test_model_knows_no_mesh():

@@ -363,6 +363,17 @@ def test_of_several_that_claim_a_lock_in_a_bucket_the_last_has_it(monkeypatch):
     assert sorted(claims) == [False, False, True] and not exists(path)
 
 
+def test_a_lock_in_a_folder_that_is_gone_is_nobodys(tmp_path):
+    """The parts were joined, and their folder removed, by another process."""
+    with lock.claim(str(tmp_path / "parts" / "00000.lock")) as ours:
+        assert not ours
+    with lock.claim(str(tmp_path / "index.npz.lock")) as ours:
+        with lock.claim(str(tmp_path / "index.npz.lock")) as theirs:
+            assert ours and not theirs
+        assert (tmp_path / "index.npz.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failing_build_frees_the_lock(tmp_path):
     def fail():
         raise DataError("no")
