@@ -9,9 +9,9 @@
       usable-*.npz          steps that one set of filters leaves (see `filters.py`)
       parts/                of an unfinished pass: one file per TFRecord file, so that a killed pass goes on
 
-An index is used while it says what files and functions say (docs/data.md, "Index and statistics"): the folder's name has
-a hash of what is declared, and a few records are read again at every start (`spot_check.py`) for what nobody declares.
-While a pass runs, memory holds one file's rows for each thread, whatever the size of the dataset.
+An index is used while it says what files and functions say (docs/data.md, "Index and statistics"): the folder's name
+has a hash of what is declared, and a few records are read again at every start (`spot_check.py`) for what nobody
+declares. While a pass runs, memory holds one file's rows for each thread, whatever the size of the dataset.
 """
 
 from __future__ import annotations
