@@ -26,6 +26,7 @@ import numpy as np
 
 
 def main() -> int:
+    from octo_like.common.config import ConfigError
     from octo_like.data import bench
     from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
     from octo_like.data.spec import DataError, specs_from_config
@@ -56,7 +57,7 @@ def main() -> int:
         else:
             specs = specs_from_arguments(args)
         result = measure(args, specs)
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result))
@@ -192,11 +193,13 @@ def run_config(args: argparse.Namespace, specs: dict, prepared: dict) -> tuple:
     """(config, batch spec) of a run on these datasets: the config file's, or defaults as wide as the data."""
     import dataclasses
 
+    from ml_collections import ConfigDict
+
+    from octo_like.common.config import load_config
     from octo_like.common.defaults import batch_spec, default_config
-    from octo_like.data.arguments import load_config_file
 
     if args.config:
-        config = load_config_file(args.config)
+        config = ConfigDict(load_config(args.config).to_dict())
         config.data.data_dir = args.data_dir
         config.data.cache_dir = args.cache_dir
     else:

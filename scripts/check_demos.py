@@ -16,7 +16,7 @@ import sys
 
 
 def main() -> int:
-    from octo_like.data.arguments import add_dataset_arguments, load_config_file, robot_from_file, specs_from_arguments
+    from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataset_arguments(parser)
@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="exit status 2 when there are warnings")
     args = parser.parse_args()
 
+    from octo_like.common.config import ConfigError, load_config
+    from octo_like.common.robot import load_robot
     from octo_like.data.check.dataset import check_dataset, summary, write_page
     from octo_like.data.rlds.prepare import prepare_dataset
     from octo_like.data.spec import DataError
@@ -36,16 +38,16 @@ def main() -> int:
     try:
         horizon = args.horizon
         if horizon is None and args.robot:
-            horizon = robot_from_file(args.robot).action_horizon
+            horizon = load_robot(args.robot).action_horizon
         if horizon is None and args.config:
-            model = load_config_file(args.config).get("model")
+            model = load_config(args.config).get("model")
             horizon = max(head["action_horizon"] for head in model["heads"].values()) if model else None
         for name, spec in specs_from_arguments(args).items():
             prepared = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
             checked = check_dataset(prepared, args.data_dir, args.cache_dir, horizon=horizon, episodes=args.episodes)
             print(f"\n{summary(checked)}\n\n{write_page(checked, args.output)}")
             warnings += len(checked.warnings)
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 2 if args.strict and warnings else 0

@@ -54,6 +54,7 @@ def main() -> int:
     logging.getLogger("octo_like").setLevel(logging.INFO)
 
     from octo_like.common import normalization
+    from octo_like.common.config import ConfigError
     from octo_like.data.check import report
     from octo_like.data.check.images import check_images
     from octo_like.data.rlds.prepare import prepare_datasets
@@ -74,7 +75,7 @@ def main() -> int:
             process_index=int(host),
             process_count=int(hosts),
         )
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, prepared in datasets.items():

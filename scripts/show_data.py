@@ -26,7 +26,7 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    from octo_like.data.arguments import load_config_file
+    from octo_like.common.config import ConfigError, load_config
     from octo_like.data.check import report
     from octo_like.data.rlds.prepare import prepare_dataset
     from octo_like.data.spec import DataError
@@ -35,8 +35,9 @@ def main() -> int:
     try:
         samples = args.samples
         if samples is None and args.config:
-            config = load_config_file(args.config)
-            samples = config.num_steps * config.batch_size
+            config = load_config(args.config)
+            if config.num_steps is not None:  # else it is derived from the data when training starts
+                samples = config.num_steps * config.batch_size
         datasets, pictures = {}, {}
         for name, spec in specs_from_arguments(args).items():
             prepared = datasets[name] = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
@@ -55,7 +56,7 @@ def main() -> int:
             file.write(report.html_page(datasets, pictures, samples))
         print(page)
         print(report.mixture_table(datasets, samples))
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -26,6 +26,61 @@ ARROWS = {
 # `training -> robot` is for closed-loop evaluation during training, and for nothing else.
 ARROW_EXCEPTIONS = {("training", "robot"): {"training/evaluation.py", "training/loop.py"}}
 
+# Which parts of `data` a part may import besides itself. Its other files are above all of them.
+DATA_ARROWS = {
+    "errors": set(),
+    "tf": set(),
+    "order": set(),
+    "oxe": {"errors", "tf"},
+    "spec": {"errors", "oxe"},
+    "rlds": {"errors", "tf", "order", "oxe", "spec"},
+    "batches": {"errors", "tf", "order", "oxe", "spec", "rlds"},
+    "check": {"errors", "tf", "order", "spec", "rlds", "batches"},
+    "convert": {"errors", "tf", "spec"},
+    "dlimp": {"errors", "tf", "order", "oxe", "spec", "rlds", "batches"},
+}
+DATA_ARROW_EXCEPTIONS = {
+    ("rlds/records.py", "batches"),  # reading an episode gives its frames, which batches/frames.py decodes
+    ("rlds/prepare.py", "tf_source"),
+    ("batches/stream.py", "tf_source"),
+}
+# Files that import each other in a circle.
+KNOWN_CIRCLES = [
+    {
+        "octo_like.data.batches.memory",
+        "octo_like.data.batches.episodes",
+        "octo_like.data.tf_source",
+        "octo_like.data.rlds.prepare",
+    }
+]
+
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 80, 8
+LONG_FILES = {
+    "training/checkpoint.py": "the one file that knows Orbax",
+}
+LONG_FUNCTIONS = {
+    "common/defaults.py default_config": "one dict literal with a comment for each key",
+    "aot/proof.py _report": "still to be split",
+    "data/batches/stream.py make_train_stream": "still takes settings one by one",
+    "data/inputs.py inputs_from_config": "still hands settings on one by one",
+    "robot/rollout.py evaluate": "still to be split",
+    "training/loop.py _train": "still to be split",
+    "training/step.py make_train_step": "closures that are traced as one program",
+}
+MANY_PARAMETERS = {
+    "aot/proof.py _report": "still to be split",
+    "data/batches/assemble.py __init__": "still takes settings one by one",
+    "data/batches/stream.py __init__": "still takes settings one by one",
+    "data/batches/stream.py make_train_stream": "still takes settings one by one",
+    "data/batches/validation.py make_val_iterators": "still takes settings one by one",
+    "data/convert/write.py write_rlds": "public; each is a field of the dataset that is written",
+    "data/rlds/prepare.py prepare_datasets": "public; still takes settings one by one",
+    "model/diffusion.py ddim_sample": "the terms of one formula",
+    "robot/rollout.py evaluate": "public; each is a setting of an evaluation",
+    "training/loop.py _train": "still to be split",
+    "training/probe.py probe_policy": "public; each is a setting of a probe",
+}
+
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_cpu", "tfds")
 
 # A process in which TensorFlow is not installed, as far as Python can tell.
@@ -77,6 +132,58 @@ def imports(path: pathlib.Path) -> set[str]:
     return found
 
 
+def module_name(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """{module: modules of the package that its file imports, at any depth}. A package is its `__init__.py`."""
+    files = {module_name(path): path for path in sources()}
+    graph = {}
+    for module, path in files.items():
+        found = imports(path) & files.keys()
+        # `from package import module` needs the module; the package itself only where another name is taken from it.
+        taken = {name for name in imports(path) if name.rpartition(".")[0] in files and name not in files}
+        packages = {name for name in found if files[name].name == "__init__.py"}
+        unused = {name for name in packages if not any(other.rpartition(".")[0] == name for other in taken)}
+        graph[module] = found - unused - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Strongly connected components of more than one node (Tarjan 1972)."""
+    number, low, stack, found = {}, {}, [], []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == number[node]:
+            component = set(stack[stack.index(node) :])
+            del stack[stack.index(node) :]
+            if len(component) > 1:
+                found.append(component)
+
+    for node in sorted(graph):
+        if node not in number:
+            visit(node)
+    return found
+
+
+def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """("room/file.py name", function) of every function of the package, also of those in classes and functions."""
+    return [
+        (f"{path.relative_to(PACKAGE).as_posix()} {node.name}", node)
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
 def tracked_files() -> list[pathlib.Path]:
     """Files of the project: those git knows or would add; in an unpacked archive, all."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
@@ -105,7 +212,8 @@ def test_core_imports_without_tensorflow_or_torch():
 
 
 def test_order_of_the_data_is_plain_numpy():
-    names = imports(PACKAGE / "data" / "order" / "order.py")
+    names = set().union(*(imports(path) for path in (PACKAGE / "data" / "order").glob("*.py")))
+    assert "numpy" in names
     assert not {name for name in names if name.split(".")[0] in (*TENSORFLOW, "jax")}
 
 
@@ -127,6 +235,54 @@ def test_arrows_between_rooms_go_one_way(room):
     assert not wrong
 
 
+def test_arrows_between_parts_of_data_go_one_way():
+    wrong, data = [], PACKAGE / "data"
+    assert {path.parent.name for path in data.glob("*/__init__.py")} <= DATA_ARROWS.keys()
+    for path in sorted(data.rglob("*.py")):
+        relative = path.relative_to(data)
+        part = relative.with_suffix("").parts[0]
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[:2] != ["octo_like", "data"] or len(parts) < 3 or parts[2] == part or part not in DATA_ARROWS:
+                continue
+            exception = (relative.as_posix(), parts[2]) in DATA_ARROW_EXCEPTIONS
+            if parts[2] not in DATA_ARROWS[part] and not exception:
+                wrong.append(f"data/{relative.as_posix()} imports {name}")
+    assert not sorted(wrong)
+
+
+def test_nothing_imports_in_a_circle():
+    """Also through imports inside functions and of types only: a reader cannot tell them from the others."""
+    graph = import_graph()
+    assert "octo_like.common.words" in graph["octo_like.common.robot"]
+    assert "octo_like.data.oxe.registry" in graph["octo_like.data.spec"]  # an import inside a function
+    assert not [sorted(circle) for circle in circles(graph) if circle not in KNOWN_CIRCLES]
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a"}, "g": set()}
+    assert sorted(map(sorted, circles(graph))) == [["a", "b", "c"], ["d", "e"]]
+    assert circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+
+
+def test_files_and_functions_are_short():
+    lines = {p.relative_to(PACKAGE).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in sources()}
+    assert not {file: count for file, count in lines.items() if count > FILE_LINES and file not in LONG_FILES}
+    length = {name: node.end_lineno - node.lineno + 1 for name, node in functions()}
+    assert not {name: n for name, n in length.items() if n > FUNCTION_LINES and name not in LONG_FUNCTIONS}
+
+
+def test_functions_take_few_parameters():
+    """What belongs together travels as an object."""
+    many = {}
+    for name, node in functions():
+        own = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = len([one for one in own if one.arg not in ("self", "cls")])
+        if count > PARAMETERS and name not in MANY_PARAMETERS:
+            many[name] = count
+    assert not many
+
+
 def files_importing(*packages: str) -> set[str]:
     def matches(name: str) -> bool:
         return any(name == package or name.startswith(f"{package}.") for package in packages)
@@ -143,6 +299,10 @@ def test_apis_that_churn_live_in_one_place():
     assert not outside
     assert files_importing(*TENSORFLOW), "the scan finds no import of TensorFlow at all: it is broken"
     assert not files_importing("torch")
+    assert files_importing("difflib") == {"common/words.py"}
+    running = {p.relative_to(PACKAGE).as_posix() for p in sources() if "exec_module" in p.read_text(encoding="utf-8")}
+    assert running == {"common/files.py"}
+    assert not [p.name for p in (ROOT / "scripts").glob("*.py") if "exec_module" in p.read_text(encoding="utf-8")]
 
 
 def test_model_knows_no_mesh():

@@ -25,20 +25,20 @@ tuples, so that a config is equal to itself after a round trip through JSON.
 
 import argparse
 import ast
-import contextlib
 import dataclasses
-import difflib
 import fnmatch
-import importlib.util
 import inspect
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
+
+from octo_like.common.files import ConfigError, python_file
+from octo_like.common.words import nearest
 
 # Groups whose keys the user chooses (datasets, cameras, parts of a model); everything below them is free as well.
 OPEN_GROUPS = ("data.datasets", "image_sizes", "depth_sizes", "extra_observations", "augmentation", "surgery.*")
@@ -63,10 +63,6 @@ RESUME_ALLOWED = (
     "data.max_bad_fraction",
     "data.prefetch",
 )
-
-
-class ConfigError(ValueError):
-    """A mistake in a config file or in an override. The message says what is wrong and what would be valid."""
 
 
 class ConfigMismatch(ConfigError):
@@ -106,51 +102,23 @@ def freeze(config: ConfigDict | Mapping[str, Any]) -> FrozenConfigDict:
 
 
 def _run_config_file(spec: str) -> ConfigDict:
-    path_text, _, arg = spec.partition(":")
-    path = pathlib.Path(path_text)
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
-        files = sorted(str(p) for p in folder.glob("*.py") if p.name != "__init__.py")
-        close = difflib.get_close_matches(path_text, files, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else "."
-        raise ConfigError(
-            f"config file {path_text} does not exist{hint} Files in {folder}: {', '.join(files) or 'none'}"
-        )
-    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"config file {path_text} is not a Python file (expected a name ending in .py)")
-    module = importlib.util.module_from_spec(module_spec)
-    with _importable(path.resolve().parent.parent, pathlib.Path.cwd()):
-        module_spec.loader.exec_module(module)
+    with python_file(spec, "config file") as (module, argument):
+        file = module.__file__
         get_config = getattr(module, "get_config", None)
         if get_config is None:
-            raise ConfigError(f"{path_text} has no function get_config()")
-        takes_argument = bool(inspect.signature(get_config).parameters)
-        if arg and not takes_argument:
-            raise ConfigError(f"{path_text} takes no argument, but got :{arg}")
+            raise ConfigError(f"{file} has no function get_config()")
+        if argument and not inspect.signature(get_config).parameters:
+            raise ConfigError(f"{file} takes no argument, but got :{argument}")
         try:
-            config = get_config(arg) if arg else get_config()
+            config = get_config(argument) if argument else get_config()
         except ValueError as error:
             raise ConfigError(f"{spec}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
-            f"get_config() of {path_text} returned {type(config).__name__}, expected an ml_collections.ConfigDict"
+            f"get_config() of {file} returned {type(config).__name__}, expected an ml_collections.ConfigDict"
         )
     # A thawed copy without field references: an override changes the field it names and no other.
     return ConfigDict(_canonical(config.to_dict()))
-
-
-@contextlib.contextmanager
-def _importable(*folders: pathlib.Path) -> Iterator[None]:
-    """Packages in these folders can be imported: configs build on each other (`from configs import octo_small`),
-    whatever folder the program lies in that loads them."""
-    added = [str(folder) for folder in folders if str(folder) not in sys.path]
-    sys.path.extend(added)
-    try:
-        yield
-    finally:
-        for folder in added:
-            sys.path.remove(folder)
 
 
 def _canonical(value: Any) -> Any:
@@ -215,7 +183,7 @@ def _is_open(dotted: str, open_groups: Sequence[str]) -> bool:
 def _unknown_key(config: ConfigDict, key: str, node: ConfigDict, seen: list[str], part: str) -> ConfigError:
     every = [path for path, _ in _flatten(config, groups=True)]
     siblings = sorted(node.keys())
-    close = difflib.get_close_matches(part, siblings, n=1, cutoff=0.6)
+    close = nearest(part, siblings)
     if close:
         rest = key.split(".")[len(seen) + 1 :]
         suggestion = ".".join([*seen, close[0], *rest])
@@ -224,7 +192,7 @@ def _unknown_key(config: ConfigDict, key: str, node: ConfigDict, seen: list[str]
     else:
         same_name = [path for path in every if path.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         leaves = [path for path, _ in _flatten(config)]
-        suggestion = next(iter(same_name or difflib.get_close_matches(key, leaves, n=1, cutoff=0.7)), None)
+        suggestion = next(iter(same_name or nearest(key, leaves, cutoff=0.7)), None)
     hint = f"Did you mean --config.{suggestion}? " if suggestion else ""
     where = f"config.{'.'.join(seen)}" if seen else "config"
     return ConfigError(f"unknown key --config.{key}. {hint}Keys of {where}: {', '.join(siblings) or 'none'}")
@@ -369,20 +337,6 @@ def _split_overrides(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[
             i += follows
         overrides.append((key, text))
     return overrides, rest
-
-
-def require(config: ConfigDict, key: str, what: str) -> Any:
-    """The value of a dotted key that the user must have set.
-
-    Raises:
-      ConfigError: it is None; the message names the flag and `what` it is.
-    """
-    node: Any = config
-    for part in key.split("."):
-        node = node[part]
-    if node is None:
-        raise ConfigError(f"--config.{key} is not set: {what}")
-    return node
 
 
 # ---------------------------------------------------------------------------------------------------- JSON, differences

@@ -5,7 +5,6 @@ until its user names the module, so that loading it runs no code but ours (`modu
 """
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 from collections.abc import Collection, Iterator, Mapping
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from octo_like.common.sources import source_hash
+from octo_like.common.words import suggest
 
 Modules = Collection[str | ModuleType] | str | None
 _FOUND: dict[str, tuple[ModuleType, str]] = {}  # name of a module that parts are of -> the module, hash of its source
@@ -123,9 +123,7 @@ def check_options(entry: Collection[str], known: Collection[str], where: str) ->
     """Raises PartError for a key of a config's entry that means nothing."""
     for key in entry:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise PartError(f"{where}: unknown option {key!r}{hint} (valid: {sorted(known)})")
+            raise PartError(f"{where}: unknown option {key!r}; {suggest(key, known)}")
 
 
 def name_of(part: Any) -> str:

@@ -18,11 +18,11 @@ statistics and its model card all read it.
 """
 
 import dataclasses
-import difflib
-import importlib.util
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from octo_like.common.files import ConfigError, python_file
+from octo_like.common.words import suggest
 
 KINDS = {
     "absolute": "a target of the thing that `proprio` measures",
@@ -47,7 +47,7 @@ UNITS: dict[str, tuple[float, str] | None] = {
 }
 
 
-class RobotError(ValueError):
+class RobotError(ConfigError):
     """A mistake in the description of a robot. The message says what would be valid."""
 
 
@@ -74,9 +74,9 @@ class Action:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise RobotError(f"action {self.name!r}: kind {self.kind!r}; {_suggest(self.kind, KINDS)}")
+            raise RobotError(f"action {self.name!r}: kind {self.kind!r}; {suggest(self.kind, KINDS)}")
         if self.unit not in UNITS:
-            raise RobotError(f"action {self.name!r}: unknown unit {self.unit!r}; {_suggest(self.unit, UNITS)}")
+            raise RobotError(f"action {self.name!r}: unknown unit {self.unit!r}; {suggest(self.unit, UNITS)}")
         if self.limits is not None and not (len(self.limits) == 2 and self.limits[0] < self.limits[1]):
             raise RobotError(f"action {self.name!r}: limits must be (lowest, highest), got {self.limits}")
         if (self.kind == "gripper") != (self.open is not None and self.closed is not None):
@@ -161,7 +161,7 @@ class Description:
         known = {"control_hz", "proprio_names", *(f"action_{field}" for field in fields)}
         for key in data:
             if key not in known:
-                raise RobotError(f"robot: unknown key {key!r}; {_suggest(key, known)}")
+                raise RobotError(f"robot: unknown key {key!r}; {suggest(key, known)}")
         if "control_hz" not in data or "action_name" not in data:
             raise RobotError("robot: control_hz and action_name are needed")
         columns = {field: data[f"action_{field}"] for field in fields if data.get(f"action_{field}") is not None}
@@ -179,15 +179,15 @@ class Description:
         """One line per action dimension."""
         lines = [f"control rate {self.control_hz:g} Hz"]
         for i, action in enumerate(self.actions):
-            said = f"{action.kind}" if action.unit == "1" else f"{action.kind} [{action.unit}]"
+            text = f"{action.kind}" if action.unit == "1" else f"{action.kind} [{action.unit}]"
             if action.kind == "gripper":
-                said += f", open {action.open:g}, closed {action.closed:g}"
+                text += f", open {action.open:g}, closed {action.closed:g}"
             if action.limits is not None:
-                said += f", limits {action.limits[0]:g} to {action.limits[1]:g}"
+                text += f", limits {action.limits[0]:g} to {action.limits[1]:g}"
             if action.proprio is not None:
                 names = self.proprio_names
-                said += f", moves proprio[{action.proprio}]" + (f" {names[action.proprio]}" if names else "")
-            lines.append(f"action[{i}] {action.name}: {said}")
+                text += f", moves proprio[{action.proprio}]" + (f" {names[action.proprio]}" if names else "")
+            lines.append(f"action[{i}] {action.name}: {text}")
         return "\n".join(lines)
 
 
@@ -273,26 +273,16 @@ def load_robot(path: str) -> Robot:
     """The `Robot` in a Python file: its variable ROBOT. "file.py:NAME" names another.
 
     Raises:
-      RobotError: no such file, no such variable, a description that is not consistent.
+      ConfigError: no such file (see `files.python_file`).
+      RobotError: no such variable, a description that is not consistent.
     """
-    file, _, name = path.partition(":")
-    if not pathlib.Path(file).is_file() or not file.endswith(".py"):
-        raise RobotError(f"robot: {file!r} is not a Python file")
-    spec = importlib.util.spec_from_file_location("robot_description", file)
-    module = importlib.util.module_from_spec(spec)
+    file = path.partition(":")[0]
     try:
-        spec.loader.exec_module(module)
-    except RobotError as error:
-        raise RobotError(f"{file}: {error}") from None
-    except TypeError as error:
+        with python_file(path, "a robot's description") as (module, name):
+            found = getattr(module, name or "ROBOT", None)
+    except (RobotError, TypeError) as error:  # of what the file makes
         raise RobotError(f"{file}: {error}") from error
-    found = getattr(module, name or "ROBOT", None)
     if not isinstance(found, Robot):
-        there = [key for key, value in vars(module).items() if isinstance(value, Robot)]
-        raise RobotError(f"{file}: no Robot called {name or 'ROBOT'}; valid: {', '.join(there) or '(none)'}")
+        robots = [key for key, value in vars(module).items() if isinstance(value, Robot)]
+        raise RobotError(f"{file}: no Robot called {name or 'ROBOT'}; {suggest(name or 'ROBOT', robots)}")
     return found
-
-
-def _suggest(word: str, valid: Any) -> str:
-    close = difflib.get_close_matches(word, list(valid), 1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {', '.join(valid)}"

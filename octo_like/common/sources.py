@@ -7,9 +7,11 @@ not seen; `octo_like/data/rlds/spot_check.py` finds what that changes in the val
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -24,31 +26,26 @@ def source_hash(module: ModuleType) -> str:
     """16 hex digits of the source of a module and of all modules of the user's that it imports, directly or not."""
     source = inspect.getsource(module)
     digest = hashlib.sha256(source.encode())
-    found: dict[str, bytes] = {}
-    package = getattr(module, "__package__", None) or ""
-    _follow(source, package, found, {module.__name__})
-    for name in sorted(found):
-        digest.update(b"\0" + name.encode() + b"\0" + found[name])
+    files: dict[str, bytes] = {}
+    _follow(source, getattr(module, "__package__", None) or "", files, {module.__name__})
+    for name in sorted(files):
+        digest.update(b"\0" + name.encode() + b"\0" + files[name])
     return digest.hexdigest()[:16]
 
 
-def _follow(source: str | bytes, package: str, found: dict[str, bytes], seen: set[str]) -> None:
-    """Adds the files of what `source`, in a package, imports to `found`."""
+def _follow(source: str | bytes, package: str, files: dict[str, bytes], seen: set[str]) -> None:
+    """Adds {name: content} of what `source`, in a package, imports to `files`."""
     try:
         tree = ast.parse(source)
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # not Python: an extension, for example
         return
     for name in _imported(tree, package):
-        if name in seen:
-            continue
+        spec = None if name in seen else _users(name)
         seen.add(name)
-        spec = _users(name)
-        if spec is None or spec.origin is None:
-            continue
-        found[name] = pathlib.Path(spec.origin).read_bytes()
-        if spec.origin.endswith(".py"):
+        if spec is not None and spec.origin is not None:
+            files[name] = pathlib.Path(spec.origin).read_bytes()
             inside = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
-            _follow(found[name], inside, found, seen)
+            _follow(files[name], inside, files, seen)
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[str]:
@@ -58,16 +55,11 @@ def _imported(tree: ast.AST, package: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")
-                if not package or node.level > len(parents):
-                    continue
-                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            with contextlib.suppress(ImportError):  # more dots than there are packages
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         for name in names:
-            parts = name.split(".")
-            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+            yield from itertools.accumulate(name.split("."), "{}.{}".format)
 
 
 def _users(name: str) -> ModuleSpec | None:

@@ -2,13 +2,14 @@
 
 import argparse
 import collections
-import importlib.util
 import json
 from typing import Any
 
-from octo_like.common.robot import Robot, RobotError, load_robot
+from octo_like.common.config import load_config
+from octo_like.common.robot import load_robot
+from octo_like.data.errors import DataError
 from octo_like.data.oxe import mixes, registry
-from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
+from octo_like.data.spec import DatasetSpec, specs_from_config
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +19,8 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "datasets", nargs="*", metavar="DATASET", help="names below DATA_DIR; known ones use the registry"
     )
-    parser.add_argument("--config", help="use the datasets of this config file instead")
-    parser.add_argument("--robot", metavar="FILE", help="use the dataset of a robot's description instead")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="use the datasets of this config file instead")
+    parser.add_argument("--robot", metavar="FILE[:NAME]", help="use the dataset of a robot's description instead")
     parser.add_argument(
         "--mix", help=f"use a named mixture, or the DATASETs of it that are named: {', '.join(mixes.MIXES)}"
     )
@@ -34,45 +35,28 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
-    """{name: DatasetSpec} of parsed arguments. Raises DataError naming the argument that is wrong."""
-    given = [bool(args.datasets or args.mix), bool(args.config), bool(args.robot)]
-    if sum(given) != 1:
+    """{name: DatasetSpec} of parsed arguments.
+
+    Raises:
+      ConfigError: a config or a robot's description that cannot be loaded.
+      DataError: another argument that is wrong, by name.
+    """
+    if bool(args.datasets or args.mix) + bool(args.config) + bool(args.robot) != 1:
         raise DataError("name datasets or a --mix, or give --config or --robot: exactly one of them")
     twice = [name for name, count in collections.Counter(args.datasets).items() if count > 1]
     if twice:
         raise DataError(f"dataset {twice[0]!r} is named twice; name it once, and give weights in a config")
     if args.robot:
-        robot = robot_from_file(args.robot)
+        robot = load_robot(args.robot)
         datasets: dict[str, Any] = {robot.name: robot.dataset_fields()}
     elif args.config:
-        datasets = mixes.datasets_from_config(load_config_file(args.config).data)
+        datasets = mixes.datasets_from_config(load_config(args.config).data)
     elif args.mix:
         datasets = mixes.mix(args.mix, args.datasets)
     else:
         datasets = {name: {"standardize": name} if name in registry.REGISTRY else {} for name in args.datasets}
     changes = dict(_field(item) for item in args.set)
     return specs_from_config({name: {**fields, **changes} for name, fields in datasets.items()})
-
-
-def robot_from_file(path: str) -> Robot:
-    """The robot that a file describes. Raises DataError for what `octo_like.common.robot.load_robot` refuses."""
-    try:
-        return load_robot(path)
-    except RobotError as error:
-        raise DataError(str(error)) from error
-
-
-def load_config_file(path: str) -> Any:
-    """The config of a config file, as its `get_config` makes it without an argument."""
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None or spec.loader is None:
-        raise DataError(f"--config: {path!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except FileNotFoundError as error:
-        raise DataError(f"--config: {path!r} does not exist") from error
-    return module.get_config()
 
 
 def _field(item: str) -> tuple[str, Any]:

@@ -1,7 +1,6 @@
 """What a run must know about one dataset, as plain data."""
 
 import dataclasses
-import difflib
 import logging
 import numbers
 from collections.abc import Collection, Mapping
@@ -10,30 +9,13 @@ from typing import Any
 from octo_like.common.normalization import KINDS
 from octo_like.common.robot import Description, RobotError
 from octo_like.common.schema import RESERVED
+from octo_like.common.words import suggest
+from octo_like.data.errors import DataError
 
 IDLE_OF = ("action", "change")
 # What decides which episodes are held out, and which of the others are used.
 HELD_OUT = ("name", "split", "val_split", "val_fraction", "num_demos")
-
-
-class DataError(ValueError):
-    """Something is wrong with a dataset or its description. Messages name file, episode or key, and what is valid."""
-
-
-def suggest(word: str, valid: Any) -> str:
-    """'valid: a, b, c' with a 'did you mean' in front when one is close."""
-    valid = sorted(map(str, valid))
-    close = difflib.get_close_matches(str(word), valid, n=1)
-    listed = ", ".join(valid[:40]) + (f" and {len(valid) - 40} more" if len(valid) > 40 else "")
-    return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {listed or '(none)'}"
-
-
 COMPAT = (None, "octo", "openvla")
-
-
-def is_registry_name(standardize: str | None) -> bool:
-    """Whether a spec's `standardize` names a registry entry rather than a function."""
-    return standardize is not None and ":" not in standardize
 
 
 def _registry_entry(standardize: str | None) -> Any:
@@ -187,10 +169,10 @@ class DatasetSpec:
             raise DataError(f"{self.name}: source must be 'module:function', got {self.source!r}")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         of_files = ("version", "val_split", "num_demos", "filter", "subsample_length", *self.filter_fields())
-        given = [field for field in dict.fromkeys(of_files) if getattr(self, field) != defaults[field]]
-        if given:
+        changed = [field for field in dict.fromkeys(of_files) if getattr(self, field) != defaults[field]]
+        if changed:
             raise DataError(
-                f"{self.name}: {given[0]} cannot be given for a source, which is a tf.data.Dataset; do it there"
+                f"{self.name}: {changed[0]} cannot be given for a source, which is a tf.data.Dataset; do it there"
             )
 
     def _check_filters(self) -> None:
@@ -237,28 +219,23 @@ class DatasetSpec:
         if _registry_entry(data.get("standardize")) is not None:
             from octo_like.data.oxe import registry
 
-            given = data
-            data = {**registry.spec_fields(given["standardize"], given.get("compat")), **given}
-            if "image_keys" in given and "bgr_slots" not in given:
-                swapped = registry.bgr_keys(given["standardize"], given.get("compat"))
+            names = (data["standardize"], data.get("compat"))
+            if "image_keys" in data and "bgr_slots" not in data:
+                swapped, cameras = registry.bgr_keys(*names), (data["image_keys"] or {}).items()
                 data["bgr_slots"] = [
-                    slot
-                    for slot, key in (given["image_keys"] or {}).items()
-                    if key is not None and key.removeprefix("observation/") in swapped
+                    slot for slot, key in cameras if key and key.removeprefix("observation/") in swapped
                 ]
+            data = {**registry.spec_fields(*names), **data}
         if not data.get("name"):
             if not name:
                 raise DataError("a dataset needs a name")
             data["name"] = name
+        for field in ("image_keys", "depth_keys", "point_keys", "extra_keys"):
+            data[field] = dict(data.get(field) or {})
         for field in ("proprio_keys", "bgr_slots"):
             if isinstance(data.get(field), str):
                 raise DataError(f"{data['name']}: {field} is a list, got {data[field]!r}; write ({data[field]!r},)")
-        data["image_keys"] = dict(data.get("image_keys") or {})
-        data["depth_keys"] = dict(data.get("depth_keys") or {})
-        data["point_keys"] = dict(data.get("point_keys") or {})
-        data["extra_keys"] = dict(data.get("extra_keys") or {})
-        data["proprio_keys"] = tuple(data.get("proprio_keys") or ())
-        data["bgr_slots"] = tuple(data.get("bgr_slots") or ())
+            data[field] = tuple(data.get(field) or ())
         mask = data.get("action_normalization_mask")
         data["action_normalization_mask"] = None if mask is None else tuple(bool(m) for m in mask)
         if data.get("robot") is not None:

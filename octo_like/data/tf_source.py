@@ -33,7 +33,7 @@ from octo_like.data.batches.episodes import Episode
 from octo_like.data.batches.frames import as_points, stored_frames
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order.order import permutation
-from octo_like.data.oxe import vocabulary
+from octo_like.data.oxe import registry
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.leaves import select
@@ -61,12 +61,10 @@ class SourceFunction:
     def __init__(self, spec: DatasetSpec):
         self.spec = spec
         try:
-            make, source = vocabulary.resolve(spec.source)
+            make, source = registry.resolve(spec.source)
         except DataError as error:
             raise DataError(f"{spec.name}: {str(error).replace('standardize=', 'source=')}") from error
-        transform, transform_source = vocabulary.resolve(
-            spec.standardize, compat=spec.compat, blank_text=spec.blank_text
-        )
+        transform, transform_source = registry.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
         self.definition = {
             **spec.transform_fields(),
             "source": spec.source,

@@ -168,13 +168,13 @@ class Simulator:
             for first in starts:
                 yield from _simulate_range(embodiment, first, self._encode)
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        asked = taken = 0
+        begun = taken = 0
         try:
             while True:
                 # Ahead of the writer by a few calls, but not far beyond what is asked for.
-                while len(pending) < 4 * self.workers and (asked < count or not pending):
+                while len(pending) < 4 * self.workers and (begun < count or not pending):
                     pending.append(self._pool.submit(_simulate_range, embodiment, next(starts), self._encode))
-                    asked += EPISODES_PER_CALL
+                    begun += EPISODES_PER_CALL
                 for item in pending.popleft().result():
                     yield item
                     taken += 1

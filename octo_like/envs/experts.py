@@ -7,17 +7,25 @@ commands.
 import abc
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
 from octo_like.envs import dynamics, scene
-
-if TYPE_CHECKING:
-    from octo_like.envs.tabletop import TabletopEnv
+from octo_like.envs.embodiments import Embodiment
 
 OPEN, CLOSED = 1.0, 0.0
 GRASP_TOLERANCE = 0.018  # metres in x and y, before closing or opening the hand
+
+
+class Episode(Protocol):
+    """What an expert sees of the environment."""
+
+    embodiment: Embodiment
+    effector: Any  # one of `dynamics`
+    world: scene.World
+    goal: scene.Goal
+    success: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +52,7 @@ def sample_habits(rng: np.random.Generator) -> Habits:
 class Expert(abc.ABC):
     """Returns actions in physical units, clipped to the embodiment's limits."""
 
-    def __init__(self, env: "TabletopEnv", rng: np.random.Generator, target: str | None = None):
+    def __init__(self, env: Episode, rng: np.random.Generator, target: str | None = None):
         self.env, self.rng = env, rng
         self.habits = sample_habits(rng)
         self.color = target or env.goal.target
@@ -265,6 +273,6 @@ _EXPERTS = {
 }
 
 
-def make_expert(env: "TabletopEnv", rng: np.random.Generator, target: str | None = None) -> Expert:
+def make_expert(env: Episode, rng: np.random.Generator, target: str | None = None) -> Expert:
     """The expert of the environment's embodiment, for its present episode."""
     return _EXPERTS[type(env.effector)](env, rng, target)

@@ -19,6 +19,7 @@ import numpy as np
 
 from octo_like.envs import language, render, scene
 from octo_like.envs.embodiments import EMBODIMENTS, Embodiment
+from octo_like.envs.experts import make_expert
 
 EVALUATION_SEEDS = 1_000_000_000  # the first seed that no demonstration uses
 
@@ -332,8 +333,6 @@ class TabletopEnv(gymnasium.Env):
 
     def expert(self, rng: np.random.Generator, target: str | None = None):
         """A scripted expert for this episode. `target`: colour of a block to serve instead of the one named."""
-        from octo_like.envs.experts import make_expert
-
         return make_expert(self, rng, target)
 
 

@@ -5,7 +5,6 @@ task = policy.create_tasks(texts=["put the green block on the blue plate"])
 actions = policy.sample_actions(observation, task, rng=jax.random.key(0), unnormalize="tabletop_gripper")
 """
 
-import difflib
 import functools
 import logging
 import os
@@ -21,6 +20,7 @@ from octo_like.common import normalization
 from octo_like.common.parts import Modules, is_named, unnamed
 from octo_like.common.schema import BatchSpec, Leaf, check_tree, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
+from octo_like.common.words import suggest
 from octo_like.model import parts
 from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.tokenizers import match_keys
@@ -367,9 +367,7 @@ class Policy:
 
     def _entry(self, name: str) -> Mapping[str, Any]:
         if name not in self.statistics:
-            close = difflib.get_close_matches(name, self.statistics, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown unnormalisation {name!r}{hint} Valid: {sorted(self.statistics)} or None")
+            raise ValueError(f"unknown unnormalisation {name!r}; None, or {suggest(name, self.statistics)}")
         return self.statistics[name]
 
     # -- what comes out -----------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ themselves are merged by `octo_like.policy.pretrained.merge_params`.
 """
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from octo_like.common.parts import is_own
 from octo_like.common.schema import BatchSpec, flatten
+from octo_like.common.words import suggest
 from octo_like.policy.pretrained import PretrainedError
 
 GROUPS = ("task_tokenizers", "observation_tokenizers", "readouts", "heads")
@@ -38,9 +38,7 @@ def check_word(word: str, valid: Sequence[str], what: str) -> str:
       PretrainedError: it is not; the message names the valid ones.
     """
     if word not in valid:
-        close = difflib.get_close_matches(word, valid, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PretrainedError(f"unknown {what} {word!r}{hint} (valid: {', '.join(valid)})")
+        raise PretrainedError(f"unknown {what} {word!r}; {suggest(word, valid)}")
     return word
 
 

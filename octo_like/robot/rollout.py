@@ -7,7 +7,6 @@ so an episode's result depends neither on its slot nor on its company (up to the
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 
 from octo_like.common.schema import BatchSpec
+from octo_like.common.words import nearest
 from octo_like.robot.images import resize_images
 from octo_like.robot.record import join_views
 from octo_like.robot.wrappers import HistoryWrapper
@@ -176,8 +176,8 @@ def gym_env_maker(env_id: str, **arguments: Any) -> Callable[[], gym.Env]:
     if module:
         importlib.import_module(module)
     if name not in gym.registry:
-        close = difflib.get_close_matches(name, gym.registry, 5, cutoff=0.4)
-        raise ValueError(f"unknown environment {name!r}; similar ids: {', '.join(close) or 'none'}")
+        similar = nearest(name, gym.registry, 5, cutoff=0.4)
+        raise ValueError(f"unknown environment {name!r}; similar ids: {', '.join(similar) or 'none'}")
     return lambda: gym.make(name, disable_env_checker=True, **arguments)
 
 

@@ -6,7 +6,6 @@ that stands on a plateau has usually learned all but one thing: here one sees wh
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.common.schema import flatten
+from octo_like.common.words import suggest
 from octo_like.model.attention import recorded_weights
 from octo_like.model.octo import total_loss
 from octo_like.model.tokens import TokenGroup, masked_mean
@@ -180,10 +180,8 @@ def chosen_groups(report: TokenReport, names: Sequence[str] | None) -> list[str]
     for name in names:
         group, _, _ = _parts(name)
         if group not in valid:
-            close = difflib.get_close_matches(group, valid, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            ends = f"{MEAN}, {INPUT}, {INPUT}{MEAN}"
-            raise ValueError(f"the policy has no token group {name!r}{hint} Valid, also with {ends}: {valid}")
+            ends = f"each also with {MEAN}, {INPUT}, {INPUT}{MEAN}"
+            raise ValueError(f"the policy has no token group {name!r}; {suggest(group, valid)} ({ends})")
     return list(dict.fromkeys(names))
 
 

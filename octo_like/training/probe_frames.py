@@ -4,7 +4,6 @@ They come from a world that knows where things are (`octo_like.envs.labels`) or 
 """
 
 import dataclasses
-import difflib
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.robot import Description
+from octo_like.common.words import suggest
 
 TASKS = ("text", "goal", "both", "embedding")
 
@@ -189,10 +189,7 @@ def frames_from_arrays(arrays: Mapping[str, np.ndarray], policy: Any, where: str
     problems = []
     for key, array in arrays.items():
         if key not in expected:
-            close = difflib.get_close_matches(key, expected, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            other = "a point_<name> or phase_<name>, or one of "
-            problems.append(f"{key}: not known{hint} expected {other}{', '.join(sorted(expected))}")
+            problems.append(f"{key}: not known; {suggest(key, expected)}, point_<name>, phase_<name>")
             continue
         shape, kind = expected[key]
         fits = len(shape) == array.ndim and all(

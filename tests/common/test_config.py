@@ -114,7 +114,7 @@ class TestCommandLine:
         done = run(None, repository=repository)
         assert done.returncode == 2 and "pass --config" in done.stderr
         done = run(str(tmp_path / "experimnt.py"), repository=repository)
-        assert done.returncode == 2 and f"did you mean {file}?" in done.stderr
+        assert done.returncode == 2 and f"did you mean {file!r}?" in done.stderr
 
     def test_default_config(self, file):
         _, config = cfg.parse_command_line(argparse.ArgumentParser(), ["--config.seed=1"], default=file)
@@ -165,12 +165,6 @@ class TestLoading:
             "    return config\n"
         )
         assert load(str(path), "b=5").to_dict() == {"a": 1, "b": 5}
-
-    def test_require(self, file):
-        config = load(file, "data.data_dir=there")
-        assert cfg.require(config, "data.data_dir", "where the data is") == "there"
-        with pytest.raises(cfg.ConfigError, match="--config.pretrained is not set: a checkpoint to start from"):
-            cfg.require(config, "pretrained", "a checkpoint to start from")
 
 
 class TestOverride:

@@ -57,7 +57,7 @@ def test_dataset_fields_make_a_spec():
     "make,message",
     [
         (lambda: Action("a", "relative"), "kind 'relative'; .*valid: absolute, delta"),
-        (lambda: delta("a", "cm"), "unknown unit 'cm'; .*valid: m, mm, rad"),
+        (lambda: delta("a", "cm"), "unknown unit 'cm'; .*valid: 1, N, Nm, deg"),
         (lambda: delta("a", "m", limits=(1, 0)), r"limits must be \(lowest, highest\)"),
         (lambda: Action("a", "gripper"), "has both `open` and `closed`"),
         (lambda: gripper(open=1, closed=1), "open and closed are both 1"),
@@ -95,7 +95,7 @@ def test_finetuning_config_of_a_robot(repository, tmp_path):
     spec = DatasetSpec.from_dict(config.data.datasets.my_robot.to_dict())
     assert spec.robot == load_robot(str(file)).description().to_json()
     for words, message in (
-        (f"robot={tmp_path / 'no.py'}", "no.py' is not a Python file"),
+        (f"robot={tmp_path / 'no.py'}", "no.py' does not exist"),
         ("robto=x", "unknown word 'robto=x'; valid: .*robot=FILE"),
     ):
         with pytest.raises(ConfigError, match=message):

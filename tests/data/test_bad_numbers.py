@@ -7,7 +7,7 @@ import pytest
 
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data.batches.stream import make_train_stream
-from octo_like.data.rlds import bad_records, index
+from octo_like.data.rlds import bad_records, cache
 from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec
 
@@ -148,8 +148,8 @@ def test_all_offenders_are_in_one_report(make, tmp_path, monkeypatch):
 def test_a_pass_over_nothing_but_bad_records_ends_early(make, tmp_path, monkeypatch):
     toy, _ = make("all", range(20))
     monkeypatch.setattr(bad_records, "STOP_AFTER", 5)
-    scanned, scan = [], index.scan_file
-    monkeypatch.setattr(index, "scan_file", lambda *args: scanned.append(args[1]) or scan(*args))
+    scanned, scan = [], cache.scan_file
+    monkeypatch.setattr(cache, "scan_file", lambda *args: scanned.append(args[1]) or scan(*args))
     spec = DatasetSpec.from_dict(toy.fields())
     with pytest.raises(DataError, match="of 20 records are damaged or invalid"):
         prepare_dataset("all", spec, toy.data_dir, str(tmp_path), progress=False, workers=1)

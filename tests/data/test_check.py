@@ -288,7 +288,7 @@ def test_command_line(tmp_path, repository, monkeypatch, capsys):
     assert main(tmp_path, *out, *plain, "--horizon", 8) == 0
     capsys.readouterr()
     for arguments, message in (
-        ((tmp_path, "--robot", tmp_path / "no.py"), "no.py' is not a Python file"),
+        ((tmp_path, "--robot", tmp_path / "no.py"), "no.py' does not exist"),
         ((tmp_path, "--robot", f"{robot}:ARM"), "no Robot called ARM; valid: ROBOT"),
         ((tmp_path, "--robot", robot, "toy"), "exactly one of them"),
     ):

@@ -1,7 +1,6 @@
 """Building an index: several files at a time, after a kill, once for several processes, on the command line."""
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -10,15 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 
 from octo_like.data import arguments
 from octo_like.data.check import report
-from octo_like.data.rlds import index, lock, records, scan, stall
+from octo_like.data.rlds import cache, lock, records, scan, stall
 from octo_like.data.rlds import prepare as index_module
-from octo_like.data.rlds.index import cache_folder, load_index
+from octo_like.data.rlds.cache import cache_folder, load_index
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.rlds.records import EpisodeFunction
 from octo_like.data.spec import DataError, DatasetSpec
@@ -61,11 +61,11 @@ def test_any_number_of_workers_builds_the_same(toy, tmp_path):
 
 KILLED = """
 import os, signal, sys, json
-from octo_like.data import split_index
-from octo_like.data.index import prepare_dataset
+from octo_like.data.rlds import cache
+from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DatasetSpec
 
-scan_file, done = index.scan_file, []
+scan_file, done = cache.scan_file, []
 
 def scan_two_files(*args):
     if len(done) == 2:
@@ -73,9 +73,9 @@ def scan_two_files(*args):
     done.append(args)
     return scan_file(*args)
 
-index.scan_file = scan_two_files
-fields, data_dir, cache = json.loads(sys.argv[1])
-prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, workers=1)
+cache.scan_file = scan_two_files
+fields, data_dir, folder = json.loads(sys.argv[1])
+prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, folder, progress=False, workers=1)
 """
 
 
@@ -91,7 +91,7 @@ def test_a_killed_pass_goes_on(toy, tmp_path, monkeypatch, repository):
         read.append(number)
         return scan.scan_file(split, number, *rest)
 
-    monkeypatch.setattr(index, "scan_file", counted)
+    monkeypatch.setattr(cache, "scan_file", counted)
     spec = DatasetSpec.from_dict(toy.fields())
     prepared = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), progress=False, workers=2)
     assert read == [2]
@@ -126,12 +126,31 @@ def test_a_file_that_does_not_answer_is_named(toy, copied, tmp_path, monkeypatch
     os.close(os.open(fifo, os.O_WRONLY))
     load.join(60)
     assert not load.is_alive()
-    waits = [float(line.rpartition("(")[2].split()[0]) for line in complaints()]
-    assert len(waits) >= 3 and "index of toy_buttons train" in complaints()[0]
-    other = pathlib.Path(split.files[0]).name
-    assert not any(other in line for line in complaints())
-    times = [record.created for record in caplog.records if record.getMessage() in complaints()]
-    assert times[2] - times[1] > 1.5 * (times[1] - times[0])
+    waits = [int(line.partition(f"{path} (")[2].split()[0]) for line in complaints()]
+    assert "index of toy_buttons train" in complaints()[0]
+    assert len(waits) >= 3 and waits[1] >= 1 and waits[2] >= 2  # after 0.5, 1 and 2 seconds, or later on a busy machine
+
+
+def test_only_files_that_stand_still_are_named(monkeypatch, caplog):
+    """On a clock of the test's own: one file gives a record every 0.09 s, the other none; 0.1 s are patience."""
+    clock, looks = [0.0], [0]
+
+    def monotonic():
+        looks[0] += threading.current_thread().name == "octo_like-stall"
+        return clock[0]
+
+    monkeypatch.setattr(stall, "time", types.SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(stall, "STALL_SECONDS", 0.1)
+    with stall.StallWatch("index of toy") as watch, watch.reading("stuck"), watch.reading("moving") as moved:
+        for _ in range(20):
+            moved()
+            clock[0] += 0.09
+            before = looks[0]
+            while looks[0] < before + 2:  # the watch has looked at this time
+                time.sleep(0.001)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 5  # after 0.1, 0.2, 0.4, 0.8 and 1.6 s
+    assert all("nothing is being read from stuck (" in line and "moving" not in line for line in lines)
 
 
 # ---------------------------------------------------------------- one builder
@@ -155,39 +174,39 @@ def test_one_builds_and_the_others_wait(tmp_path, monkeypatch):
     look = lock._look
     monkeypatch.setattr(lock, "_look", lambda path: waiting.append(path) or look(path))
     threads = [
-        threading.Thread(target=lock.build_once, args=(str(target), build(i)), kwargs=dict(what="it", process_index=i))
-        for i in range(3)
+        threading.Thread(target=lock.build_once, args=(str(target), build(i)), kwargs=dict(what="it")) for i in range(3)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    assert builders == [0] and not (tmp_path / "index.npz.lock").exists()
+    assert len(builders) == 1 and not (tmp_path / "index.npz.lock").exists()
 
 
 SEVERAL = """
 import json, os, signal, sys, time
-from octo_like.data import split_index
-from octo_like.data.index import prepare_dataset
+from octo_like.data.rlds import cache
+from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DatasetSpec
 
-fields, data_dir, cache, go, log, index, dies = json.loads(sys.argv[1])
-scan_file = index.scan_file
+fields, data_dir, folder, go, log, index, dies = json.loads(sys.argv[1])
+scan_file = cache.scan_file
 
 def noted(split, number, *rest):
+    first = number not in [int(line.split()[1]) for line in open(log)]
     with open(log, "a") as file:
         file.write(f"{index} {number}\\n")
-    if dies and number == 2:
+    if dies and number == 2 and first:
         os.kill(os.getpid(), signal.SIGKILL)
     return scan_file(split, number, *rest)
 
-index.scan_file = noted
+cache.scan_file = noted
 print("ready", flush=True)
 while not os.path.exists(go):
     time.sleep(0.01)
 prepared = prepare_dataset(
-    "toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, workers=1, process_index=index
+    "toy", DatasetSpec.from_dict(fields), data_dir, folder, progress=False, workers=1, process_index=index
 )
 print(prepared.train.hash, prepared.statistics["action"]["mean"].tolist())
 """
@@ -197,10 +216,11 @@ print(prepared.train.hash, prepared.statistics["action"]["mean"].tolist())
 def test_four_processes_at_once(toy, tmp_path, repository, dies):
     """Real processes: exactly one reads the files and all agree; when it is killed, exactly one other goes on."""
     go, scans = tmp_path / "go", tmp_path / "scans"
+    scans.touch()
     common = [toy.fields(), toy.data_dir, str(tmp_path / "cache"), str(go), str(scans)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SEVERAL, json.dumps([*common, i, dies and i == 0])],
+            [sys.executable, "-c", SEVERAL, json.dumps([*common, i, dies])],
             cwd=repository,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -212,21 +232,19 @@ def test_four_processes_at_once(toy, tmp_path, repository, dies):
         assert process.stdout.readline() == "ready\n"
     go.touch()
     outputs = [process.communicate(timeout=240) for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [-signal.SIGKILL if dies else 0, 0, 0, 0], outputs
-    said = {out for out, _ in outputs[dies:]}
-    assert len(said) == 1 and len(said.pop().split()) > 1
     read = [tuple(map(int, line.split())) for line in scans.read_text().splitlines()]
-    if dies:
-        builder = read[-1][0]
-        assert read == [(0, 0), (0, 1), (0, 2), (builder, 2)] and builder > 0
-    else:
-        assert read == [(0, 0), (0, 1), (0, 2)]
+    builder, other = read[0][0], read[-1][0]
+    codes = [process.returncode for process in processes]
+    assert codes == [-signal.SIGKILL if dies and i == builder else 0 for i in range(4)], outputs
+    printed = {out for out, _ in outputs if out}
+    assert len(printed) == 1 and len(printed.pop().split()) > 1
+    assert read == [(builder, 0), (builder, 1), (builder, 2), *([(other, 2)] if dies else [])]
+    assert (other != builder) == dies
     assert not list(tmp_path.rglob("*.lock*"))
 
 
 def test_statistics_and_filters_are_computed_once(toy, tmp_path, monkeypatch):
-    """Four threads in place of hosts share a cache whose index is built: process 0 computes, the others read."""
+    """Four threads in place of hosts share a cache whose index is built: one computes, the others read."""
     spec = DatasetSpec.from_dict(toy.fields(max_action=5.0))
     split, function = opened(toy)
     load_index(split, function, str(tmp_path), progress=False)
@@ -248,15 +266,15 @@ def test_statistics_and_filters_are_computed_once(toy, tmp_path, monkeypatch):
     prepared = {}
 
     def host(number):
-        options = dict(progress=False, process_index=number)
-        prepared[number] = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), **options)
+        prepared[number] = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), progress=False)
 
-    threads = [threading.Thread(target=host, args=(number,), name=str(number)) for number in (3, 2, 1, 0)]
+    threads = [threading.Thread(target=host, args=(number,), name=str(number)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert computed == ["0", "0"] and set(filtered) == {"0"}  # actions and proprioception
+    assert len(computed) == 2 and len(set(computed)) == 1  # actions and proprioception
+    assert len(set(filtered)) == 1
     assert len({prepared[number].train.hash for number in range(4)}) == 1
     for number in range(4):
         np.testing.assert_array_equal(
@@ -279,63 +297,81 @@ def test_a_silent_builder_is_replaced(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)
     target = tmp_path / "index.npz"
     (tmp_path / "index.npz.lock").write_text("another-host:17:abc 4")
-    lock.build_once(str(target), lambda: target.write_text("done"), what="index of toy", process_index=1)
+    lock.build_once(str(target), lambda: target.write_text("done"), what="index of toy")
     assert target.read_text() == "done" and "another-host:17:abc is dead or has been silent" in caplog.text
 
 
-def test_waiting_ends_with_a_message(tmp_path, monkeypatch):
+def test_the_log_says_who_is_waited_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
-    (tmp_path / "index.npz.lock").write_text("another-host:17:abc 4")
-    with pytest.raises(DataError, match=r"index of toy: waited 0 s for another-host:17:abc.*delete .*lock"):
-        lock.build_once(str(tmp_path / "index.npz"), lambda: None, what="index of toy", wait_seconds=0.1)
+    monkeypatch.setattr(lock, "REPORT_SECONDS", 0.1)
+    target, other = tmp_path / "index.npz", tmp_path / "index.npz.lock"
+    other.write_text("another-host:17:abc 4")
+
+    def finish():
+        while "index of toy: waiting for another-host:17:abc to build it" not in caplog.text:
+            time.sleep(0.01)
+        target.write_text("done")
+
+    thread = threading.Thread(target=finish)
+    with caplog.at_level("INFO"):
+        thread.start()
+        lock.build_once(str(target), lambda: pytest.fail("built twice"), what="index of toy")
+        thread.join(60)
 
 
-def test_hosts_that_share_no_disk_build_for_themselves(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
-    monkeypatch.setattr(lock, "HOLDER_SECONDS", 0.2)
-    target = tmp_path / "index.npz"
-    lock.build_once(str(target), lambda: target.write_text("done"), what="it", process_index=3)
+def test_hosts_that_share_no_disk_build_for_themselves_at_once(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: pytest.fail("it waited"))
+    monkeypatch.setattr(lock, "time", clock)
+    target = tmp_path / "new" / "index.npz"
+    lock.build_once(str(target), lambda: target.write_text("done"), what="it")
     assert target.exists()
 
 
-def test_hosts_without_process_0_wait_once(tmp_path, monkeypatch):
-    """Of three splits on a disk of its own, a process waits for process 0 at the first."""
-    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
-    monkeypatch.setattr(lock, "HOLDER_SECONDS", 1.0)
-    start = time.monotonic()
-    for number in range(3):
-        target = tmp_path / f"{number}.npz"
-        build = functools.partial(target.write_text, "done")
-        lock.build_once(str(target), build, what="it", process_index=3, root=str(tmp_path / "disk"))
-        assert target.exists()
-    assert 1.0 < time.monotonic() - start < 2.0
-    # Elsewhere process 0 may well be seen.
-    start, target = time.monotonic(), tmp_path / "else.npz"
-    lock.build_once(str(target), lambda: target.write_text("done"), what="it", process_index=3, root="elsewhere")
-    assert time.monotonic() - start > 1.0
+def test_of_several_that_claim_a_lock_in_a_bucket_the_last_has_it(monkeypatch):
+    """There is no exclusive create: all of them find no lock, and write theirs."""
+    path = "ram://bucket_of_locks/index.npz.lock"
+    lock.tf.io.gfile.makedirs("ram://bucket_of_locks")
+    looked, written, exists = threading.Barrier(3), threading.Barrier(3), lock.tf.io.gfile.exists
+    monkeypatch.setattr(lock, "time", types.SimpleNamespace(sleep=lambda seconds: written.wait(60)))
+    one_by_one, write = threading.Lock(), lock._write
+
+    def write_whole(path, content):  # as a bucket does; ram:// appends
+        with one_by_one:
+            if exists(path):
+                lock.tf.io.gfile.remove(path)
+            write(path, content)
+
+    def all_have_looked(path):
+        found = exists(path)
+        looked.wait(60)
+        return found
+
+    monkeypatch.setattr(lock, "_write", write_whole)
+    monkeypatch.setattr(lock.tf.io.gfile, "exists", all_have_looked)
+    claims, all_claimed = [], threading.Barrier(3)
+
+    def claim():
+        with lock.claim(path) as ours:
+            claims.append(ours)
+            all_claimed.wait(60)
+
+    threads = [threading.Thread(target=claim) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(claims) == [False, False, True] and not exists(path)
 
 
-def test_process_0_that_turns_up_late_is_waited_for_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "PULSE_SECONDS", 0.05)
-    root = str(tmp_path)
-    monkeypatch.setattr(lock, "_without_process_0", {root})
-    target, started = tmp_path / "index.npz", threading.Event()
-
-    def build():
-        started.set()
-        while not looked:
-            time.sleep(0.01)
-        target.write_text("by process 0")
-
-    looked = []
-    look = lock._look
-    monkeypatch.setattr(lock, "_look", lambda path: looked.append(path) or look(path))
-    zero = threading.Thread(target=lock.build_once, args=(str(target), build), kwargs=dict(what="it", root=root))
-    zero.start()
-    assert started.wait(60)
-    lock.build_once(str(target), lambda: target.write_text("by process 3"), what="it", process_index=3, root=root)
-    zero.join(60)
-    assert target.read_text() == "by process 0" and lock._without_process_0 == set()
+def test_a_lock_in_a_folder_that_is_gone_is_nobodys(tmp_path):
+    """The parts were joined, and their folder removed, by another process."""
+    with lock.claim(str(tmp_path / "parts" / "00000.lock")) as ours:
+        assert not ours
+    with lock.claim(str(tmp_path / "index.npz.lock")) as ours:
+        with lock.claim(str(tmp_path / "index.npz.lock")) as theirs:
+            assert ours and not theirs
+        assert (tmp_path / "index.npz.lock").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_build_frees_the_lock(tmp_path):

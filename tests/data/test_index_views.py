@@ -9,7 +9,7 @@ from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec
 from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.inputs import Inputs
-from octo_like.data.rlds import index
+from octo_like.data.rlds import cache
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
 
@@ -19,7 +19,7 @@ BOTH = {"primary": "front_rgb", "wrist": "hand_rgb"}
 @pytest.fixture
 def prepare(toy, tmp_path, monkeypatch):
     """Prepares the dataset with changed fields, in one cache; `prepare.scanned` counts files that are read whole."""
-    scan_file = index.scan_file
+    scan_file = cache.scan_file
 
     def counted(*args):
         prepare.scanned += 1
@@ -30,7 +30,7 @@ def prepare(toy, tmp_path, monkeypatch):
         return prepare_datasets(specs, toy.data_dir, str(tmp_path / cache), progress=False)["toy"]
 
     prepare.scanned = 0
-    monkeypatch.setattr(index, "scan_file", counted)
+    monkeypatch.setattr(cache, "scan_file", counted)
     return prepare
 
 

@@ -178,7 +178,7 @@ def test_entries_say_what_the_reference_says(facts):
 
 
 def definition(name, compat=None):
-    return s.resolve(name, compat=compat)[1]
+    return registry.resolve(name, compat=compat)[1]
 
 
 def test_widths(facts, excerpt):
@@ -495,5 +495,6 @@ def test_instructions_can_be_kept_or_dropped():
     kept = registry.standardizer("utaustin_mutex", blank_text=False).outputs["language_instruction"]
     assert kept == s.field("language_instruction")
     assert registry.standardizer("cmu_stretch", blank_text=True).outputs["language_instruction"] == s.blank_text()
-    hashes = {s.resolve("utaustin_mutex", compat=c, blank_text=b)[1] for c in (None, "openvla") for b in (None, True)}
+    ways = [(c, b) for c in (None, "openvla") for b in (None, True)]
+    hashes = {registry.resolve("utaustin_mutex", compat=c, blank_text=b)[1] for c, b in ways}
     assert len(hashes) == 3  # the two that are blank by default and on request are one

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from octo_like.common import normalization
-from octo_like.data.rlds import index, records
+from octo_like.data.rlds import cache, records
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 
@@ -125,7 +125,7 @@ def test_cache_is_used_and_never_stale(copied, monkeypatch):
     first = prepare(copied)
     (cached,) = (copied.path / ".octo_like").iterdir()
     assert {path.name.split("-")[0] for path in cached.iterdir()} == {"index.npz", "rows.npy", "statistics"}
-    monkeypatch.setattr(index, "_build", lambda *a: pytest.fail("the index was built again"))
+    monkeypatch.setattr(cache, "_build", lambda *a: pytest.fail("the index was built again"))
     again = prepare(copied, val_fraction=0.5)  # another subset needs no second pass
     assert again.train.hash != first.train.hash
     monkeypatch.undo()

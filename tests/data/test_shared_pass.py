@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from octo_like.data.rlds import index, lock, records, shared_pass
-from octo_like.data.rlds.index import cache_folder
+from octo_like.data.rlds import cache, lock, records, shared_pass
+from octo_like.data.rlds.cache import cache_folder
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 
@@ -103,7 +103,7 @@ def test_damage_is_counted_as_by_one_process(pair, tmp_path, monkeypatch, make_t
     content[200] ^= 0xFF
     path.write_bytes(content)  # repaired: the file is read again, the others are not
     read, scan_file = [], shared_pass.scan.scan_file
-    for module in (shared_pass.scan, index):
+    for module in (shared_pass.scan, cache):
         monkeypatch.setattr(module, "scan_file", lambda *args: read.append(args[1]) or scan_file(*args))
     prepared = prepare(pair, tmp_path / "a", processes=2)
     assert read == [1] and len(prepared["hurt"].train) + len(prepared["hurt"].val) == 30

@@ -136,6 +136,12 @@ def test_scripts(built, repository, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "s.json").exists()
     assert run_main(monkeypatch, show, *common, *keys, "--output", tmp_path / "look", "--episodes", 2) == 0
     assert (tmp_path / "look" / "my_robot.png").stat().st_size > 20_000
+    # A config with an argument that builds on another; the number of steps is derived.
+    config = ["--data_dir", data_dir, "--cache_dir", tmp_path / "cache", "--config"]
+    config += [repository / "configs" / "finetune.py:lora", "--set", "name=my_robot", *keys]
+    assert run_main(monkeypatch, prepare, *config) == 0 and "\ntarget: " in capsys.readouterr().out
+    assert run_main(monkeypatch, show, *config, "--output", tmp_path / "look", "--episodes", 2) == 0
+    assert (tmp_path / "look" / "target.png").exists() and "target" in capsys.readouterr().out
     for arguments, message in (
         (["my_robt"], "did you mean 'my_robot'"),
         ([], "exactly one of them"),

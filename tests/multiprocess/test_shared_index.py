@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 
 HOST = """
 import json, os, signal, sys, time
-from octo_like.data import lock, scan, shared_pass
-from octo_like.data.index import prepare_datasets
+from octo_like.data.rlds import lock, scan, shared_pass
+from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import specs_from_config
 
 fields, data_dir, cache, go, log, index, count, dies = json.loads(sys.argv[1])

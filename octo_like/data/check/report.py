@@ -13,7 +13,7 @@ from octo_like.common.pages import STYLE, text_table
 from octo_like.data.batches import frames
 from octo_like.data.batches.episodes import load_episode
 from octo_like.data.rlds import records
-from octo_like.data.rlds.index import load_index
+from octo_like.data.rlds.cache import load_index
 from octo_like.data.rlds.prepare import Index, PreparedDataset
 
 COLUMNS = ("min", "p01", "mean", "std", "p99", "max")

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from octo_like.data.errors import DataError
 from octo_like.data.oxe import vocabulary as s
-from octo_like.data.spec import DataError
 
 # Where most datasets keep these.
 ACTION, STATE, TEXT = s.field("action"), s.field("observation/state"), s.field("language_instruction")

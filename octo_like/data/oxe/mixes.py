@@ -7,8 +7,9 @@ A dataset that a mixture names twice has the first weight.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from octo_like.common.words import suggest
+from octo_like.data.errors import DataError
 from octo_like.data.oxe import registry
-from octo_like.data.spec import DataError, is_registry_name, suggest
 
 Mix = dict[str, float]
 
@@ -169,7 +170,7 @@ def datasets_from_config(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         datasets[name] = {**datasets.get(name, {}), **dict(fields)}
     if data["octo_compat"]:
         datasets = {
-            name: {"compat": "octo", **fields} if is_registry_name(fields.get("standardize")) else fields
+            name: {"compat": "octo", **fields} if registry.is_entry_name(fields.get("standardize")) else fields
             for name, fields in datasets.items()
         }
     return datasets

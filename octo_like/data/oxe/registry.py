@@ -6,15 +6,43 @@ dataset's spec that the config does not give itself. `compat` chooses the readin
 docs/oxe.md lists what our reading corrects.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from octo_like.common.sources import source_hash
+from octo_like.common.words import suggest
+from octo_like.data.errors import DataError
 from octo_like.data.oxe import arms, franka, mobile, rtx
 from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import Entry
-from octo_like.data.spec import DataError, suggest
 
 REGISTRY: dict[str, Entry] = {**rtx.ENTRIES, **franka.ENTRIES, **arms.ENTRIES, **mobile.ENTRIES}
+
+
+def is_entry_name(standardize: str | None) -> bool:
+    """Whether a spec's `standardize` is meant as a name of the registry rather than of a function."""
+    return standardize is not None and ":" not in standardize
+
+
+def load(name: str) -> Any:
+    """The function or registry entry "python.module:name".
+
+    Raises:
+      DataError: no such module, or nothing of that name in it.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise DataError(f"standardize={name!r}: cannot import {module_name!r}: {error}") from error
+    found = getattr(module, attribute, None)
+    if not callable(found) and not isinstance(found, Entry):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value) or isinstance(value, Entry)]
+        raise DataError(f"standardize={name!r}: no function {attribute!r}; {suggest(attribute, own)}")
+    return found
 
 
 def find(standardize: str | None) -> Entry | None:
@@ -24,8 +52,8 @@ def find(standardize: str | None) -> Entry | None:
     """
     if standardize is None:
         return None
-    if ":" in standardize:
-        found = s.load(standardize)
+    if not is_entry_name(standardize):
+        found = load(standardize)
         return found if isinstance(found, Entry) else None
     if standardize not in REGISTRY:
         raise DataError(
@@ -77,6 +105,27 @@ def standardizer(name: str, compat: str | None = None, blank_text: bool | None =
     return get(name, compat).standardize(blank_text)
 
 
+def resolve(
+    name: str | None, *, compat: str | None = None, blank_text: bool | None = None
+) -> tuple[Callable[[s.Trajectory], s.Trajectory] | None, str]:
+    """(function, hash of its definition) of a spec's `standardize`.
+
+    Args:
+      name: None, a name of the registry, or "python.module:name" of a function or of an `Entry`.
+      compat, blank_text: which reading of a registry entry; see `standardizer`.
+
+    Raises:
+      DataError: no such module, function or registry entry.
+    """
+    if name is None:
+        return None, ""
+    if find(name) is not None:
+        function = standardizer(name, compat, blank_text)
+        return function, hashlib.sha256(repr(function).encode()).hexdigest()[:16]
+    # The whole module counts, and what it imports: helpers change the result as much as the function does.
+    return load(name), source_hash(importlib.import_module(name.partition(":")[0]))
+
+
 def cautions(
     name: str,
     compat: str | None,
@@ -94,13 +143,13 @@ def cautions(
       image_keys: camera slot -> key below `observation`; None: the entry's.
     """
     entry = get(name, compat)
-    said = [entry.caution] if entry.caution else []
+    notes = [entry.caution] if entry.caution else []
     if entry.version is not None and version != entry.version:
-        said.append(f"the registry describes version {entry.version}, this is {version}: check keys and values")
+        notes.append(f"the registry describes version {entry.version}, this is {version}: check keys and values")
     if entry.unfiltered is not None and num_episodes == entry.unfiltered:
-        said.append(f"this copy of {num_episodes:,} episodes still holds the failed ones; filter by their `success`")
+        notes.append(f"this copy of {num_episodes:,} episodes still holds the failed ones; filter by their `success`")
     if bgr_slots:
-        said.append(
+        notes.append(
             f"channels of {', '.join(bgr_slots)} are swapped: the raw frames are BGR. If your copy was repaired when "
             "it was downloaded, set bgr_slots=()"
         )
@@ -110,9 +159,9 @@ def cautions(
         cameras = (entry.images if image_keys is None else image_keys).items()
         stored = [slot for slot, key in cameras if _bare(key) in known and slot not in bgr_slots]
         if stored:
-            said.append(
+            notes.append(
                 f"the raw frames of {', '.join(stored)} are BGR, and compat={compat!r} does not swap them, as "
                 f"{'Octo' if compat == 'octo' else 'OpenVLA'} trains on a copy that was repaired when it was "
                 f"downloaded. If yours was not, set bgr_slots={tuple(stored)!r}"
             )
-    return said
+    return notes

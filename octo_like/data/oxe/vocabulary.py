@@ -9,16 +9,13 @@ tensors) may use the same operations through `evaluate`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from octo_like.common.sources import source_hash
-from octo_like.data.spec import DataError, suggest
+from octo_like.common.words import suggest
+from octo_like.data.errors import DataError
 from octo_like.data.tf import tf
 
 Trajectory = dict[str, Any]
@@ -379,50 +376,3 @@ class Standardize:
         for path in self.removes:
             result = _remove_leaf(result, path)
         return result
-
-
-# ---------------------------------------------------------------- names
-
-
-def resolve(
-    name: str | None, *, compat: str | None = None, blank_text: bool | None = None
-) -> tuple[Callable[[Trajectory], Trajectory] | None, str]:
-    """(function, hash of its definition) of a spec's `standardize`.
-
-    Args:
-      name: None, a name of the registry, or "python.module:name" of a function or of an `oxe.entry.Entry`.
-      compat, blank_text: which reading of a registry entry; see `octo_like.data.oxe.registry.standardizer`.
-
-    Raises:
-      DataError: no such module, function or registry entry.
-    """
-    if name is None:
-        return None, ""
-    from octo_like.data.oxe import registry
-
-    if registry.find(name) is not None:
-        function = registry.standardizer(name, compat, blank_text)
-        return function, hashlib.sha256(repr(function).encode()).hexdigest()[:16]
-    function = load(name)
-    # The whole module counts, and what it imports: helpers change the result as much as the function does.
-    return function, source_hash(importlib.import_module(name.partition(":")[0]))
-
-
-def load(name: str) -> Any:
-    """The function or registry entry "python.module:name".
-
-    Raises:
-      DataError: no such module, or nothing of that name in it.
-    """
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise DataError(f"standardize={name!r}: cannot import {module_name!r}: {error}") from error
-    found = getattr(module, attribute, None)
-    from octo_like.data.oxe.entry import Entry
-
-    if not callable(found) and not isinstance(found, Entry):
-        own = [key for key, value in vars(module).items() if inspect.isfunction(value) or isinstance(value, Entry)]
-        raise DataError(f"standardize={name!r}: no function {attribute!r}; {suggest(attribute, own)}")
-    return found

@@ -16,11 +16,11 @@ class TooManyBadRecords(DataError):
     """More of a dataset's records than `max_bad_fraction` cannot be read or used."""
 
 
-def check(name: str, damaged: int, total: int, limit: float, said: str) -> None:
-    """Raises TooManyBadRecords when more than `limit` of a dataset's records are bad; `said` names them."""
+def check(name: str, damaged: int, total: int, limit: float, names: str) -> None:
+    """Raises TooManyBadRecords when more than `limit` of a dataset's records are bad; `names` lists them."""
     if damaged > limit * total:
         raise TooManyBadRecords(
-            f"{said}\n{name}: {damaged} of {total} records are damaged or invalid, more than max_bad_fraction="
+            f"{names}\n{name}: {damaged} of {total} records are damaged or invalid, more than max_bad_fraction="
             f"{limit:g}; restore the files, leave them out with a filter, or allow more"
         )
 

@@ -89,24 +89,18 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             trajectory, spec.language_key, kind, spec, lambda x: x.dtype == tf.string and x.shape.rank == 1
         )
         chosen["language"] = _as_texts(strings)
-    for slot, key in spec.image_keys.items():
-        if key is not None:
-            key = key.removeprefix("observation/")
-            chosen["images"][slot] = _require(observation, key, f"image of camera {slot!r}", spec, _is_image)
-    for slot, key in spec.depth_keys.items():
-        if key is not None:
-            key = key.removeprefix("observation/")
-            chosen["depths"][slot] = _require(observation, key, f"depth of camera {slot!r}", spec, _is_depth)
-    for name, key in spec.point_keys.items():
-        if key is not None:
-            key = key.removeprefix("observation/")
-            values = _require(observation, key, f"point {name!r} (2 numbers, or 4 of a box)", spec, _is_point)
-            chosen["points"][name] = tf.cast(values, tf.float32)
-    for name, key in spec.extra_keys.items():
-        if key is not None:
-            what = f"sensor {name!r} (numbers, of a shape that is known before reading)"
-            values = _require(observation, key.removeprefix("observation/"), what, spec, _is_sensor)
-            chosen["extras"][name] = tf.cast(values[:, None] if values.shape.rank == 1 else values, tf.float32)
+    for group, keys, what, fits in (
+        ("images", spec.image_keys, "image of camera {!r}", _is_image),
+        ("depths", spec.depth_keys, "depth of camera {!r}", _is_depth),
+        ("points", spec.point_keys, "point {!r} (2 numbers, or 4 of a box)", _is_point),
+        ("extras", spec.extra_keys, "sensor {!r} (numbers, of a shape that is known before reading)", _is_sensor),
+    ):
+        for name, key in keys.items():
+            if key is not None:
+                values = _require(observation, key.removeprefix("observation/"), what.format(name), spec, fits)
+                if group in ("points", "extras"):
+                    values = tf.cast(values[:, None] if values.shape.rank == 1 else values, tf.float32)
+                chosen[group][name] = values
     return chosen
 
 

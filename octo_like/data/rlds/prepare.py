@@ -13,17 +13,8 @@ from octo_like.data.order import order
 from octo_like.data.oxe import registry
 from octo_like.data.rlds import beam_pass, columns, filters, records, shared_pass
 from octo_like.data.rlds.bad_records import MAX_BAD_FRACTION, TooManyBadRecords
-from octo_like.data.rlds.index import (
-    Index,
-    SplitIndex,
-    cache_folder,
-    cached,
-    can_hold_caches,
-    default_workers,
-    digest_of,
-    load_index,
-    with_usable,
-)
+from octo_like.data.rlds.cache import cache_folder, cached, can_hold_caches, default_workers, load_index
+from octo_like.data.rlds.index import Index, SplitIndex, digest_of, with_usable
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
 from octo_like.data.rlds.statistics import read_rows, streamed_statistics
 from octo_like.data.spec import DataError, DatasetSpec
@@ -142,7 +133,6 @@ def prepare_dataset(
 
 
 def _prepare(key: str, spec: DatasetSpec, opened: _Opened, progress: bool, options: dict[str, Any]) -> PreparedDataset:
-    process_index = options["process_index"]
     split, function = opened.split, opened.function
     whole = load_index(split, function, opened.cache_dir, progress, **options)
     index, val_whole = whole.index, whole
@@ -172,9 +162,9 @@ def _prepare(key: str, spec: DatasetSpec, opened: _Opened, progress: bool, optio
         raise DataError(
             f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(index)} episodes{left}"
         )
-    statistics = _statistics(key, spec, function, whole, chosen, process_index)
-    train = _filtered(key, spec, function, whole, statistics, process_index).take(chosen)
-    val = _filtered(key, spec, function, val_whole, statistics, process_index).take(held)
+    statistics = _statistics(key, spec, function, whole, chosen)
+    train = _filtered(key, spec, function, whole, statistics).take(chosen)
+    val = _filtered(key, spec, function, val_whole, statistics).take(held)
     if not train.frames.sum():
         used = {name: value for name, value in spec.filter_fields().items() if value not in (None, False)}
         raise DataError(
@@ -242,7 +232,7 @@ def values_of(
 
 
 def _statistics(
-    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray, process_index: int
+    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray
 ) -> dict[str, Any]:
     index, mask = whole.index, spec.action_normalization_mask
     if mask is not None and len(mask) != function.action_dim:
@@ -274,7 +264,7 @@ def _statistics(
 
     digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
     what = f"statistics of {key}"
-    arrays = cached(whole, f"statistics-{digest}.npz", make, what=what, process_index=process_index)
+    arrays = cached(whole, f"statistics-{digest}.npz", make, what=what)
     statistics: dict[str, Any] = {
         part: {k.removeprefix(f"{part}_"): v for k, v in arrays.items() if k.startswith(f"{part}_")}
         for part in ("action", "proprio")
@@ -294,12 +284,7 @@ def _statistics(
 
 
 def _filtered(
-    key: str,
-    spec: DatasetSpec,
-    function: EpisodeFunction,
-    whole: SplitIndex,
-    statistics: dict[str, Any],
-    process_index: int,
+    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, statistics: dict[str, Any]
 ) -> Index:
     """The index of the whole split with the steps that the spec's filters leave."""
     index = whole.index
@@ -323,7 +308,7 @@ def _filtered(
         return {"bits": np.packbits(usable)}
 
     file = f"usable-{digest_of(definition, *numbers)}.npz"
-    bits = cached(whole, file, make, what=f"filtered steps of {key}", process_index=process_index)["bits"]
+    bits = cached(whole, file, make, what=f"filtered steps of {key}")["bits"]
     if index.bits is not None:
         bits = bits & index.bits
     usable = np.unpackbits(bits)[: int(index.steps.sum(dtype=np.int64))].astype(bool)
@@ -371,7 +356,7 @@ def prepare_datasets(
       workers: files that a process reads at the same time; None: up to 8, by the number of cores.
       processes: processes of this machine that read; None: by bytes and cores, one below 8 GB.
       beam: options of an Apache Beam pipeline that reads in their place (the extra `beam`); None: no Beam.
-      max_bad_fraction: see `split_index.load_index`.
+      max_bad_fraction: see `cache.load_index`.
       process_index, process_count: hosts that prepare the same datasets at the same time; they share the files to read.
       pod_dir: in place of ~/.cache, a folder that all of these hosts see; used by several hosts only.
 
@@ -385,7 +370,7 @@ def prepare_datasets(
         if value is not None and value < 1:
             default = "up to 8" if name == "workers" else "as many as there is work for"
             raise DataError(f"{name} must be at least 1, or None for {default}, got {value}")
-    options = dict(workers=workers, max_bad_fraction=max_bad_fraction, process_index=process_index)
+    options = dict(workers=workers, max_bad_fraction=max_bad_fraction)
     pod_dir = pod_dir if process_count > 1 else None
     opened = {
         key: _open(key, spec, data_dir, cache_dir, max_bad_fraction, pod_dir)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
-from octo_like.data.oxe import vocabulary
+from octo_like.data.oxe import registry, vocabulary
 from octo_like.data.rlds.leaves import picture_bytes, select, text_keys, texts_of
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import error_text, tf
@@ -306,7 +306,7 @@ class EpisodeFunction:
 
     def __init__(self, spec: DatasetSpec, features: Any):
         self.spec = spec
-        transform, source = vocabulary.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
+        transform, source = registry.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
         if transform is not None and not isinstance(transform, vocabulary.Standardize):
             transform = _user_function(transform)
         self.definition = {**spec.index_fields(), "standardize_source": source}
@@ -317,7 +317,7 @@ class EpisodeFunction:
             texts.add(spec.language_key)
         keep = None
         if spec.filter is not None:
-            keep, self.definition["filter_source"] = vocabulary.resolve(spec.filter)
+            keep, self.definition["filter_source"] = registry.resolve(spec.filter)
             keep = _user_function(keep)
 
         def standardised(serialized):

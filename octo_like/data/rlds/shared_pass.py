@@ -1,12 +1,12 @@
 """The pass over records that are not indexed yet, shared: by the hosts of a pod, by worker processes, or on Beam.
 
 What is shared is a folder. A piece of work is a few consecutive files of a split; who takes it claims it with a lock
-file that has a pulse (`lock.py`), and leaves one part per file in the index's folder `parts/` (`split_index.py`). Parts
+file that has a pulse (`lock.py`), and leaves one part per file in the index's folder `parts/` (`cache.py`). Parts
 are written atomically and are the same whoever writes them, so that a claim only saves work. A piece whose holder died
 is taken over. Processes that share no disk see no claims of each other and read everything.
 
 The pieces of all datasets are one list, of which each process begins at another place. Joining the parts to an index is
-left to `split_index.load_index`, which finds all of them.
+left to `cache.load_index`, which finds all of them.
 """
 
 from __future__ import annotations
@@ -162,8 +162,7 @@ class _Pass:
     def __init__(self, pieces: Sequence[Piece], index: int, count: int, progress: bool):
         start = len(pieces) * index // max(1, count)
         self._queue = collections.deque([*pieces[start:], *pieces[:start]])
-        self._held: list[Piece] = []
-        self._name = lock.holder_name(index)
+        self._elsewhere: list[Piece] = []  # other processes have taken them
         self._lock = threading.Lock()
         self._watch = StallWatch("index")
         episodes = sum(job.split.shard_lengths[n] for job, piece in pieces for n in piece)
@@ -186,26 +185,22 @@ class _Pass:
             try:
                 if not self._take(piece):
                     with self._lock:
-                        self._held.append(piece)
+                        self._elsewhere.append(piece)
             except BaseException:
                 with self._lock:
                     self._queue.clear()  # the other threads finish what they have in hand
                 raise
 
     def _take(self, piece: Piece) -> bool:
-        """Whether a piece is done; does it unless another process holds it."""
+        """Whether a piece is done; does it unless another process has taken it, or has removed the folder of parts."""
         job, numbers = piece
         if self._done(piece):
             return True
-        path = self._claim(piece)
-        try:
-            if not lock.create(path, self._name):
-                return False
-        except FileNotFoundError:  # the folder of parts was removed just now: the index is there
-            return job.indexed()
-        with lock.Pulse(path, self._name), self._watch.reading(job.split.files[numbers[0]]) as moved:
-            scan_piece(job, numbers, lambda count: (moved(), self._advance(count)))
-        return True
+        with lock.claim(self._claim(piece)) as ours:
+            if ours:
+                with self._watch.reading(job.split.files[numbers[0]]) as moved:
+                    scan_piece(job, numbers, lambda count: (moved(), self._advance(count)))
+            return ours
 
     def _advance(self, count: int) -> None:
         with self._lock:
@@ -224,17 +219,17 @@ class _Pass:
 
     def _wait(self) -> None:
         """Until the pieces that others hold are done; those of a holder that died are done here."""
-        watched = {id(piece): lock.Watched(self._claim(piece)) for piece in self._held}
+        watched = {id(piece): lock.Watched(self._claim(piece)) for piece in self._elsewhere}
         reported = time.monotonic()
-        while self._held:
-            for piece in list(self._held):
+        while self._elsewhere:
+            for piece in list(self._elsewhere):
                 claim = watched[id(piece)]
                 if self._done(piece) or (claim.gone() and self._take(piece)):
-                    self._held.remove(piece)
-            if self._held and time.monotonic() - reported > lock.REPORT_SECONDS:
+                    self._elsewhere.remove(piece)
+            if self._elsewhere and time.monotonic() - reported > lock.REPORT_SECONDS:
                 reported = time.monotonic()
-                log.info("index: waiting for other processes to finish %d pieces", len(self._held))
-            if self._held:
+                log.info("index: waiting for other processes to finish %d pieces", len(self._elsewhere))
+            if self._elsewhere:
                 time.sleep(POLL_SECONDS)
 
 
@@ -287,7 +282,7 @@ def _trace(jobs: Sequence[Job], pieces: Sequence[Piece]) -> None:
 # ---------------------------------------------------------------- worker processes
 
 _WORKER = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from octo_like.data import shared_pass; "
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from octo_like.data.rlds import shared_pass; "
     "shared_pass.work()"
 )
 

@@ -5,18 +5,15 @@ dataset is built again with other numbers of the same size, or when a function r
 """
 
 import logging
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from octo_like.data.order.order import hash_key
 from octo_like.data.rlds import columns, records
+from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import EpisodeFunction
 from octo_like.data.rlds.statistics import row_range
 from octo_like.data.tf import error_text, tf
-
-if TYPE_CHECKING:
-    from octo_like.data.rlds.index import Index
 
 RECORDS = 3
 CANDIDATES = 4096  # ranking all episodes of a large dataset would take longer than reading
@@ -26,7 +23,7 @@ ROUNDING = 1e-5
 log = logging.getLogger(__name__)
 
 
-def find_stale(index: "Index", rows_path: str, function: EpisodeFunction) -> str | None:
+def find_stale(index: Index, rows_path: str, function: EpisodeFunction) -> str | None:
     """What the files or the function say otherwise than a cached index, with file and episode; None: nothing.
 
     RECORDS keyed episodes, of different files where there are as many, are compared: the record's hash, its steps, the
@@ -47,18 +44,18 @@ def find_stale(index: "Index", rows_path: str, function: EpisodeFunction) -> str
         if int(now["hash"]) != index.record_hash[episode]:
             return f"{where}: the record is another one than when it was indexed"
         if not function.random_ops and not _same(now, index, episode, rows_path, function):
-            used = " and ".join(
+            functions = " and ".join(
                 f"{name}={value!r}"
                 for name, value in (("standardize", function.spec.standardize), ("filter", function.spec.filter))
                 if value
             )
-            return f"{where}: {used or 'reading it'} gives other values than when it was indexed"
+            return f"{where}: {functions or 'reading it'} gives other values than when it was indexed"
     if picked and damaged == len(picked):
         return f"{index.where(picked[0])}: none of {damaged} records can be read where they were indexed"
     return None
 
 
-def _pick(index: "Index") -> list[int]:
+def _pick(index: Index) -> list[int]:
     episodes = np.flatnonzero(index.steps)
     episodes = episodes[:: -(-len(episodes) // CANDIDATES) or 1]
     episodes = episodes[np.argsort(hash_key("spot check", index.record_hash[episodes]), kind="stable")]
@@ -66,7 +63,7 @@ def _pick(index: "Index") -> list[int]:
     return np.concatenate([episodes[np.sort(first)], np.delete(episodes, first)])[:RECORDS].tolist()
 
 
-def _same(now: dict, index: "Index", episode: int, rows_path: str, function: EpisodeFunction) -> bool:
+def _same(now: dict, index: Index, episode: int, rows_path: str, function: EpisodeFunction) -> bool:
     steps = int(index.steps[episode])
     usable = np.flatnonzero(now["usable"].numpy())
     if steps and not len(usable) and not index.frames[episode]:
