@@ -37,7 +37,7 @@ def main() -> int:
         if samples is None and args.config:
             config = load_config_file(args.config)
             samples = config.num_steps * config.batch_size
-        datasets, pictures = {}, {}
+        datasets, files = {}, {}
         for name, spec in specs_from_arguments(args).items():
             prepared = datasets[name] = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
             if spec.source is not None:
@@ -48,11 +48,11 @@ def main() -> int:
             sheet, histograms = (os.path.join(args.output, f"{name}{end}.png") for end in ("", "_actions"))
             report.contact_sheet(prepared, index, sheet, episodes=args.episodes)
             report.action_histograms(prepared, index, histograms)
-            pictures[name] = (sheet, histograms)
+            files[name] = (sheet, histograms)
             print(sheet, histograms, sep="\n")
         page = os.path.join(args.output, "index.html")
         with open(page, "w", encoding="utf-8") as file:
-            file.write(report.html_page(datasets, pictures, samples))
+            file.write(report.html_page(datasets, files, samples))
         print(page)
         print(report.mixture_table(datasets, samples))
     except DataError as error:

@@ -371,20 +371,6 @@ def _split_overrides(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[
     return overrides, rest
 
 
-def require(config: ConfigDict, key: str, what: str) -> Any:
-    """The value of a dotted key that the user must have set.
-
-    Raises:
-      ConfigError: it is None; the message names the flag and `what` it is.
-    """
-    node: Any = config
-    for part in key.split("."):
-        node = node[part]
-    if node is None:
-        raise ConfigError(f"--config.{key} is not set: {what}")
-    return node
-
-
 # ---------------------------------------------------------------------------------------------------- JSON, differences
 
 

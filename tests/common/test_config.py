@@ -166,12 +166,6 @@ class TestLoading:
         )
         assert load(str(path), "b=5").to_dict() == {"a": 1, "b": 5}
 
-    def test_require(self, file):
-        config = load(file, "data.data_dir=there")
-        assert cfg.require(config, "data.data_dir", "where the data is") == "there"
-        with pytest.raises(cfg.ConfigError, match="--config.pretrained is not set: a checkpoint to start from"):
-            cfg.require(config, "pretrained", "a checkpoint to start from")
-
 
 class TestOverride:
     @pytest.mark.parametrize(

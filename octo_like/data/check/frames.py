@@ -1,14 +1,13 @@
 """What usually goes wrong with the frames, times and words of demonstrations."""
 
 import dataclasses
-import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from octo_like.common.pages import Finding
-from octo_like.data.batches import frames
-from octo_like.data.batches.episodes import load_episode
+from octo_like.data.check.numbers import spread
+from octo_like.data.check.pictures import cameras, pictures, present, read_episode
 from octo_like.data.rlds import records
 from octo_like.data.rlds.prepare import Index, PreparedDataset
 from octo_like.data.rlds.records import RldsSplit
@@ -17,6 +16,7 @@ from octo_like.data.tf import tf
 EPISODES = 64  # whose frames are looked at, spread over the data
 DROPPED, REPEATED = 0.01, 0.05  # shares of the steps
 MOVING = 0.05  # of a dimension's standard deviation: a change of proprioception in which the picture should change
+LOOKED_AT = (64, 64)  # size of the frames
 THUMBNAIL = 8 * 8 * 3
 SAME_PICTURE = 4.0  # mean difference in grey levels of frames that were encoded again
 DARK = 3.0  # mean grey level of a black image
@@ -50,16 +50,14 @@ class Look:
 
 def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = EPISODES) -> Look:
     """Reads some episodes and looks at the frames of one camera: all of them as bytes, three of each as pixels."""
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    table, lock = _Words(), threading.Lock()
     missing, black, reddish, colours, texts, thumbnails = [], [], [], [], [], []
     repeated = moving = 0
-    for number in chosen:
-        episode = load_episode(prepared, index, int(number), [slot], table, lock)
+    for number in spread(len(index), episodes):
+        episode, words = read_episode(prepared, index, number, [slot])
         stored = episode.images[slot]
-        there = np.array([len(frame) > 0 for frame in stored])
+        there = present(stored)
         missing.append(1 - there.mean())
-        texts.append(table.texts[episode.text[0] - 1] if len(table.texts) and episode.text[0] else "")
+        texts.append(words[0])
         # Normalised proprioception has deviation 1; without it, an action that is not the mean moves something.
         numbers = episode.proprio if episode.proprio is not None else episode.action.reshape(len(there), -1)
         moves = np.abs(np.diff(numbers, axis=0)).max(1) > MOVING
@@ -70,9 +68,7 @@ def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = 
             reddish.append(0.0)
             thumbnails.append(np.full(THUMBNAIL, np.nan))
             continue
-        pixels = _pixels(stored, steps)
-        if slot in prepared.spec.bgr_slots:
-            pixels = pixels[..., ::-1]
+        pixels = pictures(prepared, slot, stored, steps, LOOKED_AT)
         black.append(bool(pixels.mean() < DARK))
         if not black[-1]:
             repeated += int((same & moves & there[1:]).sum())
@@ -94,27 +90,8 @@ def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = 
     )
 
 
-class _Words:
-    """Rows of instructions; 0 is none, as in training."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-
-    def rows(self, texts: list[str]) -> np.ndarray:
-        for text in texts:
-            if text and text not in self.texts:
-                self.texts.append(text)
-        return np.array([self.texts.index(text) + 1 if text else 0 for text in texts], np.int32)
-
-
 def _equal(a, b) -> bool:
     return np.array_equal(a, b) if isinstance(a, np.ndarray) else bytes(a) == bytes(b)
-
-
-def _pixels(stored, steps: Sequence[int]) -> np.ndarray:
-    if isinstance(stored, np.ndarray):
-        return frames.resize_frames(stored[list(steps)], (64, 64))
-    return frames.decode_frames([stored[s] for s in steps], (64, 64))
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
@@ -124,16 +101,18 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 def same_pictures(prepared: PreparedDataset, one: tuple[Index, int], other: tuple[Index, int]) -> bool:
     """Whether two (index, number) episodes of equal length show the same in all cameras: first, middle, last frame."""
-    slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
-    first, second = (load_episode(prepared, index, n, slots, _Words(), threading.Lock()) for index, n in (one, other))
+    slots = cameras(prepared)
+    first, second = (read_episode(prepared, *place, slots)[0] for place in (one, other))
     for slot in slots:
         a, b = first.images[slot], second.images[slot]
         steps = [s for s in np.unique([0, len(a) // 2, len(a) - 1]) if s < len(b)]
         there = [s for s in steps if len(a[s]) and len(b[s])]
         if any(bool(len(a[s])) != bool(len(b[s])) for s in steps):
             return False
-        if there and np.abs(_pixels(a, there).astype(float) - _pixels(b, there)).mean() > SAME_PICTURE:
-            return False
+        if there:
+            one_look, other_look = (pictures(prepared, slot, x, there, LOOKED_AT).astype(float) for x in (a, b))
+            if np.abs(one_look - other_look).mean() > SAME_PICTURE:
+                return False
     return True
 
 
@@ -211,9 +190,8 @@ def timestamps(split: RldsSplit, index: Index, *, episodes: int = EPISODES) -> l
     features = split.features["steps"].feature if hasattr(split.features["steps"], "feature") else None
     if features is None or "timestamp" not in features:
         return None
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
     found = []
-    for number in chosen:
+    for number in spread(len(index), episodes):
         record = records.read_record(
             tf.constant(index.files[index.file[number]]), tf.constant(int(index.offset[number]), tf.int64)
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from octo_like.common.pages import Finding
-from octo_like.data.check.numbers import MAX_EPISODES, Numbers
+from octo_like.data.check.numbers import MAX_EPISODES, Numbers, spread
 
 LAGS = range(-2, 9)  # steps from a command to its motion, of changes and velocities
 EXPLAINED = 0.5  # share of an action's variance that proprioception has to explain before anything is said of it
@@ -59,7 +59,7 @@ def weights(n: Numbers) -> Weights | None:
         p = n.description.actions[d].proprio if n.description else d
         if not n.is_gripper(d) and p is not None and p < width:
             pairs.append((d, p))
-    chosen = np.unique(np.linspace(0, len(n.actions) - 1, min(MAX_EPISODES, len(n.actions))).astype(int))
+    chosen = spread(len(n.actions), MAX_EPISODES)
     actions, proprios = ([np.asarray(part[i], np.float64) for i in chosen] for part in (n.actions, n.proprios))
     columns = [p for _, p in pairs]
     if not pairs or sum(map(len, actions)) < MIN_STEPS or len(set(columns)) < len(columns):

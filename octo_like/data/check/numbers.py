@@ -83,6 +83,11 @@ class Relation:
         return None
 
 
+def spread(count: int, limit: int) -> np.ndarray:
+    """Up to `limit` numbers below `count`, rising and evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
+
+
 def check(numbers: Numbers) -> tuple[list[Finding], list[Relation]]:
     """All findings about a dataset's numbers, and the relations between actions and proprioception behind them."""
     relations = _relations(numbers)
@@ -239,7 +244,7 @@ def _relations(n: Numbers) -> list[Relation]:
     """Of each dimension with the proprioception that it moves; without a description, with that of the same number."""
     if n.proprios is None:
         return []
-    chosen = np.unique(np.linspace(0, len(n.actions) - 1, min(MAX_EPISODES, len(n.actions))).astype(int))
+    chosen = spread(len(n.actions), MAX_EPISODES)
     actions, proprios = ([part[i] for i in chosen] for part in (n.actions, n.proprios))
     dims, width = n.actions[0].shape[1], n.proprios[0].shape[1]
     found = []
