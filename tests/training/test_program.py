@@ -16,7 +16,8 @@ import sys
 import jax
 import train
 from octo_like.common.config import load_config
-from octo_like.training import aot, program
+from octo_like.aot import proof
+from octo_like.training import program
 
 SETTINGS = {"mesh.fsdp": 2, "mesh.min_size": 100, "accumulate": 2, "num_steps": 1, "eval.every": None}
 seen = []
