@@ -15,7 +15,7 @@ from octo_like.common.pages import Finding
 from octo_like.data.check.numbers import MAX_EPISODES, Numbers, spread
 
 LAGS = range(-2, 9)  # steps from a command to its motion, of changes and velocities
-EXPLAINED = 0.5  # share of an action's variance that proprioception has to explain before anything is said of it
+EXPLAINED = 0.5  # share of an action's variance that proprioception has to explain before anything is note of it
 CARRIES, OTHER = 0.6, 0.3  # standardised weights: of what an action moves, and of what it does not
 RIDGE = 1e-3  # times the number of steps: shares the weight of two proprioceptions that are the same
 MIN_STEPS = 50
@@ -114,12 +114,12 @@ def check_pairing(n: Numbers) -> list[Finding]:
     own = np.diagonal(carried)
     # Without a description, that dimensions of equal number belong together is a guess. Most of them have to.
     known = n.description is not None or own.mean() >= 0.5
-    said = "" if n.description else " (taken for what it moves, as of the same number; a robot's description names it)"
+    note = "" if n.description else " (taken for what it moves, as of the same number; a robot's description names it)"
     findings = []
     for i in np.flatnonzero(own & (np.diagonal(signs) < 0)):
         d, p = found.pairs[i]
         findings.append(
-            Finding("sign", f"{n.name(d)} and proprio[{p}]{said} go in opposite directions: one of them has the other "
+            Finding("sign", f"{n.name(d)} and proprio[{p}]{note} go in opposite directions: one of them has the other "
                     "sign. A policy would learn it, and a controller with the right sign would run away from its "
                     "target; turn the one that is wrong", warning=bool(known))
         )  # fmt: skip
@@ -131,7 +131,7 @@ def check_pairing(n: Numbers) -> list[Finding]:
         pairs = ", ".join(f"{n.name(found.pairs[i][0])} moves proprio[{found.pairs[moves[i]][1]}]" for i in swapped)
         should = ", ".join(f"proprio[{found.pairs[i][1]}]" for i in swapped)
         findings.append(
-            Finding("swapped", f"{pairs}, where {should} belong to them{said}: the order of dimensions differs between "
+            Finding("swapped", f"{pairs}, where {should} belong to them{note}: the order of dimensions differs between "
                     "actions and proprioception. Reorder one of them, or describe the robot as it is",
                     warning=bool(known))
         )  # fmt: skip
@@ -181,11 +181,11 @@ def exchanged_episodes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     which pile up at 0 (the standard deviation of |x| is 0.76 of its mean); two places of a camera are far from it.
     """
     exchanged = np.zeros(len(one), bool)
-    there = np.isfinite(one).all(1) & np.isfinite(other).all(1)
-    total = int(there.sum())
+    known = np.isfinite(one).all(1) & np.isfinite(other).all(1)
+    total = int(known.sum())
     if total < MIN_EPISODES:
         return exchanged
-    a, b = (x[there] - x[there].mean(1, keepdims=True) for x in (one, other))  # light is not the place
+    a, b = (x[known] - x[known].mean(1, keepdims=True) for x in (one, other))  # light is not the place
     difference = a - b
     turned = np.linalg.eigh(difference @ difference.T)[1][:, -1] < 0
     if turned.sum() * 2 > total:
@@ -198,7 +198,7 @@ def exchanged_episodes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     if along.mean() <= 0 or (along <= 0).mean() > UNCLEAR:
         return exchanged
     if along.std() <= min(SPREAD, HALF_NORMAL - QUANTILE / np.sqrt(total)) * along.mean():
-        exchanged[np.flatnonzero(there)[turned]] = True
+        exchanged[np.flatnonzero(known)[turned]] = True
     return exchanged
 
 
@@ -242,9 +242,9 @@ def check_copies(copies: Sequence[tuple[int, int]], names: Sequence[str], held_o
         return []
     first, second = copies[0]
     across = sum(held_out[i] != held_out[j] for i, j in copies)
-    said = f", {across} of them between training and held-out episodes: held-out errors are too small" if across else ""
+    note = f", {across} of them between training and held-out episodes: held-out errors are too small" if across else ""
     return [
-        Finding("duplicates", f"{len(copies)} of {len(names)} episodes are copies of others{said}. "
+        Finding("duplicates", f"{len(copies)} of {len(names)} episodes are copies of others{note}. "
                 f"The first: {names[second]} of {names[first]}. Leave them out, or they count twice")
     ]  # fmt: skip
 

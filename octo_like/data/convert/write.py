@@ -241,10 +241,8 @@ class _Writer:
         mine, its = ({key: rows.shape[1] for key, rows in one.vectors.items()} for one in (recording, first))
         for key in sorted(mine.keys() | its.keys()):
             if mine.get(key) != its.get(key):
-                said = [
-                    f"{value} dimensions" if value is not None else "nothing" for value in (mine.get(key), its.get(key))
-                ]
-                raise DataError(f"{where}: {key!r} has {said[0]}, in {pattern} {said[1]}")
+                here, usual = (f"{one[key]} dimensions" if key in one else "nothing" for one in (mine, its))
+                raise DataError(f"{where}: {key!r} has {here}, in {pattern} {usual}")
 
     def _open(self, episodes_per_shard: int) -> Any:
         import tensorflow_datasets as tfds
