@@ -94,6 +94,29 @@ def instruction_table(prepared: PreparedDataset, limit: int = 10) -> str:
     return "\n".join(lines + ([f"         and {len(ranked) - limit:,} more"] if len(ranked) > limit else []))
 
 
+def listed(title: str, messages: Sequence[str], limit: int) -> str:
+    """A title and, below it, the first messages and how many more there are."""
+    more = [f"  and {len(messages) - limit:,} more"] if len(messages) > limit else []
+    return "\n".join([title, *(f"  {message}" for message in messages[:limit]), *more])
+
+
+def summary(prepared: PreparedDataset, data_dir: str, cache_dir: str | None = None) -> str:
+    """Where a dataset is, its ranges and instructions, and what of it is not used."""
+    parts = [prepared.directory, range_table(prepared), instruction_table(prepared)]
+    steps, usable = int(prepared.train.steps.sum()), int(prepared.train.frames.sum())
+    if steps > usable:
+        parts.append(f"filters leave out {steps - usable:,} of {steps:,} training steps")
+    empty, total = empty_episodes(prepared, data_dir, cache_dir)
+    if empty:
+        parts.append(listed(f"{len(empty):,} of {total:,} episodes have no steps:", empty, 20))
+    if prepared.damaged:
+        # A file that is gone says the same of each of its episodes.
+        messages = list(dict.fromkeys(prepared.damaged))
+        title = f"{len(prepared.damaged)} damaged or invalid records are left out:"
+        parts.append(listed(title, messages, 20))
+    return "\n\n".join(parts)
+
+
 def contact_sheet(
     prepared: PreparedDataset, index: Index, path: str, *, episodes: int = 4, columns: int = 6, size: int = 96
 ) -> None:
