@@ -118,11 +118,12 @@ def check_pairing(n: Numbers) -> list[Finding]:
     findings = []
     for i in np.flatnonzero(own & (np.diagonal(signs) < 0)):
         d, p = found.pairs[i]
-        findings.append(
-            Finding("sign", f"{n.name(d)} and proprio[{p}]{note} go in opposite directions: one of them has the other "
-                    "sign. A policy would learn it, and a controller with the right sign would run away from its "
-                    "target; turn the one that is wrong", warning=bool(known))
-        )  # fmt: skip
+        text = (
+            f"{n.name(d)} and proprio[{p}]{note} go in opposite directions: one of them has the other sign. A policy "
+            "would learn it, and a controller with the right sign would run away from its target; turn the one that is "
+            "wrong"
+        )
+        findings.append(Finding("sign", text, warning=bool(known)))
     # Rows whose explanation is another row's proprioception; a swap or a longer cycle closes in on itself.
     moves = {int(i): int(carried[i].argmax()) for i in np.flatnonzero(carried.any(1) & ~own)}
     swapped = [i for i in moves if _closes(moves, i)]
@@ -130,11 +131,11 @@ def check_pairing(n: Numbers) -> list[Finding]:
         known = known or bool(own.any()) and 2 * (own.sum() + len(swapped)) >= len(own)
         pairs = ", ".join(f"{n.name(found.pairs[i][0])} moves proprio[{found.pairs[moves[i]][1]}]" for i in swapped)
         should = ", ".join(f"proprio[{found.pairs[i][1]}]" for i in swapped)
-        findings.append(
-            Finding("swapped", f"{pairs}, where {should} belong to them{note}: the order of dimensions differs between "
-                    "actions and proprioception. Reorder one of them, or describe the robot as it is",
-                    warning=bool(known))
-        )  # fmt: skip
+        text = (
+            f"{pairs}, where {should} belong to them{note}: the order of dimensions differs between actions and "
+            "proprioception. Reorder one of them, or describe the robot as it is"
+        )
+        findings.append(Finding("swapped", text, warning=bool(known)))
     return findings
 
 
@@ -161,11 +162,12 @@ def check_cameras(pictures: Mapping[str, np.ndarray]) -> list[Finding]:
         for other in slots[i + 1 :]:
             exchanged = exchanged_episodes(pictures[one], pictures[other])
             if exchanged.any():
-                findings.append(
-                    Finding("cameras_swapped", f"cameras {one!r} and {other!r} change places in {exchanged.sum()} of "
-                            f"{len(exchanged)} episodes that were looked at: what the one shows there, the other shows "
-                            "in the rest. Look at the pictures; sort the recordings by which camera was which")
-                )  # fmt: skip
+                text = (
+                    f"cameras {one!r} and {other!r} change places in {exchanged.sum()} of {len(exchanged)} episodes "
+                    "that were looked at: what the one shows there, the other shows in the rest. Look at the pictures; "
+                    "sort the recordings by which camera was which"
+                )
+                findings.append(Finding("cameras_swapped", text))
     return findings
 
 
@@ -243,10 +245,11 @@ def check_copies(copies: Sequence[tuple[int, int]], names: Sequence[str], held_o
     first, second = copies[0]
     across = sum(held_out[i] != held_out[j] for i, j in copies)
     note = f", {across} of them between training and held-out episodes: held-out errors are too small" if across else ""
-    return [
-        Finding("duplicates", f"{len(copies)} of {len(names)} episodes are copies of others{note}. "
-                f"The first: {names[second]} of {names[first]}. Leave them out, or they count twice")
-    ]  # fmt: skip
+    text = (
+        f"{len(copies)} of {len(names)} episodes are copies of others{note}. The first: {names[second]} of "
+        f"{names[first]}. Leave them out, or they count twice"
+    )
+    return [Finding("duplicates", text)]
 
 
 def check_short(steps: np.ndarray) -> list[Finding]:
@@ -254,7 +257,8 @@ def check_short(steps: np.ndarray) -> list[Finding]:
     short = int((steps <= 1).sum())
     if not short:
         return []
-    return [
-        Finding("one_step", f"{short} of {len(steps)} episodes have a single step: the recorder was started and "
-                "stopped. Delete them, or record them again")
-    ]  # fmt: skip
+    text = (
+        f"{short} of {len(steps)} episodes have a single step: the recorder was started and stopped. Delete them, or "
+        "record them again"
+    )
+    return [Finding("one_step", text)]
