@@ -82,7 +82,7 @@ def significant(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def main(argv=None) -> int:
+def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("small", "base"), default="small", help="of Octo, when no --config is given")
     parser.add_argument("--config", help="a config file whose model is measured")
@@ -92,8 +92,11 @@ def main(argv=None) -> int:
     parser.add_argument("--with-t5", action="store_true", help="keep the T5 encoder (randomly initialised)")
     parser.add_argument("--rounds", type=int, default=5, help="of alternating measurements")
     parser.add_argument("--samples-per-round", type=int, default=10, help="sample_actions calls in a round")
-    flags = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def model_of(flags: argparse.Namespace) -> tuple[ConfigDict, dict, BatchSpec]:
+    """(config, config of the model that is measured, batch spec)."""
     octo = pathlib.Path(__file__).resolve().parent.parent / "configs" / "octo_small.py"
     config = ConfigDict(load_config(flags.config or f"{octo}:{flags.size}").to_dict())
     with config.unlocked():
@@ -105,6 +108,49 @@ def main(argv=None) -> int:
     for entry in model_config["task_tokenizers"].values():
         if entry.get("encoder") == "small" and not entry.get("vocab_size"):
             entry["vocab_size"] = 100  # the batch is synthetic and needs no text tokenizer
+    return config, model_config, spec
+
+
+def alternate(flags: argparse.Namespace, train, act, flops: tuple[int, int]) -> dict:
+    """Medians of steps, calls and the ceiling, measured in turns; `flops` of a step and of a call."""
+    ceiling = Ceiling(jnp.dtype(flags.dtype))
+    # The first calls touch the memory that the others find in place; the product's warm up its threads.
+    train(), act(), ceiling.flops_per_second(0.5)
+    steps, samples, ceilings, step_shares, sample_shares = [], [], [], [], []
+    for _ in range(flags.rounds):
+        before = ceiling.flops_per_second(1.0)
+        steps.append(timed(train))
+        between = ceiling.flops_per_second(0.5)
+        calls = [timed(act) for _ in range(flags.samples_per_round)]
+        samples += calls
+        after = ceiling.flops_per_second(0.5)
+        ceilings += [before, between, after]
+        step_shares.append(flops[0] / steps[-1] / np.maximum(before, between))
+        sample_shares.append(flops[1] / np.median(calls, axis=0) / np.maximum(between, after))
+    ceiling_now, step_s, step_share, sample_share = (
+        np.median(x, axis=0) for x in (ceilings, steps, step_shares, sample_shares)
+    )
+    calls_s = np.array(samples)[:, 0]
+    result = {
+        "ceiling_gflop_per_s": round(ceiling_now[0] / 1e9, 1),
+        "step_s": round(step_s[0], 4),
+        "step_share_of_ceiling": significant(step_share[0]),
+        "sample_p50_s": round(np.quantile(calls_s, 0.5), 4),
+        "sample_p99_s": round(np.quantile(calls_s, 0.99), 4),
+        "sample_share_of_ceiling": significant(sample_share[0]),
+    }
+    if jax.default_backend() == "cpu":
+        result |= {
+            "ceiling_gflop_per_cpu_s": round(ceiling_now[1] / 1e9, 1),
+            "step_share_by_cpu_time": significant(step_share[1]),
+            "sample_share_by_cpu_time": significant(sample_share[1]),
+        }
+    return result
+
+
+def main(argv=None) -> int:
+    flags = arguments(argv)
+    config, model_config, spec = model_of(flags)
     model = build_model(model_config)
 
     # -- one step: trace, compile, run
@@ -146,31 +192,12 @@ def main(argv=None) -> int:
     )
 
     # -- rounds
-    ceiling = Ceiling(jnp.dtype(flags.dtype))
-
     def train():
         nonlocal state
         state, metrics = compiled(state, batch)
         return metrics
 
-    # The first calls touch the memory that the others find in place; the product's warm up its threads.
-    train(), act(), ceiling.flops_per_second(0.5)
-    steps, samples, ceilings, step_shares, sample_shares = [], [], [], [], []
-    for _ in range(flags.rounds):
-        before = ceiling.flops_per_second(1.0)
-        steps.append(timed(train))
-        between = ceiling.flops_per_second(0.5)
-        calls = [timed(act) for _ in range(flags.samples_per_round)]
-        samples += calls
-        after = ceiling.flops_per_second(0.5)
-        ceilings += [before, between, after]
-        step_shares.append(step_flops / steps[-1] / np.maximum(before, between))
-        sample_shares.append(act_flops / np.median(calls, axis=0) / np.maximum(between, after))
-    ceiling_now, step_s, step_share, sample_share = (
-        np.median(x, axis=0) for x in (ceilings, steps, step_shares, sample_shares)
-    )
-    calls_s = np.array(samples)[:, 0]
-
+    measured = alternate(flags, train, act, (step_flops, act_flops))
     counts = parameter_counts(params_host)
     without_encoder = sum(size for part, size in counts.items() if not part.endswith("/hf_model"))
     result = {
@@ -182,23 +209,13 @@ def main(argv=None) -> int:
         "parameters_without_t5": without_encoder,
         "step_gflop": round(step_flops / 1e9, 2),
         "sample_gflop": round(act_flops / 1e9, 2),
-        "ceiling_gflop_per_s": round(ceiling_now[0] / 1e9, 1),
         "trace_s": round(trace_s, 2),
         "compile_s": round(compile_s, 2),
         "sample_trace_and_compile_s": round(sample_compile_s, 2),
-        "step_s": round(step_s[0], 4),
-        "step_share_of_ceiling": significant(step_share[0]),
-        "sample_p50_s": round(np.quantile(calls_s, 0.5), 4),
-        "sample_p99_s": round(np.quantile(calls_s, 0.99), 4),
-        "sample_share_of_ceiling": significant(sample_share[0]),
+        **measured,
     }
     if jax.default_backend() == "cpu":
-        result |= {
-            "trace_cpu_s": round(trace_cpu_s, 2),
-            "ceiling_gflop_per_cpu_s": round(ceiling_now[1] / 1e9, 1),
-            "step_share_by_cpu_time": significant(step_share[1]),
-            "sample_share_by_cpu_time": significant(sample_share[1]),
-        }
+        result["trace_cpu_s"] = round(trace_cpu_s, 2)
     for name, value in result.items():
         print(f"{name:<28}{value}")
     print(json.dumps(result))

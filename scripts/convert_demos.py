@@ -40,7 +40,7 @@ def make_source(args):
     return Npz(args.source, **options)
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder or file of the recordings")
     parser.add_argument("--from", dest="format", required=True, choices=FORMATS, help="their format")
@@ -65,7 +65,11 @@ def main() -> int:
     )
     parser.add_argument("--skip_broken", action="store_true", help="leave out, and list, episodes that cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this name and version")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
 
     from tqdm import tqdm
 
@@ -77,7 +81,17 @@ def main() -> int:
     name = args.name or "".join(c if c.isalnum() else "_" for c in stem.lower())
     preview = Preview()
     try:
-        options = Options(args.encoding, args.quality, args.image_size, tuple(args.bgr), args.missing_cameras)
+        options = Options(
+            encoding=args.encoding,
+            quality=args.quality,
+            image_size=args.image_size,
+            bgr=tuple(args.bgr),
+            missing_cameras=args.missing_cameras,
+            skip_broken=args.skip_broken,
+            control_hz=args.control_hz,
+            version=args.version,
+            overwrite=args.overwrite,
+        )
         source = make_source(args)
         print(f"{args.source}: {source.description}, {len(source)} episode(s)")
         with tqdm(total=len(source), unit="episode", disable=None) as bar:
@@ -89,18 +103,7 @@ def main() -> int:
                 bar.set_postfix_str(f"{frames:,} steps", refresh=False)
                 bar.update()
 
-            written = write_rlds(
-                source,
-                args.data_dir,
-                name,
-                version=args.version,
-                options=options,
-                overwrite=args.overwrite,
-                skip_broken=args.skip_broken,
-                preview=preview,
-                control_hz=args.control_hz,
-                advance=advance,
-            )
+            written = write_rlds(source, args.data_dir, name, options=options, preview=preview, advance=advance)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,8 +21,8 @@ import shlex
 import sys
 
 
-def main() -> int:
-    from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
+def arguments() -> argparse.Namespace:
+    from octo_like.data.arguments import add_dataset_arguments
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataset_arguments(parser)
@@ -49,12 +49,17 @@ def main() -> int:
     parser.add_argument(
         "--check_images", action="store_true", help="decode every frame, and list those that are damaged"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("octo_like").setLevel(logging.INFO)
 
     from octo_like.common import normalization
     from octo_like.common.config import ConfigError
+    from octo_like.data.arguments import specs_from_arguments
     from octo_like.data.check import report
     from octo_like.data.check.images import check_images
     from octo_like.data.rlds.prepare import prepare_datasets
@@ -79,30 +84,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, prepared in datasets.items():
-        print(
-            f"\n{name}: {prepared.directory}\n\n{report.range_table(prepared)}\n\n{report.instruction_table(prepared)}"
-        )
-        left_out = int(prepared.train.steps.sum()) - int(prepared.train.frames.sum())
-        if left_out:
-            print(f"\nfilters leave out {left_out:,} of {int(prepared.train.steps.sum()):,} training steps")
-        empty, total = report.empty_episodes(prepared, args.data_dir, args.cache_dir)
-        if empty:
-            print(f"\n{len(empty):,} of {total:,} episodes have no steps:")
-            print("\n".join(f"  {message}" for message in empty[:20]))
-            if len(empty) > 20:
-                print(f"  and {len(empty) - 20:,} more")
-        if prepared.damaged:
-            named = dict.fromkeys(prepared.damaged)  # a file that is gone says the same of each of its episodes
-            print(f"\n{len(prepared.damaged)} damaged or invalid records are left out:")
-            print("\n".join(f"  {message}" for message in list(named)[:20]))
+        print(f"\n{name}: {report.summary(prepared, args.data_dir, args.cache_dir)}")
     bad_images = 0
     for name, prepared in datasets.items() if args.check_images else ():
-        looked = check_images(prepared, workers=args.workers)
-        bad_images += len(looked.complaints)
-        print(f"\n{name}: {len(looked.complaints):,} of {looked.frames:,} frames are damaged")
-        print("\n".join(f"  {message}" for message in looked.complaints[:50]))
-        if len(looked.complaints) > 50:
-            print(f"  and {len(looked.complaints) - 50:,} more")
+        found = check_images(prepared, workers=args.workers)
+        bad_images += len(found.complaints)
+        title = f"{name}: {len(found.complaints):,} of {found.frames:,} frames are damaged"
+        print("\n" + report.listed(title, found.complaints, 50))
     print(f"\n{report.mixture_table(datasets)}")
     if args.statistics:
         with open(args.statistics, "w", encoding="utf-8") as file:

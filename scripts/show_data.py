@@ -38,7 +38,7 @@ def main() -> int:
             config = load_config(args.config)
             if config.num_steps is not None:  # else it is derived from the data when training starts
                 samples = config.num_steps * config.batch_size
-        datasets, pictures = {}, {}
+        datasets, files = {}, {}
         for name, spec in specs_from_arguments(args).items():
             prepared = datasets[name] = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
             if spec.source is not None:
@@ -49,11 +49,11 @@ def main() -> int:
             sheet, histograms = (os.path.join(args.output, f"{name}{end}.png") for end in ("", "_actions"))
             report.contact_sheet(prepared, index, sheet, episodes=args.episodes)
             report.action_histograms(prepared, index, histograms)
-            pictures[name] = (sheet, histograms)
+            files[name] = (sheet, histograms)
             print(sheet, histograms, sep="\n")
         page = os.path.join(args.output, "index.html")
         with open(page, "w", encoding="utf-8") as file:
-            file.write(report.html_page(datasets, pictures, samples))
+            file.write(report.html_page(datasets, files, samples))
         print(page)
         print(report.mixture_table(datasets, samples))
     except (ConfigError, DataError) as error:

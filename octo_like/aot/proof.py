@@ -117,18 +117,18 @@ def prove_training(config: Any, topology: Topology, *, name: str = "config") -> 
     check_lanes(config.data.num_lanes, config.batch_size, topology.hosts)
     network, program, batch = training_program(config, devices)
     jitted, arguments = program.step, (program.state, batch)
-    return _report(
+    params = {**program.state.trained, **program.state.frozen}
+    traced = _Traced(
         jitted.trace(*arguments),
-        config,
-        topology,
         program="train",
-        name=name,
         mesh=dict(program.mesh.shape),
         batch_size=config.batch_size,
         model_flops=_model_flops(config, network, program, batch),
-        state=program.state,
+        params=params,
+        trained=sum(math.prod(leaf.shape) for leaf in program.state.trained.values()),
         inputs=arguments,
     )
+    return _report(traced, config, topology, name)
 
 
 def prove_sampling(config: Any, topology: Topology, *, name: str = "config", batch_size: int = 1) -> Report:
@@ -158,27 +158,21 @@ def prove_sampling(config: Any, topology: Topology, *, name: str = "config", bat
     def arguments(values):
         return values, rows["observation"], task, keys, valid
 
-    traced = policy.sample_program.trace(*arguments(params), head=head, sample_shape=())
-    one = dataclasses.replace(topology, slices=1)
-    return dataclasses.replace(
-        _report(
-            traced,
-            config,
-            one,
-            program="sample",
-            name=name,
-            mesh={},
-            batch_size=batch_size,
-            model_flops=matmul_flops(
-                lambda *args: policy.sample_program(*args, head=head, sample_shape=()), *arguments(params)
-            ),
-            state=None,
-            inputs=arguments(params),
-            params=params,
-        ),
-        chips=1,
-        hosts=1,
+    def sample(*args):
+        return policy.sample_program(*args, head=head, sample_shape=())
+
+    traced = _Traced(
+        policy.sample_program.trace(*arguments(params), head=head, sample_shape=()),
+        program="sample",
+        mesh={},
+        batch_size=batch_size,
+        model_flops=matmul_flops(sample, *arguments(params)),
+        params=params,
+        trained=0,
+        inputs=arguments(params),
     )
+    report = _report(traced, config, dataclasses.replace(topology, slices=1), name)
+    return dataclasses.replace(report, chips=1, hosts=1)
 
 
 def _placed(tree: Any, place: jax.sharding.Sharding) -> Any:
@@ -211,82 +205,104 @@ def _remat(config: Any) -> str:
     return {None: "none", False: "none", True: "full"}.get(value, value)
 
 
-def _report(
-    traced, config, topology, *, program, name, mesh, batch_size, model_flops, state, inputs, params=None
-) -> Report:
-    if params is None:
-        params = {**state.trained, **state.frozen}
-    sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(params)}
-    trained = sum(math.prod(leaf.shape) for leaf in state.trained.values()) if state is not None else 0
-    lowered = traced.lower()
-    start = time.perf_counter()
-    error = compiled = None
-    try:
-        with _quiet_stdout():
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as failure:
-        if "RESOURCE_EXHAUSTED" not in str(failure):
-            raise
-        error = str(failure)
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A traced program (`jax.stages.Traced`) that the compiler has not seen, and what a report says of it already.
+
+    Attributes:
+      program: "train" or "sample". mesh: sizes by axis.
+      params: tree of abstract parameters. trained: how many of their numbers are trained.
+      inputs: placed abstract arguments.
+    """
+
+    traced: Any
+    program: str
+    mesh: dict[str, int]
+    batch_size: int
+    model_flops: int
+    params: Any
+    trained: int
+    inputs: tuple
+
+
+def _report(one: _Traced, config: Any, topology: Topology, name: str) -> Report:
+    lowered, start = one.traced.lower(), time.perf_counter()
+    compiled, error = _compiled(lowered)
     seconds = time.perf_counter() - start
-    fields: dict[str, Any] = dict(
-        program=program,
+    found = _refused(one, error) if compiled is None else _measured(one, compiled, topology)
+    return Report(
+        program=one.program,
         config=name,
         topology=topology.name,
         slices=topology.slices,
         accelerator=topology.accelerator,
         chips=topology.chips,
         hosts=topology.hosts,
-        mesh=mesh,
-        batch_size=batch_size,
-        accumulate=config.accumulate if program == "train" else 1,
+        mesh=one.mesh,
+        batch_size=one.batch_size,
+        accumulate=config.accumulate if one.program == "train" else 1,
         remat=_remat(config),
         attention=config.model.transformer.get("attention", "xla"),
         capacity=round(topology.chip.hbm_gib * GIB),
-        model_flops=model_flops,
+        model_flops=one.model_flops,
         compile_seconds=round(seconds, 1),
-        fingerprint=jaxpr_fingerprint(traced.jaxpr),
+        fingerprint=jaxpr_fingerprint(one.traced.jaxpr),
         versions={"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
-        parameters=sum(sizes.values()),
-        trained_parameters=trained,
+        parameters=sum(math.prod(leaf.shape) for _, leaf in flatten(one.params)),
+        trained_parameters=one.trained,
+        **found,
     )
-    if compiled is None:
-        arguments = _argument_bytes(inputs)
-        needed = _needed_bytes(error)
-        return Report(
-            **fields,
-            arguments=arguments,
-            outputs=0,
-            temporaries=max(0, needed - arguments),
-            code=0,
-            total=needed,
-            loops=[],
-            compiled_flops=0.0,
-            memory_traffic=0.0,
-            collectives={},
-            activation_gathers=[],
-            error=error.splitlines()[0],
-        )
+
+
+def _compiled(lowered: Any) -> tuple[Any, str]:
+    """(the compiled program, "") or (None, what the compiler says) when the program needs more memory than there is."""
+    try:
+        with _quiet_stdout():
+            return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as failure:
+        if "RESOURCE_EXHAUSTED" not in str(failure):
+            raise
+        return None, str(failure)
+
+
+def _refused(one: _Traced, error: str) -> dict[str, Any]:
+    """What a report says of a program that does not fit."""
+    arguments, needed = _argument_bytes(one.inputs), _needed_bytes(error)
+    return dict(
+        arguments=arguments,
+        outputs=0,
+        temporaries=max(0, needed - arguments),
+        code=0,
+        total=needed,
+        loops=[],
+        compiled_flops=0.0,
+        memory_traffic=0.0,
+        collectives={},
+        activation_gathers=[],
+        error=error.splitlines()[0],
+    )
+
+
+def _measured(one: _Traced, compiled: Any, topology: Topology) -> dict[str, Any]:
+    """What a report says of a compiled program: its memory, work and communication."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     module = hlo.parse(compiled.as_text())
     work = hlo_cost.work_of(module)
     found = hlo.collectives(module, work.times, topology.slices)
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = dict(
         arguments=memory.argument_size_in_bytes,
-        outputs=outputs,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
     )
     by_kind: dict[str, dict[str, float]] = {}
-    for one in found:
-        part = by_kind.setdefault(one.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
-        part["count"] += one.times
-        part["bytes"] += one.times * one.bytes
-        part["wire_bytes"] += round(one.wire_bytes(topology.chips))
-    gathers = hlo.activation_gathers(found, [leaf.shape for _, leaf in flatten(params)], batch_size)
-    return Report(
-        **fields,
+    for collective in found:
+        part = by_kind.setdefault(collective.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
+        part["count"] += collective.times
+        part["bytes"] += collective.times * collective.bytes
+        part["wire_bytes"] += round(collective.wire_bytes(topology.chips))
+    gathers = hlo.activation_gathers(found, [leaf.shape for _, leaf in flatten(one.params)], one.batch_size)
+    return dict(
         **parts,
         total=sum(parts.values()),
         loops=list(work.trips),
@@ -294,8 +310,8 @@ def _report(
         memory_traffic=round(work.weigh_bytes(cost.get("bytes accessed", 0.0))),
         collectives=by_kind,
         activation_gathers=[
-            f"{one.kind} {', '.join(f'{dtype}{list(shape)}' for dtype, shape in one.shapes)} of {one.source or '?'}"
-            for one in gathers
+            f"{g.kind} {', '.join(f'{dtype}{list(shape)}' for dtype, shape in g.shapes)} of {g.source or '?'}"
+            for g in gathers
         ],
     )
 

@@ -144,42 +144,6 @@ def to_absolute(action: Any, proprio: Any, relative_to: Sequence[int | None]) ->
     return action + base * moves
 
 
-def combine_statistics(statistics: Sequence[Statistics]) -> Statistics:
-    """Statistics of several datasets with the same dimensions, as if they were one.
-
-    Mean, deviation, min, max and counts are exact. Percentiles cannot be recovered from percentiles: the widest
-    are kept.
-    """
-    if not statistics:
-        raise ValueError("nothing to combine")
-    counts = np.array([s["num_transitions"] for s in statistics], np.float64)
-    share = (counts / counts.sum())[:, None]
-    combined: Statistics = {}
-
-    def of(every: Sequence[Statistics]) -> Statistics:
-        parts = {
-            field: np.stack([np.asarray(s[field], np.float64) for s in every])
-            for field in FIELDS
-            if all(field in s for s in every)
-        }
-        mean = (share * parts["mean"]).sum(0)
-        variance = (share * (parts["std"] ** 2 + (parts["mean"] - mean) ** 2)).sum(0)
-        merged = {"mean": mean, "std": np.sqrt(variance), "min": parts["min"].min(0), "max": parts["max"].max(0)}
-        if "p01" in parts and "p99" in parts:
-            merged |= {"p01": parts["p01"].min(0), "p99": parts["p99"].max(0)}
-        result = {field: value.astype(np.float32) for field, value in merged.items()}
-        return {**result, "mask": np.all([_mask(s) for s in every], axis=0)}
-
-    for key in ("action", "proprio"):
-        if all(key in s for s in statistics):
-            combined[key] = of([s[key] for s in statistics])
-    if shared := set.intersection(*(set(s.get("extra", {})) for s in statistics)):
-        combined["extra"] = {name: of([s["extra"][name] for s in statistics]) for name in sorted(shared)}
-    combined["num_transitions"] = int(counts.sum())
-    combined["num_trajectories"] = int(sum(s["num_trajectories"] for s in statistics))
-    return combined
-
-
 def to_json(statistics: Mapping[str, Any]) -> dict[str, Any]:
     """Statistics (of one dataset, or a dict of them by name) as JSON-able lists and numbers."""
 

@@ -187,21 +187,21 @@ def _check_sensor(name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"extra_observations.{name} is {shape}; expected the shape of one step's values, e.g. (6,)")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "", sep: str = "/") -> Iterator[tuple[str, Any]]:
     """Yields ("a/b/c", leaf) of a nested mapping, in insertion order."""
     for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else str(key)
+        path = f"{prefix}{sep}{key}" if prefix else str(key)
         if isinstance(value, Mapping):
-            yield from flatten(value, path)
+            yield from flatten(value, path, sep)
         else:
             yield path, value
 
 
-def unflatten(items: Mapping[str, Any]) -> Tree:
+def unflatten(items: Mapping[str, Any], sep: str = "/") -> Tree:
     """Inverse of `flatten`."""
     tree: Tree = {}
     for path, value in items.items():
-        *parents, last = path.split("/")
+        *parents, last = path.split(sep)
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

@@ -41,7 +41,6 @@ ROBOT_RGB: dict[str, Color] = {
 }
 SUPERSAMPLING = 2
 WRIST_VIEW = 0.24  # metres seen by a wrist camera from side to side
-_CIRCLE = [(math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 24, endpoint=False)]
 
 
 @dataclasses.dataclass(frozen=True)

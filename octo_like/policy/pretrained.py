@@ -252,8 +252,8 @@ def _by_module(sizes: Mapping[str, int]) -> str:
     for path, size in sizes.items():
         modules[module_of(path)] = modules.get(module_of(path), 0) + size
     ranked = sorted(modules.items(), key=lambda item: -item[1])
-    said = ", ".join(f"{module} {count:,}" for module, count in ranked)
-    return f"{sum(modules.values()):,} parameters ({said})" if modules else "nothing"
+    listed = ", ".join(f"{module} {count:,}" for module, count in ranked)
+    return f"{sum(modules.values()):,} parameters ({listed})" if modules else "nothing"
 
 
 COLUMNS = ("loaded", "resized", "new", "frozen", "trained")

@@ -101,7 +101,7 @@ def replaced(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> list[str]:
     A whole part (one with "kind") takes nothing over from the present one, and neither does a dict that stands in a
     field, such as a "stem".
     """
-    said = []
+    messages = []
     for group in GROUPS:
         present = model.get(group) or {}
         for name, entry in (surgery.get(group) or {}).items():
@@ -118,12 +118,12 @@ def replaced(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> list[str]:
             for place, before, after in pairs:
                 if lost := {field: value for field, value in before.items() if field not in after}:
                     fields = ", ".join(f"{field}={_shown(value)}" for field, value in lost.items())
-                    said.append(
+                    messages.append(
                         f"{place} replaces the present {before.get('kind', 'entry')!r}, and with it {fields} "
                         "(now defaults of the new part). To change fields and keep the others, name these alone and "
                         f"no 'kind': --config.{where}.FIELD=VALUE"
                     )
-    return said
+    return messages
 
 
 def _shown(value: Any) -> str:
@@ -398,11 +398,11 @@ def frozen_by_mode(
     # A bias that was trained with another kernel is not worth keeping.
     kernels = {path.removesuffix("kernel") for path, whole in loaded.items() if path.endswith("/kernel") and not whole}
     loaded = {path: whole and path.rpartition("/")[0] + "/" not in kernels for path, whole in loaded.items()}
-    asked = [*patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
+    by_user = [*patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
 
     def is_frozen(path: str) -> bool:
         by_mode = () if path.startswith(tuple(copies)) else MODES[mode]
-        return any(re.search(pattern, path) for pattern in (*by_mode, *asked))
+        return any(re.search(pattern, path) for pattern in (*by_mode, *by_user))
 
     frozen = {path for path, whole in loaded.items() if whole and is_frozen(path)}
     if len(frozen) == len(loaded):

@@ -6,7 +6,7 @@ Held-out demonstrations are replayed: at every step the policy sees what the rob
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -139,8 +139,8 @@ def task_of(policy: Any, demo: Demo, batch: int) -> dict[str, Any]:
     spec = policy.batch_spec
     if spec.language_length is not None and policy.text_tokenizer is not None:
         return policy.create_tasks(texts=[demo.instruction] * batch)
-    there = [slot for slot in spec.goal_images if slot in demo.images]
-    goals = {f"image_{slot}": np.stack([demo.images[slot][-1]] * batch) for slot in there}
+    slots = [slot for slot in spec.goal_images if slot in demo.images]
+    goals = {f"image_{slot}": np.stack([demo.images[slot][-1]] * batch) for slot in slots}
     if not goals:
         raise ValueError(
             f"{demo.where}: the policy takes no texts, and the dataset has none of its goal cameras "
@@ -287,7 +287,7 @@ def check_policy(
         disagreement=disagreement(replays, np.asarray(stats["std"]), exec_horizon),
         findings=[],
     )
-    return dataclasses.replace(result, findings=findings_of(result))
+    return dataclasses.replace(result, findings=list(findings_of(result)))
 
 
 def action_limits(stats: Mapping[str, Any], description: Description | None) -> np.ndarray:
@@ -329,80 +329,77 @@ def disagreement(replays: Sequence[Replay], std: np.ndarray, exec_horizon: int) 
     return np.concatenate(parts).mean(0) / np.where(std > 0, std, np.nan)
 
 
-def findings_of(check: PolicyCheck) -> list[Finding]:
+def findings_of(check: PolicyCheck) -> Iterator[Finding]:
     """What of the measurements speaks against running the policy, and what to know before."""
-    found = []
     error, constant = np.nanmean(check.errors.policy, axis=0), np.nanmean(check.errors.mean, axis=0)
     worse = [name for d, name in enumerate(check.names) if constant[d] > 1e-6 and error[d] >= constant[d]]
     if worse:
-        found.append(
-            Finding("not_learned", f"{', '.join(worse)}: the error is not smaller than that of always answering "
-                                   f"with the mean "
-                    "action. The policy has not learned from these observations: more steps, another learning rate, or "
-                    "inputs that are not what it was trained on")
-        )  # fmt: skip
-    told, constant = check.start
+        yield Finding(
+            "not_learned",
+            f"{', '.join(worse)}: the error is not smaller than that of always answering with the mean action. The "
+            "policy has not learned from these observations: more steps, another learning rate, or inputs that are not "
+            "what it was trained on",
+        )
+    first, constant = check.start
     unseen = [
         name
         for d, name in enumerate(check.names)
-        if constant[d] > DIFFERS * check.std[d] and told[d] >= LOOKS * constant[d]
+        if constant[d] > DIFFERS * check.std[d] and first[d] >= LOOKS * constant[d]
     ]
     if unseen:
-        found.append(
-            Finding("start", f"{', '.join(unseen)}: the first action of an episode, before the robot has moved, is not "
-                    "better than their mean. The policy does not see what differs between scenes "
-                    "and may follow its own motion instead, which works in replay and fails alone: leave out what "
-                    "tells the motion (proprioception, history; `entries` of a lowdim tokenizer), train longer, or "
-                    "show the scene larger")
-        )  # fmt: skip
-    beyond = [(check.names[d], check.outside[d]) for d in range(len(check.names)) if check.outside[d] > OUTSIDE]
+        yield Finding(
+            "start",
+            f"{', '.join(unseen)}: the first action of an episode, before the robot has moved, is not better than "
+            "their mean. The policy does not see what differs between scenes and may follow its own motion instead, "
+            "which works in replay and fails alone: leave out what tells the motion (proprioception, history; "
+            "`entries` of a lowdim tokenizer), train longer, or show the scene larger",
+        )
+    beyond = [f"{name} ({x:.0%} of the commands)" for name, x in _pairs(check, check.outside) if x > OUTSIDE]
     if beyond:
         which = "their limits" if check.declared_limits else "what was demonstrated"
-        found.append(
-            Finding("limits", f"{', '.join(f'{name} ({share:.0%} of the commands)' for name, share in beyond)}: "
-                              f"outside "
-                    f"{which}; clip before the robot")
-        )  # fmt: skip
-    rough = [(check.names[d], check.roughness[d]) for d in range(len(check.names)) if check.roughness[d] > ROUGH]
+        yield Finding("limits", f"{', '.join(beyond)}: outside {which}; clip before the robot")
+    rough = [f"{name} ({x:.1f} times)" for name, x in _pairs(check, check.roughness) if x > ROUGH]
     if rough:
-        found.append(
-            Finding("rough", f"{', '.join(f'{name} ({ratio:.1f} times)' for name, ratio in rough)}: commands "
-                             f"change direction "
-                    "more than the demonstrations do: execute more of each chunk, or average overlapping chunks "
-                    "(TemporalEnsembleWrapper)")
-        )  # fmt: skip
-    return found + _latency_findings(check)
+        yield Finding(
+            "rough",
+            f"{', '.join(rough)}: commands change direction more than the demonstrations do: execute more of each "
+            "chunk, or average overlapping chunks (TemporalEnsembleWrapper)",
+        )
+    yield _latency_finding(check)
 
 
-def _latency_findings(check: PolicyCheck) -> list[Finding]:
+def _pairs(check: PolicyCheck, values: np.ndarray) -> list[tuple[str, float]]:
+    return list(zip(check.names, values.tolist(), strict=True))
+
+
+def _latency_finding(check: PolicyCheck) -> Finding:
     if check.hz is None:
-        return [
-            Finding("control_rate", "unknown: give --control_hz or a robot's description to judge the latency", False)
-        ]
+        hint = "unknown: give --control_hz or a robot's description to judge the latency"
+        return Finding("control_rate", hint, warning=False)
     period, slow = 1000 / check.hz, check.latency.at(99)
     horizon = check.errors.policy.shape[0]
     late = int(np.ceil(slow / period))  # steps that pass while the policy thinks
-    said = f"p99 {slow:.0f} ms, period {period:.0f} ms at {check.hz:g} Hz"
+    needed = check.exec_horizon + late
+    measured = f"p99 {slow:.0f} ms, period {period:.0f} ms at {check.hz:g} Hz"
     if slow <= period:
-        return [Finding("latency", f"{said}: the policy answers within one step", warning=False)]
+        return Finding("latency", f"{measured}: the policy answers within one step", warning=False)
+    measured += f": an answer takes {late} steps"
     if late > check.exec_horizon:
-        return [
-            Finding("latency", f"{said}: an answer takes {late} steps, but only {check.exec_horizon} are "
-                               f"executed of each "
-                    "chunk: the robot waits for its policy. Execute more of each chunk, use fewer denoising "
-                    "steps, or a "
-                    "faster machine")
-        ]  # fmt: skip
-    if check.exec_horizon + late > horizon:
-        return [
-            Finding("latency", f"{said}: an answer takes {late} steps. Asked for while the last chunk is "
-                               f"executed, chunks would "
-                    f"need {check.exec_horizon + late} actions and have {horizon}: the robot stands still "
-                    f"{late} of every "
-                    f"{check.exec_horizon + late} steps, or executes fewer than {check.exec_horizon} of each")
-        ]  # fmt: skip
-    return [
-        Finding("latency", f"{said}: an answer takes {late} steps; ask for the next chunk while the last one is "
-                           f"executed, "
-                f"{check.exec_horizon} + {late} of its {horizon} actions are enough", warning=False)
-    ]  # fmt: skip
+        return Finding(
+            "latency",
+            f"{measured}, but only {check.exec_horizon} are executed of each chunk: the robot waits for its policy. "
+            "Execute more of each chunk, use fewer denoising steps, or a faster machine",
+        )
+    if needed > horizon:
+        return Finding(
+            "latency",
+            f"{measured}. Asked for while the last chunk is executed, chunks would need {needed} actions and have "
+            f"{horizon}: the robot stands still {late} of every {needed} steps, or executes fewer than "
+            f"{check.exec_horizon} of each",
+        )
+    return Finding(
+        "latency",
+        f"{measured}; ask for the next chunk while the last one is executed, {check.exec_horizon} + {late} of its "
+        f"{horizon} actions are enough",
+        warning=False,
+    )

@@ -69,11 +69,15 @@ class Episode:
         return {field: getattr(self, field) for field in fields}
 
 
-def _chunk_horizon(policy: PolicyLike, unnormalize: str | None) -> int:
-    """Length of the chunks for this dataset: with a head per embodiment it may be less than the longest head's."""
+def _executed(policy: PolicyLike, unnormalize: str | None, exec_horizon: int | None) -> int:
+    """Actions to execute of each chunk. With a head per embodiment a chunk may be shorter than the longest head's."""
+    horizon = policy.batch_spec.action_horizon
     if hasattr(policy, "chunk_horizon"):
-        return policy.chunk_horizon(unnormalize)
-    return policy.batch_spec.action_horizon
+        horizon = policy.chunk_horizon(unnormalize)
+    exec_horizon = horizon if exec_horizon is None else exec_horizon
+    if not 1 <= exec_horizon <= horizon:
+        raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon}")
+    return exec_horizon
 
 
 def evaluate(
@@ -121,15 +125,12 @@ def evaluate(
         raise ValueError(f"unknown blind baseline {blind!r}; valid: {', '.join(BLIND)} or None")
     if batch_size < 1 or not len(seeds):
         raise ValueError(f"need at least one slot and one seed, got batch_size={batch_size}, {len(seeds)} seeds")
-    horizon = _chunk_horizon(policy, unnormalize)
-    exec_horizon = horizon if exec_horizon is None else exec_horizon
-    if not 1 <= exec_horizon <= horizon:
-        raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon}")
+    exec_horizon = _executed(policy, unnormalize, exec_horizon)
     per_episode = _options_per_episode(options, len(seeds))
     waiting = deque((i, int(seed), per_episode[i]) for i, seed in enumerate(seeds))
     slots = [_Slot(make_env, policy.batch_spec, exec_horizon) for _ in range(min(batch_size, len(seeds)))]
     results: dict[int, Episode] = {}
-    tasks, live = None, []
+    tasks = None
     with contextlib.ExitStack() as stack:
         for slot in slots:
             stack.callback(slot.env.close)
@@ -148,20 +149,25 @@ def evaluate(
             rows += [live[0]] * (batch_size - len(rows))
             if tasks is None:
                 tasks = policy.create_tasks(texts=["" if blind == "language" else slot.instruction for slot in rows])
-            observations = {key: np.stack([slot.observation[key] for slot in rows]) for key in rows[0].observation}
-            if blind == "vision":
-                observations = hide_images(observations)
-            rng = sampling_keys(rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
-            actions = np.asarray(policy.sample_actions(observations, tasks, rng=rng, unnormalize=unnormalize))
+            actions = _predict(policy, rows, tasks, rng_seed, unnormalize, hidden=blind == "vision")
             chunks = [(slot, chunk) for slot, chunk in zip(slots, actions, strict=False) if slot.index is not None]
             ended = list(each(lambda one: one[0].execute(one[1], max_steps), chunks))
             for (slot, _), over in zip(chunks, ended, strict=True):
                 if over:
-                    episode = slot.finish()
-                    results[slot.index] = episode
+                    episode = results[slot.index] = slot.finish()
                     slot.index = None
                     if progress is not None:
                         progress(episode)
+
+
+def _predict(
+    policy: PolicyLike, rows: Sequence["_Slot"], tasks: Any, rng_seed: int, unnormalize: str | None, *, hidden: bool
+) -> np.ndarray:
+    """Chunks (B, H, A) for the present observations of B slots; `hidden`: their images are."""
+    observations = {key: np.stack([slot.observation[key] for slot in rows]) for key in rows[0].observation}
+    observations = hide_images(observations) if hidden else observations
+    rng = sampling_keys(rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
+    return np.asarray(policy.sample_actions(observations, tasks, rng=rng, unnormalize=unnormalize))
 
 
 def gym_env_maker(env_id: str, **arguments: Any) -> Callable[[], gym.Env]:

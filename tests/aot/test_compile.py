@@ -199,7 +199,6 @@ def test_a_larger_step_changes_the_table(small, monkeypatch):
 SCRIPT = """
 import sys
 import pytest
-from octo_like.training import aot
 from tests.aot.test_compile import with_buffer
 from scripts import aot_compile
 

@@ -157,7 +157,7 @@ def test_bad_recordings_are_named_and_leave_nothing(demos, tmp_path, change, mes
     with pytest.raises(DataError, match=f"episode_1.npz: .*{message}|episode_1.npz: {message}"):
         write_rlds(Npz(str(root)), str(tmp_path / "data"), "mine")
     assert not (tmp_path / "data" / "mine").exists()
-    written = write_rlds(Npz(str(root)), str(tmp_path / "data"), "mine", skip_broken=True)
+    written = write_rlds(Npz(str(root)), str(tmp_path / "data"), "mine", options=Options(skip_broken=True))
     assert written.episodes == 2 and len(written.broken) == 1 and "episode_1.npz" in written.broken[0]
     assert len(read_back(written.directory)[1]) == 2
 
@@ -229,14 +229,15 @@ def test_options(demos, tmp_path):
     assert np.abs(step["observation"]["front"].astype(int) - want)[2:-2, 2:-2].mean() < 2
     for arguments, message in (
         (dict(name="My Robot"), "a TFDS name is lower case"),
-        (dict(version="1"), "expected three numbers"),
         (dict(options=Options(bgr=("frnt",))), "bgr: no camera 'frnt'; did you mean 'front'"),
     ):
         with pytest.raises(DataError, match=message):
             write_rlds(Npz(str(root)), str(tmp_path), **(dict(name="other") | arguments))
+    with pytest.raises(DataError, match="version '1': expected three numbers"):
+        Options(version="1")
     with pytest.raises(DataError, match="small/1.0.0 exists"):
         write_rlds(Npz(str(root)), str(tmp_path), "small")
-    write_rlds(Npz(str(root)), str(tmp_path), "small", overwrite=True)
+    write_rlds(Npz(str(root)), str(tmp_path), "small", options=Options(overwrite=True))
     assert not list((tmp_path / "small").glob("incomplete*"))
 
 

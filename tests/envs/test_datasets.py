@@ -89,6 +89,13 @@ def test_round_trip(data, build, name, split):
                 assert np.abs(seen["wrist_image"].astype(int) - observations[t]["image_wrist"]).mean() < 5
 
 
+def test_training_evaluates_on_seeds_that_no_demonstration_uses():
+    """The two rooms cannot import each other: each has the number."""
+    from octo_like.training import evaluation
+
+    assert evaluation.EVALUATION_SEEDS == EVALUATION_SEEDS
+
+
 def test_nothing_but_datasets_is_left_in_the_folder(data):
     assert sorted(path.name for path in data.iterdir()) == ["tabletop_arm3", "tabletop_pusher"]
     assert [path.name for path in (data / "tabletop_arm3").iterdir()] == ["1.1.0"]

@@ -16,7 +16,8 @@ import sys
 import jax
 import train
 from octo_like.common.config import load_config
-from octo_like.training import aot, program
+from octo_like.aot import proof
+from octo_like.training import program
 
 SETTINGS = {"mesh.fsdp": 2, "mesh.min_size": 100, "accumulate": 2, "num_steps": 1, "eval.every": None}
 seen = []
@@ -127,19 +128,19 @@ def fake_report(**fields):
 
 
 def test_times_are_calculated_from_the_data_sheet():
-    report = fake_report()
-    assert report.compute_seconds(1.0) == pytest.approx(1.0) and report.compute_seconds(0.4) == pytest.approx(2.5)
-    assert report.memory_seconds() == pytest.approx(1.0) and report.interconnect_seconds() == pytest.approx(1.0)
-    assert report.fits and report.headroom == pytest.approx(7 / 16)
-    assert report.Report.from_dict(report.to_dict()) == report
+    fake = fake_report()
+    assert fake.compute_seconds(1.0) == pytest.approx(1.0) and fake.compute_seconds(0.4) == pytest.approx(2.5)
+    assert fake.memory_seconds() == pytest.approx(1.0) and fake.interconnect_seconds() == pytest.approx(1.0)
+    assert fake.fits and fake.headroom == pytest.approx(7 / 16)
+    assert report.Report.from_dict(fake.to_dict()) == fake
     # What goes to other slices goes over the hosts' network, 100 Gbit/s for four chips, and not over the chips' links.
-    sent = report.collectives | {"between-slices": {"count": 1, "bytes": 1e9, "wire_bytes": 6.25e9}}
+    sent = fake.collectives | {"between-slices": {"count": 1, "bytes": 1e9, "wire_bytes": 6.25e9}}
     slices = fake_report(slices=2, collectives=sent)
     assert slices.interconnect_seconds() == pytest.approx(1.0) and slices.network_seconds() == pytest.approx(2.0)
     assert slices.seconds(0.5) == pytest.approx(dict(compute=2.0, memory=1.0, interconnect=1.0, network=2.0))
-    assert report.network_seconds() == 0 and "network" not in report.seconds(0.5)
-    assert "network of slices" in str(slices) and "network of slices" not in str(report)
-    assert "8, unknown, counted once" in str(fake_report(loops=[8, None])) and "loops" not in str(report)
+    assert fake.network_seconds() == 0 and "network" not in fake.seconds(0.5)
+    assert "network of slices" in str(slices) and "network of slices" not in str(fake)
+    assert "8, unknown, counted once" in str(fake_report(loops=[8, None])) and "loops" not in str(fake)
 
 
 def test_recommendation():

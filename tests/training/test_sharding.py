@@ -18,7 +18,8 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from octo_like.common.config import load_config
 from octo_like.common.schema import flatten, synthetic_batch
-from octo_like.training import aot, hlo, hlo_cost, sharding
+from octo_like.aot import hlo, hlo_cost, proof
+from octo_like.training import sharding
 
 CONFIG = "tests/training/tiny_config.py:synthetic"
 BATCH = 32
@@ -26,7 +27,7 @@ BATCH = 32
 def program(*overrides):
     layers = ("model.transformer.num_layers", "1")
     settings = [("batch_size", str(BATCH)), ("mesh.min_size", "100"), layers, *overrides]
-    return aot.training_program(load_config(CONFIG, settings), jax.devices())
+    return proof.training_program(load_config(CONFIG, settings), jax.devices())
 
 out = {}
 

@@ -71,8 +71,8 @@ def check_dataset(
             actions.append(action[:, 0] if action.ndim == 3 else action)
             proprios.append(proprio)
     if len(prepared.val):
-        held = whole if spec.val_split is None else whole_split(prepared, spec.val_split, data_dir, cache_dir)
-        for number, action, proprio in values_of(prepared, prepared.val, held):
+        val_whole = whole if spec.val_split is None else whole_split(prepared, spec.val_split, data_dir, cache_dir)
+        for number, action, proprio in values_of(prepared, prepared.val, val_whole):
             digests.append(((prepared.val, number), mixups.digest(action, proprio)))
     mask = np.asarray(prepared.statistics["action"]["mask"], bool)
     numbers = Numbers(actions, proprios if proprios[0].shape[1] else None, mask, description, hz, horizon)

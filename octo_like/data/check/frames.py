@@ -1,14 +1,13 @@
 """What usually goes wrong with the frames, times and words of demonstrations."""
 
 import dataclasses
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from octo_like.common.pages import Finding
-from octo_like.data.batches import frames
-from octo_like.data.batches.episodes import load_episode
+from octo_like.data.check.numbers import spread
+from octo_like.data.check.pictures import cameras, pictures, present, read_episode
 from octo_like.data.rlds import records
 from octo_like.data.rlds.prepare import Index, PreparedDataset
 from octo_like.data.rlds.records import RldsSplit
@@ -17,6 +16,7 @@ from octo_like.data.tf import tf
 EPISODES = 64  # whose frames are looked at, spread over the data
 DROPPED, REPEATED = 0.01, 0.05  # shares of the steps
 MOVING = 0.05  # of a dimension's standard deviation: a change of proprioception in which the picture should change
+LOOKED_AT = (64, 64)  # size of the frames
 THUMBNAIL = 8 * 8 * 3
 SAME_PICTURE = 4.0  # mean difference in grey levels of frames that were encoded again
 DARK = 3.0  # mean grey level of a black image
@@ -50,33 +50,29 @@ class Look:
 
 def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = EPISODES) -> Look:
     """Reads some episodes and looks at the frames of one camera: all of them as bytes, three of each as pixels."""
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    table, lock = _Words(), threading.Lock()
     missing, black, reddish, colours, texts, thumbnails = [], [], [], [], [], []
     repeated = moving = 0
-    for number in chosen:
-        episode = load_episode(prepared, index, int(number), [slot], table, lock)
+    for number in spread(len(index), episodes):
+        episode, words = read_episode(prepared, index, number, [slot])
         stored = episode.images[slot]
-        there = np.array([len(frame) > 0 for frame in stored])
-        missing.append(1 - there.mean())
-        texts.append(table.texts[episode.text[0] - 1] if len(table.texts) and episode.text[0] else "")
+        known = present(stored)
+        missing.append(1 - known.mean())
+        texts.append(words[0])
         # Normalised proprioception has deviation 1; without it, an action that is not the mean moves something.
-        numbers = episode.proprio if episode.proprio is not None else episode.action.reshape(len(there), -1)
+        numbers = episode.proprio if episode.proprio is not None else episode.action.reshape(len(known), -1)
         moves = np.abs(np.diff(numbers, axis=0)).max(1) > MOVING
         same = np.array([_equal(a, b) for a, b in zip(stored[:-1], stored[1:], strict=True)], bool)
-        steps = [s for s in np.unique([0, len(there) // 2, len(there) - 1]) if there[s]]
+        steps = [s for s in np.unique([0, len(known) // 2, len(known) - 1]) if known[s]]
         if not steps:
             black.append(False)
             reddish.append(0.0)
             thumbnails.append(np.full(THUMBNAIL, np.nan))
             continue
-        pixels = _pixels(stored, steps)
-        if slot in prepared.spec.bgr_slots:
-            pixels = pixels[..., ::-1]
+        pixels = pictures(prepared, slot, stored, steps, LOOKED_AT)
         black.append(bool(pixels.mean() < DARK))
         if not black[-1]:
-            repeated += int((same & moves & there[1:]).sum())
-            moving += int((moves & there[1:]).sum())
+            repeated += int((same & moves & known[1:]).sum())
+            moving += int((moves & known[1:]).sum())
         thumbnails.append(np.full(THUMBNAIL, np.nan) if black[-1] else _thumbnail(pixels))
         reddish.append(_reddish(pixels))
         colours.append(warm_and_cold(pixels))
@@ -94,27 +90,8 @@ def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = 
     )
 
 
-class _Words:
-    """Rows of instructions; 0 is none, as in training."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-
-    def rows(self, texts: list[str]) -> np.ndarray:
-        for text in texts:
-            if text and text not in self.texts:
-                self.texts.append(text)
-        return np.array([self.texts.index(text) + 1 if text else 0 for text in texts], np.int32)
-
-
 def _equal(a, b) -> bool:
     return np.array_equal(a, b) if isinstance(a, np.ndarray) else bytes(a) == bytes(b)
-
-
-def _pixels(stored, steps: Sequence[int]) -> np.ndarray:
-    if isinstance(stored, np.ndarray):
-        return frames.resize_frames(stored[list(steps)], (64, 64))
-    return frames.decode_frames([stored[s] for s in steps], (64, 64))
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
@@ -124,16 +101,18 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 def same_pictures(prepared: PreparedDataset, one: tuple[Index, int], other: tuple[Index, int]) -> bool:
     """Whether two (index, number) episodes of equal length show the same in all cameras: first, middle, last frame."""
-    slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
-    first, second = (load_episode(prepared, index, n, slots, _Words(), threading.Lock()) for index, n in (one, other))
+    slots = cameras(prepared)
+    first, second = (read_episode(prepared, *place, slots)[0] for place in (one, other))
     for slot in slots:
         a, b = first.images[slot], second.images[slot]
         steps = [s for s in np.unique([0, len(a) // 2, len(a) - 1]) if s < len(b)]
-        there = [s for s in steps if len(a[s]) and len(b[s])]
+        both = [s for s in steps if len(a[s]) and len(b[s])]
         if any(bool(len(a[s])) != bool(len(b[s])) for s in steps):
             return False
-        if there and np.abs(_pixels(a, there).astype(float) - _pixels(b, there)).mean() > SAME_PICTURE:
-            return False
+        if both:
+            one_look, other_look = (pictures(prepared, slot, x, both, LOOKED_AT).astype(float) for x in (a, b))
+            if np.abs(one_look - other_look).mean() > SAME_PICTURE:
+                return False
     return True
 
 
@@ -160,37 +139,37 @@ def warm_and_cold(pixels: np.ndarray) -> tuple[float, float]:
 
 def check_camera(slot: str, seen: Look) -> list[Finding]:
     """Findings about one camera."""
-    found, episodes = [], len(seen.missing)
-    gone = seen.missing == 1
-    if gone.any():
-        found.append(
-            Finding("camera_missing", f"camera {slot!r} is missing in {gone.sum()} of {episodes} episodes that "
-                                      f"were looked "
-                    "at: they are trained with that camera masked")
-        )  # fmt: skip
-    partly = (seen.missing > 0) & ~gone
-    if partly.any():
-        found.append(
-            Finding("camera_missing", f"camera {slot!r} misses frames in {partly.sum()} of {episodes} episodes")
+    return list(_camera_findings(f"camera {slot!r}", slot, seen))
+
+
+def _camera_findings(camera: str, slot: str, seen: Look) -> Iterator[Finding]:
+    missing, episodes = seen.missing == 1, len(seen.missing)
+    if missing.any():
+        yield Finding(
+            "camera_missing",
+            f"{camera} is missing in {missing.sum()} of {episodes} episodes that were looked at: they are trained with "
+            "that camera masked",
         )
+    partly = (seen.missing > 0) & ~missing
+    if partly.any():
+        yield Finding("camera_missing", f"{camera} misses frames in {partly.sum()} of {episodes} episodes")
     if seen.black.any():
-        found.append(Finding("camera_black", f"camera {slot!r} is black in {seen.black.sum()} of {episodes} episodes"))
+        yield Finding("camera_black", f"{camera} is black in {seen.black.sum()} of {episodes} episodes")
     if seen.moving and seen.repeated > REPEATED * seen.moving:
-        found.append(
-            Finding("repeated_frames", f"camera {slot!r} shows the same frame again in "
-                                       f"{seen.repeated / seen.moving:.0%} of "
-                    "the steps in which the robot moves: it is slower than the recording, or frames were dropped")
-        )  # fmt: skip
+        yield Finding(
+            "repeated_frames",
+            f"{camera} shows the same frame again in {seen.repeated / seen.moving:.0%} of the steps in which the robot "
+            "moves: it is slower than the recording, or frames were dropped",
+        )
     words = _colour_words(seen)
     if (words is None or words < 2) and seen.cold > 0.05 and seen.cold > 2 * seen.warm or (words or 0) < -4:
-        found.append(
-            Finding("bgr", f"camera {slot!r} looks as if red and blue were exchanged: {seen.cold:.0%} of the "
-                           f"pixels have the "
-                    f"colours of wood or skin after exchanging them, {seen.warm:.0%} before"
-                    f"{'' if words is None else ', and what is called red or blue is not'}. Look at the pictures; "
-                    f"bgr_slots=({slot!r},) turns them")
-        )  # fmt: skip
-    return found
+        yield Finding(
+            "bgr",
+            f"{camera} looks as if red and blue were exchanged: {seen.cold:.0%} of the pixels have the colours of wood "
+            f"or skin after exchanging them, {seen.warm:.0%} before"
+            f"{'' if words is None else ', and what is called red or blue is not'}. Look at the pictures; "
+            f"bgr_slots=({slot!r},) turns them",
+        )
 
 
 def _colour_words(seen: Look) -> float | None:
@@ -211,9 +190,8 @@ def timestamps(split: RldsSplit, index: Index, *, episodes: int = EPISODES) -> l
     features = split.features["steps"].feature if hasattr(split.features["steps"], "feature") else None
     if features is None or "timestamp" not in features:
         return None
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
     found = []
-    for number in chosen:
+    for number in spread(len(index), episodes):
         record = records.read_record(
             tf.constant(index.files[index.file[number]]), tf.constant(int(index.offset[number]), tf.int64)
         )
@@ -228,19 +206,18 @@ def check_times(times: Sequence[np.ndarray], hz: float | None) -> list[Finding]:
     if not len(steps):
         return []
     usual = float(np.median(steps))
-    found = []
     if usual <= 0:
         return [Finding("timestamps", "timestamps do not increase")]
-    dropped = (steps > 1.5 * usual) | (steps <= 0)
+    found, dropped = [], (steps > 1.5 * usual) | (steps <= 0)
     if dropped.mean() > DROPPED:
-        found.append(
-            Finding("dropped_frames", f"{dropped.mean():.1%} of the steps come after a gap (up to {steps.max():.2f} s, "
-                    f"usually {usual:.3f} s): frames were dropped; actions there are larger than they seem")
-        )  # fmt: skip
-    if hz is not None and not 0.8 < usual * hz < 1.25:
-        found.append(
-            Finding("control_rate", f"steps are {usual:.4g} s apart, {1 / usual:.3g} Hz, but {hz:g} Hz are declared")
+        text = (
+            f"{dropped.mean():.1%} of the steps come after a gap (up to {steps.max():.2f} s, usually {usual:.3f} s): "
+            "frames were dropped; actions there are larger than they seem"
         )
+        found.append(Finding("dropped_frames", text))
+    if hz is not None and not 0.8 < usual * hz < 1.25:
+        text = f"steps are {usual:.4g} s apart, {1 / usual:.3g} Hz, but {hz:g} Hz are declared"
+        found.append(Finding("control_rate", text))
     return found
 
 
@@ -252,16 +229,13 @@ def check_words(instructions: Mapping[str, int], labelled: np.ndarray, wanted: b
     """
     if not wanted:
         return []
-    texts = [text for text in instructions if text.strip()]
-    if not texts:
-        return [
-            Finding("no_language", "no episode has an instruction: set language_key=None and use goal images, or write "
-                    "instructions (convert_demos.py --instruction)")
-        ]  # fmt: skip
+    if not any(text.strip() for text in instructions):
+        text = (
+            "no episode has an instruction: set language_key=None and use goal images, or write instructions "
+            "(convert_demos.py --instruction)"
+        )
+        return [Finding("no_language", text)]
     if not labelled.all():
-        return [
-            Finding("language_gaps", f"{(~labelled).sum()} of {len(labelled)} episodes have no instruction; "
-                                     f"skip_unlabeled "
-                    "leaves them out")
-        ]  # fmt: skip
+        text = f"{(~labelled).sum()} of {len(labelled)} episodes have no instruction; skip_unlabeled leaves them out"
+        return [Finding("language_gaps", text)]
     return []

@@ -120,7 +120,7 @@ def _complaints(frames: Sequence[bytes]) -> list[tuple[int, str]]:
         except tf.errors.InvalidArgumentError as error:
             text = error_text(error)
         _errors.seek(0)
-        said = _errors.read().decode("utf-8", "replace").strip().splitlines()
-        if text or said:
-            bad.append((position, "; ".join(filter(None, [text, *said[:1]]))))
+        lines = _errors.read().decode("utf-8", "replace").strip().splitlines()
+        if text or lines:
+            bad.append((position, "; ".join(filter(None, [text, *lines[:1]]))))
     return bad

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from octo_like.common.pages import Finding
-from octo_like.data.check.numbers import MAX_EPISODES, Numbers
+from octo_like.data.check.numbers import MAX_EPISODES, Numbers, spread
 
 LAGS = range(-2, 9)  # steps from a command to its motion, of changes and velocities
-EXPLAINED = 0.5  # share of an action's variance that proprioception has to explain before anything is said of it
+EXPLAINED = 0.5  # share of an action's variance that proprioception has to explain before anything is note of it
 CARRIES, OTHER = 0.6, 0.3  # standardised weights: of what an action moves, and of what it does not
 RIDGE = 1e-3  # times the number of steps: shares the weight of two proprioceptions that are the same
 MIN_STEPS = 50
@@ -59,7 +59,7 @@ def weights(n: Numbers) -> Weights | None:
         p = n.description.actions[d].proprio if n.description else d
         if not n.is_gripper(d) and p is not None and p < width:
             pairs.append((d, p))
-    chosen = np.unique(np.linspace(0, len(n.actions) - 1, min(MAX_EPISODES, len(n.actions))).astype(int))
+    chosen = spread(len(n.actions), MAX_EPISODES)
     actions, proprios = ([np.asarray(part[i], np.float64) for i in chosen] for part in (n.actions, n.proprios))
     columns = [p for _, p in pairs]
     if not pairs or sum(map(len, actions)) < MIN_STEPS or len(set(columns)) < len(columns):
@@ -114,15 +114,16 @@ def check_pairing(n: Numbers) -> list[Finding]:
     own = np.diagonal(carried)
     # Without a description, that dimensions of equal number belong together is a guess. Most of them have to.
     known = n.description is not None or own.mean() >= 0.5
-    said = "" if n.description else " (taken for what it moves, as of the same number; a robot's description names it)"
+    note = "" if n.description else " (taken for what it moves, as of the same number; a robot's description names it)"
     findings = []
     for i in np.flatnonzero(own & (np.diagonal(signs) < 0)):
         d, p = found.pairs[i]
-        findings.append(
-            Finding("sign", f"{n.name(d)} and proprio[{p}]{said} go in opposite directions: one of them has the other "
-                    "sign. A policy would learn it, and a controller with the right sign would run away from its "
-                    "target; turn the one that is wrong", warning=bool(known))
-        )  # fmt: skip
+        text = (
+            f"{n.name(d)} and proprio[{p}]{note} go in opposite directions: one of them has the other sign. A policy "
+            "would learn it, and a controller with the right sign would run away from its target; turn the one that is "
+            "wrong"
+        )
+        findings.append(Finding("sign", text, warning=bool(known)))
     # Rows whose explanation is another row's proprioception; a swap or a longer cycle closes in on itself.
     moves = {int(i): int(carried[i].argmax()) for i in np.flatnonzero(carried.any(1) & ~own)}
     swapped = [i for i in moves if _closes(moves, i)]
@@ -130,11 +131,11 @@ def check_pairing(n: Numbers) -> list[Finding]:
         known = known or bool(own.any()) and 2 * (own.sum() + len(swapped)) >= len(own)
         pairs = ", ".join(f"{n.name(found.pairs[i][0])} moves proprio[{found.pairs[moves[i]][1]}]" for i in swapped)
         should = ", ".join(f"proprio[{found.pairs[i][1]}]" for i in swapped)
-        findings.append(
-            Finding("swapped", f"{pairs}, where {should} belong to them{said}: the order of dimensions differs between "
-                    "actions and proprioception. Reorder one of them, or describe the robot as it is",
-                    warning=bool(known))
-        )  # fmt: skip
+        text = (
+            f"{pairs}, where {should} belong to them{note}: the order of dimensions differs between actions and "
+            "proprioception. Reorder one of them, or describe the robot as it is"
+        )
+        findings.append(Finding("swapped", text, warning=bool(known)))
     return findings
 
 
@@ -161,11 +162,12 @@ def check_cameras(pictures: Mapping[str, np.ndarray]) -> list[Finding]:
         for other in slots[i + 1 :]:
             exchanged = exchanged_episodes(pictures[one], pictures[other])
             if exchanged.any():
-                findings.append(
-                    Finding("cameras_swapped", f"cameras {one!r} and {other!r} change places in {exchanged.sum()} of "
-                            f"{len(exchanged)} episodes that were looked at: what the one shows there, the other shows "
-                            "in the rest. Look at the pictures; sort the recordings by which camera was which")
-                )  # fmt: skip
+                text = (
+                    f"cameras {one!r} and {other!r} change places in {exchanged.sum()} of {len(exchanged)} episodes "
+                    "that were looked at: what the one shows there, the other shows in the rest. Look at the pictures; "
+                    "sort the recordings by which camera was which"
+                )
+                findings.append(Finding("cameras_swapped", text))
     return findings
 
 
@@ -181,11 +183,11 @@ def exchanged_episodes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     which pile up at 0 (the standard deviation of |x| is 0.76 of its mean); two places of a camera are far from it.
     """
     exchanged = np.zeros(len(one), bool)
-    there = np.isfinite(one).all(1) & np.isfinite(other).all(1)
-    total = int(there.sum())
+    known = np.isfinite(one).all(1) & np.isfinite(other).all(1)
+    total = int(known.sum())
     if total < MIN_EPISODES:
         return exchanged
-    a, b = (x[there] - x[there].mean(1, keepdims=True) for x in (one, other))  # light is not the place
+    a, b = (x[known] - x[known].mean(1, keepdims=True) for x in (one, other))  # light is not the place
     difference = a - b
     turned = np.linalg.eigh(difference @ difference.T)[1][:, -1] < 0
     if turned.sum() * 2 > total:
@@ -198,7 +200,7 @@ def exchanged_episodes(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     if along.mean() <= 0 or (along <= 0).mean() > UNCLEAR:
         return exchanged
     if along.std() <= min(SPREAD, HALF_NORMAL - QUANTILE / np.sqrt(total)) * along.mean():
-        exchanged[np.flatnonzero(there)[turned]] = True
+        exchanged[np.flatnonzero(known)[turned]] = True
     return exchanged
 
 
@@ -242,11 +244,12 @@ def check_copies(copies: Sequence[tuple[int, int]], names: Sequence[str], held_o
         return []
     first, second = copies[0]
     across = sum(held_out[i] != held_out[j] for i, j in copies)
-    said = f", {across} of them between training and held-out episodes: held-out errors are too small" if across else ""
-    return [
-        Finding("duplicates", f"{len(copies)} of {len(names)} episodes are copies of others{said}. "
-                f"The first: {names[second]} of {names[first]}. Leave them out, or they count twice")
-    ]  # fmt: skip
+    note = f", {across} of them between training and held-out episodes: held-out errors are too small" if across else ""
+    text = (
+        f"{len(copies)} of {len(names)} episodes are copies of others{note}. The first: {names[second]} of "
+        f"{names[first]}. Leave them out, or they count twice"
+    )
+    return [Finding("duplicates", text)]
 
 
 def check_short(steps: np.ndarray) -> list[Finding]:
@@ -254,7 +257,8 @@ def check_short(steps: np.ndarray) -> list[Finding]:
     short = int((steps <= 1).sum())
     if not short:
         return []
-    return [
-        Finding("one_step", f"{short} of {len(steps)} episodes have a single step: the recorder was started and "
-                "stopped. Delete them, or record them again")
-    ]  # fmt: skip
+    text = (
+        f"{short} of {len(steps)} episodes have a single step: the recorder was started and stopped. Delete them, or "
+        "record them again"
+    )
+    return [Finding("one_step", text)]

@@ -4,7 +4,7 @@ Every check returns findings: a warning is something to look into before trainin
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +19,7 @@ SURE = 0.85  # correlation that tells an absolute action or a change from noise
 SIMILAR = 0.6  # correlation with which a dimension has a say in the lag
 MAX_LAG_S, MIN_LAG_STEPS = 0.3, 3  # how far the motion may follow the command
 LAGS = np.arange(-6, 13)  # steps
+MOVING = ("absolute", "delta", "velocity")  # kinds of actions that move something
 MAX_EPISODES = 300  # looked at for correlations, spread over the data
 
 
@@ -83,45 +84,40 @@ class Relation:
         return None
 
 
+def spread(count: int, limit: int) -> np.ndarray:
+    """Up to `limit` numbers below `count`, rising and evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
+
+
 def check(numbers: Numbers) -> tuple[list[Finding], list[Relation]]:
     """All findings about a dataset's numbers, and the relations between actions and proprioception behind them."""
     relations = _relations(numbers)
-    found = _episodes(numbers, relations) + _ranges(numbers)
-    found += _meaning(numbers, relations) + _lag(numbers, relations) + _grippers(numbers)
+    found = [*_episodes(numbers, relations), *_ranges(numbers)]
+    found += [*_meaning(numbers, relations), *_lag(numbers, relations), *_grippers(numbers)]
     return found, relations
 
 
 # ---------------------------------------------------------------- episodes and ranges
 
 
-def _episodes(n: Numbers, relations: Sequence[Relation]) -> list[Finding]:
-    found = []
+def _episodes(n: Numbers, relations: Sequence[Relation]) -> Iterator[Finding]:
     lengths = np.array([len(a) for a in n.actions])
     if len(lengths) < FEW_DEMOS:
-        found.append(
-            Finding(
-                "few_demos", f"{len(lengths)} training episodes: expect a policy that knows these only; record more"
-            )
-        )
+        text = f"{len(lengths)} training episodes: expect a policy that knows these only; record more"
+        yield Finding("few_demos", text)
     if n.horizon is not None and (short := lengths < n.horizon).any():
-        found.append(
-            Finding(
-                "short_demos",
-                f"{short.sum()} of {len(lengths)} episodes are shorter than the horizon of {n.horizon} actions (the "
-                f"shortest has {lengths.min()}): their chunks are mostly masked. Shorten the horizon or leave them out",
-                warning=bool(short.mean() > SHORT),
-            )
+        text = (
+            f"{short.sum()} of {len(lengths)} episodes are shorter than the horizon of {n.horizon} actions (the "
+            f"shortest has {lengths.min()}): their chunks are mostly masked. Shorten the horizon or leave them out"
         )
+        yield Finding("short_demos", text, warning=bool(short.mean() > SHORT))
     idle = idle_steps(n, relations)
     if idle.mean() > IDLE:
-        found.append(
-            Finding(
-                "idle",
-                f"nothing is commanded in {idle.mean():.0%} of the steps: a policy learns to wait. Cut the pauses, or "
-                "set idle_threshold (docs/data.md)",
-            )
+        text = (
+            f"nothing is commanded in {idle.mean():.0%} of the steps: a policy learns to wait. Cut the pauses, or set "
+            "idle_threshold (docs/data.md)"
         )
-    return found
+        yield Finding("idle", text)
 
 
 def idle_steps(n: Numbers, relations: Sequence[Relation]) -> np.ndarray:
@@ -144,57 +140,49 @@ def idle_steps(n: Numbers, relations: Sequence[Relation]) -> np.ndarray:
     return idle
 
 
-def _ranges(n: Numbers) -> list[Finding]:
-    found = []
+def _ranges(n: Numbers) -> Iterator[Finding]:
     every = np.concatenate(n.actions).astype(np.float64)
     low, high, std = every.min(0), every.max(0), every.std(0)
     for d in range(every.shape[1]):
         name, x = n.name(d), every[:, d]
         if low[d] == high[d]:
-            found.append(Finding("constant", f"{name} is always {low[d]:g}: nothing is learned of it", warning=False))
+            yield Finding("constant", f"{name} is always {low[d]:g}: nothing is learned of it", warning=False)
             continue
-        at_ends = max((x == low[d]).mean(), (x == high[d]).mean())
-        if not n.is_gripper(d) and len(np.unique(x)) > 3 and at_ends > SATURATED:
-            found.append(
-                Finding("saturated", f"{name} is at its end "
-                                     f"{low[d] if (x == low[d]).mean() == at_ends else high[d]:g} in "
-                        f"{at_ends:.0%} of the steps: it was clipped when it was recorded")
-            )  # fmt: skip
-        if n.normalised[d]:
-            far = np.abs(x - x.mean()).max() / std[d]
-            if far > OUTLIER:
-                found.append(
-                    Finding("outlier", f"{name} has a value {far:.0f} standard deviations from its mean (range "
-                                       f"{low[d]:g} "
-                            f"to {high[d]:g}): a glitch; max_action leaves such episodes out")
-                )  # fmt: skip
-        elif np.abs(x).max() > 3:
-            found.append(
-                Finding("unnormalised", f"{name} is not normalised, but reaches {np.abs(x).max():g}: it would outweigh "
-                        "the others in the loss. Normalise it, or bring it to 0..1")
-            )  # fmt: skip
+        share, end = max(((x == low[d]).mean(), low[d]), ((x == high[d]).mean(), high[d]), key=lambda one: one[0])
+        if not n.is_gripper(d) and len(np.unique(x)) > 3 and share > SATURATED:
+            text = f"{name} is at its end {end:g} in {share:.0%} of the steps: it was clipped when it was recorded"
+            yield Finding("saturated", text)
+        far = np.abs(x - x.mean()).max() / std[d]
+        if n.normalised[d] and far > OUTLIER:
+            text = (
+                f"{name} has a value {far:.0f} standard deviations from its mean (range {low[d]:g} to {high[d]:g}): a "
+                "glitch; max_action leaves such episodes out"
+            )
+            yield Finding("outlier", text)
+        if not n.normalised[d] and np.abs(x).max() > 3:
+            text = (
+                f"{name} is not normalised, but reaches {np.abs(x).max():g}: it would outweigh the others in the loss. "
+                "Normalise it, or bring it to 0..1"
+            )
+            yield Finding("unnormalised", text)
         if n.description is not None:
-            found += _declared_range(n.description.actions[d], name, x)
-    return found
+            yield from _declared_range(n.description.actions[d], name, x)
 
 
-def _declared_range(action: Action, name: str, x: np.ndarray) -> list[Finding]:
-    found = []
+def _declared_range(action: Action, name: str, x: np.ndarray) -> Iterator[Finding]:
     bound = UNITS[action.unit]
     if bound is not None and np.quantile(np.abs(x), 0.99) > bound[0]:
-        found.append(
-            Finding("units", f"{name} reaches {np.abs(x).max():g} {action.unit}: is it in {bound[1]}? Convert it, or "
-                    "declare its unit")
-        )  # fmt: skip
+        text = f"{name} reaches {np.abs(x).max():g} {action.unit}: is it in {bound[1]}? Convert it, or declare its unit"
+        yield Finding("units", text)
     if action.limits is not None:
         span = action.limits[1] - action.limits[0]
         beyond = (x < action.limits[0] - 1e-3 * span) | (x > action.limits[1] + 1e-3 * span)
         if beyond.any():
-            found.append(
-                Finding("limits", f"{name} leaves its limits {action.limits[0]:g} to {action.limits[1]:g} in "
-                        f"{beyond.mean():.1%} of the steps (it goes from {x.min():g} to {x.max():g})")
-            )  # fmt: skip
-    return found
+            text = (
+                f"{name} leaves its limits {action.limits[0]:g} to {action.limits[1]:g} in {beyond.mean():.1%} of the "
+                f"steps (it goes from {x.min():g} to {x.max():g})"
+            )
+            yield Finding("limits", text)
 
 
 # ---------------------------------------------------------------- actions and proprioception
@@ -239,7 +227,7 @@ def _relations(n: Numbers) -> list[Relation]:
     """Of each dimension with the proprioception that it moves; without a description, with that of the same number."""
     if n.proprios is None:
         return []
-    chosen = np.unique(np.linspace(0, len(n.actions) - 1, min(MAX_EPISODES, len(n.actions))).astype(int))
+    chosen = spread(len(n.actions), MAX_EPISODES)
     actions, proprios = ([part[i] for i in chosen] for part in (n.actions, n.proprios))
     dims, width = n.actions[0].shape[1], n.proprios[0].shape[1]
     found = []
@@ -250,114 +238,103 @@ def _relations(n: Numbers) -> list[Relation]:
     return found
 
 
-def _meaning(n: Numbers, relations: Sequence[Relation]) -> list[Finding]:
-    found = []
+def _meaning(n: Numbers, relations: Sequence[Relation]) -> Iterator[Finding]:
     if n.description is not None:
         linked = {r.action for r in relations}
-        names = [a.name for d, a in enumerate(n.description.actions)
-                 if a.kind in ("absolute", "delta", "velocity") and d not in linked]  # fmt: skip
+        kinds = enumerate(action.kind for action in n.description.actions)
+        names = [n.description.actions[d].name for d, kind in kinds if kind in MOVING and d not in linked]
         if names:
-            found.append(
-                Finding("unchecked", f"{', '.join(names)}: no proprioception is named that they move, so "
-                                     f"whether they are "
-                        "absolute or changes, and their lag, cannot be checked", warning=False)
-            )  # fmt: skip
+            text = (
+                f"{', '.join(names)}: no proprioception is named that they move, so whether they are absolute or "
+                "changes, and their lag, cannot be checked"
+            )
+            yield Finding("unchecked", text, warning=False)
     for r in relations:
         if n.is_gripper(r.action) or r.looks is None:
             continue
         kind, name = n.kind(r.action), n.name(r.action)
         if kind is None:
             meaning = "an absolute target of" if r.looks == "absolute" else "a change of"
-            found.append(
-                Finding("looks", f"{name} looks like {meaning} proprio[{r.proprio}] (correlation "
-                        f"{max(r.level, r.change):.2f})", warning=False)
-            )  # fmt: skip
+            text = f"{name} looks like {meaning} proprio[{r.proprio}] (correlation {max(r.level, r.change):.2f})"
+            yield Finding("looks", text, warning=False)
         elif kind in ("delta", "velocity") and r.looks == "absolute":
-            found.append(
-                Finding("not_delta", f"{name} is declared a {kind}, but looks absolute: it correlates "
-                                     f"{r.level:.2f} with "
-                        f"proprio[{r.proprio}] itself, {r.change:.2f} with its change. Declare it absolute, or "
-                        f"make it a "
-                        "change with `standardize` (docs/demos.md)")
-            )  # fmt: skip
+            text = (
+                f"{name} is declared a {kind}, but looks absolute: it correlates {r.level:.2f} with "
+                f"proprio[{r.proprio}] itself, {r.change:.2f} with its change. Declare it absolute, or make it a "
+                "change with `standardize` (docs/demos.md)"
+            )
+            yield Finding("not_delta", text)
         elif kind == "absolute" and r.looks == "delta":
-            found.append(
-                Finding("not_absolute", f"{name} is declared absolute, but looks like a change: it correlates "
-                        f"{r.change:.2f} with the change of proprio[{r.proprio}], {r.level:.2f} with itself. "
-                        f"Declare it "
-                        "delta")
-            )  # fmt: skip
-        elif kind in ("absolute", "delta", "velocity") and n.description.actions[r.action].unit != "1":
+            text = (
+                f"{name} is declared absolute, but looks like a change: it correlates {r.change:.2f} with the change "
+                f"of proprio[{r.proprio}], {r.level:.2f} with itself. Declare it delta"
+            )
+            yield Finding("not_absolute", text)
+        elif n.description and kind in MOVING and (unit := n.description.actions[r.action].unit) != "1":
             gain = r.gain * (n.description.control_hz if kind == "velocity" else 1.0)
             if not 0.2 < gain < 5:
-                found.append(
-                    Finding("scale", f"{name}: one {n.description.actions[r.action].unit} of command moves "
-                            f"proprio[{r.proprio}] by {gain:.3g}: their units differ (degrees, millimetres, a speed?)")
-                )  # fmt: skip
-    return found
+                text = (
+                    f"{name}: one {unit} of command moves proprio[{r.proprio}] by {gain:.3g}: their units differ "
+                    "(degrees, millimetres, a speed?)"
+                )
+                yield Finding("scale", text)
 
 
-def _lag(n: Numbers, relations: Sequence[Relation]) -> list[Finding]:
+def _lag(n: Numbers, relations: Sequence[Relation]) -> Iterator[Finding]:
     """Whether motions follow commands at once: the lag at which all clear dimensions together correlate most."""
     clear = [r for r in relations if not n.is_gripper(r.action) and r.curve.max() > SIMILAR]
     if not clear:
-        return []
+        return
     lag = int(LAGS[np.mean([r.curve for r in clear], axis=0).argmax()])
-    limit = max(MIN_LAG_STEPS, MAX_LAG_S * (n.hz or 0))
     dims = ", ".join(n.name(r.action) for r in clear)
     if lag < 0:
-        return [
-            Finding("lag", f"the motion comes {-lag} step(s) before the command ({dims}): actions describe the "
-                           f"past, e.g. "
-                    "the state of their own step. A policy would learn to stand still; shift the actions")
-        ]  # fmt: skip
-    if lag > limit:
+        text = (
+            f"the motion comes {-lag} step(s) before the command ({dims}): actions describe the past, e.g. the state "
+            "of their own step. A policy would learn to stand still; shift the actions"
+        )
+        yield Finding("lag", text)
+    elif lag > max(MIN_LAG_STEPS, MAX_LAG_S * (n.hz or 0)):
         seconds = f" ({lag / n.hz:.2f} s)" if n.hz else ""
-        return [
-            Finding("lag", f"the motion follows the command by {lag} steps{seconds} ({dims}): observations are late or "
-                    "actions early; check the time stamps of recorder and cameras")
-        ]  # fmt: skip
-    return []
+        text = (
+            f"the motion follows the command by {lag} steps{seconds} ({dims}): observations are late or actions early; "
+            "check the time stamps of recorder and cameras"
+        )
+        yield Finding("lag", text)
 
 
-def _grippers(n: Numbers) -> list[Finding]:
-    found = []
+def _grippers(n: Numbers) -> Iterator[Finding]:
     for d in range(n.actions[0].shape[1]):
         if not n.is_gripper(d):
             continue
         action = n.description.actions[d] if n.description else Action("gripper", "gripper", open=1.0, closed=0.0)
+        assert action.open is not None and action.closed is not None, "a gripper has both"
         name, every = n.name(d), np.concatenate([a[:, d] for a in n.actions])
         low, high = sorted((action.open, action.closed))
         margin = 0.05 * (high - low)
         if n.description is not None and (every.min() < low - margin or every.max() > high + margin):
-            found.append(
-                Finding("gripper_range", f"{name} goes from {every.min():g} to {every.max():g}, declared are "
-                        f"{low:g} to {high:g}")
-            )  # fmt: skip
+            text = f"{name} goes from {every.min():g} to {every.max():g}, declared are {low:g} to {high:g}"
+            yield Finding("gripper_range", text)
         elif every.max() - every.min() < 0.5 * (high - low) and every.max() > every.min():
-            found.append(
-                Finding("gripper_range", f"{name} uses {every.min():g} to {every.max():g} of {low:g} to {high:g} only")
-            )
+            text = f"{name} uses {every.min():g} to {every.max():g} of {low:g} to {high:g} only"
+            yield Finding("gripper_range", text)
         openness = [(a[:, d] - action.closed) / (action.open - action.closed) for a in n.actions]
         if n.proprios is not None and action.proprio is not None:
             ahead = 3
             pairs = [(o[:-ahead], p[ahead:, action.proprio]) for o, p in zip(openness, n.proprios, strict=True)]
             together = _correlation(*(np.concatenate(part) for part in zip(*pairs, strict=True)))
             if together < -0.4:
-                found.append(
-                    Finding("gripper_sign", f"{name} and proprio[{action.proprio}], which it moves, go in opposite "
-                            f"directions (correlation {together:.2f}): `open` and `closed` are swapped, or one "
-                            f"is inverted")
-                )  # fmt: skip
+                text = (
+                    f"{name} and proprio[{action.proprio}], which it moves, go in opposite directions (correlation "
+                    f"{together:.2f}): `open` and `closed` are swapped, or one is inverted"
+                )
+                yield Finding("gripper_sign", text)
                 continue
         if len(openness) >= 5:
             closed_first = np.mean([o[0] < 0.3 for o in openness])
             opens_later = np.mean([o[0] < 0.3 and (o > 0.7).any() and o[-1] < 0.3 for o in openness])
             if closed_first > 0.8 and opens_later > 0.5:
-                found.append(
-                    Finding("gripper_sign", f"{name}: {closed_first:.0%} of the episodes begin closed, open and "
-                                            f"end closed, "
-                            "which is what grasping looks like when the sign is wrong; expected is "
-                            f"{action.open:g} for open")
-                )  # fmt: skip
-    return found
+                text = (
+                    f"{name}: {closed_first:.0%} of the episodes begin closed, open and end closed, which is what "
+                    f"grasping looks like when the sign is wrong; expected is {action.open:g} for open"
+                )
+                yield Finding("gripper_sign", text)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
 from octo_like.common import normalization
 from octo_like.common.demo import Demo
 from octo_like.data.batches import frames
+from octo_like.data.check.numbers import spread
+from octo_like.data.check.pictures import pictures, present
 from octo_like.data.rlds import records
 from octo_like.data.rlds.prepare import Index, PreparedDataset
 from octo_like.data.spec import DataError
@@ -24,32 +24,20 @@ def load_demos(
       DataError: an episode that cannot be read.
     """
     slots = [slot for slot in sizes if prepared.spec.image_keys.get(slot) is not None]
-    for number in np.unique(np.linspace(0, len(index) - 1, min(limit, len(index))).astype(int)):
+    for number in spread(len(index), limit):
         path, offset = index.files[index.file[number]], int(index.offset[number])
         try:
             raw = prepared.function.from_file(path, offset)
         except records.damage_errors() as error:
             raise records.damaged(path, int(index.record[number]), offset, error) from error
-        steps = len(raw["action"])
-        if steps == 0:
+        if len(raw["action"]) == 0:
             continue
-        images, present = {}, {}
-        for slot, stored in frames.stored_frames(raw["images"], slots).items():
-            if isinstance(stored, np.ndarray):
-                images[slot], present[slot] = frames.resize_frames(stored, sizes[slot]), np.ones(steps, bool)
-            else:
-                there = np.array([len(frame) > 0 for frame in stored])
-                images[slot] = np.zeros((steps, *sizes[slot], 3), np.uint8)
-                if there.any():
-                    try:
-                        images[slot][there] = frames.decode_frames(
-                            [frame for frame in stored if len(frame)], sizes[slot]
-                        )
-                    except frames.FrameError as error:
-                        raise DataError(f"{index.where(number)}, camera {slot!r}: {error}") from error
-                present[slot] = there
-            if slot in prepared.spec.bgr_slots:
-                images[slot] = images[slot][..., ::-1]
+        stored, images = frames.stored_frames(raw["images"], slots), {}
+        for slot, contents in stored.items():
+            try:
+                images[slot] = pictures(prepared, slot, contents, range(len(contents)), sizes[slot])
+            except frames.FrameError as error:
+                raise DataError(f"{index.where(number)}, camera {slot!r}: {error}") from error
         proprio = raw["proprio"].numpy() if "proprio" in raw else None
         action = raw["action"].numpy()
         if prepared.spec.relative_to is not None:
@@ -58,7 +46,7 @@ def load_demos(
         yield Demo(
             where=index.where(number),
             images=images,
-            present=present,
+            present={slot: present(contents) for slot, contents in stored.items()},
             proprio=proprio,
             action=action,
             instruction=texts[0].decode("utf-8", "replace").strip(),

@@ -1,17 +1,14 @@
 """Datasets as text and pictures, for people: what is in them, and what a model gets to see."""
 
-import base64
 import concurrent.futures
-import html
-import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from octo_like.common import normalization
-from octo_like.common.pages import STYLE, text_table
-from octo_like.data.batches import frames
-from octo_like.data.batches.episodes import load_episode
+from octo_like.common import normalization, pages
+from octo_like.common.pages import text_table
+from octo_like.data.check.numbers import spread
+from octo_like.data.check.pictures import cameras, pictures, read_episode
 from octo_like.data.rlds import records
 from octo_like.data.rlds.cache import load_index
 from octo_like.data.rlds.prepare import Index, PreparedDataset
@@ -97,15 +94,27 @@ def instruction_table(prepared: PreparedDataset, limit: int = 10) -> str:
     return "\n".join(lines + ([f"         and {len(ranked) - limit:,} more"] if len(ranked) > limit else []))
 
 
-class _Texts:
-    """Keeps the words where training keeps their ids."""
+def listed(title: str, messages: Sequence[str], limit: int) -> str:
+    """A title and, below it, the first messages and how many more there are."""
+    more = [f"  and {len(messages) - limit:,} more"] if len(messages) > limit else []
+    return "\n".join([title, *(f"  {message}" for message in messages[:limit]), *more])
 
-    def __init__(self):
-        self.texts: list[str] = []
 
-    def rows(self, texts: list[str]) -> np.ndarray:
-        rows = [self.texts.index(t) if t in self.texts else self.texts.append(t) or len(self.texts) - 1 for t in texts]
-        return np.array(rows, np.int32)
+def summary(prepared: PreparedDataset, data_dir: str, cache_dir: str | None = None) -> str:
+    """Where a dataset is, its ranges and instructions, and what of it is not used."""
+    parts = [prepared.directory, range_table(prepared), instruction_table(prepared)]
+    steps, usable = int(prepared.train.steps.sum()), int(prepared.train.frames.sum())
+    if steps > usable:
+        parts.append(f"filters leave out {steps - usable:,} of {steps:,} training steps")
+    empty, total = empty_episodes(prepared, data_dir, cache_dir)
+    if empty:
+        parts.append(listed(f"{len(empty):,} of {total:,} episodes have no steps:", empty, 20))
+    if prepared.damaged:
+        # A file that is gone says the same of each of its episodes.
+        messages = list(dict.fromkeys(prepared.damaged))
+        title = f"{len(prepared.damaged)} damaged or invalid records are left out:"
+        parts.append(listed(title, messages, 20))
+    return "\n\n".join(parts)
 
 
 def contact_sheet(
@@ -125,39 +134,28 @@ def contact_sheet(
     # A figure of its own: pyplot's state, and the back end that a notebook has chosen, stay as they are.
     from matplotlib.figure import Figure
 
-    slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    texts, lock = _Texts(), threading.Lock()
+    slots, chosen = cameras(prepared), spread(len(index), episodes)
     height = max(1, len(slots))
     figure = Figure(figsize=(17, 1.4 + len(chosen) * max(2.2, 1.7 * height)))
     axes = figure.subplots(len(chosen), 3, width_ratios=[3.2, 1.2, 1.2], squeeze=False)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        loaded = list(pool.map(lambda e: load_episode(prepared, index, int(e), slots, texts, lock), chosen))
-    for row, (number, episode) in enumerate(zip(chosen, loaded, strict=True)):
+        loaded = list(pool.map(lambda number: read_episode(prepared, index, number, slots), chosen))
+    for row, (number, (episode, texts)) in enumerate(zip(chosen, loaded, strict=True)):
         steps = np.unique(np.linspace(0, len(episode.action) - 1, columns).astype(int))
         strip = np.full((height * (size + 2), columns * (size + 2), 3), 255, np.uint8)
         for r, slot in enumerate(slots):
             stored = episode.images[slot]
-            if isinstance(stored, np.ndarray):
-                images = frames.resize_frames(stored[steps], (size, size))
-            else:
-                present = [len(stored[s]) > 0 for s in steps]
-                images = np.zeros((len(steps), size, size, 3), np.uint8)
-                images[present] = frames.decode_frames([stored[s] for s in steps[present]], (size, size))
-            if slot in prepared.spec.bgr_slots:
-                images = images[..., ::-1]
-            for c, image in enumerate(images):
+            for c, image in enumerate(pictures(prepared, slot, stored, steps, (size, size))):
                 y, x = r * (size + 2), c * (size + 2)
                 strip[y : y + size, x : x + size] = image
-        text = texts.texts[episode.text[0]] if texts.texts else ""
-        pictures, physical, seen = axes[row]
-        pictures.imshow(strip)
-        pictures.set_title(
-            f"{text or '(no instruction)'}   [episode {number}, {len(episode.action)} steps]", fontsize=9
+        shown, physical, seen = axes[row]
+        shown.imshow(strip)
+        shown.set_title(
+            f"{texts[0] or '(no instruction)'}   [episode {number}, {len(episode.action)} steps]", fontsize=9
         )
-        pictures.set_ylabel(" / ".join(reversed(slots)), fontsize=8)
-        pictures.set_xticks([(c + 0.5) * (size + 2) for c in range(len(steps))], [f"t={s}" for s in steps], fontsize=7)
-        pictures.set_yticks([])
+        shown.set_ylabel(" / ".join(reversed(slots)), fontsize=8)
+        shown.set_xticks([(c + 0.5) * (size + 2) for c in range(len(steps))], [f"t={s}" for s in steps], fontsize=7)
+        shown.set_yticks([])
         normalised = episode.action if episode.action.ndim == 2 else episode.action[:, 0]
         raw = normalization.unnormalize(normalised, prepared.statistics["action"], prepared.spec.normalization)
         for axis, values, title in (
@@ -184,12 +182,9 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
     # A figure of its own: pyplot's state, and the back end that a notebook has chosen, stay as they are.
     from matplotlib.figure import Figure
 
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    lock = threading.Lock()
-    normalised = np.concatenate(
-        [load_episode(prepared, index, int(e), (), _Texts(), lock).action.reshape(-1, prepared.function.action_dim)
-         for e in chosen]
-    )  # fmt: skip
+    chosen = spread(len(index), episodes)
+    read = [read_episode(prepared, index, number, ())[0].action for number in chosen]
+    normalised = np.concatenate([action.reshape(-1, prepared.function.action_dim) for action in read])
     statistics = prepared.statistics["action"]
     physical = normalization.unnormalize(normalised, statistics, prepared.spec.normalization)
     width = normalised.shape[1]
@@ -210,27 +205,19 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
 
 
 def html_page(
-    datasets: Mapping[str, PreparedDataset], pictures: Mapping[str, Sequence[str]], samples: int | None = None
+    datasets: Mapping[str, PreparedDataset], files: Mapping[str, Sequence[str]], samples: int | None = None
 ) -> str:
     """One self-contained HTML page: the mixture, and for each dataset its pictures, ranges and instructions.
 
     Args:
-      pictures: dataset -> PNG files, which are put into the page.
+      files: dataset -> PNG files, which are put into the page.
       samples: see `mixture_rows`.
     """
     header, rows = mixture_rows(datasets, samples)
-    parts = [f"<!doctype html><meta charset=utf-8><title>datasets</title><style>{STYLE}</style><h1>Mixture</h1>"]
-    cells = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-             for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
-    parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
-    if samples is not None:
-        parts.append(f"<p>passes: in a run of {samples:,} samples</p>")
+    note = f"<p>passes: in a run of {samples:,} samples</p>" if samples is not None else ""
+    sections = [("", pages.html_table([header, *rows]) + note)]
     for name, prepared in datasets.items():
-        parts.append(f"<h2>{html.escape(name)}</h2>")
-        for path in pictures.get(name, ()):
-            with open(path, "rb") as file:
-                content = base64.b64encode(file.read()).decode()
-            parts.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{content}">')
-        parts.append(f"<pre>{html.escape(range_table(prepared))}</pre>")
-        parts.append(f"<pre>{html.escape(instruction_table(prepared))}</pre>")
-    return "\n".join(parts) + "\n"
+        shown = [pages.html_picture(path) for path in files.get(name, ())]
+        shown += [pages.html_text(range_table(prepared)), pages.html_text(instruction_table(prepared))]
+        sections.append((name, "".join(shown)))
+    return pages.html_document("Mixture", sections)

@@ -82,8 +82,8 @@ class LeRobot:
             if key in INDEX_COLUMNS or key == REWARD:
                 continue
             if dtype in ("video", "image"):
-                said = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
-                if said.get("video.is_depth_map") or said.get("is_depth_map"):
+                about = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
+                if about.get("video.is_depth_map") or about.get("is_depth_map"):
                     left_out.append(f"{key}: a depth map")
                 else:
                     cameras[key] = dtype
@@ -118,9 +118,11 @@ class LeRobot:
                 columns = [c for c in self._columns(path) if not c.startswith("stats/")]
                 rows += self._table(path, columns=columns).to_pylist()
         rows.sort(key=lambda row: row["episode_index"])
-        said = self._info.get("total_episodes")
-        if said is not None and said != len(rows):
-            raise DataError(f"{self._root}: meta/info.json says {said} episodes, the table of episodes has {len(rows)}")
+        total = self._info.get("total_episodes")
+        if total is not None and total != len(rows):
+            raise DataError(
+                f"{self._root}: meta/info.json says {total} episodes, the table of episodes has {len(rows)}"
+            )
         return rows
 
     def _columns(self, path: pathlib.Path) -> list[str]:
@@ -154,11 +156,11 @@ class LeRobot:
         """The numbers of one episode; those of the last file are kept."""
         if self._cached is None or self._cached[0] != path:
             wanted = [*self._vectors, *INDEX_COLUMNS, REWARD]
-            there = set(self._columns(path))
-            missing = [key for key in (*self._vectors, *INDEX_COLUMNS) if key not in there]
+            columns = set(self._columns(path))
+            missing = [key for key in (*self._vectors, *INDEX_COLUMNS) if key not in columns]
             if missing:
                 raise DataError(f"{path}: no column {missing[0]!r}, which meta/info.json describes")
-            self._cached = (path, self._table(path, columns=[key for key in wanted if key in there]))
+            self._cached = (path, self._table(path, columns=[key for key in wanted if key in columns]))
         table = self._cached[1]
         return table.filter(table["episode_index"].to_numpy() == int(row["episode_index"]))
 

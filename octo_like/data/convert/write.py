@@ -25,7 +25,7 @@ MISSING = ("error", "mask")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How frames are stored.
+    """How a dataset is written.
 
     Attributes:
       encoding: "jpeg" or "png" (lossless, about five times as large).
@@ -34,6 +34,9 @@ class Options:
       bgr: cameras whose frames are recorded blue first; they are turned.
       missing_cameras: "error": every episode has the first one's cameras; or "mask": an episode without a camera that
         any of them has gets empty frames, which the input stream marks as missing.
+      skip_broken: leave out episodes that cannot be read, and name them in `Written.broken`, instead of ending.
+      control_hz: steps per second; overrides the source's.
+      version: of the dataset. overwrite: replace a dataset of this name and version.
     """
 
     encoding: str = "jpeg"
@@ -41,12 +44,18 @@ class Options:
     image_size: tuple[int, int] | None = None
     bgr: Collection[str] = ()
     missing_cameras: str = "error"
+    skip_broken: bool = False
+    control_hz: float | None = None
+    version: str = "1.0.0"
+    overwrite: bool = False
 
     def __post_init__(self):
         if self.encoding not in ENCODINGS:
             raise DataError(f"encoding {self.encoding!r}; valid: {', '.join(ENCODINGS)}")
         if self.missing_cameras not in MISSING:
             raise DataError(f"missing_cameras {self.missing_cameras!r}; valid: {', '.join(MISSING)}")
+        if not re.fullmatch(r"\d+\.\d+\.\d+", self.version):
+            raise DataError(f"version {self.version!r}: expected three numbers, e.g. 1.0.0")
 
 
 @dataclasses.dataclass
@@ -75,20 +84,14 @@ def write_rlds(
     data_dir: str,
     name: str,
     *,
-    version: str = "1.0.0",
     options: Options = Options(),  # noqa: B008  (frozen)
-    overwrite: bool = False,
-    skip_broken: bool = False,
     preview: Preview | None = None,
-    control_hz: float | None = None,
     advance: Callable[[int], Any] = lambda steps: None,
 ) -> Written:
     """Writes DATA_DIR/name/version, which appears when everything is in it.
 
     Args:
-      skip_broken: leave out episodes that cannot be read, and name them in `Written.broken`, instead of ending.
       preview: gets some frames of every episode.
-      control_hz: overrides the source's.
       advance: called after each episode with its number of steps.
 
     Raises:
@@ -97,16 +100,14 @@ def write_rlds(
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise DataError(f"name {name!r}: a TFDS name is lower case letters, digits and underscores, a letter first")
-    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        raise DataError(f"version {version!r}: expected three numbers, e.g. 1.0.0")
     root = pathlib.Path(data_dir).expanduser().resolve() / name
-    target = root / version
-    if target.exists() and not overwrite:
+    target = root / options.version
+    if target.exists() and not options.overwrite:
         raise DataError(f"{target} exists: give another name or version, or --overwrite")
     root.mkdir(parents=True, exist_ok=True)
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f"incomplete.{version}_", dir=root))
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f"incomplete.{options.version}_", dir=root))
     try:
-        written = _Writer(source, name, version, folder, options, control_hz).write(skip_broken, preview, advance)
+        written = _Writer(source, name, folder, options).write(preview, advance)
         os.chmod(folder, 0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -121,22 +122,22 @@ def write_rlds(
 
 
 class _Writer:
-    def __init__(self, source, name, version, folder, options: Options, control_hz: float | None):
-        self._source, self._name, self._version, self._folder = source, name, version, folder
-        self._options, self._hz = options, control_hz or source.control_hz
+    def __init__(self, source: Source, name: str, folder: pathlib.Path, options: Options):
+        self._source, self._name, self._folder = source, name, folder
+        self._options, self._hz = options, options.control_hz or source.control_hz
         self._first: Recording | None = None
         self._cameras: tuple[str, ...] | None = None  # of the dataset; None: not known yet
         self._tfds: Any = None
 
-    def write(self, skip_broken: bool, preview: Preview | None, advance: Callable[[int], Any]) -> Written:
+    def write(self, preview: Preview | None, advance: Callable[[int], Any]) -> Written:
         done = Written(str(self._folder))
         if self._options.missing_cameras == "mask":
-            self._cameras = self._all_cameras(skip_broken)
+            self._cameras = self._all_cameras()
         for number in range(len(self._source)):
             try:
                 episode = self._episode(self._source.read(number), done.episodes, preview)
             except DataError as error:
-                if not skip_broken:
+                if not self._options.skip_broken:
                     raise
                 done.broken.append(str(error))
                 continue
@@ -157,14 +158,14 @@ class _Writer:
         done.action_dim = self._first.action.shape[1]
         return done
 
-    def _all_cameras(self, skip_broken: bool) -> tuple[str, ...]:
+    def _all_cameras(self) -> tuple[str, ...]:
         """Cameras of any episode, in the order in which they appear; frames are not read."""
         cameras: dict[str, None] = {}
         for number in range(len(self._source)):
             try:
                 cameras |= dict.fromkeys(self._source.read(number).cameras)
             except DataError:
-                if not skip_broken:  # else it is left out, and listed, when it is written
+                if not self._options.skip_broken:  # else it is left out, and listed, when it is written
                     raise
         return tuple(cameras)
 
@@ -240,10 +241,8 @@ class _Writer:
         mine, its = ({key: rows.shape[1] for key, rows in one.vectors.items()} for one in (recording, first))
         for key in sorted(mine.keys() | its.keys()):
             if mine.get(key) != its.get(key):
-                said = [
-                    f"{value} dimensions" if value is not None else "nothing" for value in (mine.get(key), its.get(key))
-                ]
-                raise DataError(f"{where}: {key!r} has {said[0]}, in {pattern} {said[1]}")
+                here, usual = (f"{one[key]} dimensions" if key in one else "nothing" for one in (mine, its))
+                raise DataError(f"{where}: {key!r} has {here}, in {pattern} {usual}")
 
     def _open(self, episodes_per_shard: int) -> Any:
         import tensorflow_datasets as tfds
@@ -271,10 +270,10 @@ class _Writer:
         metadata = {"recording": features.Text(), "number": features.Scalar(dtype=np.int64)}
         identity = dataset_builder.dataset_info.DatasetIdentity(
             name=self._name,
-            version=tfds.core.Version(self._version),
+            version=tfds.core.Version(self._options.version),
             data_dir=str(self._folder),
             module_name=__name__,
-            release_notes={self._version: "Converted."},
+            release_notes={self._options.version: "Converted."},
         )
         info = tfds.core.DatasetInfo(
             builder=identity,

@@ -4,11 +4,10 @@ A trajectory is a dict of tensors whose first axis is the step. Pipelines are wr
 
     TrajectoryDataset.from_rlds("~/data/bridge_dataset/1.0.0").traj_map(relabel).flatten().frame_map(decode).batch(32)
 
-so scripts written for dlimp run with the import changed: `DLataset`, `vmap`, `parallel_vmap`, `transforms`, `utils` and
-`augmentations` are here under dlimp's names (docs/data.md lists them all). The order of the elements is the same every
-time (until something shuffles), also where dlimp's depends on the number of cores. The training stream reads the same
-trajectories (`rlds.parse_episode`) and applies the same kind of functions, but in an order it can seek in; use this
-class for pipelines of your own, for inspection, and for conversions.
+so scripts written for dlimp run with the import changed. The order of the elements is the same every time (until
+something shuffles), also where dlimp's depends on the number of cores. The training stream reads the same trajectories
+(`rlds.records.parse_episode`), but in an order it can seek in; use this class for pipelines of your own, for
+inspection, and for conversions.
 """
 
 from __future__ import annotations
@@ -20,14 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data.dlimp import tensor_records
-from octo_like.data.dlimp import transforms as transforms
-from octo_like.data.dlimp.transforms import parallel_vmap, vmap
+from octo_like.data.dlimp.tensor_records import find_files, parse_trajectory, specs_of
+from octo_like.data.dlimp.transforms import vmap
 from octo_like.data.rlds import records
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
-
-__all__ = ["DLataset", "TrajectoryDataset", "augmentations", "parallel_vmap", "transforms", "utils", "vmap"]
 
 Tensors = dict[str, Any]
 
@@ -104,11 +100,11 @@ class TrajectoryDataset(tf.data.Dataset):
         Raises:
           DataError: no files, no record in the first, or features of another kind.
         """
-        paths = tensor_records.find_files(dir_or_paths)
-        specs = tensor_records.specs_of(paths[0])
+        paths = find_files(dir_or_paths)
+        specs = specs_of(paths[0])
         files = tf.data.Dataset.from_tensor_slices(paths)
         serialized = _read(files, len(paths), tf.data.TFRecordDataset, shuffle, num_parallel_reads)
-        return _numbered(serialized, lambda record: tensor_records.parse(record, specs))
+        return _numbered(serialized, lambda record: parse_trajectory(record, specs))
 
     @staticmethod
     def sample_from_datasets(
@@ -241,7 +237,3 @@ def _adopt() -> None:
 
 
 _adopt()
-
-# Names in dlimp: `from octo_like.data import trajectory as dl` in place of `import dlimp as dl`.
-DLataset = TrajectoryDataset
-utils = augmentations = transforms

@@ -1,6 +1,8 @@
-"""Trajectory functions: dict of tensors -> dict of tensors, on a whole trajectory, in TensorFlow.
+"""Functions of whole trajectories for pipelines of your own: what the training stream does to samples, in TensorFlow.
 
-The canonical trajectory that they pass on (T steps, every leaf has the step first):
+Windows, goals and masks come of the index arithmetic that the stream uses (`octo_like.data.order.windows`), the leaves
+of a trajectory of the function that reads it (`octo_like.data.rlds.leaves.select`). The canonical trajectory that they
+pass on (T steps, every leaf has the step first):
 
     observation/image_{slot}      T string (encoded) or T h w 3 uint8
     observation/proprio           T P float32
@@ -11,17 +13,14 @@ The canonical trajectory that they pass on (T steps, every leaf has the step fir
     task/...                      goal: every observation entry at the goal step, after `relabel_goals`
     action                        T A, or T N A when actions come in chunks already
     action_pad_mask               T A bool, False: padded dimension
-
-They are the reference for what the stream does sample by sample (the index arithmetic is the same code,
-`octo_like.data.order.windows`), and they serve pipelines written on `TrajectoryDataset`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from octo_like.common import normalization
 from octo_like.data.order import windows
-from octo_like.data.rlds.leaves import relative_chunks, select
+from octo_like.data.rlds.leaves import select
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 
@@ -50,18 +49,16 @@ def normalize(trajectory: Trajectory, statistics: Mapping[str, Any], kind: str =
 
     def apply(x: tf.Tensor, stats: Mapping[str, Any]) -> tf.Tensor:
         shift, scale, bound = normalization.coefficients(stats, kind)
-        y = (x - shift) * scale
-        return tf.clip_by_value(y, -bound, bound) if kind == "bounds" else y
+        flat = tf.reshape(x, [-1, len(shift)])  # the statistics of a sensor are over its values laid flat
+        return tf.reshape(tf.clip_by_value((flat - shift) * scale, -bound, bound), tf.shape(x))
 
-    observation = dict(trajectory["observation"])
-    if "proprio" in observation and "proprio" in statistics:
-        observation["proprio"] = apply(observation["proprio"], statistics["proprio"])
-    for name, stats in statistics.get("extra", {}).items():
-        if name in observation:
-            values = observation[name]
-            flat = apply(tf.reshape(values, [-1, len(stats["mean"])]), stats)
-            observation[name] = tf.reshape(flat, tf.shape(values))
-    action = apply(trajectory["action"], statistics["action"])
+    of_sensors = {"proprio": statistics.get("proprio"), **statistics.get("extra", {})}
+    observation = {
+        key: value if of_sensors.get(key) is None else tf.ensure_shape(apply(value, of_sensors[key]), value.shape)
+        for key, value in trajectory["observation"].items()
+    }
+    action = trajectory["action"]
+    action = tf.ensure_shape(apply(action, statistics["action"]), action.shape)
     return {**trajectory, "observation": observation, "action": action}
 
 
@@ -116,7 +113,7 @@ def relabel_goals(trajectory: Trajectory, draws: tf.Tensor, max_distance: int | 
 
     Args:
       draws: (T,) float32 uniform in [0, 1), one per step; make them stateless for a reproducible pipeline.
-      max_distance: see `indices.goal_step`.
+      max_distance: see `windows.goal_step`.
 
     The task keeps its own entries; `task/timestep` becomes the goal step.
     """
@@ -160,45 +157,6 @@ def drop_task_conditioning(trajectory: Trajectory, draws: tf.Tensor, keep_goal_p
     return {**trajectory, "task": {**task, "pad_mask_dict": masks}}
 
 
-def drop_images(trajectory: Trajectory, draws: tf.Tensor, probability: float, keep: tf.Tensor) -> Trajectory:
-    """Drops whole cameras from single steps: their images become zeros and their `pad_mask_dict` entries False.
-
-    Args:
-      draws: (T, n) float32 uniform in [0, 1), a column per image key in alphabetical order.
-      probability: of an image to be dropped.
-      keep: (T,) int32 number of the image that is never dropped.
-    """
-    observation = dict(trajectory["observation"])
-    masks, keys = dict(observation["pad_mask_dict"]), sorted(key for key in observation if key.startswith("image_"))
-    present = tf.stack([masks[key] for key in keys], axis=-1)
-    kept = windows.kept_images(present, draws, probability, keep)
-    for i, key in enumerate(keys):
-        image, masks[key] = observation[key], kept[:, i]
-        empty = tf.fill(tf.shape(image), "") if image.dtype == tf.string else tf.zeros_like(image)
-        observation[key] = tf.where(tf.reshape(kept[:, i], [-1] + [1] * (image.shape.rank - 1)), image, empty)
-    return {**trajectory, "observation": {**observation, "pad_mask_dict": masks}}
-
-
-def relative_actions(trajectory: Trajectory, relative_to: Sequence[int | None], length: int) -> Trajectory:
-    """Absolute actions (T, A) to chunks (T, length, A) relative to the step's own proprioception, before normalisation.
-
-    See `octo_like.data.rlds.leaves.relative_chunks`; `chunk` then takes the first actions of each.
-    """
-    action = relative_chunks(trajectory["action"], trajectory["observation"]["proprio"], relative_to, length)
-    return {**trajectory, "action": action}
-
-
-def subsample(trajectory: Trajectory, draws: tf.Tensor, length: int) -> Trajectory:
-    """At most `length` steps, in order: those with the smallest draws. After `chunk`, so that windows stay whole.
-
-    Args:
-      draws: (T,) float32 uniform in [0, 1).
-    """
-    count = tf.minimum(_steps(trajectory), length)
-    chosen = tf.sort(tf.argsort(draws, stable=True)[:count])
-    return tf.nest.map_structure(lambda x: tf.gather(x, chosen), trajectory)
-
-
 def chunk(trajectory: Trajectory, window_size: int, action_horizon: int, *, octo_compat: bool = False) -> Trajectory:
     """Windows of history and chunks of actions for every step.
 
@@ -211,7 +169,7 @@ def chunk(trajectory: Trajectory, window_size: int, action_horizon: int, *, octo
     Actions that come in chunks (T, N, A), N >= H, keep their first H.
 
     Args:
-      octo_compat: Octo's mask instead; see `indices.task_completed`.
+      octo_compat: Octo's mask instead; see `windows.task_completed`.
 
     Raises:
       DataError: chunks shorter than the horizon.

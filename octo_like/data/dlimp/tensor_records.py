@@ -45,7 +45,7 @@ def specs_of(path: str) -> dict[str, tf.TensorSpec | None]:
     return specs
 
 
-def parse(record: tf.Tensor, specs: dict[str, tf.TensorSpec | None]) -> dict[str, Any]:
+def parse_trajectory(record: tf.Tensor, specs: dict[str, tf.TensorSpec | None]) -> dict[str, Any]:
     """A record as a trajectory of T steps, T the greatest length; scalars and tensors of length 1 are repeated.
 
     Added: `_len` and `_frame_index` (int32).

@@ -1,8 +1,9 @@
 """Functions on frames and trajectories, with the names that dlimp gives them in `transforms`, `utils`, `augmentations`.
 
-They serve pipelines of your own on `octo_like.data.dlimp.dataset`, where they are `dl.transforms`. They do what
-dlimp's do or raise an error; docs/data.md lists all names, and where they differ. The training stream
-decodes and resizes in `octo_like.data.batches.frames`, and augments on the device.
+They serve pipelines of your own, where they are `dl.transforms` (`from octo_like.data import dlimp as dl`). They do
+what dlimp's do or raise an error; docs/data.md lists all names, and where they differ. They are TensorFlow's operations
+on tensors of a graph; the training stream decodes and resizes in NumPy (`octo_like.data.batches.frames`, which the
+tests hold to the same operations), and augments on the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from octo_like.common.schema import flatten, unflatten
 from octo_like.data.spec import DataError, suggest
 from octo_like.data.tf import tf
 
@@ -62,25 +64,12 @@ def _contains(match: str | Iterable[str], dtype: tf.DType, where: str) -> Callab
 
 def flatten_dict(d: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
     """{"a": {"b": x}} to {"a/b": x}."""
-    flat = {}
-    for key, value in d.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}{sep}{below}": leaf for below, leaf in flatten_dict(value, sep).items()}
-        else:
-            flat[key] = value
-    return flat
+    return dict(flatten(d, sep=sep))
 
 
 def unflatten_dict(d: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
     """{"a/b": x} to {"a": {"b": x}}, to any depth."""
-    tree: dict[str, Any] = {}
-    for path, leaf in d.items():
-        *above, last = path.split(sep)
-        folder = tree
-        for key in above:
-            folder = folder.setdefault(key, {})
-        folder[last] = leaf
-    return tree
+    return unflatten(d, sep)
 
 
 def add_next_obs(traj: Mapping[str, Any], pad: bool = True) -> dict[str, Any]:
@@ -250,9 +239,9 @@ def augment_image(image: tf.Tensor, seed: Any = None, **augment_kwargs: Any) -> 
     seed = tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32) if seed is None else tf.convert_to_tensor(seed)
     for name in order:
         seed = tf.random.stateless_uniform([2], seed, maxval=tf.int32.max, dtype=tf.int32)
-        given = augment_kwargs.get(name, {})
+        arguments = augment_kwargs.get(name, {})
         # A config's dict need not be a dict.
-        positional, named = ((), dict(given)) if hasattr(given, "items") else (given, {})
+        positional, named = ((), dict(arguments)) if hasattr(arguments, "items") else (arguments, {})
         image = tf.clip_by_value(AUGMENT_OPS[name](image, *positional, **named, seed=seed), 0.0, 1.0)
     return tf.image.convert_image_dtype(image, dtype, saturate=True)
 

@@ -5,15 +5,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from octo_like.data.dlimp.dataset import TrajectoryDataset
+from octo_like.data import dlimp as dl
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
 
 
 def test_transforms_have_the_names_of_dlimp(toy):
     """`dl.transforms`: decode, resize, augment, and functions on nested dicts."""
-    from octo_like.data.dlimp import dataset as dl
-
     image = toy.episodes[0][0]["observation"]["front_rgb"]
     frame = {"observation": {"image_front": tf.io.encode_png(image), "text": tf.constant("x")}, "_traj_index": 3}
     decoded = dl.transforms.decode_images(frame)
@@ -43,6 +41,12 @@ def test_transforms_have_the_names_of_dlimp(toy):
     assert dl.parallel_vmap(lambda x: x + 1)(tf.range(3)).numpy().tolist() == [1, 2, 3]
 
 
+def test_depth_is_resized_like_the_reference(shared):
+    golden = np.load(shared / "golden" / "pipeline.npz")
+    got = dl.transforms.resize_depth_image(golden["resize_depth/in/depth"], (12, 24))
+    np.testing.assert_allclose(got, golden["resize_depth/upstream/bilinear_antialias_12x24"], rtol=1e-5, atol=1e-5)
+
+
 # Every name that a script written for dlimp may use; docs/data.md lists them.
 NAMES = {
     "": "DLataset vmap parallel_vmap transforms utils augmentations",
@@ -56,8 +60,6 @@ NAMES = {
 
 
 def test_every_name_of_dlimp_is_here_and_in_the_docs():
-    from octo_like.data.dlimp import dataset as dl
-
     docs = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for place, names in NAMES.items():
         for name in names.split():
@@ -68,8 +70,6 @@ def test_every_name_of_dlimp_is_here_and_in_the_docs():
 
 
 def test_decoding_and_resizing_look_for_a_part_of_the_path(toy):
-    from octo_like.data.dlimp import dataset as dl
-
     image = toy.episodes[0][0]["observation"]["front_rgb"]
     frame = {"observation": {"wrist_image_left": image, "other": image}, "image": {"inside": image}}
     resized = dl.transforms.resize_images(frame, match=["image"], size=(4, 4))
@@ -82,8 +82,6 @@ def test_decoding_and_resizing_look_for_a_part_of_the_path(toy):
 
 
 def test_next_observations():
-    from octo_like.data.dlimp import dataset as dl
-
     trajectory = {"obs": {"x": tf.range(3)}, "action": tf.range(3)}
     padded, cut = dl.transforms.add_next_obs(trajectory), dl.transforms.add_next_obs(trajectory, pad=False)
     assert padded["next_obs"]["x"].numpy().tolist() == [1, 2, 2]
@@ -96,13 +94,11 @@ def test_next_observations():
 
 
 def test_what_converters_write(tmp_path):
-    from octo_like.data.dlimp import dataset as dl
-
     features = {"x": dl.utils.tensor_feature(tf.range(4)), "name": dl.utils.tensor_feature(tf.constant("a"))}
     example = tf.train.Example(features=tf.train.Features(feature=features))
     with tf.io.TFRecordWriter(str(tmp_path / "a.tfrecord")) as writer:
         writer.write(example.SerializeToString())
-    (item,) = TrajectoryDataset.from_tfrecords(str(tmp_path)).iterator()
+    (item,) = dl.DLataset.from_tfrecords(str(tmp_path)).iterator()
     assert item["x"].tolist() == [0, 1, 2, 3] and item["name"].tolist() == [b"a"] * 4
     picture = np.repeat(np.linspace(0, 255, 40, dtype=np.uint8)[:, None, None], 3, axis=2).repeat(40, axis=1)
     tf.io.write_file(str(tmp_path / "a.jpg"), tf.io.encode_jpeg(picture, quality=95))
@@ -127,8 +123,6 @@ def crop_by_hand(image, box):
 
 def test_augmentation_draws_what_dlimp_draws():
     """Each operation has a seed that is drawn from the one before; a crop has one number; bytes are cut off."""
-    from octo_like.data.dlimp import dataset as dl
-
     image, seed = image_of(), tf.constant([7, 11])
     arguments = dict(
         augment_order=["random_resized_crop", "random_brightness"],
@@ -156,8 +150,6 @@ def test_augmentation_draws_what_dlimp_draws():
 
 
 def test_augment_image():
-    from octo_like.data.dlimp import dataset as dl
-
     image = image_of()
     arguments = dict(
         random_resized_crop=dict(scale=[0.5, 0.9], ratio=[0.9, 1.1]),
@@ -184,8 +176,6 @@ def test_augment_image():
 
 def test_augment_in_a_pipeline():
     """Alike for the frames of a trajectory; of the leaves whose path ends as the pattern says."""
-    from octo_like.data.dlimp import dataset as dl
-
     image, arguments = image_of(8, 8), dict(augment_order=["random_brightness"], random_brightness=[0.5])
     tree = {"image": image, "left": {"image": image, "image_mask": image}}
     frames = dl.DLataset.from_tensor_slices(tf.nest.map_structure(lambda x: tf.stack([[x] * 2] * 3), tree)).enumerate()

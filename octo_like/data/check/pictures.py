@@ -1,0 +1,57 @@
+"""Some episodes of a dataset for a look at them: which ones, their words, and their frames as pictures."""
+
+import threading
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from octo_like.data.batches import frames
+from octo_like.data.batches.episodes import Episode, load_episode
+from octo_like.data.rlds.prepare import Index, PreparedDataset
+
+
+class _Words:
+    """Keeps the words where training keeps their ids; row 0 is no instruction, as in training."""
+
+    def __init__(self):
+        self.texts = [""]
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
+        return np.array([self.texts.index(text) for text in texts], np.int32)
+
+
+def read_episode(
+    prepared: PreparedDataset, index: Index, number: int, slots: Collection[str]
+) -> tuple[Episode, list[str]]:
+    """An episode as training reads it, with the frames of some cameras, and the instruction of each of its steps."""
+    words = _Words()
+    episode = load_episode(prepared, index, int(number), slots, words, threading.Lock())
+    return episode, [words.texts[row] for row in episode.text]
+
+
+def cameras(prepared: PreparedDataset) -> list[str]:
+    """Slots of the cameras that a dataset has."""
+    return [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
+
+
+def present(stored: Sequence) -> np.ndarray:
+    """(T,) bool of the frames of a camera: an empty one is missing."""
+    return np.array([len(frame) > 0 for frame in stored], bool)
+
+
+def pictures(
+    prepared: PreparedDataset, slot: str, stored: Sequence, steps: Sequence[int], size: tuple[int, int]
+) -> np.ndarray:
+    """Frames of some steps of a camera as (N, *size, 3) uint8 RGB; missing ones are black.
+
+    Raises:
+      FrameError: one that is not an image.
+    """
+    if isinstance(stored, np.ndarray):
+        images = frames.resize_frames(stored[list(steps)], size)
+    else:
+        images, chosen = np.zeros((len(steps), *size, 3), np.uint8), [stored[step] for step in steps]
+        if (known := present(chosen)).any():
+            images[known] = frames.decode_frames([frame for frame in chosen if len(frame)], size)
+    return images[..., ::-1] if slot in prepared.spec.bgr_slots else images
