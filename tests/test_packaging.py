@@ -24,7 +24,7 @@ ARROWS = {
     "envs": set(),
 }
 # `training -> robot` is for closed-loop evaluation during training, and for nothing else.
-ARROW_EXCEPTIONS = {("training", "robot"): {"training/evaluation.py", "training/loop.py"}}
+ARROW_EXCEPTIONS = {("training", "robot"): {"training/evaluation.py", "training/evaluator.py"}}
 
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_cpu", "tfds")
 
