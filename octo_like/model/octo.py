@@ -73,9 +73,9 @@ class OctoModel(nn.Module):
         terms = {}
         for i, (name, head) in enumerate(self.heads.items()):
             action, mask = head_batch(batch, name, head)
-            said = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
-            parts.check_terms(said, head, f"head {name!r}", counted=False)
-            terms[name] = {**said, "count": jnp.sum(mask, dtype=jnp.float32)}
+            sums = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
+            parts.check_terms(sums, head, f"head {name!r}", counted=False)
+            terms[name] = {**sums, "count": jnp.sum(mask, dtype=jnp.float32)}
         for name, part in self.auxiliaries.items():
             terms[name] = part.loss_terms(groups, batch)
             parts.check_terms(terms[name], part, f"auxiliary {name!r}", counted=True)

@@ -217,13 +217,13 @@ class Transformer(nn.Module):
         run = _block if is_recording() else _shared_block  # what a jitted function computes cannot be looked at
         for i in range(self.num_layers):
             name, keys = f"encoderblock_{i}", fold_in_all(dropout_keys, i)
-            asked = rows if i == self.num_layers - 1 else None
-            mask = mask_bnn if asked is None else mask_bnn.rows(*asked)
+            only = rows if i == self.num_layers - 1 else None
+            mask = mask_bnn if only is None else mask_bnn.rows(*only)
             if self.is_initializing():
-                x_bnd = block(name=name)(x_bnd, mask, keys, asked)
+                x_bnd = block(name=name)(x_bnd, mask, keys, only)
             else:
                 params = self.get_variable("params", name)
-                x_bnd = run(params, x_bnd, mask, keys, block=block(parent=None), remat=remat, rows=asked)
+                x_bnd = run(params, x_bnd, mask, keys, block=block(parent=None), remat=remat, rows=only)
         return nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name="encoder_norm")(x_bnd)
 
 

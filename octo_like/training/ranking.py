@@ -2,12 +2,18 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from octo_like.common.config import ConfigError
+from octo_like.training.integrity import read_manifest
+from octo_like.training.storage import CheckpointDamaged, CheckpointUnreadable
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +63,46 @@ class Ranking:
                 f"{', '.join(sorted(scores))}"
             )
         return float(np.mean(chosen))
+
+
+class BestSteps:
+    """The saved steps by their metrics, and Orbax's policy to preserve the best of them.
+
+    Args:
+      folder: of the steps.
+      mode: "min" or "max": which metric is the best.
+      count: how many are preserved.
+    """
+
+    def __init__(self, folder: epath.Path, mode: str, count: int):
+        self._folder, self._sign, self._count = folder, 1.0 if mode == "min" else -1.0, count
+        self._metrics: dict[int, float | None] = {}
+
+    def note(self, step: int, metric: float | None) -> None:
+        """The metric of a step that is being written."""
+        self._metrics[step] = metric
+
+    def ranked(self, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` that have a metric, the best first. Manifests are read once: they never change.
+
+        Raises:
+          CheckpointUnreadable: the storage does not answer.
+        """
+        for step in steps:
+            if step not in self._metrics:
+                try:
+                    self._metrics[step] = read_manifest(self._folder / str(step)).metric
+                except CheckpointDamaged:
+                    self._metrics[step] = None
+        measured = [step for step in steps if self._metrics[step] is not None]
+        return sorted(measured, key=lambda step: (self._sign * self._metrics[step], -step))
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Called by Orbax."""
+        steps = [info.step for info in checkpoints]
+        try:
+            kept = set(self.ranked(steps)[: self._count])
+        except CheckpointUnreadable as error:
+            log.warning("no old checkpoint is deleted this time, since the best are not known: %s", error)
+            kept = set(steps)
+        return [step in kept for step in steps]
