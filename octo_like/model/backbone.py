@@ -3,7 +3,6 @@
 Sequence: task groups, then for every timestep of the window: observation groups, repeated task groups, readouts.
 """
 
-import math
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -225,8 +224,3 @@ def without_padding(observation: Mapping, task: Mapping) -> tuple[dict, dict]:
         whole = task["language_instruction"]
         task["language_instruction"] = jax.tree.map(lambda leaf: kept(jnp.asarray(leaf), said), whole)
     return observation, task
-
-
-def count_tokens(groups: Mapping[str, TokenGroup]) -> dict[str, int]:
-    """Tokens per group (per timestep for timestep groups)."""
-    return {name: math.prod(group.tokens.shape[-2:-1]) for name, group in groups.items() if name not in ("task", "obs")}

@@ -4,13 +4,12 @@ Training randomness is keyed per sample: `dropout_keys` is an array of B keys (N
 sample is dropped alike whichever device or micro-batch it lands on.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from octo_like.model.attention import attend, is_recording
+from octo_like.model.special import traced_once
 
 LN_EPSILON = 1e-6
 
@@ -156,7 +155,7 @@ class Block(nn.Module):
         return x_bnd + h
 
 
-@functools.partial(jax.jit, static_argnames=("block", "remat", "rows"))
+@traced_once(static_argnames=("block", "remat", "rows"))
 def _shared_block(params, x_bnd, mask_bnn, dropout_keys, *, block: Block, remat: str, rows=None) -> jax.Array:
     """One block with its own parameters. Layers differ in nothing else, so that the program of the first is traced,
     differentiated and lowered, and the others call it."""

@@ -13,6 +13,7 @@ from octo_like.common.config import save as save_config
 from octo_like.common.config import to_dict
 from octo_like.common.schema import check_batch
 from octo_like.model.heads import check_datasets
+from octo_like.model.special import spare_the_collector
 from octo_like.training import exits, sharding
 from octo_like.training.checkpoint import NonFiniteState
 from octo_like.training.distributed import Preemption, check_hosts, is_main
@@ -58,6 +59,7 @@ def run_loop(run: Run) -> int:
         stack.callback(run.inputs.stream.close)
         wandb = dict(config.wandb) if config.wandb.project else None
         writer = stack.enter_context(MetricsWriter(workdir.local, config=to_dict(config), wandb=wandb))
+        spare_the_collector()
         saver = Saver(run, workdir, checkpointer, ranking, history)
         try:
             return _train(run, program, state, history, saver, writer, preemption)

@@ -9,7 +9,6 @@ proven or measured is what runs.
 
 import dataclasses
 import functools
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,8 @@ from octo_like.common.config import ConfigError, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
-from octo_like.model.octo import OctoModel, build_model, init_params, run_once_options
+from octo_like.model.octo import OctoModel, build_model, init_params
+from octo_like.model.special import run_once_options
 from octo_like.policy.pretrained import load_t5, with_t5
 from octo_like.training import sharding
 from octo_like.training.augment import augmentation_from_config
@@ -116,11 +116,7 @@ class Program:
 
     def place(self, source: Any) -> TrainState:
         """The initial state, made on the devices where it will live."""
-        state = jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
-        # What exists by now stays: the garbage collector need not go through it again while the step is traced.
-        gc.collect()
-        gc.freeze()
-        return state
+        return jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
 
 
 def build_program(
