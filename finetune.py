@@ -33,7 +33,8 @@ from octo_like.training.adaptation import (
     with_schedule,
 )
 from octo_like.training.attempt import Attempt, command
-from octo_like.training.loop import Run, describe, run_loop
+from octo_like.training.loop import run_loop
+from octo_like.training.run import Run, describe
 from octo_like.training.sharding import check_batch_size, make_mesh
 
 

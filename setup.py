@@ -18,7 +18,7 @@ CORE = [
     "ml-collections>=1.0",
     "msgpack",
     "numpy>=2.0",
-    "optax>=0.2.5",
+    "optax>=0.2.6",
     "orbax-checkpoint>=0.12",
     "pillow",
     "safetensors",

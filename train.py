@@ -20,8 +20,9 @@ from octo_like.common.config import parse_command_line, to_dict
 from octo_like.data.inputs import inputs_from_config
 from octo_like.training import distributed, sharding
 from octo_like.training.attempt import Attempt, command
-from octo_like.training.loop import Run, describe, run_loop
-from octo_like.training.program import network_from_config
+from octo_like.training.loop import run_loop
+from octo_like.training.program import network_from_config, optimizer_from_config
+from octo_like.training.run import Run, describe
 from octo_like.training.sharding import make_mesh
 from octo_like.training.warm_start import warm_start
 
@@ -38,6 +39,7 @@ def main(argv=None) -> int:
 
 def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    optimizer_from_config(config)  # what is wrong with it is found before the data is read
 
     # -------------------------------------------------------------------------------------------------------- model
     network = network_from_config(config)

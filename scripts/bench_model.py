@@ -29,6 +29,7 @@ from octo_like.common.config import load_config
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec, synthetic_batch
 from octo_like.model.octo import build_model, init_params
+from octo_like.model.special import spare_the_collector
 from octo_like.policy.describe import matmul_flops, parameter_counts, token_report
 from octo_like.training import sharding
 from octo_like.training.program import build_program
@@ -165,6 +166,7 @@ def main(argv=None) -> int:
     )
     state, step = program.place(jax.random.key(0)), program.step
     batch = sharding.put_batch(synthetic_batch(spec, flags.batch_size), mesh)
+    spare_the_collector()
     start, start_cpu = time.perf_counter(), time.process_time()
     traced = step.trace(state, batch)
     trace_s, trace_cpu_s = time.perf_counter() - start, time.process_time() - start_cpu

@@ -30,7 +30,8 @@ from demo_bars import (
     validation_losses,
 )
 
-from octo_like.training.metrics import METRICS_FILE, format_seconds, read_metrics
+from octo_like.training.metrics import METRICS_FILE, read_metrics
+from octo_like.training.progress import format_seconds
 
 INK, COLOURS = "#24292f", ("#1f6feb", "#cf222e", "#bf8700", "#1a7f37")
 

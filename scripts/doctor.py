@@ -294,7 +294,7 @@ def check_speed(report: Report) -> None:
     import jax
     import jax.numpy as jnp
 
-    from octo_like.training.metrics import peak_flops
+    from octo_like.training.hardware import peak_flops
 
     on_cpu = jax.default_backend() == "cpu"
     n, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)

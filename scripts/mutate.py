@@ -40,7 +40,7 @@ MARKERS = "not slow and not multiprocess and not sim and not aot"
 MODEL, TRAINING = "tests/model/test_", "tests/training/test_"
 SMALL, DRAWN, PLAIN = (f"{MODEL}{name}.py" for name in ("small_print", "randomness", "defaults"))
 GENERATIVE = (PLAIN, f"{MODEL}heads_generative.py", SMALL, DRAWN, f"{MODEL}calibration.py", f"{MODEL}heads.py")
-UPDATE = (f"{TRAINING}update.py", f"{TRAINING}step.py")
+UPDATE = (f"{TRAINING}update.py", f"{TRAINING}step.py", f"{TRAINING}optimizer.py")
 TARGETS = {
     "octo_like/model/tokens.py": (SMALL, f"{MODEL}masks.py"),
     "octo_like/model/flow.py": GENERATIVE[1:3],

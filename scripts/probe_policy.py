@@ -44,7 +44,7 @@ def main(argv=None) -> int:
     from octo_like import Policy
     from octo_like.envs import EMBODIMENTS
     from octo_like.envs.labels import labelled_frames
-    from octo_like.training.probe import probe_policy
+    from octo_like.training.probe import Limits, probe_policy
     from octo_like.training.probe_frames import frames_from_arrays, read_frames
     from octo_like.training.probe_report import summary, write
 
@@ -71,8 +71,9 @@ def main(argv=None) -> int:
             for name, robot in EMBODIMENTS.items()
         }
         frames = frames_from_arrays(arrays, policy, "tabletop", action_names=names)
+    limits = Limits(maps=flags.maps)
     probed = probe_policy(
-        policy, frames, groups=flags.groups, task=flags.task, folds=flags.folds, seed=flags.seed, maps=flags.maps
+        policy, frames, groups=flags.groups, task=flags.task, folds=flags.folds, seed=flags.seed, limits=limits
     )
     print(summary(probed))
     if flags.out:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from octo_like.training.metrics import PEAK_FLOPS
+from octo_like.training.hardware import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,15 @@ from octo_like.common.files import ConfigError, python_file
 from octo_like.common.words import nearest
 
 # Groups whose keys the user chooses (datasets, cameras, parts of a model); everything below them is free as well.
-OPEN_GROUPS = ("data.datasets", "image_sizes", "depth_sizes", "extra_observations", "augmentation", "surgery.*")
+OPEN_GROUPS = (
+    "data.datasets",
+    "image_sizes",
+    "depth_sizes",
+    "extra_observations",
+    "augmentation",
+    "optimizer.arguments",
+    "surgery.*",
+)
 
 # What a resumed run may change. Anything else decides which samples are seen or what is done with them.
 RESUME_ALLOWED = (

@@ -70,6 +70,8 @@ def default_config() -> ConfigDict:
     # Camera -> fields of octo_like.training.augment.Augmentation, or kind="module:Class" and its fields.
     config.augmentation = dict()
     config.optimizer = dict(
+        name="adamw",  # or "lion", "muon", "adafactor", "sgd", or "module:function" of your own (docs/training.md)
+        arguments=dict(),  # what else its function takes, e.g. dict(b1=0.95)
         schedule="rsqrt",  # or "constant", "cosine"
         peak=3e-4,
         warmup_steps=2000,
@@ -78,7 +80,7 @@ def default_config() -> ConfigDict:
         end=0.0,  # cosine
         weight_decay=0.1,
         clip_norm=1.0,
-        b2=0.999,
+        b2=0.999,  # adamw
         freeze=(),  # regexes of parameter paths
     )
     config.ema_decay = 0.999

@@ -1,4 +1,6 @@
-"""Parts of a user's own, named in a config as "module:Class": who may import them, and what source they are made of.
+"""Parts of a user's own, named in a config as "module:Class" or "module:function".
+
+Who may import them, and what source they are made of.
 
 A config that somebody writes names the modules it wants. A policy that somebody downloads does not: its kinds are text
 until its user names the module, so that loading it runs no code but ours (`modules` below).
@@ -7,7 +9,7 @@ until its user names the module, so that loading it runs no code but ours (`modu
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -67,10 +69,19 @@ def find_class(kind: str, where: str, modules: Modules = None) -> type:
     Raises:
       PartError: the module is not among them, cannot be imported or has no such class.
     """
+    return _find(kind, f"{where}: kind {kind!r}", "class", inspect.isclass, modules)
+
+
+def find_function(name: str, where: str) -> Callable[..., Any]:
+    """The function "module:function" that a config of the caller's own names; as `find_class`."""
+    return _find(name, f"{where}: {name!r}", "function", callable, None)
+
+
+def _find(kind: str, what: str, sort: str, is_wanted: Callable[[Any], bool], modules: Modules) -> Any:
     module_name, _, name = kind.partition(":")
-    what = f"{where}: kind {kind!r}"
     if not all(part.isidentifier() for part in module_name.split(".")) or not name.isidentifier():
-        raise PartError(f"{what} is not 'module:Class', e.g. 'my_parts:ForceTokenizer'")
+        example = "my_parts:ForceTokenizer" if sort == "class" else "my_parts:make"
+        raise PartError(f"{what} is not 'module:{sort.replace('class', 'Class')}', e.g. {example!r}")
     if not is_named(kind, modules):
         raise PartError(f"{what}: {unnamed(module_name)}")
     try:
@@ -78,9 +89,11 @@ def find_class(kind: str, where: str, modules: Modules = None) -> type:
     except Exception as error:  # whatever a user's module raises
         raise PartError(f"{what}: {_why_not(module_name, error)}") from error
     found = getattr(module, name, None)
-    if not inspect.isclass(found):
-        own = [key for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module_name]
-        raise PartError(f"{what}: module {module_name!r} ({_file(module)}) has no class {name!r}; it has {sorted(own)}")
+    if not is_wanted(found):
+        own = [key for key, value in vars(module).items() if is_wanted(value) and _home(value) == module_name]
+        raise PartError(
+            f"{what}: module {module_name!r} ({_file(module)}) has no {sort} {name!r}; it has {sorted(own)}"
+        )
     if module is not _FOUND.get(module_name, (None,))[0]:  # read when it is first used: it may change later
         try:
             _FOUND[module_name] = (module, source_hash(module))
@@ -90,6 +103,10 @@ def find_class(kind: str, where: str, modules: Modules = None) -> type:
                 "made of; put them in a .py file"
             ) from error
     return found
+
+
+def _home(value: Any) -> str | None:
+    return getattr(value, "__module__", None)
 
 
 def make(cls: type, entry: Mapping[str, Any], where: str, **shared: Any) -> Any:

@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -12,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What a masked logit is replaced by: finite, so that a query without any key gives the uniform distribution, not NaN.
-MASKED = float(np.finfo(np.float32).min)
+from octo_like.model.special import MASKED, cpu_attention, drop_empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +144,7 @@ def attend(
         k_bkhd,
         v_bkhd,
         dense,
-        cpu=lambda *args: _cpu(uniform_when_masked, *args),
+        cpu=lambda *args: cpu_attention(uniform_when_masked, *args),
         default=lambda *args: _plain(*args, uniform_when_masked),
     )
 
@@ -189,56 +187,6 @@ def _plain(q, k, v, mask, uniform, weights_fn=None):
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
-# -- CPU ---------------------------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cpu(uniform, q, k, v, mask):
-    """One head of one sample at a time: its logits stay in a core's cache (twice as fast as all heads at once). With a
-    gradient, which needs the weights of all heads, all at once but heads first, and normalised at the end."""
-
-    def head(mask_qk, inputs):
-        q, k, v = inputs
-        logits = jnp.where(mask_qk, (q @ k.T).astype(jnp.float32) * q.shape[-1] ** -0.5, MASKED)
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        return ((weights.astype(v.dtype) @ v).astype(jnp.float32) / weights.sum(-1)[:, None]).astype(v.dtype)
-
-    def sample(mask_qk, inputs):
-        return jax.lax.map(lambda one: head(mask_qk, one), inputs)
-
-    heads = tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    if mask.shape[0] == 1:
-        out = jax.lax.map(lambda one: sample(mask[0], one), heads)
-    else:
-        out = jax.lax.map(lambda one: sample(one[0], one[1]), (mask, heads))
-    return _drop_empty(out.transpose(0, 2, 1, 3), mask, uniform)
-
-
-def _cpu_forward(uniform, q, k, v, mask):
-    def attention(q, k, v):
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-        logits = jax.lax.dot_general(q, k, (((3,), (3,)), ((0, 1), (0, 1)))).astype(jnp.float32)
-        logits = jnp.where(mask[:, None], logits * q.shape[-1] ** -0.5, MASKED)
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        out = jax.lax.dot_general(weights.astype(v.dtype), v, (((3,), (2,)), ((0, 1), (0, 1))))
-        out = (out.astype(jnp.float32) / weights.sum(-1)[..., None]).astype(v.dtype)
-        return _drop_empty(out.transpose(0, 2, 1, 3), mask, uniform)
-
-    return jax.vjp(attention, q, k, v)
-
-
-def _cpu_backward(uniform, pullback, gradient):
-    return *pullback(gradient), None
-
-
-_cpu.defvjp(_cpu_forward, _cpu_backward)
-
-
-def _drop_empty(out_bqhd, mask, uniform):
-    """Zero for queries without any valid key."""
-    return out_bqhd if uniform else jnp.where(mask.any(-1)[..., None, None], out_bqhd, 0)
-
-
 # -- accelerators ------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +197,7 @@ def _cudnn(q, k, v, mask):
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         raise ValueError(f"attention 'cudnn' needs a head_dim that is a multiple of 8 up to 128, got {q.shape[-1]}")
     out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    return _drop_empty(out, mask, False)
+    return drop_empty(out, mask, False)
 
 
 SPLASH_BLOCK = 128

@@ -162,8 +162,8 @@ def ddim_sample(
     def step(x, inputs):
         t, s, z = inputs
         level, target = levels[t], levels[s]
-        asked = jnp.minimum(t, latest)
-        x0 = action_from_noise(schedule, x, denoise(x, asked), asked)
+        at = jnp.minimum(t, latest)
+        x0 = action_from_noise(schedule, x, denoise(x, at), at)
         if clip == "x0":
             x0 = jnp.clip(x0, -max_action, max_action)
         eps = noise_from_action(schedule, x, x0, t)

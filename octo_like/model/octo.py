@@ -16,6 +16,7 @@ from octo_like.model.discrete import DiscreteHead
 from octo_like.model.generative import DiffusionHead, FlowHead
 from octo_like.model.heads import ActionHead, RegressionHead, action_mask, head_batch
 from octo_like.model.points import PointsHead
+from octo_like.model.special import run_once_options
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
@@ -73,9 +74,9 @@ class OctoModel(nn.Module):
         terms = {}
         for i, (name, head) in enumerate(self.heads.items()):
             action, mask = head_batch(batch, name, head)
-            said = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
-            parts.check_terms(said, head, f"head {name!r}", counted=False)
-            terms[name] = {**said, "count": jnp.sum(mask, dtype=jnp.float32)}
+            sums = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
+            parts.check_terms(sums, head, f"head {name!r}", counted=False)
+            terms[name] = {**sums, "count": jnp.sum(mask, dtype=jnp.float32)}
         for name, part in self.auxiliaries.items():
             terms[name] = part.loss_terms(groups, batch)
             parts.check_terms(terms[name], part, f"auxiliary {name!r}", counted=True)
@@ -123,11 +124,6 @@ def init_params(model: OctoModel, spec: BatchSpec, rng: jax.Array, *, vocab_size
         return init(rng)
     # Compiled as a whole: one by one, the operations would each be compiled.
     return jax.jit(init, compiler_options=run_once_options())(rng)
-
-
-def run_once_options() -> dict[str, str]:
-    """Compiler options of a program that runs once: on CPU, optimising takes longer than running ever will."""
-    return {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
 
 
 def build_model(config: Mapping[str, Any], *, vocab_size: int = 0, modules: Modules = None) -> OctoModel:

@@ -4,13 +4,12 @@ Training randomness is keyed per sample: `dropout_keys` is an array of B keys (N
 sample is dropped alike whichever device or micro-batch it lands on.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from octo_like.model.attention import attend, is_recording
+from octo_like.model.special import traced_once
 
 LN_EPSILON = 1e-6
 
@@ -156,7 +155,7 @@ class Block(nn.Module):
         return x_bnd + h
 
 
-@functools.partial(jax.jit, static_argnames=("block", "remat", "rows"))
+@traced_once(static_argnames=("block", "remat", "rows"))
 def _shared_block(params, x_bnd, mask_bnn, dropout_keys, *, block: Block, remat: str, rows=None) -> jax.Array:
     """One block with its own parameters. Layers differ in nothing else, so that the program of the first is traced,
     differentiated and lowered, and the others call it."""
@@ -217,13 +216,13 @@ class Transformer(nn.Module):
         run = _block if is_recording() else _shared_block  # what a jitted function computes cannot be looked at
         for i in range(self.num_layers):
             name, keys = f"encoderblock_{i}", fold_in_all(dropout_keys, i)
-            asked = rows if i == self.num_layers - 1 else None
-            mask = mask_bnn if asked is None else mask_bnn.rows(*asked)
+            only = rows if i == self.num_layers - 1 else None
+            mask = mask_bnn if only is None else mask_bnn.rows(*only)
             if self.is_initializing():
-                x_bnd = block(name=name)(x_bnd, mask, keys, asked)
+                x_bnd = block(name=name)(x_bnd, mask, keys, only)
             else:
                 params = self.get_variable("params", name)
-                x_bnd = run(params, x_bnd, mask, keys, block=block(parent=None), remat=remat, rows=asked)
+                x_bnd = run(params, x_bnd, mask, keys, block=block(parent=None), remat=remat, rows=only)
         return nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name="encoder_norm")(x_bnd)
 
 

@@ -28,7 +28,7 @@ from octo_like.policy.policy import Policy
 from octo_like.policy.pretrained import LoadReport, PretrainedError, load_t5, merge_params, with_t5
 from octo_like.training.augment import Augmentation, augmentation_from_config
 from octo_like.training.checkpoint import FOLDER, Checkpointer
-from octo_like.training.optimizer import SCHEDULES
+from octo_like.training.optimizer import SCHEDULES, find_optimizer
 from octo_like.training.warm_start import load_params
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ def check_settings(config: Any) -> None:
     surgery.check_word(config.mode, tuple(surgery.MODES), "mode")
     surgery.check_word(config.conditioning, surgery.CONDITIONINGS, "conditioning")
     surgery.check_word(config.optimizer.schedule, SCHEDULES, "optimizer.schedule")
+    find_optimizer(config.optimizer.name, to_dict(config.optimizer.arguments))
     surgery.check_word(config.checkpoint.export, ("ema", "raw"), "checkpoint.export")
     surgery.check_word(config.checkpoint.best_mode, ("min", "max"), "checkpoint.best_mode")
     if config.mode == "lora":

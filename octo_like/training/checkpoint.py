@@ -15,7 +15,7 @@ read back for hashing; the checksums of the arrays hold for them as well. When t
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,6 +48,7 @@ from octo_like.training.leaves import (
     leaf_entry,
     named_leaves,
 )
+from octo_like.training.ranking import BestSteps
 from octo_like.training.storage import CheckpointDamaged, CheckpointError, CheckpointUnreadable
 
 FOLDER = "checkpoints"
@@ -102,25 +103,25 @@ class Checkpointer:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         if best_mode not in ("min", "max"):
             raise ValueError(f"unknown best_mode {best_mode!r}; valid: 'min', 'max'")
-        self._best_sign = 1.0 if best_mode == "min" else -1.0
-        self._metrics: dict[int, float | None] = {}
         self._metadata = metadata or {}
         self._only_step: int | None = None
         self._manager: ocp.CheckpointManager | None = None
         self._saving: dict[str, Any] = {}
         if read_only:
             self.directory, self._only_step = find_checkpoints(workdir)
+            self._best = BestSteps(self.directory, best_mode, keep_best)
             return
         root = _absolute(workdir)
         if root.exists() and not root.is_dir():
             raise CheckpointError(f"workdir {root} is a file, expected a directory")
         self.directory = root / FOLDER
+        self._best = BestSteps(self.directory, best_mode, keep_best)
         _commit_complete(self.directory)
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         if keep_best:
-            policies.append(_KeepBest(self, keep_best))
+            policies.append(self._best)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -153,22 +154,7 @@ class Checkpointer:
           besides: a step that counts as well although it is still being written.
         """
         steps = {*self.all_steps(), *([] if besides is None else [besides])}
-        return next(iter(self._ranked(sorted(steps))), None)
-
-    def _ranked(self, steps: Iterable[int]) -> list[int]:
-        """Those of `steps` that have a metric, the best first. Manifests are read once: they never change.
-
-        Raises:
-          CheckpointUnreadable: the storage does not answer.
-        """
-        for step in steps:
-            if step not in self._metrics:
-                try:
-                    self._metrics[step] = read_manifest(self.directory / str(step)).metric
-                except CheckpointDamaged:
-                    self._metrics[step] = None
-        measured = [step for step in steps if self._metrics[step] is not None]
-        return sorted(measured, key=lambda step: (self._best_sign * self._metrics[step], -step))
+        return next(iter(self._best.ranked(sorted(steps))), None)
 
     # ------------------------------------------------------------------------------------------------------------- save
 
@@ -204,7 +190,7 @@ class Checkpointer:
             described = {name: leaf_entry(leaf, tree[name], sums[name]) for name, leaf in leaves.items()}
             metric = None if metric is None or not math.isfinite(metric) else float(metric)
             self._saving = {"step": step, "leaves": described, "extra": extra, "metadata": metadata, "metric": metric}
-            self._metrics[step] = metric
+            self._best.note(step, metric)
             self._manager.save(step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(tree)}), force=True)
         return True
 
@@ -387,22 +373,6 @@ class Checkpointer:
         except CheckpointDamaged as error:
             return [str(error)]
         return []
-
-
-class _KeepBest:
-    """Orbax's preservation policy for the `count` steps with the best metric."""
-
-    def __init__(self, checkpointer: Checkpointer, count: int):
-        self._checkpointer, self._count = checkpointer, count
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = [info.step for info in checkpoints]
-        try:
-            kept = set(self._checkpointer._ranked(steps)[: self._count])
-        except CheckpointUnreadable as error:
-            log.warning("no old checkpoint is deleted this time, since the best are not known: %s", error)
-            kept = set(steps)
-        return [step in kept for step in steps]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

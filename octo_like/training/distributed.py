@@ -8,12 +8,16 @@ import os
 import pathlib
 import signal
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed as jax_distributed  # its client has no public name
 from jax.experimental import multihost_utils
+
+from octo_like.common import parts
+from octo_like.common.normalization import to_json
 
 log = logging.getLogger(__name__)
 
@@ -247,3 +251,20 @@ def fingerprint_across_hosts(value: Any, what: str = "config") -> str:
             f"(this is process {jax.process_index()}, {mine[:12]}). All hosts need the same code, command and files."
         )
     return mine
+
+
+def check_hosts(order_spec: Mapping[str, Any], statistics: Mapping[str, Any]) -> None:
+    """Compares data, order and statistics of all processes.
+
+    Hosts that index other files, or derive other blocks, would make batches that do not belong together; with other
+    statistics (of a tf.data source that shuffles without a seed) the same action would mean something else on each.
+
+    Raises:
+      RuntimeError: they differ; names what, and the processes that differ from process 0.
+    """
+    fingerprint_across_hosts(json.loads(json.dumps(order_spec)), "the data or its order")
+    approximate = order_spec.get("approximate", ())
+    fingerprint_across_hosts(parts.used(), "the source of parts of your own")
+    for name, of_dataset in sorted(to_json(statistics).items()):
+        hint = " (a source must begin with the same trajectories on all hosts: give what it shuffles a seed)"
+        fingerprint_across_hosts(of_dataset, f"the statistics of {name!r}{hint if name in approximate else ''}")

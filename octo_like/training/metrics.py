@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics on disk, TensorBoard, W&B, a progress bar; what its devices can do."""
+"""Metrics of a run: written to disk, TensorBoard and W&B while it runs, and read again."""
 
 import contextlib
 import io
@@ -7,33 +7,17 @@ import logging
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
 import numpy as np
-import tqdm
 from PIL import Image
 
 METRICS_FILE = "metrics.jsonl"
 MEDIA_FOLDER = "media"
 WANDB_ID_FILE = "wandb_id.txt"
-
-# Dense bfloat16 FLOP/s of one device, by a part of its `device_kind`; from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 1153.5e12,  # a chip is two devices
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
 
 log = logging.getLogger(__name__)
 
@@ -293,142 +277,3 @@ def _start_wandb(workdir: pathlib.Path, config: Mapping[str, Any] | None, argume
     return wandb.init(
         **{"id": run_id, "resume": "allow", "dir": str(workdir), "config": dict(config or {}), **arguments}
     )
-
-
-class Progress:
-    """Progress with rate and ETA: a bar on a terminal, elsewhere one line at most every `interval` seconds.
-
-    Args:
-      total: number of steps of the whole run.
-      initial: steps done before this process started.
-      samples_per_step: global batch size.
-      enabled: default: only on process 0.
-      stream: where to write; default stderr.
-      interval: seconds between lines when `stream` is no terminal.
-      clock: seconds that only grow.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        *,
-        initial: int = 0,
-        samples_per_step: int = 1,
-        label: str = "step",
-        enabled: bool | None = None,
-        stream: TextIO | None = None,
-        interval: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._total, self._samples, self._label = total, samples_per_step, label
-        self._enabled = jax.process_index() == 0 if enabled is None else enabled
-        self._stream = stream or sys.stderr
-        self._interval, self._clock = interval, clock
-        self._begun: tuple[float, int] | None = None
-        self._last: tuple[float, int] | None = None
-        self._step, self._metrics = initial, {}
-        self._bar = None
-        if self._enabled and self._stream.isatty():
-            self._bar = tqdm.tqdm(
-                total=total, initial=initial, file=self._stream, dynamic_ncols=True, unit=label, smoothing=0.1
-            )
-
-    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Reports that `step` steps are done. `metrics`: a few numbers to show beside it; the last ones given stay."""
-        now = self._clock()
-        done, self._step = step - self._step, step
-        if metrics is not None:
-            self._metrics = dict(metrics)
-        if self._begun is None:
-            # The first step compiles: it would spoil the rate.
-            self._begun = self._last = (now, step)
-        if not self._enabled:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._tail(now), refresh=False)
-            self._bar.update(done)
-        elif now - self._last[0] >= self._interval or step >= self._total or self._begun == (now, step):
-            self._print(now)
-            self._last = (now, step)
-
-    def samples_per_second(self) -> float | None:
-        """Mean rate since the first step of this process, or None before the second."""
-        if self._begun is None or self._step <= self._begun[1]:
-            return None
-        seconds = self._clock() - self._begun[0]
-        return (self._step - self._begun[1]) * self._samples / seconds if seconds > 0 else None
-
-    def _tail(self, now: float) -> str:
-        parts = []
-        if (rate := self.samples_per_second()) is not None:
-            parts.append(f"{rate:.4g} samples/s")
-        parts += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
-        return "  ".join(parts)
-
-    def _print(self, now: float) -> None:
-        percent = 100 * self._step / max(self._total, 1)
-        line = f"{self._label} {self._step}/{self._total} ({percent:.0f}%)"
-        if (rate := self.samples_per_second()) is not None:
-            left = (self._total - self._step) * self._samples / rate
-            line += f"  ETA {format_seconds(left)}"
-        tail = self._tail(now)
-        print(line + (f"  {tail}" if tail else ""), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Leaves the bar as it is and ends its line."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.close()
-
-
-def format_seconds(seconds: float) -> str:
-    """75 -> "1:15", 3700 -> "1:01:40", 200000 -> "2d 7:33:20"."""
-    whole = max(round(seconds), 0)
-    days, rest = divmod(whole, 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, secs = divmod(rest, 60)
-    text = f"{hours}:{minutes:02d}:{secs:02d}" if hours or days else f"{minutes}:{secs:02d}"
-    return f"{days}d {text}" if days else text
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, or None when it is not in the table (a CPU, a new chip)."""
-    # "TPU v5 lite" before "TPU v5": the longest name that fits is the right one.
-    for part in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if part in device.device_kind:
-            return PEAK_FLOPS[part]
-    return None
-
-
-def mfu(flops_per_step: float, seconds_per_step: float, devices: Sequence[jax.Device] | None = None) -> float | None:
-    """Model FLOPs utilisation: useful FLOPs of a step / (seconds x peak FLOP/s of all devices); None without a peak.
-
-    Args:
-      flops_per_step: forward and backward FLOPs of the whole global batch, recomputation not counted.
-      seconds_per_step: wall time.
-      devices: default: all devices of the run.
-    """
-    peaks = [peak_flops(device) for device in (jax.devices() if devices is None else devices)]
-    if None in peaks or seconds_per_step <= 0:
-        return None
-    return flops_per_step / (seconds_per_step * sum(peaks))
-
-
-def memory_stats() -> dict[str, float]:
-    """Memory in GiB: of the fullest local device (where the backend tells), and of this process on the host."""
-    values = {}
-    stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s]
-    for name, key in (("in_use", "bytes_in_use"), ("peak", "peak_bytes_in_use"), ("limit", "bytes_limit")):
-        if found := [s[key] for s in stats if key in s]:
-            values[f"memory/device_{name}_gib"] = max(found) / 2**30
-    try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return values  # not Linux
-    return values | {"memory/host_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}

@@ -1,6 +1,7 @@
-"""Learning-rate schedules, AdamW with a decay mask, and which parameters are trained."""
+"""Learning-rate schedules, the optimizer with clipping and a decay mask, and which parameters are trained."""
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
+from octo_like.common.parts import PartError, check_options, find_function, is_own
 from octo_like.common.schema import flatten, unflatten
 
 SCHEDULES = ("constant", "rsqrt", "cosine")
@@ -57,41 +60,100 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
 
 
-def make_optimizer(
-    schedule: Schedule, *, weight_decay: float = 0.0, clip_norm: float | None = 1.0, b1: float = 0.9, b2: float = 0.999
-) -> optax.GradientTransformation:
-    """Clipping by the global norm of the trained gradients, then AdamW (Loshchilov & Hutter 2019) in float32.
+OPTIMIZERS = {
+    "adamw": optax.adamw,
+    "lion": optax.lion,
+    "muon": optax.contrib.muon,
+    "adafactor": optax.adafactor,
+    "sgd": optax.sgd,
+}
+# What is no option of theirs here: it has a key of its own in config.optimizer, or means the same for all of them.
+_RESERVED = {
+    "adamw": ("b2", "weight_decay", "mask"),
+    "lion": ("weight_decay", "mask"),
+    "muon": ("weight_decay", "weight_decay_mask", "adam_weight_decay", "muon_weight_dimension_numbers"),
+    "adafactor": ("weight_decay_rate", "weight_decay_mask"),
+    "sgd": (),
+}
 
-    For flat dicts of parameters by path. State and numbers are those of `optax.chain(clip_by_global_norm, adamw)`, but
-    after the norm every parameter is updated by itself, in a function that parameters of equal shape share: a
-    transformer has hundreds of parameters and a few dozen shapes, and tracing all of them took longer than the model.
+
+def find_optimizer(name: str, arguments: Mapping[str, Any]) -> Callable[..., optax.GradientTransformation]:
+    """The function that is called as function(schedule, **arguments) to make an optimizer.
+
+    Args:
+      name: a key of OPTIMIZERS, or "module:function" of the user's own.
+
+    Raises:
+      ValueError: an unknown name or argument (with the valid ones), or a function that cannot be imported or called so.
     """
+    if is_own(name):
+        function = find_function(name, "optimizer.name")
+        try:
+            inspect.signature(function).bind(None, **arguments)
+        except TypeError as error:
+            raise PartError(
+                f"optimizer.name: {name}{inspect.signature(function)} is called with the learning-rate schedule and "
+                f"optimizer.arguments ({', '.join(arguments) or 'none'}): {error}"
+            ) from error
+        return function
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer.name {name!r}; valid: {', '.join(OPTIMIZERS)}, or 'module:function'")
+    options = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"learning_rate", *_RESERVED[name]}
+    check_options(arguments, options, f"optimizer.arguments ({name})")
+    return OPTIMIZERS[name]
 
-    def adamw(mask):
-        return optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
 
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-    whole = optax.chain(clip, adamw(decay_mask))
+def make_optimizer(
+    schedule: Schedule,
+    *,
+    name: str = "adamw",
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+    b2: float = 0.999,
+    arguments: Mapping[str, Any] | None = None,
+) -> optax.GradientTransformation:
+    """Clipping by the global norm of the trained gradients, then an optimizer of Optax or of the user's own.
 
-    def update_one(decays, gradient, norm, state, param):
-        if clip_norm is not None:
-            gradient = jnp.where(norm < clip_norm, gradient, gradient / norm.astype(gradient.dtype) * clip_norm)
-        return adamw(lambda _: decays).update(gradient, state, param)
+    For flat dicts of parameters by path. Weight decay is decoupled (Loshchilov & Hutter 2019) for all of them: besides
+    the optimizer's update, learning rate times `weight_decay` of every kernel is taken away (`decay_mask`).
 
-    shared = {decays: jax.jit(functools.partial(update_one, decays)) for decays in (False, True)}
-    is_flat = lambda node: isinstance(node, Mapping)  # noqa: E731
+    Args:
+      name: see `find_optimizer`.
+      b2: of AdamW's second moment; the others take all of theirs from `arguments`.
+      arguments: what else the optimizer's function takes.
 
-    def update(gradients, state, params):
-        norm, decays, (empty, state) = global_norm(gradients), decay_mask(params), state
-        updates, states = {}, []
-        for path, gradient in gradients.items():
-            one = jax.tree.map(lambda node, path=path: node[path] if is_flat(node) else node, state, is_leaf=is_flat)
-            updates[path], one = shared[decays[path]](gradient, norm, one, params[path])
-            states.append(one)
-        gather = lambda node, *ones: dict(zip(gradients, ones, strict=True)) if is_flat(node) else ones[0]  # noqa: E731
-        return updates, (empty, jax.tree.map(gather, state, *states, is_leaf=is_flat))
+    Raises:
+      ValueError: see `find_optimizer`; also a function of the user's that returns something else.
+    """
+    arguments = dict(arguments or {})
+    make = find_optimizer(name, arguments)
+    if name == "adamw":
+        tx = make(schedule, b2=b2, weight_decay=weight_decay, mask=decay_mask, **arguments)
+    else:
+        if name == "lion":
+            arguments["weight_decay"] = 0.0  # its default is another
+        if name == "muon":
+            arguments["muon_weight_dimension_numbers"] = _matrices
+        tx = make(schedule, **arguments)
+        if not isinstance(tx, optax.GradientTransformation):
+            raise PartError(f"optimizer.name: {name} returned {tx!r}, expected an optax.GradientTransformation")
+        if weight_decay:
+            tx = optax.chain(tx, optax.add_decayed_weights(lambda step: -weight_decay * schedule(step), decay_mask))
+    return optax.chain(optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm), tx)
 
-    return optax.GradientTransformation(whole.init, update)
+
+def _matrices(params: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The kernels that Muon orthogonalises, as matrices from inputs to outputs; everything else is for its AdamW."""
+
+    def matrix(path, leaf):
+        *_, layer, last = ("", *path.split("/"))
+        if last != "kernel" or isinstance(leaf, optax.MaskedNode) or leaf.ndim < 2:
+            return None
+        inputs = 1 if layer in ("query", "key", "value") else leaf.ndim - 1  # these have heads x features as outputs
+        axes = range(leaf.ndim)
+        return optax.contrib.MuonDimensionNumbers(tuple(axes[:inputs]), tuple(axes[inputs:]))
+
+    return {path: matrix(path, leaf) for path, leaf in params.items()}
 
 
 @jax.jit

@@ -99,6 +99,15 @@ class Probed:
     gradients: Mapping[str, Mapping[str, float]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """At most so many frames of each dataset for gradients and for attention; attention maps that are kept."""
+
+    gradients: int = 512
+    attention: int = 64
+    maps: int = 4
+
+
 def probe_policy(
     policy: Any,
     frames: Frames,
@@ -107,9 +116,7 @@ def probe_policy(
     task: str | None = None,
     folds: int = 5,
     seed: int = 0,
-    gradient_frames: int = 512,
-    attention_frames: int = 64,
-    maps: int = 4,
+    limits: Limits = Limits(),
 ) -> Probed:
     """Measures everything.
 
@@ -118,8 +125,7 @@ def probe_policy(
       task: how the policy is told what to do, one of `frames.ways(policy)`; None: the first of them.
       folds: of the probes' episodes.
       seed: of the folds, of the sampled actions and of the loss.
-      gradient_frames, attention_frames: at most so many frames of each dataset.
-      maps: frames whose attention over the image is kept.
+      limits: how many frames are looked at.
 
     Raises:
       ValueError: a group or a way to give tasks that the policy does not have.
@@ -137,8 +143,8 @@ def probe_policy(
         readable=probe_points(frames, group_features(policy, frames, groups, task), folds=folds, seed=seed),
         errors=action_errors(policy, frames, task, seed=seed) if frames.action is not None else [],
         names={name: frames.names(policy, name, width) for name, width in widths.items()},
-        attention=attention_shares(policy, frames, task, report, limit=attention_frames, maps=maps),
-        gradients=gradient_norms(policy, frames, task, limit=gradient_frames, seed=seed)
+        attention=attention_shares(policy, frames, task, report, limit=limits.attention, maps=limits.maps),
+        gradients=gradient_norms(policy, frames, task, limit=limits.gradients, seed=seed)
         if frames.action is not None
         else {},
     )

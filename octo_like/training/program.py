@@ -9,7 +9,6 @@ proven or measured is what runs.
 
 import dataclasses
 import functools
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,12 @@ from octo_like.common.config import ConfigError, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
-from octo_like.model.octo import OctoModel, build_model, init_params, run_once_options
+from octo_like.model.octo import OctoModel, build_model, init_params
+from octo_like.model.special import run_once_options
 from octo_like.policy.pretrained import load_t5, with_t5
 from octo_like.training import sharding
 from octo_like.training.augment import augmentation_from_config
-from octo_like.training.optimizer import Schedule, frozen_paths, make_optimizer, make_schedule
+from octo_like.training.optimizer import Schedule, find_optimizer, frozen_paths, make_optimizer, make_schedule
 from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_train_step
 
@@ -85,7 +85,11 @@ def own_parts(config: Any) -> dict[str, str]:
         build_model(tree["model"], vocab_size=1)
     for slot, fields in tree["augmentation"].items():
         augmentation_from_config(slot, fields)
-    return parts.hashes_of(parts.modules_in(tree))
+    name, modules = tree["optimizer"]["name"], list(parts.modules_in(tree))
+    find_optimizer(name, tree["optimizer"]["arguments"])
+    if parts.is_own(name):
+        modules.append(name.partition(":")[0])
+    return parts.hashes_of(modules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +116,7 @@ class Program:
 
     def place(self, source: Any) -> TrainState:
         """The initial state, made on the devices where it will live."""
-        state = jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
-        # What exists by now stays: the garbage collector need not go through it again while the step is traced.
-        gc.collect()
-        gc.freeze()
-        return state
+        return jax.jit(self.create, out_shardings=self.shardings, compiler_options=run_once_options())(source)
 
 
 def build_program(
@@ -142,7 +142,7 @@ def build_program(
     create = functools.partial(_create, init_params=init_params, tx=tx, frozen=frozen)
     shapes = jax.eval_shape(create, init_from)
     shardings = sharding.infer_sharding(
-        shapes, mesh, min_size=config.mesh.min_size, overrides=tuple(config.mesh.overrides)
+        shapes, mesh, min_size=config.mesh.min_size, overrides=tuple(config.mesh.overrides), params=shapes.trained
     )
 
     def gather(trained, rest):
@@ -160,7 +160,11 @@ def _create(source, *, init_params, tx, frozen):
 
 
 def optimizer_from_config(config: Any) -> tuple[Schedule, optax.GradientTransformation]:
-    """Learning-rate schedule and optimizer."""
+    """Learning-rate schedule and optimizer.
+
+    Raises:
+      ValueError: a schedule or an optimizer that does not exist, or that cannot be made of what the config gives.
+    """
     opt = config.optimizer
     schedule = make_schedule(
         opt.schedule,
@@ -170,7 +174,14 @@ def optimizer_from_config(config: Any) -> tuple[Schedule, optax.GradientTransfor
         decay_steps=opt.decay_steps or config.num_steps,
         end=opt.end,
     )
-    return schedule, make_optimizer(schedule, weight_decay=opt.weight_decay, clip_norm=opt.clip_norm, b2=opt.b2)
+    return schedule, make_optimizer(
+        schedule,
+        name=opt.name,
+        weight_decay=opt.weight_decay,
+        clip_norm=opt.clip_norm,
+        b2=opt.b2,
+        arguments=to_dict(opt.arguments),
+    )
 
 
 def jit_train_step(train_step: Callable, shardings: Any, mesh: jax.sharding.Mesh):

@@ -82,7 +82,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def infer_sharding(
-    tree: Any, mesh: Mesh, *, min_size: int = 2**18, overrides: Sequence[tuple[str, Sequence[str | None]]] = ()
+    tree: Any,
+    mesh: Mesh,
+    *,
+    min_size: int = 2**18,
+    overrides: Sequence[tuple[str, Sequence[str | None]]] = (),
+    params: Mapping[str, Any] | None = None,
 ) -> Any:
     """Shardings for a pytree of arrays or ShapeDtypeStructs.
 
@@ -93,16 +98,19 @@ def infer_sharding(
       min_size: arrays with fewer entries are replicated.
       overrides: (regex searched in a path, mesh axis or None of each dimension), the first that matches wins, e.g.
         (("embedding$", ("fsdp", None)), ("readout", ())). Scalars are never split.
+      params: parameters by path. Overrides speak of arrays of their shapes: what an optimizer keeps in another one (the
+        factors of Adafactor's moments) is placed by inference.
 
     Raises:
       ValueError: an override matches nothing, names an unknown axis, or does not fit the shape of what it matches.
     """
     fsdp = mesh.shape["fsdp"]
-    unused = {pattern for pattern, _ in overrides}
+    unused, params = {pattern for pattern, _ in overrides}, params or {}
 
     def place(path, leaf):
         name, shape = "/".join(_key(entry) for entry in path), leaf.shape
-        for pattern, axes in overrides:
+        factor = path and getattr(params.get(_key(path[-1])), "shape", shape) != shape
+        for pattern, axes in () if factor else overrides:
             if shape and re.search(pattern, name):
                 unused.discard(pattern)
                 _check_override(pattern, axes, name, shape, mesh)

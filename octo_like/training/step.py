@@ -77,27 +77,11 @@ def make_train_step(
         counts = model.counts(batch)
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
-        if config.accumulate == 1:
+        def part(batch, keys_b):
             (loss, (terms, by_sample)), grads = gradient(state.trained, state.frozen, batch, keys_b, counts)
-        else:
-            # Interleaved rows, so that every micro-batch is spread over the devices as the whole batch is.
-            split = lambda x: jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0)  # noqa: E731
-            micro = jax.tree.map(split, (batch, keys_b))
+            return (loss, terms, grads), by_sample
 
-            def part(batch, keys_b):
-                (loss, (terms, by_sample)), grads = gradient(state.trained, state.frozen, batch, keys_b, counts)
-                return (loss, terms, grads), by_sample
-
-            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, *one)[0])
-
-            def add(total, rows):
-                sums, by_sample = part(*rows)
-                return jax.tree.map(jnp.add, total, sums), by_sample
-
-            (loss, terms, grads), by_sample = jax.lax.scan(add, zeros, micro)
-            by_sample = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), by_sample)  # the batch's order again
-
+        (loss, terms, grads), by_sample = _accumulated(part, batch, keys_b, config.accumulate)
         grad_norm = global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         update_norm = global_norm(updates)
@@ -131,6 +115,24 @@ def make_train_step(
         return state, metrics | norms | norms_by_part("param_norm", state.trained) | mean_terms(terms, counts)
 
     return train_step
+
+
+def _accumulated(part: Callable[[Any, jax.Array], tuple[Any, Any]], batch: Any, keys_b: jax.Array, number: int) -> Any:
+    """(sums, by_sample) of `part` on the batch, in a `number` of micro-batches one after the other."""
+    if number == 1:
+        return part(batch, keys_b)
+    # Interleaved rows, so that every micro-batch is spread over the devices as the whole batch is.
+    split = lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0)  # noqa: E731
+    micro = jax.tree.map(split, (batch, keys_b))
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, *one)[0])
+
+    def add(total, rows):
+        sums, by_sample = part(*rows)
+        return jax.tree.map(jnp.add, total, sums), by_sample
+
+    sums, by_sample = jax.lax.scan(add, zeros, micro)
+    return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), by_sample)  # the batch's order again
 
 
 # Jitted for the sake of tracing: arrays of equal shape share them.

@@ -44,8 +44,8 @@ def load_params(location: str | os.PathLike) -> tuple[dict[str, Any], str]:
 
 
 def _frozen(reader: Checkpointer, step: int) -> Mapping[str, Any]:
-    held = any(name.startswith("frozen/") for name in reader.read(step).leaves)
-    return reader.load_arrays(step, "frozen/") if held else {}
+    has_any = any(name.startswith("frozen/") for name in reader.read(step).leaves)
+    return reader.load_arrays(step, "frozen/") if has_any else {}
 
 
 def warm_start(

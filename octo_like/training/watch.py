@@ -188,7 +188,7 @@ class Watchdog:
         self._seconds, self._patience, self._exit = seconds or 0, patience, exit
         self._limits = {**(limits or {}), "steps": self._seconds * patience}  # until the first step has finished
         self._leave = leave or (lambda status, reason: os._exit(status))
-        self._phase, self._step, self._said = "steps", None, False
+        self._phase, self._step, self._reported = "steps", None, False
         self._limit, self._mark = self._limits["steps"], time.monotonic()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -208,14 +208,14 @@ class Watchdog:
     def enter(self, phase: str) -> float:
         """From now on the limit of this phase holds; returns its seconds, a day when it is not watched."""
         limit = self._limits[phase]  # a name that is not there is a mistake in the code
-        self._phase, self._step, self._limit, self._mark, self._said = phase, None, limit, time.monotonic(), False
+        self._phase, self._step, self._limit, self._mark, self._reported = phase, None, limit, time.monotonic(), False
         return limit or 86400.0
 
     def beat(self, step: int | None = None) -> None:
         """A step has finished."""
         if step is not None:
             self._step, self._limit = step, self._seconds
-        self._mark, self._said = time.monotonic(), False
+        self._mark, self._reported = time.monotonic(), False
 
     @contextlib.contextmanager
     def longer(self) -> Iterator[float]:
@@ -231,8 +231,8 @@ class Watchdog:
     def _run(self) -> None:
         interval = min([5.0, *(limit / 10 for limit in (self._seconds, *self._limits.values()) if limit)])
         while not self._over.wait(interval):
-            if self._limit and not self._said and time.monotonic() - self._mark > self._limit:
-                self._said = True
+            if self._limit and not self._reported and time.monotonic() - self._mark > self._limit:
+                self._reported = True
                 reason = self._reason()
                 try:
                     self.dump()

@@ -20,7 +20,7 @@ TRAIN = (
     AS_IN_A_BUCKET
     + """
 import os, signal, sys
-from octo_like.training import attempt, checkpoint, loop
+from octo_like.training import attempt, checkpoint, resume
 import train
 
 kill, write, moment = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL), checkpoint.write_manifest, sys.argv.pop(1)
@@ -31,7 +31,7 @@ elif moment == "before the mark":
 elif moment == "gone in between":
     attempt.has_checkpoint = lambda workdir: True
 elif moment == "unchecked":
-    loop.check_resume = lambda old, new: []
+    resume.check_resume = lambda old, new: []
 attempt.command(train.main)
 """
 )

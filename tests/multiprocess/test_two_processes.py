@@ -13,7 +13,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from octo_like.training import checkpoint, distributed, exits, loop, metrics
+from octo_like.training import checkpoint, distributed, exits, metrics
 
 port, process, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 assert distributed.initialize(
@@ -31,7 +31,7 @@ else:
     raise AssertionError("a difference between hosts was not noticed")
 statistics = {"mine": {"action": {"mean": np.full(2, process, np.float32)}}}
 try:
-    loop.check_hosts({"approximate": ["mine"]}, statistics)
+    distributed.check_hosts({"approximate": ["mine"]}, statistics)
 except RuntimeError as error:
     assert "the statistics of 'mine' (a source must" in str(error) and "processes [1]" in str(error), error
 else:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from octo_like.training import distributed
-from octo_like.training.loop import check_hosts
+from octo_like.training.distributed import check_hosts
 
 
 def test_flags_fit_initialize():

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octo_like.training import metrics
+from octo_like.training import hardware, metrics
 from octo_like.training.clock import Clock
+from octo_like.training.progress import Progress, format_seconds
 
 
 class FakeTime:
@@ -242,7 +243,7 @@ class TestReading:
 class TestProgress:
     def test_lines_are_rare_and_tell_rate_and_eta(self):
         time, stream = FakeTime(), io.StringIO()
-        with metrics.Progress(1000, initial=100, samples_per_step=32, stream=stream, clock=time) as progress:
+        with Progress(1000, initial=100, samples_per_step=32, stream=stream, clock=time) as progress:
             for step in range(101, 201):
                 progress.update(step, {"loss": 1 / step} if step % 10 == 0 else None)
                 time.now += 0.5
@@ -254,14 +255,14 @@ class TestProgress:
 
     def test_the_last_step_is_always_told(self):
         time, stream = FakeTime(), io.StringIO()
-        progress = metrics.Progress(3, stream=stream, clock=time)
+        progress = Progress(3, stream=stream, clock=time)
         for step in (1, 2, 3):
             progress.update(step)
         assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/3", "3/3"]
 
     def test_a_terminal_gets_a_bar(self):
         time, stream = FakeTime(), Terminal()
-        with metrics.Progress(10, samples_per_step=4, stream=stream, clock=time) as progress:
+        with Progress(10, samples_per_step=4, stream=stream, clock=time) as progress:
             for step in range(1, 11):
                 time.now += 1
                 progress.update(step, {"loss": 0.5})
@@ -270,7 +271,7 @@ class TestProgress:
 
     def test_silent_when_disabled(self):
         stream = io.StringIO()
-        progress = metrics.Progress(2, stream=stream, enabled=False)
+        progress = Progress(2, stream=stream, enabled=False)
         progress.update(1)
         progress.update(2)
         assert stream.getvalue() == ""
@@ -280,7 +281,7 @@ class TestProgress:
         [(0, "0:00"), (75, "1:15"), (3700, "1:01:40"), (200_000, "2d 7:33:20"), (86_400, "1d 0:00:00")],
     )
     def test_format_seconds(self, seconds, text):
-        assert metrics.format_seconds(seconds) == text
+        assert format_seconds(seconds) == text
 
 
 class TestClock:
@@ -348,12 +349,12 @@ def test_mfu():
     def device(kind):
         return types.SimpleNamespace(device_kind=kind)
 
-    assert metrics.peak_flops(device("TPU v5 lite")) == 197e12
-    assert metrics.peak_flops(device("TPU v5")) == 459e12
-    assert metrics.peak_flops(device("NVIDIA H100 80GB HBM3")) == 989e12
-    assert metrics.peak_flops(device("cpu")) is None
-    assert metrics.mfu(275e12, 2.0, [device("TPU v4")] * 2) == pytest.approx(0.25)
-    assert metrics.mfu(1e12, 1.0, [device("cpu")]) is None
+    assert hardware.peak_flops(device("TPU v5 lite")) == 197e12
+    assert hardware.peak_flops(device("TPU v5")) == 459e12
+    assert hardware.peak_flops(device("NVIDIA H100 80GB HBM3")) == 989e12
+    assert hardware.peak_flops(device("cpu")) is None
+    assert hardware.mfu(275e12, 2.0, [device("TPU v4")] * 2) == pytest.approx(0.25)
+    assert hardware.mfu(1e12, 1.0, [device("cpu")]) is None
 
 
 def test_importing_metrics_imports_no_tensorboard_and_no_wandb(repository):

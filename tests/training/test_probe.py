@@ -387,7 +387,7 @@ def test_key_points_goals_and_history(tmp_path):
     observation, tasks = frames.inputs(policy, "mine", np.array([0, 5]), "goal")
     np.testing.assert_array_equal(observation["timestep_pad_mask"], [[False, True], [True, True]])
     np.testing.assert_array_equal(observation["pad_mask_dict"]["touch"], [[False, False], [True, False]])
-    probed = probe.probe_policy(policy, frames, gradient_frames=16, attention_frames=4, folds=3)
+    probed = probe.probe_policy(policy, frames, folds=3, limits=probe.Limits(gradients=16, attention=4))
     assert probed.attention.maps == {} and probed.attention.groups[0] == "obs_primary (earlier)"
     np.testing.assert_allclose(probed.attention.share["mine"].sum(1), 1, rtol=1e-5)
     assert {one.scope for one in probed.readable} == {"mine", "phase lift"}
@@ -403,7 +403,7 @@ def test_frames_without_actions_or_statistics(policy, arrays):
     bare = Policy(policy.config, policy.params, {}, TextTokenizer.load("builtin"))
     only = {key: arrays[key] for key in ("image_primary", "instruction", "episode", "point_target")}
     frames = frames_from_arrays(only, bare, "here")
-    probed = probe.probe_policy(bare, frames, attention_frames=2, maps=0)
+    probed = probe.probe_policy(bare, frames, limits=probe.Limits(attention=2, maps=0))
     assert probed.errors == [] and probed.gradients == {} and frames.datasets == ["frames"]
     assert [one.scope for one in probed.readable] == ["frames", "frames"]
     assert "attends to" in summary(probed)

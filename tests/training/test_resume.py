@@ -4,8 +4,9 @@ import pytest
 
 from octo_like.common.config import ConfigError, ConfigMismatch, check_resume
 from octo_like.training import provenance
-from octo_like.training.loop import Ranking, comparable
 from octo_like.training.program import optimizer_from_config
+from octo_like.training.ranking import Ranking
+from octo_like.training.resume import comparable
 from tests.training import tiny_config
 
 

@@ -1,0 +1,108 @@
+"""Which checkpoints are the best."""
+
+import dataclasses
+import fnmatch
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from octo_like.common.config import ConfigError
+from octo_like.training.integrity import read_manifest
+from octo_like.training.storage import CheckpointDamaged, CheckpointUnreadable
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Which checkpoints are the best: by the mean of the evaluation's metrics whose names match a pattern.
+
+    Attributes:
+      pattern: fnmatch, e.g. "val/*/*/loss".
+      enabled: whether best checkpoints are kept at all.
+    """
+
+    pattern: str
+    enabled: bool
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Ranking":
+        """Raises ConfigError for settings under which no step would ever have a metric."""
+        options, every = config.checkpoint, config.eval.every
+        if options.export not in ("ema", "raw"):
+            raise ConfigError(f"checkpoint.export is {options.export!r}; valid: 'ema', 'raw'")
+        if options.keep_best and every is None:
+            raise ConfigError("checkpoint.keep_best needs evaluations, but eval.every is None")
+        if options.keep_best and every and options.every and every % options.every and options.every % every:
+            raise ConfigError(
+                f"checkpoint.keep_best: evaluation every {every} steps and checkpoints every {options.every} seldom "
+                "meet; make one a multiple of the other"
+            )
+        if config.early_stopping.patience is not None and not (options.keep_best and every):
+            raise ConfigError(
+                "early_stopping.patience counts evaluations and leaves the best policy behind: it needs eval.every of "
+                f"at least 1 (now {every}) and checkpoint.keep_best of at least 1 (now {options.keep_best})"
+            )
+        return cls(options.best_metric, bool(options.keep_best))
+
+    def metric(self, scores: Mapping[str, float] | None) -> float | None:
+        """The number a step is ranked by, or None without an evaluation.
+
+        Raises:
+          ConfigError: nothing that was measured matches the pattern.
+        """
+        if not self.enabled or scores is None:
+            return None
+        chosen = [value for name, value in scores.items() if fnmatch.fnmatchcase(name, self.pattern)]
+        if not chosen:
+            raise ConfigError(
+                f"checkpoint.best_metric {self.pattern!r} matches nothing of what was measured: "
+                f"{', '.join(sorted(scores))}"
+            )
+        return float(np.mean(chosen))
+
+
+class BestSteps:
+    """The saved steps by their metrics, and Orbax's policy to preserve the best of them.
+
+    Args:
+      folder: of the steps.
+      mode: "min" or "max": which metric is the best.
+      count: how many are preserved.
+    """
+
+    def __init__(self, folder: epath.Path, mode: str, count: int):
+        self._folder, self._sign, self._count = folder, 1.0 if mode == "min" else -1.0, count
+        self._metrics: dict[int, float | None] = {}
+
+    def note(self, step: int, metric: float | None) -> None:
+        """The metric of a step that is being written."""
+        self._metrics[step] = metric
+
+    def ranked(self, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` that have a metric, the best first. Manifests are read once: they never change.
+
+        Raises:
+          CheckpointUnreadable: the storage does not answer.
+        """
+        for step in steps:
+            if step not in self._metrics:
+                try:
+                    self._metrics[step] = read_manifest(self._folder / str(step)).metric
+                except CheckpointDamaged:
+                    self._metrics[step] = None
+        measured = [step for step in steps if self._metrics[step] is not None]
+        return sorted(measured, key=lambda step: (self._sign * self._metrics[step], -step))
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Called by Orbax."""
+        steps = [info.step for info in checkpoints]
+        try:
+            kept = set(self.ranked(steps)[: self._count])
+        except CheckpointUnreadable as error:
+            log.warning("no old checkpoint is deleted this time, since the best are not known: %s", error)
+            kept = set(steps)
+        return [step in kept for step in steps]

@@ -1,0 +1,58 @@
+"""Everything a run is made of, as train.py and finetune.py put it together for the loop."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from octo_like.common.schema import flatten
+from octo_like.model.octo import OctoModel
+from octo_like.policy.policy import Policy
+from octo_like.training.attempt import Attempt
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run is made of.
+
+    Attributes:
+      config: frozen run config.
+      workdir: where checkpoints, metrics and the export go.
+      mesh: device mesh.
+      model: the network.
+      init_params: makes the initial parameters from `init_from`; traced, so that they are made where they will live.
+      init_from: a random key, or loaded parameters.
+      inputs: `octo_like.data.inputs.Inputs`.
+      make_policy: parameters to Policy, for evaluation and export.
+      attempt: what holds for this process; entered.
+      loaded_from: where the parameters in `init_from` were loaded from; None: from nowhere, they are made.
+      frozen: paths of parameters that are not trained.
+      documents: texts to keep in the workdir, by file name.
+    """
+
+    config: Any
+    workdir: str
+    mesh: jax.sharding.Mesh
+    model: OctoModel
+    init_params: Callable[[Any], Any]
+    init_from: Any
+    inputs: Any
+    make_policy: Callable[[Any], Policy]
+    attempt: Attempt
+    loaded_from: str | None = None
+    frozen: frozenset[str] = frozenset()
+    documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def describe(run: Run) -> str:
+    """One paragraph about what is going to be trained, for the log."""
+    shapes = jax.eval_shape(run.init_params, run.init_from)
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(shapes)}
+    trained = sum(size for path, size in sizes.items() if path not in run.frozen)
+    counts = {name: stats["num_transitions"] for name, stats in run.inputs.statistics.items()}
+    return (
+        f"{run.mesh.size} device(s) {dict(run.mesh.shape)}, {trained:,} trained of {sum(sizes.values()):,} parameters, "
+        f"batch {run.config.batch_size}, {run.config.num_steps} steps; transitions {counts}"
+    )
