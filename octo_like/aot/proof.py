@@ -251,6 +251,7 @@ def _report(
         trained_parameters=trained,
     )
     if compiled is None:
+        assert error is not None, "what does not compile says why"
         arguments = _argument_bytes(inputs)
         needed = _needed_bytes(error)
         return Report(

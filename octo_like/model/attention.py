@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import flax.struct
@@ -57,7 +57,7 @@ def block_mask(layouts: Sequence[GroupLayout], *, legacy: bool = False) -> np.nd
     """
     rule = np.array([[may_attend(query, key) for key in layouts] for query in layouts])
     owner = np.repeat(np.arange(len(layouts)), [layout.size for layout in layouts])
-    section = np.array([layouts[i].timestep for i in owner])
+    section = np.array([layout.timestep for layout in layouts])[owner]
     if legacy:
         shifted = np.concatenate([owner[:1], owner[:-1]])
         owner = np.where(np.concatenate([[True], section[1:] != section[:-1]]), owner, shifted)
@@ -72,10 +72,10 @@ class StaticRule:
         self.allowed = np.asarray(allowed, bool)
         self._key = (self.allowed.shape, self.allowed.tobytes())
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, StaticRule) and self._key == other._key
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key)
 
 
@@ -95,7 +95,7 @@ class BlockMask:
 
     def dense(self) -> jax.Array:
         """(B, n, N) bool."""
-        return self.rule.allowed[None] & self.valid_bn[:, None, :]
+        return jnp.bitwise_and(self.rule.allowed[None], self.valid_bn[:, None, :])
 
     def rows(self, start: int, count: int) -> "BlockMask":
         """The same for `count` queries from `start` on."""
@@ -109,12 +109,13 @@ def attend(
     mask: "jax.Array | BlockMask | None",
     *,
     uniform_when_masked: bool = False,
-    weights_fn=None,
+    weights_fn: Callable[[jax.Array], jax.Array] | None = None,
     implementation: str = "xla",
 ) -> jax.Array:
     """Softmax attention in float32, scaled by 1/sqrt(d).
 
     Args:
+      q_bqhd, k_bkhd, v_bkhd: queries (B, q, h, d), keys and values (B, k, h, d); the result is (B, q, h, d).
       mask: (B or 1, q, k) True where a key may be attended, or the same as a BlockMask; None allows all.
       uniform_when_masked: a query without any valid key gives the mean of all values (as upstream), not zero.
       weights_fn: applied to the (B, h, q, k) weights, for dropout; only "xla" can.
@@ -147,7 +148,7 @@ def attend(
         v_bkhd,
         dense,
         cpu=lambda *args: _cpu(uniform_when_masked, *args),
-        default=lambda *args: _plain(*args, uniform_when_masked),
+        default=lambda q, k, v, mask: _plain(q, k, v, mask, uniform_when_masked),
     )
 
 
@@ -287,7 +288,7 @@ _split: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("how_ke
 
 
 @contextlib.contextmanager
-def kernels_split_by(split: Callable[[Callable], Callable] | None):
+def kernels_split_by(split: Callable[[Callable], Callable] | None) -> Iterator[None]:
     """While this is open, kernels that XLA did not write, and so cannot divide among devices, are traced as
     `split(kernel)`: it lets every device run the kernel on its own rows (the first dimension of all arguments and
     results). The model knows no mesh; its caller does."""

@@ -1,6 +1,7 @@
 """Denoising diffusion: schedule, forward process, network, and the DDPM and DDIM samplers."""
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -71,7 +72,7 @@ def ddpm_step(schedule: NoiseSchedule, x: jax.Array, eps: jax.Array, z: jax.Arra
 
 
 def ddpm_sample(
-    denoise,
+    denoise: Callable[[jax.Array, jax.Array], jax.Array],
     schedule: NoiseSchedule,
     initial_noise: jax.Array,
     step_noise: jax.Array,
@@ -122,7 +123,7 @@ def ddim_times(num_train_steps: int, num_steps: int) -> np.ndarray:
 
 
 def ddim_sample(
-    denoise,
+    denoise: Callable[[jax.Array, jax.Array], jax.Array],
     schedule: NoiseSchedule,
     initial_noise: jax.Array,
     step_noise: jax.Array | None = None,
@@ -188,12 +189,12 @@ def _check_clip(clip: str) -> None:
 
 
 class FourierFeatures(nn.Module):
-    """[cos 2 pi t w, sin 2 pi t w] with learned frequencies w (size/2, 1)."""
+    """[cos 2 pi t w, sin 2 pi t w] with learned frequencies w (size/2, 1): (..., 1) to (..., size)."""
 
     size: int
 
     @nn.compact
-    def __call__(self, t):
+    def __call__(self, t: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(0.2), (self.size // 2, t.shape[-1]))
         phase = 2 * jnp.pi * t.astype(jnp.float32) @ kernel.T
         return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
@@ -265,7 +266,9 @@ class ScoreNetwork(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, embedding, x, time, dropout_keys=None):
+    def __call__(
+        self, embedding: jax.Array, x: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
         """embedding (..., D), x (..., H*A), time (..., 1) to the predicted noise (..., H*A), float32."""
         c = FourierFeatures(self.time_dim, name="time_preprocess")(time)
         c = _CondEncoder(self.time_dim, self.dtype, name="cond_encoder")(c)

@@ -1,4 +1,4 @@
-"""Image encoders: (N, h, w, C) uint8 pixels to (N, h', w', F) features."""
+"""Image encoders (stems): normalised images (N, h, w, C) float32, and a condition (N, d) or None, to (N, h', w', F)."""
 
 import math
 from typing import Literal
@@ -38,15 +38,15 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int | str) -
     if kh == kw == stride and padding in (0, "same") and h % stride == 0 and w % stride == 0:
         patches = x.reshape(n, h // stride, stride, w // stride, stride, cin).transpose(0, 1, 3, 2, 4, 5)
         return patches.reshape(n, h // stride, w // stride, kh * kw * cin) @ kernel.reshape(-1, cout)
-    if padding == "same":
-        pad = (_same_padding(h, kh, stride), _same_padding(w, kw, stride))
+    if isinstance(padding, int):
+        pad = ((padding, padding), (padding, padding))
     else:
-        pad = ((padding, padding),) * 2
+        pad = (_same_padding(h, kh, stride), _same_padding(w, kw, stride))
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nn.Module):
-    """Convolution, optionally with a standardised kernel (Qiao et al. 2019, weight standardization)."""
+    """Convolution (N, h, w, C) to (N, h', w', features), optionally with a standardised kernel (Qiao et al. 2019)."""
 
     features: int
     kernel_size: int
@@ -57,7 +57,7 @@ class Conv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
@@ -80,7 +80,7 @@ class GroupNorm(nn.Module):
     zero_scale: bool = False  # begin at zero: a residual branch that is silent at first
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         n, h, w, channels = x.shape
         if channels % self.num_groups:
             raise ValueError(
@@ -109,10 +109,13 @@ class GroupNorm(nn.Module):
 
 
 class Film(nn.Module):
-    """Feature-wise linear modulation (Perez et al. 2018): x * (1 + a(c)) + b(c), zero at initialisation."""
+    """Feature-wise linear modulation (Perez et al. 2018) of x (N, h, w, F) by c (N, d): x * (1 + a(c)) + b(c), with a
+    and b zero at initialisation."""
 
     @nn.compact
-    def __call__(self, x, condition):
+    def __call__(self, x: jax.Array, condition: jax.Array | None) -> jax.Array:
+        if condition is None:
+            raise ValueError("FiLM needs a condition, and there is none: name it in the tokenizer's film_keys")
         zero = nn.initializers.zeros_init()
         a = nn.Dense(x.shape[-1], kernel_init=zero, name="Dense_0", dtype=x.dtype)(condition)
         b = nn.Dense(x.shape[-1], kernel_init=zero, name="Dense_1", dtype=x.dtype)(condition)
@@ -140,7 +143,7 @@ class SmallStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         n = len(self.features)
         kernels, strides, paddings = self.kernel_sizes or (3,) * n, self.strides or (2,) * n, self.padding or (1,) * n
         if not len(kernels) == len(strides) == len(paddings) == n or self.patch_size % math.prod(strides):
@@ -219,7 +222,7 @@ class ResNetStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         width = int(64 * self.width)
         x = Conv(width, 7, 2, "same", True, False, self.dtype, name="conv_root")(x)
         x = nn.max_pool(jax.nn.relu(GroupNorm(name="gn_root")(x)), (3, 3), (2, 2), "SAME")
@@ -243,7 +246,7 @@ class PatchStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         x = Conv(self.num_features, self.patch_size, self.patch_size, dtype=self.dtype, name="embedding")(x)
         return Film(name="FilmConditioning_0")(x, condition) if self.use_film else x
 
@@ -273,7 +276,7 @@ class ConvStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         for i, (kernel, stride, width) in enumerate(self.layers):
             padding = 0 if kernel == stride else kernel // 2
             if self.coordinates:
@@ -304,7 +307,7 @@ class KeypointStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         x = ConvStem(self.layers, self.use_film, False, self.num_groups, self.dtype, name="ConvStem_0")(x, condition)
         maps = Conv(self.num_keypoints, 1, 1, dtype=self.dtype, name="maps")(x).astype(jnp.float32)
         n, h, w, k = maps.shape

@@ -6,38 +6,52 @@ a function of the client's (seed, step). Any number of clients may be connected;
 
 import contextlib
 import functools
+import importlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 
-from octo_like.common.schema import synthetic_batch
+from octo_like.common.schema import BatchSpec, synthetic_batch
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
-from octo_like.robot.rollout import PolicyLike, sampling_keys
+from octo_like.robot.rollout import sampling_keys
 
 log = logging.getLogger(__name__)
 
 
-def import_websockets(side: str):
+def import_websockets(side: str) -> ModuleType:
     """The module `websockets.sync.<side>`, or an ImportError that says how to get it."""
     try:
-        if side == "server":
-            import websockets.sync.server as module
-        else:
-            import websockets.sync.client as module
+        return importlib.import_module(f"websockets.sync.{side}")
     except ImportError as error:
         raise ImportError("serving a policy needs the package websockets: pip install 'octo_like[serve]'") from error
-    return module
+
+
+class ServedPolicy(Protocol):
+    """What the server needs of a policy; `octo_like.policy.policy.Policy` has it."""
+
+    batch_spec: BatchSpec
+    statistics: Mapping[str, Any]
+
+    def create_tasks(
+        self, texts: Sequence[str] | None = None, *, goals: Mapping[str, np.ndarray] | None = None
+    ) -> Any: ...
+
+    def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng: Any, unnormalize: str | None) -> Any:
+        """Actions (B, H, A); rng is an array of B keys, one per row."""
+
+    def get_pretty_spec(self) -> str: ...
 
 
 class PolicyServer:
     """Serves one policy.
 
     Args:
-      policy: see `octo_like.robot.rollout.PolicyLike`; also `statistics` and `get_pretty_spec()`.
+      policy: see `ServedPolicy`.
       unnormalize: statistics used when a request names none; None sends normalised actions.
       action_names: of the action dimensions, told to clients.
       rng_seed: of the sampling noise.
@@ -50,7 +64,7 @@ class PolicyServer:
 
     def __init__(
         self,
-        policy: PolicyLike,
+        policy: ServedPolicy,
         *,
         unnormalize: str | None = None,
         action_names: Sequence[str] | None = None,
@@ -65,7 +79,7 @@ class PolicyServer:
         self.host, self.port = host, port
         self._lock = threading.Lock()
         self._text_task = functools.lru_cache(maxsize=64)(lambda text: policy.create_tasks(texts=[text]))
-        self.metadata = {
+        self.metadata: dict[str, Any] = {
             "type": "metadata",
             "protocol": PROTOCOL,
             "spec": policy.get_pretty_spec(),

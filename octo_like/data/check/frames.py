@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class Look:
 def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = EPISODES) -> Look:
     """Reads some episodes and looks at the frames of one camera: all of them as bytes, three of each as pixels."""
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    table, lock = _Words(), threading.Lock()
+    table: Any = _Words()  # in the place of `batches.texts.Texts`, of which a reader uses `rows` only
+    lock = threading.Lock()
     missing, black, reddish, colours, texts, thumbnails = [], [], [], [], [], []
     repeated = moving = 0
     for number in chosen:
@@ -125,7 +127,8 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
 def same_pictures(prepared: PreparedDataset, one: tuple[Index, int], other: tuple[Index, int]) -> bool:
     """Whether two (index, number) episodes of equal length show the same in all cameras: first, middle, last frame."""
     slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
-    first, second = (load_episode(prepared, index, n, slots, _Words(), threading.Lock()) for index, n in (one, other))
+    table: Any = _Words()
+    first, second = (load_episode(prepared, index, n, slots, table, threading.Lock()) for index, n in (one, other))
     for slot in slots:
         a, b = first.images[slot], second.images[slot]
         steps = [s for s in np.unique([0, len(a) // 2, len(a) - 1]) if s < len(b)]

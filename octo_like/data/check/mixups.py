@@ -117,7 +117,7 @@ def check_pairing(n: Numbers) -> list[Finding]:
     said = "" if n.description else " (taken for what it moves, as of the same number; a robot's description names it)"
     findings = []
     for i in np.flatnonzero(own & (np.diagonal(signs) < 0)):
-        d, p = found.pairs[i]
+        d, p = found.pairs[int(i)]
         findings.append(
             Finding("sign", f"{n.name(d)} and proprio[{p}]{said} go in opposite directions: one of them has the other "
                     "sign. A policy would learn it, and a controller with the right sign would run away from its "

@@ -5,6 +5,7 @@ import concurrent.futures
 import html
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -104,8 +105,10 @@ class _Texts:
         self.texts: list[str] = []
 
     def rows(self, texts: list[str]) -> np.ndarray:
-        rows = [self.texts.index(t) if t in self.texts else self.texts.append(t) or len(self.texts) - 1 for t in texts]
-        return np.array(rows, np.int32)
+        for text in texts:
+            if text not in self.texts:
+                self.texts.append(text)
+        return np.array([self.texts.index(text) for text in texts], np.int32)
 
 
 def contact_sheet(
@@ -127,7 +130,8 @@ def contact_sheet(
 
     slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    texts, lock = _Texts(), threading.Lock()
+    texts: Any = _Texts()  # in the place of `batches.texts.Texts`, of which a reader uses `rows` only
+    lock = threading.Lock()
     height = max(1, len(slots))
     figure = Figure(figsize=(17, 1.4 + len(chosen) * max(2.2, 1.7 * height)))
     axes = figure.subplots(len(chosen), 3, width_ratios=[3.2, 1.2, 1.2], squeeze=False)
@@ -185,9 +189,10 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
     from matplotlib.figure import Figure
 
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
+    texts: Any = _Texts()
     lock = threading.Lock()
     normalised = np.concatenate(
-        [load_episode(prepared, index, int(e), (), _Texts(), lock).action.reshape(-1, prepared.function.action_dim)
+        [load_episode(prepared, index, int(e), (), texts, lock).action.reshape(-1, prepared.function.action_dim)
          for e in chosen]
     )  # fmt: skip
     statistics = prepared.statistics["action"]
