@@ -1,4 +1,7 @@
-"""Denoising diffusion: schedule, forward process, network, and the DDPM and DDIM samplers."""
+"""Denoising diffusion: schedule, forward process, network, and the DDPM and DDIM samplers.
+
+x, noise and velocities are arrays of one shape, whatever it is; times are integers that broadcast against them.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from octo_like.model.transformer import dropout, fold_in_all
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """beta_t, alpha_t = 1 - beta_t and alpha_hat_t = prod alpha, t = 0..T-1 (Ho et al. 2020), float32."""
+    """beta_t, alpha_t = 1 - beta_t and alpha_hat_t = prod alpha, t = 0..T-1 (Ho et al. 2020), each (T,) float32."""
 
     betas: jax.Array
     alphas: jax.Array

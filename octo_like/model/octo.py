@@ -64,11 +64,12 @@ class OctoModel(nn.Module):
         return {str(tokenizer.name): tokenizer(None, task, encode_only=True) for tokenizer in frozen}
 
     def loss_terms(self, batch: Mapping[str, Any], keys_b: jax.Array, train: bool) -> dict[str, dict[str, jax.Array]]:
-        """Per head and auxiliary: masked sums ("loss", "mse", ...) and "count", the number of entries they run over.
+        """Per head and auxiliary: masked sums ("loss", "mse", ...) and "count", the number of their entries; all ().
 
         Sums of micro-batches add up to the sum of the batch; dividing by the total count gives the mean.
 
         Args:
+          batch: as `BatchSpec.batch` describes it; `action` (B, W, H, A).
           keys_b: (B,) random keys, one per sample.
           train: dropout on.
         """
@@ -85,7 +86,7 @@ class OctoModel(nn.Module):
         return terms
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Number of entries every head and auxiliary learns from; needs no parameters."""
+        """Number of entries every head and auxiliary learns from, () float32 each; needs no parameters."""
         entries = {
             name: jnp.sum(action_mask(batch, name, head.action_horizon, head.action_dim), dtype=jnp.float32)
             for name, head in self.heads.items()
@@ -117,7 +118,7 @@ class OctoModel(nn.Module):
 def total_loss(
     model: OctoModel, terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Weighted sum over heads of the mean loss; `counts` are those of the whole batch."""
+    """Weighted sum over heads of the mean loss, (); `counts` are those of the whole batch."""
     total: Any = sum(
         model.head_weights.get(name, 1.0) * part["loss"] / jnp.maximum(counts[name], 1.0)
         for name, part in terms.items()

@@ -13,7 +13,8 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def normalize_images(images: jax.Array, kind: Literal["default", "imagenet"] = "default") -> jax.Array:
-    """uint8 RGB (stacked along channels) to float32: [-1, 1] ("default") or standardised by ImageNet's statistics."""
+    """(..., 3 k) uint8 RGB, k images stacked along channels, to float32 of the same shape: [-1, 1] ("default") or
+    standardised by ImageNet's statistics."""
     if kind == "default":
         return images.astype(jnp.float32) / 127.5 - 1.0
     if kind == "imagenet":
@@ -23,13 +24,15 @@ def normalize_images(images: jax.Array, kind: Literal["default", "imagenet"] = "
 
 
 def normalize_depth(metres: jax.Array) -> jax.Array:
-    """[0, infinity) to [-1, 1): no reading (0) is -1, one metre 0, three metres a half."""
+    """[0, infinity) to [-1, 1), any shape: no reading (0) is -1, one metre 0, three metres a half."""
     metres = jnp.clip(metres.astype(jnp.float32), 0.0, 1e3)
     return (metres - 1.0) / (metres + 1.0)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int | str) -> jax.Array:
-    """Cross-correlation, NHWC with an HWIO kernel; `padding` on every side, or "same": ceil(size / stride) outputs.
+    """Cross-correlation of x (N, h, w, C) with a kernel (kh, kw, C, F) to (N, h', w', F).
+
+    `padding` on every side, or "same": ceil(size / stride) outputs.
 
     A patch convolution (kernel = stride, no padding) is a reshape and one matrix product: every backend runs that well.
     """
@@ -69,7 +72,7 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) with epsilon 1e-6, as one multiply-add per pixel.
+    """Group normalisation (Wu & He 2018) of (N, h, w, C) with epsilon 1e-6, as one multiply-add per pixel.
 
     Per-channel sums are taken first and groups are formed on the small (N, C) result; normalising through a (C/g, g)
     reshape of the image costs ten times more on CPU.
@@ -124,6 +127,8 @@ class Film(nn.Module):
 
 class SmallStem(nn.Module):
     """Stride-2 standardised convolutions and a patch embedding (early convolutions help: Xiao et al. 2021).
+
+    (N, h, w, C) to (N, h / patch_size, w / patch_size, num_features).
 
     Attributes:
       patch_size: pixels per token; a multiple of the product of the strides.
@@ -209,8 +214,8 @@ class _ResNetBlock(nn.Module):
 class ResNetStem(nn.Module):
     """A ResNet with group norm and standardised convolutions ("BiT", Kolesnikov et al. 2020), as before a hybrid ViT.
 
-    2 + 3 sum(num_layers) convolution layers deep: (2, 2, 2, 2) is ResNet-26, (3, 4, 6, 3) ResNet-50. A 256 x 256 image
-    becomes 8 x 8 features. FiLM follows every block but the first (and the root when there are no blocks), as in Octo.
+    2 + 3 sum(num_layers) convolution layers deep: (2, 2, 2, 2) is ResNet-26, (3, 4, 6, 3) ResNet-50. (N, 256, 256, C)
+    becomes (N, 8, 8, F). FiLM follows every block but the first (and the root when there are no blocks), as in Octo.
 
     Attributes:
       num_layers: residual units per block; block i has 64 * width * 2^i (times 4) channels.
@@ -238,7 +243,10 @@ class ResNetStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution with kernel = stride = patch size (ViT, Dosovitskiy et al. 2021)."""
+    """One convolution with kernel = stride = patch size (ViT, Dosovitskiy et al. 2021).
+
+    (N, h, w, C) to (N, h / patch_size, w / patch_size, num_features).
+    """
 
     patch_size: int = 32
     num_features: int = 512
@@ -252,7 +260,7 @@ class PatchStem(nn.Module):
 
 
 def with_coordinates(x: jax.Array) -> jax.Array:
-    """Appends two channels with the row and column of every pixel, in [-1, 1]."""
+    """(N, h, w, C) to (N, h, w, C + 2): appends the row and column of every pixel, in [-1, 1]."""
     n, h, w, _ = x.shape
     rows = jnp.broadcast_to(jnp.linspace(-1, 1, h)[None, :, None, None], (n, h, w, 1))
     cols = jnp.broadcast_to(jnp.linspace(-1, 1, w)[None, None, :, None], (n, h, w, 1))
@@ -261,6 +269,8 @@ def with_coordinates(x: jax.Array) -> jax.Array:
 
 class ConvStem(nn.Module):
     """A stack of (kernel, stride, features) convolutions, each with group norm, FiLM and ReLU: small images, few FLOPs.
+
+    (N, h, w, C) to (N, h', w', F), F being the last features and h / h' the product of the strides.
 
     The language enters after every convolution, so that a feature map can already be about the object that is meant.
 
@@ -293,7 +303,7 @@ class KeypointStem(nn.Module):
     """Convolutions and a spatial softmax: where things are, as coordinates (Levine et al. 2016; Finn et al. 2016).
 
     Every one of `num_keypoints` maps becomes the expected (row, column) of its softmax and its expected value.
-    With FiLM the words choose what the maps look for. The whole image becomes one token of 3 * num_keypoints features:
+    With FiLM the words choose what the maps look for. The whole image becomes one token, (N, 1, 1, 3 * num_keypoints):
     the cheapest way to learn to point, and too narrow for scenes that cannot be told in points.
 
     Attributes:

@@ -38,7 +38,7 @@ T5_CONFIGS = {
 
 
 def relative_bucket(key_minus_query: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket index of relative positions, bidirectional: exact for short distances, logarithmic beyond."""
+    """Bucket index of relative positions (any shape), bidirectional: exact for short distances, logarithmic beyond."""
     half = num_buckets // 2
     distance = np.abs(key_minus_query)
     exact = half // 2

@@ -43,7 +43,8 @@ class TokenLearner(nn.Module):
 
 
 class ImageTokenizer(nn.Module):
-    """Cameras to tokens; goal images are stacked onto the observation's channels ("early goal fusion").
+    """Cameras (B, W, h, w, 3) to tokens (B, W, n, F); goal images (B, h, w, 3) are stacked on the channels ("early goal
+    fusion").
 
     Attributes:
       stem: constructor of the encoder, with its options and name bound.
@@ -131,7 +132,7 @@ class ImageTokenizer(nn.Module):
 
 
 class LanguageTokenizer(nn.Module):
-    """Instructions to tokens.
+    """Instructions (B, L) to tokens (B, L, d), or (B, 1, d) when pooled.
 
     Attributes:
       encoder: "t5" (a T5 encoder), "small" (own embeddings and transformer, trained with the policy), or "embedding"
@@ -245,7 +246,7 @@ class LanguageTokenizer(nn.Module):
 
 
 def bin_thresholds(num_bins: int, kind: str, low: float, high: float) -> np.ndarray:
-    """num_bins + 1 edges: evenly spaced on [low, high], or quantiles of the standard normal ("normal")."""
+    """(num_bins + 1,) edges: evenly spaced on [low, high], or quantiles of the standard normal ("normal")."""
     if kind == "uniform":
         return np.linspace(low, high, num_bins + 1, dtype=np.float32)
     if kind == "normal":
@@ -255,7 +256,7 @@ def bin_thresholds(num_bins: int, kind: str, low: float, high: float) -> np.ndar
 
 
 def bin_index(x: jax.Array, num_bins: int, kind: str, low: float, high: float, *, compat: bool) -> jax.Array:
-    """Index of the bin that holds x; values outside the range go to the nearest bin.
+    """Index of the bin that holds x, of the same shape; values outside the range go to the nearest bin.
 
     compat: with "normal" bins, values above the last threshold go to bin 0, as upstream.
     """
@@ -269,7 +270,7 @@ def bin_index(x: jax.Array, num_bins: int, kind: str, low: float, high: float, *
 
 
 class LowdimTokenizer(nn.Module):
-    """Proprioception and other low-dimensional observations to tokens.
+    """Proprioception and other low-dimensional observations (B, W, d) to tokens (B, W, n, F).
 
     Attributes:
       obs_keys: regexes of (B, W, d) observations, concatenated.
