@@ -122,9 +122,10 @@ test-sim: $(SIM_READY) ## the tests of the simulators; installs the extra `sim` 
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)
 
-lint: $(READY) ## ruff and shellcheck
+lint: $(READY) ## ruff, mypy and shellcheck
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check --quiet .
+	@$(PY) -m mypy
 	@$(VENV)/bin/shellcheck scripts/*.sh .ci/run
 
 doctor: $(READY) ## checks this machine: versions, storage, devices, collectives, a training step, the loader
@@ -137,5 +138,5 @@ lock: ## renews the lock from setup.py (needs uv)
 		cat $(LOCK).tmp; } > $(LOCK) && rm $(LOCK).tmp
 
 clean: ## removes the environment and caches; runs/ stays
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

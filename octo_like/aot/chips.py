@@ -129,8 +129,9 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise ValueError(f"the number of slices must be at least 1, got {slices}")
     named = re.fullmatch(r"(\w+)-(\d+)", text)
     layout = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", text)
-    kind = (named or layout)[1] if named or layout else text
-    if kind not in CHIPS or not (named or layout):
+    found = named or layout
+    kind = found[1] if found else text
+    if kind not in CHIPS or found is None:
         examples = ", ".join(
             f"{c.name}:{c.layouts[4]} ({Topology(c, c.layouts[4]).accelerator})" for c in CHIPS.values()
         )
@@ -141,8 +142,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         if text not in known:
             raise ValueError(f"unknown accelerator type {text!r}; valid: {', '.join(known)}")
         return Topology(chip, known[text], slices)
-    if len(layout[2].split("x")) != len(chip.layouts[0].split("x")):
+    if len(found[2].split("x")) != len(chip.layouts[0].split("x")):
         raise ValueError(
             f"{text!r}: {kind} has {len(chip.layouts[0].split('x'))} axes; valid: {', '.join(chip.layouts)}"
         )
-    return Topology(chip, layout[2], slices)
+    return Topology(chip, found[2], slices)

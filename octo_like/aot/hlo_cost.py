@@ -17,7 +17,13 @@ from octo_like.aot.hlo import Instruction, Module, arrays, executions
 MOST_TRIPS = 1_000_000
 
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
-_ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "minimum": min, "maximum": max}
+_ARITHMETIC: dict[str, Callable[..., int]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "minimum": min,
+    "maximum": max,
+}
 _COMPARISONS = {"LT": "lt", "LE": "le", "GT": "gt", "GE": "ge", "EQ": "eq", "NE": "ne"}
 _SAME_VALUE = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "opt-barrier")
 # Neither read nor write: names of what is there, ends of what began elsewhere, and what the called computation does.
@@ -66,7 +72,7 @@ class _Scope:
         if one.op in _ARITHMETIC:
             return _ARITHMETIC[one.op](*(self.value(each) for each in one.operands))
         if one.op == "compare":
-            direction = re.search(r"direction=(\w+)", one.attributes)[1]
+            direction = _match(r"direction=(\w+)", one)[1]
             return getattr(operator, _COMPARISONS[direction])(*(self.value(each) for each in one.operands))
         if one.op == "and":
             return all([self.value(each) for each in one.operands])
@@ -180,7 +186,15 @@ def _unchanged(module: Module, body: str, index: int) -> int:
 
 
 def _index(one: Instruction) -> int:
-    return int(re.search(r"index=(\d+)", one.attributes)[1])
+    return int(_match(r"index=(\d+)", one)[1])
+
+
+def _match(pattern: str, one: Instruction) -> re.Match[str]:
+    """What an instruction's attributes say, which have to say it."""
+    found = re.search(pattern, one.attributes)
+    if found is None:
+        raise ValueError(f"{one.op}: no {pattern} among the attributes {one.attributes!r}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------- work
@@ -253,7 +267,7 @@ def _product_flops(body: Mapping[str, Instruction], one: Instruction) -> int:
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
         contracted = (left[int(axis)] for axis in (axes[1] if axes else "").split(",") if axis)
         return 2 * math.prod(out.dims) * math.prod(contracted)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    labels = _match(r"dim_labels=(\w+)_(\w+)->(\w+)", one)
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", one.attributes) or [""])[0]))
     count = 2 * out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")] * right[labels[2].index("i")]
     for axis, label in enumerate(sorted(set(labels[3]) - {"b", "f"})):

@@ -17,7 +17,7 @@ Memory traffic is the ahead-of-time proof's and exists only for what was compile
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,7 @@ class Facts:
         return 16 * self.trained + self.frozen_bytes
 
 
-def facts_of(config: Any, devices) -> Facts:
+def facts_of(config: Any, devices: Sequence[Any]) -> Facts:
     """Traces the training step of a config for one device."""
     _, program, batch = training_program(config, devices)
     trained = sum(leaf.size for leaf in program.state.trained.values())

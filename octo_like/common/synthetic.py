@@ -11,7 +11,15 @@ from octo_like.common.schema import BatchSpec, Tree, flatten, synthetic_batch, u
 class SyntheticStream:
     """Endless, seekable, the same on any number of processes. Mirrors `octo_like.data.batches.stream.Stream`."""
 
-    def __init__(self, spec: BatchSpec, batch_size: int, seed: int, vocab_size: int, process_index=0, process_count=1):
+    def __init__(
+        self,
+        spec: BatchSpec,
+        batch_size: int,
+        seed: int,
+        vocab_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         if batch_size % process_count:
             raise ValueError(f"{process_count} processes do not divide the batch size {batch_size}")
         self.batch_spec, self.position = spec, 0

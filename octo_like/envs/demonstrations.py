@@ -66,7 +66,7 @@ def _jpeg(image: np.ndarray) -> bytes:
 def points(env: TabletopEnv) -> dict[str, np.ndarray]:
     """Where the things named in the instruction are in the primary image: {name: (2,) float32}, column and row as
     fractions of the image; NaN for a plate that is not named."""
-    places = {"target_point": env.world.block(env.goal.target).xy}
+    places: dict[str, Any] = {"target_point": env.world.block(env.goal.target).xy}
     places["plate_point"] = env.world.plate(env.goal.plate).xy if env.goal.plate else (np.nan, np.nan)
     return {name: np.array(env.project(*xy), np.float32) / env.image_size for name, xy in places.items()}
 
@@ -82,7 +82,8 @@ def simulate(embodiment: str, seed: int, encode: Callable[[np.ndarray], Any] = _
     env = _environment(embodiment)
     observation, info = env.reset(seed=seed)
     expert = env.expert(np.random.default_rng([seed, 0xE4]))
-    steps, done, reward = [], False, 0.0
+    steps: list[dict[str, Any]] = []
+    done, reward = False, 0.0
     while True:
         images = {"image": encode(observation["image_primary"])}
         if "image_wrist" in observation:
@@ -135,7 +136,7 @@ class Simulator:
     def __init__(self, workers: int = 0, seed: int = 0, encode: Callable[[np.ndarray], Any] = _jpeg):
         self.workers, self.seed, self._encode = workers, seed, encode
         self.failed: collections.Counter[tuple[str, str]] = collections.Counter()
-        self._pool = None
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Simulator":
         if self.workers:
@@ -167,6 +168,7 @@ class Simulator:
         if self._pool is None:
             for first in starts:
                 yield from _simulate_range(embodiment, first, self._encode)
+            return
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         begun = taken = 0
         try:

@@ -68,6 +68,16 @@ class _Grasping(abc.ABC):
     def _low_enough(self) -> bool:
         return True
 
+    @property
+    @abc.abstractmethod
+    def tip(self) -> np.ndarray:
+        """(x, y, z) of the fingertips, metres."""
+
+    @property
+    @abc.abstractmethod
+    def yaw(self) -> float:
+        """Of the hand, radians."""
+
     @abc.abstractmethod
     def _carry_height(self) -> float:
         """How high its load hangs, metres."""
@@ -147,7 +157,11 @@ class _JointArm(_Grasping):
 
     def _set(self, q: np.ndarray) -> None:
         self.q = np.clip(q, -self.joint_limit, self.joint_limit)
-        self.tip = np.array([*self.joints()[-1], self.height])
+        self._tip = np.array([*self.joints()[-1], self.height])
+
+    @property
+    def tip(self) -> np.ndarray:
+        return self._tip
 
     def joints(self) -> list[tuple[float, float]]:
         """Positions (x, y) of the base, of every joint and of the fingertip."""
@@ -232,3 +246,6 @@ class ServoArm(_JointArm):
     def apply(self, action: np.ndarray, world: scene.World, rng: np.random.Generator) -> None:
         self._turn(np.clip(action[:3] - self.q, -self.max_turn, self.max_turn), rng)
         self._set_gripper(action[3], world)
+
+
+Effector = Pusher | CartesianGripper | DeltaArm | ServoArm

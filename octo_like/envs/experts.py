@@ -14,6 +14,7 @@ import numpy as np
 from octo_like.envs import dynamics, scene
 from octo_like.envs.embodiments import Embodiment
 
+Action = np.ndarray | Sequence[float]
 OPEN, CLOSED = 1.0, 0.0
 GRASP_TOLERANCE = 0.018  # metres in x and y, before closing or opening the hand
 
@@ -68,7 +69,7 @@ class Expert(abc.ABC):
         return self.env.embodiment.clip(action).astype(np.float32)
 
     @abc.abstractmethod
-    def _act(self):
+    def _act(self) -> Action:
         """The command, before it is clipped."""
 
 
@@ -79,7 +80,7 @@ class GraspingExpert(Expert):
     a hand that closed on nothing, or on the wrong block, opens and tries again.
     """
 
-    def _act(self):
+    def _act(self) -> Action:
         env, effector = self.env, self.env.effector
         aim = self.target.xy + self.habits.offset
         if env.goal.task == "reach":
@@ -105,14 +106,14 @@ class GraspingExpert(Expert):
         """Whether the tip is at `aim` (x, y) and, where there is a z, below `low`."""
 
     @abc.abstractmethod
-    def toward(self, aim: np.ndarray, low: float, gripper: float):
+    def toward(self, aim: np.ndarray, low: float, gripper: float) -> Action:
         """An action that brings the tip nearer to `aim` (x, y), finally at height `low`."""
 
     @abc.abstractmethod
-    def stay(self, gripper: float):
+    def stay(self, gripper: float) -> Action:
         """An action that only moves the fingers."""
 
-    def retreat(self):
+    def retreat(self) -> Action:
         """An action that opens the hand and, where there is a z, lifts it."""
         return self.stay(OPEN)
 
@@ -126,12 +127,12 @@ class GripperExpert(GraspingExpert):
         error = self.target.yaw - self.env.effector.yaw
         return (error + math.pi / 4) % (math.pi / 2) - math.pi / 4
 
-    def arrived(self, aim, low):
+    def arrived(self, aim: np.ndarray, low: float) -> bool:
         tip = self.env.effector.tip
         aligned = self.env.goal.task == "reach" or abs(self._turn()) < 0.25
         return math.dist(tip[:2], aim) < GRASP_TOLERANCE and tip[2] < low and aligned
 
-    def toward(self, aim, low, gripper):
+    def toward(self, aim: np.ndarray, low: float, gripper: float) -> Action:
         tip, speed = self.env.effector.tip, self.habits.speed
         limit = 0.05 * speed
         xy = aim - tip[:2]
@@ -144,10 +145,10 @@ class GripperExpert(GraspingExpert):
         turn = float(np.clip(self._turn(), -0.25 * speed, 0.25 * speed))
         return (xy[0], xy[1], dz, 0.0, 0.0, turn, gripper)
 
-    def stay(self, gripper):
+    def stay(self, gripper: float) -> Action:
         return (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper)
 
-    def retreat(self):
+    def retreat(self) -> Action:
         rise = 0.05 * self.habits.speed if self.env.effector.tip[2] < self.habits.hover else 0.0
         return (0.0, 0.0, rise, 0.0, 0.0, 0.0, OPEN)
 
@@ -155,17 +156,17 @@ class GripperExpert(GraspingExpert):
 class DeltaArmExpert(GraspingExpert):
     """Joint increments along the straight line, in joint space, to the aim's inverse kinematics."""
 
-    def arrived(self, aim, low):
+    def arrived(self, aim: np.ndarray, low: float) -> bool:
         return math.dist(self.env.effector.tip[:2], aim) < GRASP_TOLERANCE
 
     def _increment(self, aim: np.ndarray, limit: float) -> np.ndarray:
         delta = self.env.effector.inverse(aim) - self.env.effector.q
         return delta * min(1.0, limit / max(float(np.abs(delta).max()), 1e-9))
 
-    def toward(self, aim, low, gripper):
+    def toward(self, aim: np.ndarray, low: float, gripper: float) -> Action:
         return (*self._increment(aim, 0.12 * self.habits.speed), gripper)
 
-    def stay(self, gripper):
+    def stay(self, gripper: float) -> Action:
         return (0.0, 0.0, gripper)
 
 
@@ -174,17 +175,17 @@ class ServoArmExpert(DeltaArmExpert):
 
     lead = 2 * dynamics.ServoArm.max_turn
 
-    def toward(self, aim, low, gripper):
+    def toward(self, aim: np.ndarray, low: float, gripper: float) -> Action:
         return (*(self.env.effector.q + self._increment(aim, self.lead * self.habits.speed)), gripper)
 
-    def stay(self, gripper):
+    def stay(self, gripper: float) -> Action:
         return (*self.env.effector.q, gripper)
 
 
 class PusherExpert(Expert):
     """Walks around blocks by the shortest way, to the target's near side (reach) or to its far side, then pushes."""
 
-    def _act(self):
+    def _act(self) -> Action:
         target, pusher = self.target, self.env.effector
         if self.env.goal.task == "reach":
             away = pusher.xy - target.xy
@@ -265,7 +266,7 @@ def _clear(starts: np.ndarray, ends: np.ndarray, centers: np.ndarray, radii: np.
     return (((nearest - centers[None]) ** 2).sum(-1) >= radii**2 - 1e-9).all(-1)
 
 
-_EXPERTS = {
+_EXPERTS: dict[type, Callable[..., Expert]] = {
     dynamics.Pusher: PusherExpert,
     dynamics.CartesianGripper: GripperExpert,
     dynamics.DeltaArm: DeltaArmExpert,

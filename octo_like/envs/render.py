@@ -7,6 +7,7 @@ so that height moves things up in the image.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -171,6 +172,11 @@ def _block_shadow(canvas: Canvas, block: Block, look: Look) -> None:
     canvas.polygon([(x + dx, y + dy, 0.0) for x, y in _corners(block)], look.table, 1 - look.shadow_strength)
 
 
+def _lighter(color: Color, share: float, light: float) -> Color:
+    red, green, blue = color
+    return share * red + light, share * green + light, share * blue + light
+
+
 def _block(canvas: Canvas, block: Block, color: Color) -> None:
     corners = _corners(block)
     low, high = block.z, block.z + BLOCK_HEIGHT
@@ -180,13 +186,13 @@ def _block(canvas: Canvas, block: Block, color: Color) -> None:
         if canvas.point(x0, y0, 0)[0] < canvas.point(x1, y1, 0)[0]:
             shade = 0.62 + 0.12 * (y1 - y0) / block.size
             canvas.polygon([(x0, y0, low), (x1, y1, low), (x1, y1, high), (x0, y0, high)], color, shade)
-    canvas.polygon([(x, y, high) for x, y in corners], tuple(0.88 * c + 30 for c in color))
+    canvas.polygon([(x, y, high) for x, y in corners], _lighter(color, 0.88, 30))
 
 
 def _plate(canvas: Canvas, plate: Plate, shade: float) -> None:
     rgb, (x, y) = PLATE_RGB[plate.color], plate.xy
     canvas.disc((x, y, 0.0), plate.radius + 0.003, rgb, 0.45)
-    canvas.disc((x, y, PLATE_HEIGHT), plate.radius, tuple(0.8 * c + 50 for c in rgb), shade)
+    canvas.disc((x, y, PLATE_HEIGHT), plate.radius, _lighter(rgb, 0.8, 50), shade)
     canvas.disc((x, y, PLATE_HEIGHT / 2), plate.radius * 0.7, rgb, 0.8 * shade)
 
 
@@ -219,7 +225,7 @@ def background(world: World, look: Look, size: int) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 
-def draw_primary(world: World, effector, look: Look, base: Image.Image) -> np.ndarray:
+def draw_primary(world: World, effector: dynamics.Effector, look: Look, base: Image.Image) -> np.ndarray:
     """The primary camera's image, (size, size, 3) uint8, on top of what `background` drew at twice that size."""
     image = base.copy()
     canvas = Canvas(image, look.camera, look.light)
@@ -227,25 +233,24 @@ def draw_primary(world: World, effector, look: Look, base: Image.Image) -> np.nd
         _block_shadow(canvas, block, look)
     draw_shadow, draw_robot = _ROBOTS[type(effector)]
     draw_shadow(canvas, effector, look)
-    held = world.blocks[world.held] if world.held is not None else None
     if isinstance(effector, dynamics.Pusher):
-        pending = sorted([*world.blocks, effector], key=lambda item: -item.xy[1])
-        for item in pending:
-            if item is effector:
-                draw_robot(canvas, effector, look)
-            else:
+        pending: list[Block | dynamics.Pusher] = [*world.blocks, effector]
+        for item in sorted(pending, key=lambda item: -item.xy[1]):
+            if isinstance(item, Block):
                 _block(canvas, item, look.shades[world.blocks.index(item)])
+            else:
+                draw_robot(canvas, effector, look)
         return np.asarray(image.reduce(SUPERSAMPLING))
     for index in sorted(range(len(world.blocks)), key=lambda i: -world.blocks[i].xy[1]):
         if index != world.held:
             _block(canvas, world.blocks[index], look.shades[index])
-    if held is not None:
-        _block(canvas, held, look.shades[world.held])
+    if world.held is not None:
+        _block(canvas, world.blocks[world.held], look.shades[world.held])
     draw_robot(canvas, effector, look)
     return np.asarray(image.reduce(SUPERSAMPLING))
 
 
-def draw_wrist(world: World, effector, look: Look, size: int) -> np.ndarray:
+def draw_wrist(world: World, effector: dynamics.DeltaArm | dynamics.ServoArm, look: Look, size: int) -> np.ndarray:
     """The image of the camera on the last link, (size, size, 3) uint8."""
     image = Image.new("RGB", (size * SUPERSAMPLING,) * 2)
     canvas = Canvas(image, wrist_camera(effector.tip, effector.yaw), look.light)
@@ -344,7 +349,7 @@ def _arm(canvas: Canvas, arm: dynamics.DeltaArm | dynamics.ServoArm, look: Look)
     _fingers_of_arm(canvas, arm, look)
 
 
-_ROBOTS = {
+_ROBOTS: dict[type, tuple[Callable[..., None], Callable[..., None]]] = {
     dynamics.Pusher: (_no_shadow, _pusher),
     dynamics.CartesianGripper: (_gripper_shadow, _gripper),
     dynamics.DeltaArm: (_arm_shadow, _arm),

@@ -71,7 +71,7 @@ class World:
                 return block
         raise ValueError(f"no {color} block on the table; there are: {', '.join(b.color for b in self.blocks)}")
 
-    def plate(self, color: str) -> Plate:
+    def plate(self, color: str | None) -> Plate:
         return next(p for p in self.plates if p.color == color)
 
     def plate_under(self, block: Block) -> Plate | None:
@@ -220,6 +220,7 @@ def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tupl
 
 def recolor(world: World, goal: Goal, target: str, plate: str) -> Goal:
     """Paints the goal's block and plate; who had the new colour takes the old one. Returns the goal in new colours."""
+    assert goal.plate is not None, "there is a plate only where a block goes to one"
     blocks = {goal.target: target, target: goal.target}
     plates = {goal.plate: plate, plate: goal.plate}
     for block in world.blocks:

@@ -12,7 +12,7 @@ Seeds of one billion and above are for evaluation; demonstrations are made from 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
@@ -20,6 +20,9 @@ import numpy as np
 from octo_like.envs import language, render, scene
 from octo_like.envs.embodiments import EMBODIMENTS, Embodiment
 from octo_like.envs.experts import make_expert
+
+if TYPE_CHECKING:
+    from octo_like.envs.experts import Expert
 
 EVALUATION_SEEDS = 1_000_000_000  # the first seed that no demonstration uses
 
@@ -95,7 +98,9 @@ class TabletopEnv(gymnasium.Env):
 
     # Reset
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Starts an episode that `seed` and `options` determine.
 
         Options:
@@ -157,7 +162,8 @@ class TabletopEnv(gymnasium.Env):
         tip = self.effector.tip[:2]
         nearest = min(self.world.blocks, key=lambda block: math.dist(block.xy, tip))
         self._nearest_is_wrong = nearest.color != goal.target
-        self._steps, self._near = 0, None
+        self._steps = 0
+        self._near: str | None = None  # colour of the block that the tip was at a step ago
         self._reached: set[str] = set()
         self.success = self._done = False
         self._ready = True
@@ -176,7 +182,7 @@ class TabletopEnv(gymnasium.Env):
 
     # Step
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Executes one action in physical units; what is out of range is clipped.
 
         Raises:
@@ -226,7 +232,7 @@ class TabletopEnv(gymnasium.Env):
         near = nearest.color if math.dist(nearest.xy, tip[:2]) < self.embodiment.reach_radius and tip[2] < LOW else None
         dwells = near is not None and near == self._near and moved <= DWELL_SPEED
         self._near = near
-        if dwells:
+        if near is not None and dwells:
             self._reached.add(near)
             self.success = near == self.goal.target
         return dwells
@@ -331,7 +337,7 @@ class TabletopEnv(gymnasium.Env):
                 images["image_primary"] = render.draw_primary(world, effector, self._look, base)
         return images
 
-    def expert(self, rng: np.random.Generator, target: str | None = None):
+    def expert(self, rng: np.random.Generator, target: str | None = None) -> "Expert":
         """A scripted expert for this episode. `target`: colour of a block to serve instead of the one named."""
         return make_expert(self, rng, target)
 

@@ -55,7 +55,7 @@ def block_mask(layouts: Sequence[GroupLayout], *, legacy: bool = False) -> np.nd
     """
     rule = np.array([[may_attend(query, key) for key in layouts] for query in layouts])
     owner = np.repeat(np.arange(len(layouts)), [layout.size for layout in layouts])
-    section = np.array([layouts[i].timestep for i in owner])
+    section = np.array([layout.timestep for layout in layouts])[owner]
     if legacy:
         shifted = np.concatenate([owner[:1], owner[:-1]])
         owner = np.where(np.concatenate([[True], section[1:] != section[:-1]]), owner, shifted)
@@ -70,10 +70,10 @@ class StaticRule:
         self.allowed = np.asarray(allowed, bool)
         self._key = (self.allowed.shape, self.allowed.tobytes())
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, StaticRule) and self._key == other._key
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key)
 
 
@@ -93,7 +93,7 @@ class BlockMask:
 
     def dense(self) -> jax.Array:
         """(B, n, N) bool."""
-        return self.rule.allowed[None] & self.valid_bn[:, None, :]
+        return jnp.bitwise_and(self.rule.allowed[None], self.valid_bn[:, None, :])
 
     def rows(self, start: int, count: int) -> "BlockMask":
         """The same for `count` queries from `start` on."""
@@ -107,12 +107,13 @@ def attend(
     mask: "jax.Array | BlockMask | None",
     *,
     uniform_when_masked: bool = False,
-    weights_fn=None,
+    weights_fn: Callable[[jax.Array], jax.Array] | None = None,
     implementation: str = "xla",
 ) -> jax.Array:
     """Softmax attention in float32, scaled by 1/sqrt(d).
 
     Args:
+      q_bqhd, k_bkhd, v_bkhd: queries (B, q, h, d), keys and values (B, k, h, d); the result is (B, q, h, d).
       mask: (B or 1, q, k) True where a key may be attended, or the same as a BlockMask; None allows all.
       uniform_when_masked: a query without any valid key gives the mean of all values (as upstream), not zero.
       weights_fn: applied to the (B, h, q, k) weights, for dropout; only "xla" can.
@@ -235,7 +236,7 @@ _split: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("how_ke
 
 
 @contextlib.contextmanager
-def kernels_split_by(split: Callable[[Callable], Callable] | None):
+def kernels_split_by(split: Callable[[Callable], Callable] | None) -> Iterator[None]:
     """While this is open, kernels that XLA did not write, and so cannot divide among devices, are traced as
     `split(kernel)`: it lets every device run the kernel on its own rows (the first dimension of all arguments and
     results). The model knows no mesh; its caller does."""

@@ -4,6 +4,7 @@ Sequence: task groups, then for every timestep of the window: observation groups
 """
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -35,7 +36,7 @@ class BlockTransformer(nn.Module):
         self,
         task: Mapping[str, TokenGroup],
         steps: Mapping[str, TokenGroup],
-        dropout_keys=None,
+        dropout_keys: jax.Array | None = None,
         *,
         only_last: str | None = None,
     ) -> dict[str, TokenGroup]:
@@ -43,6 +44,7 @@ class BlockTransformer(nn.Module):
         Args:
           task: prefix groups, tokens (B, n, D).
           steps: timestep groups, tokens (B, W, n, D), in sequence order.
+          dropout_keys: (B,) keys, or None for deterministic outputs.
           only_last: name of a timestep group, or "obs" for all of them that are no readouts: return these alone, and
             only their last timestep (W = 1).
         """
@@ -97,7 +99,7 @@ def layout(task: Mapping[str, TokenGroup], steps: Mapping[str, TokenGroup], wind
     groups = [GroupLayout(name, "task", group.tokens.shape[-2], -1) for name, group in task.items()]
     for t in range(window):
         for name, group in steps.items():
-            role = "readout" if name.startswith("readout_") else "obs"
+            role: Literal["obs", "readout"] = "readout" if name.startswith("readout_") else "obs"
             groups.append(GroupLayout(name, role, group.tokens.shape[-2], t))
     return groups
 
@@ -118,7 +120,7 @@ class OctoTransformer(nn.Module):
     task_tokenizers: Mapping[str, nn.Module]
     observation_tokenizers: Mapping[str, nn.Module]
     readouts: Mapping[str, int]
-    transformer: Mapping[str, object]
+    transformer: Mapping[str, Any]
     token_dim: int
     max_window: int
     repeat_task_tokens: bool = False
@@ -129,7 +131,14 @@ class OctoTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, observation, task, dropout_keys=None, *, only_last: str | None = None) -> dict[str, TokenGroup]:
+    def __call__(
+        self,
+        observation: Mapping[str, Any],
+        task: Mapping[str, Any],
+        dropout_keys: jax.Array | None = None,
+        *,
+        only_last: str | None = None,
+    ) -> dict[str, TokenGroup]:
         """Returns every group by name ("task_*", "obs_*", "readout_*") and the concatenations "task" and "obs".
 
         Args:

@@ -1,6 +1,10 @@
-"""Denoising diffusion: schedule, forward process, network, and the DDPM and DDIM samplers."""
+"""Denoising diffusion: schedule, forward process, network, and the DDPM and DDIM samplers.
+
+x, noise and velocities are arrays of one shape, whatever it is; times are integers that broadcast against them.
+"""
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -12,7 +16,7 @@ from octo_like.model.transformer import dropout, fold_in_all
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """beta_t, alpha_t = 1 - beta_t and alpha_hat_t = prod alpha, t = 0..T-1 (Ho et al. 2020), float32."""
+    """beta_t, alpha_t = 1 - beta_t and alpha_hat_t = prod alpha, t = 0..T-1 (Ho et al. 2020), each (T,) float32."""
 
     betas: jax.Array
     alphas: jax.Array
@@ -71,7 +75,7 @@ def ddpm_step(schedule: NoiseSchedule, x: jax.Array, eps: jax.Array, z: jax.Arra
 
 
 def ddpm_sample(
-    denoise,
+    denoise: Callable[[jax.Array, jax.Array], jax.Array],
     schedule: NoiseSchedule,
     initial_noise: jax.Array,
     step_noise: jax.Array,
@@ -122,7 +126,7 @@ def ddim_times(num_train_steps: int, num_steps: int) -> np.ndarray:
 
 
 def ddim_sample(
-    denoise,
+    denoise: Callable[[jax.Array, jax.Array], jax.Array],
     schedule: NoiseSchedule,
     initial_noise: jax.Array,
     step_noise: jax.Array | None = None,
@@ -188,12 +192,12 @@ def _check_clip(clip: str) -> None:
 
 
 class FourierFeatures(nn.Module):
-    """[cos 2 pi t w, sin 2 pi t w] with learned frequencies w (size/2, 1)."""
+    """[cos 2 pi t w, sin 2 pi t w] with learned frequencies w (size/2, 1): (..., 1) to (..., size)."""
 
     size: int
 
     @nn.compact
-    def __call__(self, t):
+    def __call__(self, t: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(0.2), (self.size // 2, t.shape[-1]))
         phase = 2 * jnp.pi * t.astype(jnp.float32) @ kernel.T
         return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
@@ -265,7 +269,9 @@ class ScoreNetwork(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, embedding, x, time, dropout_keys=None):
+    def __call__(
+        self, embedding: jax.Array, x: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
         """embedding (..., D), x (..., H*A), time (..., 1) to the predicted noise (..., H*A), float32."""
         c = FourierFeatures(self.time_dim, name="time_preprocess")(time)
         c = _CondEncoder(self.time_dim, self.dtype, name="cond_encoder")(c)

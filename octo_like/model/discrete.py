@@ -1,5 +1,8 @@
 """Actions as tokens: bins, and the head that predicts them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import numpy as np
 
 from octo_like.model.heads import ActionHead
 from octo_like.model.tokenizers import bin_index, bin_thresholds
+from octo_like.model.tokens import TokenGroup
 
 
 class DiscreteHead(ActionHead):
@@ -33,7 +37,7 @@ class DiscreteHead(ActionHead):
     temperature: float = 1.0
 
     @property
-    def num_probes(self):
+    def num_probes(self) -> int:
         sizes = {
             "": 1,
             "action_horizon": self.action_horizon,
@@ -43,7 +47,7 @@ class DiscreteHead(ActionHead):
             raise ValueError(f"unknown token_per {self.token_per!r}; valid: {sorted(sizes)}")
         return sizes[self.token_per]
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
@@ -68,12 +72,12 @@ class DiscreteHead(ActionHead):
             return np.tile(bin_thresholds(self.num_bins, "normal", 0.0, 0.0), (self.action_dim, 1))
         return np.stack([bin_thresholds(self.num_bins, self.bin_type, *pair) for pair in zip(*ranges, strict=True)])
 
-    def logits(self, groups, *, last_only: bool = False) -> jax.Array:
+    def logits(self, groups: Mapping[str, TokenGroup], *, last_only: bool = False) -> jax.Array:
         """(B, W, H, A, bins) float32."""
         out = self.vocab_proj(self.embed(groups, last_only=last_only)).astype(jnp.float32)
         return out.reshape(*out.shape[:2], self.action_horizon, self.action_dim, self.num_bins)
 
-    def to_bins(self, action) -> jax.Array:
+    def to_bins(self, action: jax.Array) -> jax.Array:
         """(..., A) actions to int32 bins."""
         if self.compat:
             low, high = (float(self.edges[0, i]) for i in (0, -1))
@@ -82,12 +86,18 @@ class DiscreteHead(ActionHead):
         index = jax.vmap(search, in_axes=(0, -1), out_axes=-1)(jnp.asarray(self.edges), action)
         return jnp.clip(index, 0, self.num_bins - 1)
 
-    def from_bins(self, index) -> jax.Array:
+    def from_bins(self, index: jax.Array) -> jax.Array:
         """(..., A) bins to their centres."""
         centres = jnp.asarray((self.edges[:, 1:] + self.edges[:, :-1]) / 2)
         return centres[jnp.arange(self.action_dim), index]
 
-    def loss_terms(self, groups, action, mask, keys_b=None) -> dict[str, jax.Array]:
+    def loss_terms(
+        self,
+        groups: Mapping[str, TokenGroup],
+        action: jax.Array,
+        mask: jax.Array,
+        keys_b: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
         """Masked sums of the cross-entropy "loss", "accuracy" and "mse" (times A, as upstream)."""
         logits, target = self.logits(groups), self.to_bins(action)
         entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
@@ -100,8 +110,16 @@ class DiscreteHead(ActionHead):
             "mse": jnp.sum(squared * mask),
         }
 
-    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
-        """Samples classes at `temperature`; 0 takes the most likely one."""
+    def sample(
+        self,
+        groups: Mapping[str, TokenGroup],
+        keys_b: jax.Array,
+        *,
+        sample_shape: tuple[int, ...] = (),
+        valid: jax.Array | None = None,
+        noise: Any = None,
+    ) -> jax.Array:
+        """(*sample_shape, B, H, A): samples classes at `temperature`; 0 takes the most likely one."""
         logits = self.logits(groups, last_only=True)[:, -1]
         if self.temperature == 0:
             action = self.from_bins(jnp.argmax(logits, axis=-1))

@@ -1,5 +1,8 @@
 """Heads that turn noise into actions: diffusion and flow matching, with one network and one way of drawing."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +18,7 @@ from octo_like.model.diffusion import (
     velocity,
 )
 from octo_like.model.heads import ActionHead
+from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import fold_in_all
 
 
@@ -35,7 +39,7 @@ class GenerativeHead(ActionHead):
     dropout_rate: float = 0.0
     loss: str = "mse"
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         if self.loss not in ("mse", "l1"):
             raise ValueError(f"unknown loss {self.loss!r}; valid: 'mse', 'l1'")
@@ -111,7 +115,7 @@ class DiffusionHead(GenerativeHead):
     clip: str = "sample"
     min_signal: float = 0.15
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         if self.prediction not in ("noise", "velocity", "action"):
             raise ValueError(f"unknown prediction {self.prediction!r}; valid: 'noise', 'velocity', 'action'")
@@ -124,17 +128,26 @@ class DiffusionHead(GenerativeHead):
         self.diffusion_model = self._network()
         self.schedule = cosine_schedule(self.num_steps)
 
-    def predict_noise(self, embedding, x, time) -> jax.Array:
-        """The noise in x (..., H*A) at integer times (..., 1)."""
+    def predict_noise(self, embedding: jax.Array, x: jax.Array, time: jax.Array) -> jax.Array:
+        """The noise in x (..., H*A) at integer times (..., 1), given the embedding (..., D)."""
         out = self.diffusion_model(embedding, x, time)
         if self.prediction == "velocity":
             return noise_from_velocity(self.schedule, x, out, time)
         return out if self.prediction == "noise" else noise_from_action(self.schedule, x, out, time)
 
-    def loss_terms(self, groups, action, mask, keys_b, *, draws=None) -> dict[str, jax.Array]:
+    def loss_terms(
+        self,
+        groups: Mapping[str, TokenGroup],
+        action: jax.Array,
+        mask: jax.Array,
+        keys_b: jax.Array,
+        *,
+        draws: tuple[jax.Array, jax.Array] | None = None,
+    ) -> dict[str, jax.Array]:
         """Masked sums of "loss" and "mse" over what is predicted, averaged over draws, times A as upstream.
 
         Args:
+          action, mask: (B, W, H, A).
           keys_b: (B,) keys; time and noise of a sample depend on its key only.
           draws: (time (n, B, W, 1) int, noise (n, B, W, H*A)) instead of random ones.
         """
@@ -149,8 +162,17 @@ class DiffusionHead(GenerativeHead):
         )
         return self._terms(pred, target, mask)
 
-    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
-        """
+    def sample(
+        self,
+        groups: Mapping[str, TokenGroup],
+        keys_b: jax.Array,
+        *,
+        sample_shape: tuple[int, ...] = (),
+        valid: jax.Array | None = None,
+        noise: tuple[jax.Array, Any] | None = None,
+    ) -> jax.Array:
+        """(*sample_shape, B, H, A) actions within the bounds.
+
         Args:
           keys_b: (B,) keys; a row's actions depend on its own key only.
           valid: (A,) or (B, A) bool, False for padded action dimensions.
@@ -167,7 +189,7 @@ class DiffusionHead(GenerativeHead):
         def denoise(x, t):
             return self.predict_noise(embedding, x, jnp.broadcast_to(t, (1,) * x.ndim))
 
-        bounds = dict(max_action=self.max_action, clip=self.clip, valid=valid)
+        bounds: dict[str, Any] = dict(max_action=self.max_action, clip=self.clip, valid=valid)
         if self.sampler == "ddpm":
             out = ddpm_sample(denoise, self.schedule, initial, per_step, **bounds)
         else:
@@ -190,7 +212,7 @@ class FlowHead(GenerativeHead):
     # The network's time features are made for diffusion's steps 0 ... 20.
     time_scale = 20.0
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         if self.sample_steps < 1 or self.time_alpha <= 0:
             raise ValueError(
@@ -198,14 +220,25 @@ class FlowHead(GenerativeHead):
             )
         self.flow_model = self._network()
 
-    def predict_velocity(self, embedding, x, tau, dropout_keys=None) -> jax.Array:
-        """d x / d tau at x (..., H*A) and times tau (..., 1) in [0, 1]."""
+    def predict_velocity(
+        self, embedding: jax.Array, x: jax.Array, tau: jax.Array, dropout_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """d x / d tau at x (..., H*A) and times tau (..., 1) in [0, 1], given the embedding (..., D)."""
         return self.flow_model(embedding, x, tau * self.time_scale, dropout_keys)
 
-    def loss_terms(self, groups, action, mask, keys_b, *, draws=None) -> dict[str, jax.Array]:
+    def loss_terms(
+        self,
+        groups: Mapping[str, TokenGroup],
+        action: jax.Array,
+        mask: jax.Array,
+        keys_b: jax.Array,
+        *,
+        draws: tuple[jax.Array, jax.Array] | None = None,
+    ) -> dict[str, jax.Array]:
         """Masked sums of "loss" and "mse" of the velocity action - noise, averaged over draws, times A as diffusion's.
 
         Args:
+          action, mask: (B, W, H, A).
           keys_b: (B,) keys; time and noise of a sample depend on its key only.
           draws: (tau (n, B, W, 1), noise (n, B, W, H*A)) instead of random ones.
         """
@@ -218,7 +251,15 @@ class FlowHead(GenerativeHead):
         pred = self.predict_velocity(self.embed(groups)[None], x, tau, fold_in_all(keys_b, 2))
         return self._terms(pred, x1[None] - noise, mask)
 
-    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
+    def sample(
+        self,
+        groups: Mapping[str, TokenGroup],
+        keys_b: jax.Array,
+        *,
+        sample_shape: tuple[int, ...] = (),
+        valid: jax.Array | None = None,
+        noise: jax.Array | None = None,
+    ) -> jax.Array:
         """As `DiffusionHead.sample`; `noise` is the initial noise (*sample_shape, B, H*A) alone."""
         embedding, valid, drawn = self._start(groups, keys_b, sample_shape, valid, 0 if noise is not None else 1)
 
@@ -229,6 +270,6 @@ class FlowHead(GenerativeHead):
         return self._chunk(jnp.clip(out, -self.max_action, self.max_action))
 
 
-def _row_normal(keys_b: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _row_normal(keys_b: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal (B, *shape), one key per row."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_b)

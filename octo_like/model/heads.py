@@ -5,6 +5,7 @@ Here is what all heads share, and regression; `generative.py` has diffusion and 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -84,9 +85,12 @@ class ActionHead(nn.Module):
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    num_probes = 1
+    @property
+    def num_probes(self) -> int:
+        """How many tokens of a timestep are read, each for itself; a head may say another number."""
+        return 1
 
-    def setup(self):
+    def setup(self) -> None:
         if self.use_map:
             self.map_head = MapPooling(self.num_probes, self.compat, self.dtype)
 
@@ -134,18 +138,24 @@ class RegressionHead(ActionHead):
 
     loss: str = "mse"
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         if self.loss not in ("mse", "l1"):
             raise ValueError(f"unknown loss {self.loss!r}; valid: 'mse', 'l1'")
         self.mean_proj = nn.Dense(self.action_horizon * self.action_dim, dtype=self.dtype)
 
-    def predict(self, groups, *, last_only: bool = False) -> jax.Array:
+    def predict(self, groups: Mapping[str, TokenGroup], *, last_only: bool = False) -> jax.Array:
         """(B, W, H, A) float32."""
         raw = self._chunk(self.mean_proj(self.embed(groups, last_only=last_only))).astype(jnp.float32)
         return jnp.tanh(raw / self.max_action) * self.max_action
 
-    def loss_terms(self, groups, action, mask, keys_b=None) -> dict[str, jax.Array]:
+    def loss_terms(
+        self,
+        groups: Mapping[str, TokenGroup],
+        action: jax.Array,
+        mask: jax.Array,
+        keys_b: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
         """Masked sums of "loss" and "mse", times A as upstream; divide by the mask's count."""
         error = self.predict(groups) - action
         squared, weight = error**2, mask * self.action_dim
@@ -153,6 +163,15 @@ class RegressionHead(ActionHead):
         self.report_by_sample(loss * weight, mask)
         return {"loss": jnp.sum(loss * weight), "mse": jnp.sum(squared * weight)}
 
-    def sample(self, groups, keys_b, *, sample_shape=(), valid=None, noise=None) -> jax.Array:
+    def sample(
+        self,
+        groups: Mapping[str, TokenGroup],
+        keys_b: jax.Array,
+        *,
+        sample_shape: tuple[int, ...] = (),
+        valid: jax.Array | None = None,
+        noise: Any = None,
+    ) -> jax.Array:
+        """(*sample_shape, B, H, A): the prediction, `sample_shape` times."""
         action = self.predict(groups, last_only=True)[:, -1]
         return jnp.broadcast_to(action, (*sample_shape, *action.shape))

@@ -20,6 +20,7 @@ from octo_like.model.special import run_once_options
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
+from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import fold_in_all
 
 STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem, "resnet": ResNetStem}
@@ -51,22 +52,25 @@ class OctoModel(nn.Module):
     head_weights: Mapping[str, float]
     auxiliaries: Mapping[str, PointsHead] = dataclasses.field(default_factory=dict)
 
-    def groups(self, observation, task, dropout_keys=None):
+    def groups(
+        self, observation: Mapping[str, Any], task: Mapping[str, Any], dropout_keys: jax.Array | None = None
+    ) -> dict[str, TokenGroup]:
+        """Every token group after the transformer, see `OctoTransformer`: tokens (B, n, D) or (B, W, n, D)."""
         return self.octo_transformer(observation, task, dropout_keys)
 
-    def encode_language(self, task) -> dict[str, jax.Array]:
-        """Features of the frozen language encoders by tokenizer, to be put under task/language_instruction/encoded."""
-        tokenizers = {
-            t.name: t for t in self.octo_transformer.task_tokenizers.values() if getattr(t, "is_frozen", False)
-        }
-        return {name: tokenizer(None, task, encode_only=True) for name, tokenizer in tokenizers.items()}
+    def encode_language(self, task: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Features (B, L, d) of the frozen language encoders by tokenizer, to be put under
+        task/language_instruction/encoded."""
+        frozen = [t for t in self.octo_transformer.task_tokenizers.values() if getattr(t, "is_frozen", False)]
+        return {str(tokenizer.name): tokenizer(None, task, encode_only=True) for tokenizer in frozen}
 
     def loss_terms(self, batch: Mapping[str, Any], keys_b: jax.Array, train: bool) -> dict[str, dict[str, jax.Array]]:
-        """Per head and auxiliary: masked sums ("loss", "mse", ...) and "count", the number of entries they run over.
+        """Per head and auxiliary: masked sums ("loss", "mse", ...) and "count", the number of their entries; all ().
 
         Sums of micro-batches add up to the sum of the batch; dividing by the total count gives the mean.
 
         Args:
+          batch: as `BatchSpec.batch` describes it; `action` (B, W, H, A).
           keys_b: (B,) random keys, one per sample.
           train: dropout on.
         """
@@ -83,14 +87,23 @@ class OctoModel(nn.Module):
         return terms
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Number of entries every head and auxiliary learns from; needs no parameters."""
+        """Number of entries every head and auxiliary learns from, () float32 each; needs no parameters."""
         entries = {
             name: jnp.sum(action_mask(batch, name, head.action_horizon, head.action_dim), dtype=jnp.float32)
             for name, head in self.heads.items()
         }
         return entries | {name: jnp.sum(part.mask(batch), dtype=jnp.float32) for name, part in self.auxiliaries.items()}
 
-    def sample(self, observation, task, keys_b, *, head: str, sample_shape=(), valid=None) -> jax.Array:
+    def sample(
+        self,
+        observation: Mapping[str, Any],
+        task: Mapping[str, Any],
+        keys_b: jax.Array,
+        *,
+        head: str,
+        sample_shape: tuple[int, ...] = (),
+        valid: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalised actions (*sample_shape, B, H, A) for the last timestep of the window.
 
         Only what the head reads is computed: other readouts are left out of the sequence, and the last block is that of
@@ -106,14 +119,15 @@ class OctoModel(nn.Module):
 def total_loss(
     model: OctoModel, terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Weighted sum over heads of the mean loss; `counts` are those of the whole batch."""
-    return sum(
+    """Weighted sum over heads of the mean loss, (); `counts` are those of the whole batch."""
+    total: Any = sum(
         model.head_weights.get(name, 1.0) * part["loss"] / jnp.maximum(counts[name], 1.0)
         for name, part in terms.items()
     )
+    return total
 
 
-def init_params(model: OctoModel, spec: BatchSpec, rng: jax.Array, *, vocab_size: int = 100):
+def init_params(model: OctoModel, spec: BatchSpec, rng: jax.Array, *, vocab_size: int = 100) -> dict[str, Any]:
     """Freshly initialised parameters, a plain nested dict."""
     batch = synthetic_batch(spec, 1, language_vocab=vocab_size)
 
@@ -243,8 +257,10 @@ def _stem(entry, where, modules):
     name = entry.pop("module_name", names.get(kind, f"{cls.__name__}_0"))
     make(cls, entry, where, dtype=jnp.float32)  # refuses what would be refused later, without a place
 
+    takes_dtype = any(field.name == "dtype" for field in dataclasses.fields(cls))
+
     def construct(dtype):
-        return cls(**entry, name=name, **({"dtype": dtype} if "dtype" in cls.__dataclass_fields__ else {}))
+        return cls(**entry, name=name, **({"dtype": dtype} if takes_dtype else {}))
 
     return construct
 

@@ -10,6 +10,7 @@ is traced, where shapes and dtypes cost nothing to look at. docs/extending.md sa
 Fields of the class are options in the config. Those called `dtype`, `compat` and `vocab_size` are filled in.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ GROUPS = ("task_tokenizers", "observation_tokenizers", "heads", "auxiliaries")
 # Role -> (base class, methods with an example of their arguments, what an entry of the config has to say itself, so
 # that config and data can be checked against each other without importing anything).
 _A = object()
-PROTOCOLS: dict[str, tuple[type, dict[str, tuple[tuple, dict]], tuple[str, ...]]] = {
+PROTOCOLS: dict[str, tuple[type[nn.Module], dict[str, tuple[tuple, dict]], tuple[str, ...]]] = {
     "task tokenizer": (nn.Module, {"__call__": ((_A, _A), {})}, ()),
     "observation tokenizer": (nn.Module, {"__call__": ((_A, _A, _A), {})}, ("obs_keys",)),
     "stem": (nn.Module, {"__call__": ((_A, _A), {})}, ()),
@@ -67,7 +68,7 @@ def check_class(cls: type, role: str, where: str, entry: Mapping[str, Any]) -> N
         if not accepts(found, *args, **kwargs):
             wanted = ", ".join([f"{len(args)} argument(s)", *(f"{key}=" for key in kwargs)])
             raise PartError(f"{what}: {method} does not take {wanted}, as a {role}'s has to; see docs/extending.md")
-    fields = {field.name for field in cls.__dataclass_fields__.values()}
+    fields = {field.name for field in dataclasses.fields(cls)}
     for key in _TAKEN.get(role, ("kind",)):
         if key in fields:
             raise PartError(f"{what} has a field {key!r}, which in a config means something else; rename it")
@@ -86,7 +87,7 @@ def check_frozen(tokenizer: nn.Module, where: str) -> None:
 
 def own_kinds(model: Mapping[str, Any]) -> dict[str, str]:
     """{place in the config: "module:Class"} of the parts of a model that are not ours."""
-    found = {}
+    found: dict[str, str] = {}
     for group in GROUPS:
         for name, entry in (model.get(group) or {}).items():
             places = {f"model.{group}.{name}": entry, f"model.{group}.{name}.stem": _mapping(entry.get("stem"))}

@@ -28,7 +28,7 @@ class PointsHead(nn.Module):
     names: tuple[str, ...]
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.project = nn.Dense(2 * len(self.names), dtype=self.dtype)
 
     def predict(self, groups: Mapping[str, TokenGroup]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Image encoders: (N, h, w, C) uint8 pixels to (N, h', w', F) features."""
+"""Image encoders (stems): normalised images (N, h, w, C) float32, and a condition (N, d) or None, to (N, h', w', F)."""
 
 import math
 from typing import Literal
@@ -13,7 +13,8 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def normalize_images(images: jax.Array, kind: Literal["default", "imagenet"] = "default") -> jax.Array:
-    """uint8 RGB (stacked along channels) to float32: [-1, 1] ("default") or standardised by ImageNet's statistics."""
+    """(..., 3 k) uint8 RGB, k images stacked along channels, to float32 of the same shape: [-1, 1] ("default") or
+    standardised by ImageNet's statistics."""
     if kind == "default":
         return images.astype(jnp.float32) / 127.5 - 1.0
     if kind == "imagenet":
@@ -23,13 +24,15 @@ def normalize_images(images: jax.Array, kind: Literal["default", "imagenet"] = "
 
 
 def normalize_depth(metres: jax.Array) -> jax.Array:
-    """[0, infinity) to [-1, 1): no reading (0) is -1, one metre 0, three metres a half."""
+    """[0, infinity) to [-1, 1), any shape: no reading (0) is -1, one metre 0, three metres a half."""
     metres = jnp.clip(metres.astype(jnp.float32), 0.0, 1e3)
     return (metres - 1.0) / (metres + 1.0)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int | str) -> jax.Array:
-    """Cross-correlation, NHWC with an HWIO kernel; `padding` on every side, or "same": ceil(size / stride) outputs.
+    """Cross-correlation of x (N, h, w, C) with a kernel (kh, kw, C, F) to (N, h', w', F).
+
+    `padding` on every side, or "same": ceil(size / stride) outputs.
 
     A patch convolution (kernel = stride, no padding) is a reshape and one matrix product: every backend runs that well.
     """
@@ -38,15 +41,15 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int | str) -
     if kh == kw == stride and padding in (0, "same") and h % stride == 0 and w % stride == 0:
         patches = x.reshape(n, h // stride, stride, w // stride, stride, cin).transpose(0, 1, 3, 2, 4, 5)
         return patches.reshape(n, h // stride, w // stride, kh * kw * cin) @ kernel.reshape(-1, cout)
-    if padding == "same":
-        pad = (_same_padding(h, kh, stride), _same_padding(w, kw, stride))
+    if isinstance(padding, int):
+        pad = ((padding, padding), (padding, padding))
     else:
-        pad = ((padding, padding),) * 2
+        pad = (_same_padding(h, kh, stride), _same_padding(w, kw, stride))
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nn.Module):
-    """Convolution, optionally with a standardised kernel (Qiao et al. 2019, weight standardization)."""
+    """Convolution (N, h, w, C) to (N, h', w', features), optionally with a standardised kernel (Qiao et al. 2019)."""
 
     features: int
     kernel_size: int
@@ -57,7 +60,7 @@ class Conv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
@@ -69,7 +72,7 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018) with epsilon 1e-6, as one multiply-add per pixel.
+    """Group normalisation (Wu & He 2018) of (N, h, w, C) with epsilon 1e-6, as one multiply-add per pixel.
 
     Per-channel sums are taken first and groups are formed on the small (N, C) result; normalising through a (C/g, g)
     reshape of the image costs ten times more on CPU.
@@ -80,7 +83,7 @@ class GroupNorm(nn.Module):
     zero_scale: bool = False  # begin at zero: a residual branch that is silent at first
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         n, h, w, channels = x.shape
         if channels % self.num_groups:
             raise ValueError(
@@ -109,10 +112,13 @@ class GroupNorm(nn.Module):
 
 
 class Film(nn.Module):
-    """Feature-wise linear modulation (Perez et al. 2018): x * (1 + a(c)) + b(c), zero at initialisation."""
+    """Feature-wise linear modulation (Perez et al. 2018) of x (N, h, w, F) by c (N, d): x * (1 + a(c)) + b(c), with a
+    and b zero at initialisation."""
 
     @nn.compact
-    def __call__(self, x, condition):
+    def __call__(self, x: jax.Array, condition: jax.Array | None) -> jax.Array:
+        if condition is None:
+            raise ValueError("FiLM needs a condition, and there is none: name it in the tokenizer's film_keys")
         zero = nn.initializers.zeros_init()
         a = nn.Dense(x.shape[-1], kernel_init=zero, name="Dense_0", dtype=x.dtype)(condition)
         b = nn.Dense(x.shape[-1], kernel_init=zero, name="Dense_1", dtype=x.dtype)(condition)
@@ -121,6 +127,8 @@ class Film(nn.Module):
 
 class SmallStem(nn.Module):
     """Stride-2 standardised convolutions and a patch embedding (early convolutions help: Xiao et al. 2021).
+
+    (N, h, w, C) to (N, h / patch_size, w / patch_size, num_features).
 
     Attributes:
       patch_size: pixels per token; a multiple of the product of the strides.
@@ -140,7 +148,7 @@ class SmallStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         n = len(self.features)
         kernels, strides, paddings = self.kernel_sizes or (3,) * n, self.strides or (2,) * n, self.padding or (1,) * n
         if not len(kernels) == len(strides) == len(paddings) == n or self.patch_size % math.prod(strides):
@@ -206,8 +214,8 @@ class _ResNetBlock(nn.Module):
 class ResNetStem(nn.Module):
     """A ResNet with group norm and standardised convolutions ("BiT", Kolesnikov et al. 2020), as before a hybrid ViT.
 
-    2 + 3 sum(num_layers) convolution layers deep: (2, 2, 2, 2) is ResNet-26, (3, 4, 6, 3) ResNet-50. A 256 x 256 image
-    becomes 8 x 8 features. FiLM follows every block but the first (and the root when there are no blocks), as in Octo.
+    2 + 3 sum(num_layers) convolution layers deep: (2, 2, 2, 2) is ResNet-26, (3, 4, 6, 3) ResNet-50. (N, 256, 256, C)
+    becomes (N, 8, 8, F). FiLM follows every block but the first (and the root when there are no blocks), as in Octo.
 
     Attributes:
       num_layers: residual units per block; block i has 64 * width * 2^i (times 4) channels.
@@ -219,7 +227,7 @@ class ResNetStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         width = int(64 * self.width)
         x = Conv(width, 7, 2, "same", True, False, self.dtype, name="conv_root")(x)
         x = nn.max_pool(jax.nn.relu(GroupNorm(name="gn_root")(x)), (3, 3), (2, 2), "SAME")
@@ -235,7 +243,10 @@ class ResNetStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution with kernel = stride = patch size (ViT, Dosovitskiy et al. 2021)."""
+    """One convolution with kernel = stride = patch size (ViT, Dosovitskiy et al. 2021).
+
+    (N, h, w, C) to (N, h / patch_size, w / patch_size, num_features).
+    """
 
     patch_size: int = 32
     num_features: int = 512
@@ -243,13 +254,13 @@ class PatchStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         x = Conv(self.num_features, self.patch_size, self.patch_size, dtype=self.dtype, name="embedding")(x)
         return Film(name="FilmConditioning_0")(x, condition) if self.use_film else x
 
 
 def with_coordinates(x: jax.Array) -> jax.Array:
-    """Appends two channels with the row and column of every pixel, in [-1, 1]."""
+    """(N, h, w, C) to (N, h, w, C + 2): appends the row and column of every pixel, in [-1, 1]."""
     n, h, w, _ = x.shape
     rows = jnp.broadcast_to(jnp.linspace(-1, 1, h)[None, :, None, None], (n, h, w, 1))
     cols = jnp.broadcast_to(jnp.linspace(-1, 1, w)[None, None, :, None], (n, h, w, 1))
@@ -258,6 +269,8 @@ def with_coordinates(x: jax.Array) -> jax.Array:
 
 class ConvStem(nn.Module):
     """A stack of (kernel, stride, features) convolutions, each with group norm, FiLM and ReLU: small images, few FLOPs.
+
+    (N, h, w, C) to (N, h', w', F), F being the last features and h / h' the product of the strides.
 
     The language enters after every convolution, so that a feature map can already be about the object that is meant.
 
@@ -273,7 +286,7 @@ class ConvStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         for i, (kernel, stride, width) in enumerate(self.layers):
             padding = 0 if kernel == stride else kernel // 2
             if self.coordinates:
@@ -290,7 +303,7 @@ class KeypointStem(nn.Module):
     """Convolutions and a spatial softmax: where things are, as coordinates (Levine et al. 2016; Finn et al. 2016).
 
     Every one of `num_keypoints` maps becomes the expected (row, column) of its softmax and its expected value.
-    With FiLM the words choose what the maps look for. The whole image becomes one token of 3 * num_keypoints features:
+    With FiLM the words choose what the maps look for. The whole image becomes one token, (N, 1, 1, 3 * num_keypoints):
     the cheapest way to learn to point, and too narrow for scenes that cannot be told in points.
 
     Attributes:
@@ -304,7 +317,7 @@ class KeypointStem(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition=None):
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         x = ConvStem(self.layers, self.use_film, False, self.num_groups, self.dtype, name="ConvStem_0")(x, condition)
         maps = Conv(self.num_keypoints, 1, 1, dtype=self.dtype, name="maps")(x).astype(jnp.float32)
         n, h, w, k = maps.shape

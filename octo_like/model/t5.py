@@ -38,7 +38,7 @@ T5_CONFIGS = {
 
 
 def relative_bucket(key_minus_query: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket index of relative positions, bidirectional: exact for short distances, logarithmic beyond."""
+    """Bucket index of relative positions (any shape), bidirectional: exact for short distances, logarithmic beyond."""
     half = num_buckets // 2
     distance = np.abs(key_minus_query)
     exact = half // 2
@@ -55,7 +55,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
 
 
 def encode(
-    params: Any, config: T5Config, input_ids: jax.Array, attention_mask: jax.Array, dtype=jnp.float32
+    params: Any, config: T5Config, input_ids: jax.Array, attention_mask: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
     """Last hidden state: (B, L) ids and mask to (B, L, d_model).
 
@@ -135,14 +135,17 @@ def init_params(config: T5Config, rng: jax.Array) -> dict:
 
 
 class T5Encoder(nn.Module):
-    """Linen holder of the parameter tree: params/{shared, encoder}; computed in `dtype`, kept in `param_dtype`."""
+    """Linen holder of the parameter tree: params/{shared, encoder}; computed in `dtype`, kept in `param_dtype`.
+
+    (B, L) ids and mask to (B, L, d_model), see `encode`.
+    """
 
     config: T5Config
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask):
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         def init(rng, part):
             return jax.tree.map(lambda x: x.astype(self.param_dtype), init_params(self.config, rng)[part])
 

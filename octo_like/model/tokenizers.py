@@ -6,7 +6,7 @@ Every tokenizer returns a TokenGroup with tokens (B, [W,] n, F), or None when th
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -29,21 +29,22 @@ def match_keys(tree: Mapping[str, Any], patterns: tuple[str, ...], *, prefix: bo
 
 
 class TokenLearner(nn.Module):
-    """Pools n tokens into `num_tokens` by attention (Ryoo et al. 2021, with MAP pooling as in Octo)."""
+    """Pools tokens (..., n, D) to (..., `num_tokens`, D) by attention (Ryoo et al. 2021, MAP pooling as in Octo)."""
 
     num_tokens: int
     uniform_when_masked: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens):
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         pos = self.param("pos_embed", nn.initializers.normal(0.02), tokens.shape[-2:])
         h = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="LayerNorm_0")(tokens + pos.astype(tokens.dtype))
         return MapPooling(self.num_tokens, self.uniform_when_masked, self.dtype, name="MAPHead_0")(h)
 
 
 class ImageTokenizer(nn.Module):
-    """Cameras to tokens; goal images are stacked onto the observation's channels ("early goal fusion").
+    """Cameras (B, W, h, w, 3) to tokens (B, W, n, F); goal images (B, h, w, 3) are stacked on the channels ("early goal
+    fusion").
 
     Attributes:
       stem: constructor of the encoder, with its options and name bound.
@@ -60,13 +61,18 @@ class ImageTokenizer(nn.Module):
     goal_keys: tuple[str, ...] = ()
     film_keys: tuple[str, ...] = ()
     num_learned_tokens: int = 0
-    normalization: str = "default"
+    normalization: Literal["default", "imagenet"] = "default"
     use_pad_mask: bool = True
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, observation, task, summaries=None):
+    def __call__(
+        self,
+        observation: Mapping[str, Any],
+        task: Mapping[str, Any],
+        summaries: Mapping[str, jax.Array] | None = None,
+    ) -> TokenGroup | None:
         keys = match_keys(observation, self.obs_keys, prefix=self.compat)
         if not keys:
             return None
@@ -126,7 +132,7 @@ class ImageTokenizer(nn.Module):
 
 
 class LanguageTokenizer(nn.Module):
-    """Instructions to tokens.
+    """Instructions (B, L) to tokens (B, L, d), or (B, 1, d) when pooled.
 
     Attributes:
       encoder: "t5" (a T5 encoder), "small" (own embeddings and transformer, trained with the policy), or "embedding"
@@ -159,7 +165,14 @@ class LanguageTokenizer(nn.Module):
         return self.encoder == "t5" and not self.finetune_encoder
 
     @nn.compact
-    def __call__(self, observation, task, summaries=None, *, encode_only=False):
+    def __call__(
+        self,
+        observation: Mapping[str, Any] | None,
+        task: Mapping[str, Any],
+        summaries: Mapping[str, jax.Array] | None = None,
+        *,
+        encode_only: bool = False,
+    ) -> TokenGroup | jax.Array | None:
         """`encode_only` returns the encoder's (B, L, d) features; in a task they stand under
         language_instruction/encoded/{name of this module} and are not computed again."""
         if "language_instruction" not in task:
@@ -211,6 +224,8 @@ class LanguageTokenizer(nn.Module):
 
     def _encode(self, ids, word_mask):
         if self.encoder == "t5":
+            if self.t5 is None:
+                raise ValueError("a T5 encoder needs its sizes: t5=T5Config(...)")
             if self.encoder_dtype is not None and self.finetune_encoder:
                 raise ValueError("encoder_dtype is for frozen encoders; one that is trained keeps float32 parameters")
             kept = jnp.dtype(self.encoder_dtype or "float32")
@@ -231,7 +246,7 @@ class LanguageTokenizer(nn.Module):
 
 
 def bin_thresholds(num_bins: int, kind: str, low: float, high: float) -> np.ndarray:
-    """num_bins + 1 edges: evenly spaced on [low, high], or quantiles of the standard normal ("normal")."""
+    """(num_bins + 1,) edges: evenly spaced on [low, high], or quantiles of the standard normal ("normal")."""
     if kind == "uniform":
         return np.linspace(low, high, num_bins + 1, dtype=np.float32)
     if kind == "normal":
@@ -241,7 +256,7 @@ def bin_thresholds(num_bins: int, kind: str, low: float, high: float) -> np.ndar
 
 
 def bin_index(x: jax.Array, num_bins: int, kind: str, low: float, high: float, *, compat: bool) -> jax.Array:
-    """Index of the bin that holds x; values outside the range go to the nearest bin.
+    """Index of the bin that holds x, of the same shape; values outside the range go to the nearest bin.
 
     compat: with "normal" bins, values above the last threshold go to bin 0, as upstream.
     """
@@ -255,7 +270,7 @@ def bin_index(x: jax.Array, num_bins: int, kind: str, low: float, high: float, *
 
 
 class LowdimTokenizer(nn.Module):
-    """Proprioception and other low-dimensional observations to tokens.
+    """Proprioception and other low-dimensional observations (B, W, d) to tokens (B, W, n, F).
 
     Attributes:
       obs_keys: regexes of (B, W, d) observations, concatenated.
@@ -277,7 +292,12 @@ class LowdimTokenizer(nn.Module):
     entries: tuple[int, ...] | None = None
 
     @nn.compact
-    def __call__(self, observation, task, summaries=None):
+    def __call__(
+        self,
+        observation: Mapping[str, Any],
+        task: Mapping[str, Any],
+        summaries: Mapping[str, jax.Array] | None = None,
+    ) -> TokenGroup | None:
         keys: list[str] = []
         for pattern in self.obs_keys:
             found = match_keys(observation, (pattern,), prefix=self.compat)

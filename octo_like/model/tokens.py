@@ -37,6 +37,6 @@ def masked_mean(group: TokenGroup) -> jax.Array:
 
 
 def valid_mask(tree: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> jax.Array:
-    """pad_mask_dict[key], or all True where the tree does not say."""
+    """pad_mask_dict[key], or all True where the tree does not say: `shape` bool, (B,) of a task, (B, W) else."""
     mask = tree.get("pad_mask_dict", {}).get(key)
     return jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)

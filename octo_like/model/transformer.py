@@ -40,7 +40,14 @@ class MultiHeadAttention(nn.Module):
     qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x_bnd, mask_bnm, *, context_bmd=None, dropout_keys=None):
+    def __call__(
+        self,
+        x_bnd: jax.Array,
+        mask_bnm: jax.Array | BlockMask | None,
+        *,
+        context_bmd: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
+    ) -> jax.Array:
         dim, heads = x_bnd.shape[-1], self.num_heads
         if dim % heads:
             raise ValueError(f"token width {dim} is not divisible by {heads} attention heads")
@@ -99,14 +106,14 @@ class _Projection(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense, GELU (tanh form), Dense."""
+    """Dense, GELU (tanh form), Dense: (B, ..., D) to the same shape."""
 
     hidden_dim: int
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, dropout_keys=None):
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         dense = lambda width, name: nn.Dense(  # noqa: E731
             width,
             dtype=self.dtype,
@@ -133,7 +140,13 @@ class Block(nn.Module):
     qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x_bnd, mask_bnn, dropout_keys=None, rows: tuple[int, int] | None = None):
+    def __call__(
+        self,
+        x_bnd: jax.Array,
+        mask_bnn: jax.Array | BlockMask,
+        dropout_keys: jax.Array | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> jax.Array:
         norm = lambda i: nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name=f"LayerNorm_{i}")  # noqa: E731
         h = norm(0)(x_bnd)
         context = None
@@ -193,10 +206,17 @@ class Transformer(nn.Module):
     qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x_bnd, mask_bnn, dropout_keys=None, *, rows: tuple[int, int] | None = None):
+    def __call__(
+        self,
+        x_bnd: jax.Array,
+        mask_bnn: jax.Array | BlockMask,
+        dropout_keys: jax.Array | None = None,
+        *,
+        rows: tuple[int, int] | None = None,
+    ) -> jax.Array:
         """With `rows` (start, count) the result is (B, count, D), of these tokens only: the last block then computes
         nothing else, and `mask_bnn` must be a BlockMask."""
-        remat = {None: "none", False: "none", True: "full"}.get(self.remat, self.remat)
+        remat = "full" if self.remat is True else self.remat or "none"
         if remat not in ("none", "full", "dots"):
             raise ValueError(f"unknown remat {remat!r}; valid: 'none', 'full', 'dots', or False and True")
 
@@ -238,7 +258,7 @@ class MapPooling(nn.Module):
     num_heads: int = 8
 
     @nn.compact
-    def __call__(self, tokens, mask=None):
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         *lead, m, dim = tokens.shape
         tokens = tokens.reshape(-1, m, dim)
         mask_bnm = (

@@ -79,7 +79,7 @@ def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
 # -- FLOPs -------------------------------------------------------------------------------------------------------------
 
 
-def matmul_flops(function: Callable, *args) -> int:
+def matmul_flops(function: Callable, *args: Any) -> int:
     """FLOPs of all matrix products and convolutions that `function(*args)` computes, 2 per multiply-add.
 
     Read off the traced program, loops counted as often as they run; element-wise work is left out, and so is what only
@@ -162,7 +162,7 @@ def forward_flops(model: OctoModel, spec: BatchSpec) -> int:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def pretty_spec(policy) -> str:
+def pretty_spec(policy: Any) -> str:
     """What a policy takes, gives and holds, as a readable table."""
     spec = policy.batch_spec
     lines = ["observation"]
@@ -184,7 +184,7 @@ def pretty_spec(policy) -> str:
     return "\n".join([*lines, f"  {'total':<42}{sum(counts.values()):>12,}"])
 
 
-def model_card(policy) -> str:
+def model_card(policy: Any) -> str:
     """The model card of an exported policy: Markdown with the header that the Hugging Face Hub reads."""
     datasets = "".join(
         f"| {name} | {entry.get('num_trajectories', '?')} | {entry.get('num_transitions', '?')} | "

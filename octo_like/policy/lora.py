@@ -127,11 +127,11 @@ class AdaptedModel:
     def __init__(self, model: Any, spec: LoraSpec):
         self._model, self._spec = model, spec
 
-    def apply(self, variables: Mapping[str, Any], *args, **kwargs) -> Any:
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """`model.apply` with the merged parameters."""
         return self._model.apply({**variables, "params": merge(variables["params"], self._spec)}, *args, **kwargs)
 
-    def clone(self, **changes) -> "AdaptedModel":
+    def clone(self, **changes: Any) -> "AdaptedModel":
         """`model.clone` with the same factors."""
         return AdaptedModel(self._model.clone(**changes), self._spec)
 

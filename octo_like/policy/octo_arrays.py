@@ -99,9 +99,9 @@ def read_params(folder: str | os.PathLike) -> dict[str, Any]:
 
 def _unwrapped(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The parameters, in float32: a release may be stored in half precision; it was trained in float32."""
-    tree = tree["params"] if set(tree) == {"params"} and isinstance(tree["params"], Mapping) else tree
+    whole = tree["params"] if set(tree) == {"params"} and isinstance(tree["params"], Mapping) else tree
     arrays = {}
-    for name, leaf in flatten(tree):
+    for name, leaf in flatten(whole):
         if not isinstance(leaf, np.ndarray | np.generic):
             raise PretrainedError(f"{folder}: parameter {name!r} is {leaf!r:.60}; expected an array of numbers")
         arrays[name] = np.asarray(leaf, np.float32)
@@ -116,16 +116,16 @@ def _placeholders(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...]
     return {}
 
 
-def _array_names(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+def _array_names(folder: Path) -> dict[str, tuple[str, Any]]:
     """Array name to (tensorstore driver, key-value store)."""
     import tensorstore
 
     base = f"file://{quote(str(folder.resolve()))}/"
     ocdbt = (folder / "manifest.ocdbt").is_file()
-    names = {}
+    names: dict[str, tuple[str, Any]] = {}
     if ocdbt:
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        files = [key.decode() for key in store.list().result()]
+        database = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        files = [key.decode() for key in database.list().result()]
     else:
         files = [str(p.relative_to(folder)) for pattern in ("*/.zarray", "*/zarr.json") for p in folder.glob(pattern)]
     for file in files:

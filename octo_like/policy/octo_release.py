@@ -50,7 +50,9 @@ def release_files(names: Sequence[str], step: int | None = None) -> list[str]:
     return [name for name in names if "/" not in name or name.startswith(f"{step}/")]
 
 
-def load_release(path: str | os.PathLike, *, step: int | None = None, t5: Mapping[str, Any] | None = None):
+def load_release(
+    path: str | os.PathLike, *, step: int | None = None, t5: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Reads a released checkpoint directory.
 
     Args:
@@ -158,8 +160,8 @@ def translate_config(
       PretrainedError: the config names a class or an option that is unknown here, lacks one that has no default, or
         has a value of another kind.
     """
-    model = Entry(model, file, "model.")
-    kwargs = model.entry("transformer_kwargs")
+    whole = Entry(model, file, "model.")
+    kwargs = whole.entry("transformer_kwargs")
     if not kwargs.get("add_position_embedding", BOOL, False):
         kwargs = Entry({k: v for k, v in kwargs.value.items() if k != "add_position_embedding"}, file, kwargs.path)
     rates = {"dropout_rate", "attention_dropout_rate"}
@@ -174,24 +176,24 @@ def translate_config(
         "attention_dropout_rate": kwargs.get("attention_dropout_rate", NUMBER, 0.1),
     }
     tokenizers = {
-        group: {name: _tokenizer(spec, t5) for name, spec in model.entries(group).items()}
+        group: {name: _tokenizer(spec, t5) for name, spec in whole.entries(group).items()}
         for group in ("task_tokenizers", "observation_tokenizers")
     }
-    readouts = model.entry("readouts")
+    readouts = whole.entry("readouts")
     groups = {"task", "obs"} | {f"readout_{name}" for name in readouts.value}
     groups |= {f"task_{name}" for name in tokenizers["task_tokenizers"]}
     groups |= {f"obs_{name}" for name in tokenizers["observation_tokenizers"]}
     return {
-        "token_dim": model.get("token_embedding_size", SIZE),
-        "max_window": model.get("max_horizon", SIZE),
-        "repeat_task_tokens": model.get("repeat_task_tokens", BOOL, False),
+        "token_dim": whole.get("token_embedding_size", SIZE),
+        "max_window": whole.get("max_horizon", SIZE),
+        "repeat_task_tokens": whole.get("repeat_task_tokens", BOOL, False),
         # The first releases do not know the option and were trained with the look-up that is off by one.
-        "legacy_attention": not model.get("use_correct_attention", BOOL, False),
+        "legacy_attention": not whole.get("use_correct_attention", BOOL, False),
         "octo_compat": True,
         "transformer": transformer,
         **tokenizers,
         "readouts": {name: readouts.get(name, SIZE) for name in readouts.value},
-        "heads": {name: _head(spec, groups) for name, spec in model.entries("heads").items()},
+        "heads": {name: _head(spec, groups) for name, spec in whole.entries("heads").items()},
     }
 
 
@@ -259,7 +261,7 @@ def _tokenizer(spec: Entry, t5: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-_STEMS = {
+_STEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "SmallStem": ("small", {"patch_size": 32}),
     "SmallStem16": ("small", {"patch_size": 16}),
     "SmallStem32": ("small", {"patch_size": 32}),
@@ -288,7 +290,7 @@ def _stem(encoder: Entry) -> tuple[dict[str, Any], str]:
     if name not in _STEMS:
         raise encoder.error("name", f"is an unknown image encoder {name!r}; known: {sorted(_STEMS)}")
     kind, defaults = _STEMS[name]
-    stem = {"kind": kind, "module_name": f"{name}_0", "use_film": False, **defaults}
+    stem: dict[str, Any] = {"kind": kind, "module_name": f"{name}_0", "use_film": False, **defaults}
     if kind != "resnet":
         stem["num_features"] = 512
     if kind == "small":
@@ -303,7 +305,7 @@ def _stem(encoder: Entry) -> tuple[dict[str, Any], str]:
     return stem, kwargs.get("img_norm_type", WORD, "default")
 
 
-_HEADS = {
+_HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "MSEActionHead": ("regression", {"loss": "mse", "use_map": True}),
     "L1ActionHead": ("regression", {"loss": "l1", "use_map": True}),
     "ContinuousActionHead": ("regression", {"loss": "mse", "use_map": False}),
@@ -367,8 +369,12 @@ def release_spec(
     pad_mask = "timestep_pad_mask" if "timestep_pad_mask" in observation.value else "pad_mask"
 
     def sizes(prefix: str) -> dict[str, tuple[int, int]]:
-        keys = [key for key in observation.value if key.startswith(prefix)]
-        return {key.removeprefix(prefix): _shape(observation, key, "B W h w channels")[2:4] for key in keys}
+        found = {}
+        for key in observation.value:
+            if key.startswith(prefix):
+                _, _, height, width, _ = _shape(observation, key, "B W h w channels")
+                found[key.removeprefix(prefix)] = height, width
+        return found
 
     images = sizes("image_")
     others = (key for key in observation.value if key != "proprio" and not key.startswith(("image_", "depth_")))

@@ -136,12 +136,13 @@ class Policy:
         config = {key: value for key, value in self.config.items() if key not in derived}
         if own := parts.hashes(config["model"]):
             config["modules"] = own
+        tokenizer = self.text_tokenizer
         save_directory(
             path,
             config=config,
             params=jax.device_get(self.params),
             statistics=normalization.to_json(self.statistics),
-            save_text=(lambda folder: self.text_tokenizer.save(str(folder))) if self.text_tokenizer else None,
+            save_text=None if tokenizer is None else lambda folder: tokenizer.save(str(folder)),
             card=model_card(self),
         )
 
@@ -253,6 +254,7 @@ class Policy:
         if self.text_tokenizer is not None:
             return self.text_tokenizer.encode(texts)
         # No instruction is </s> and padding, whatever the words are.
+        assert self.batch_spec.language_length is not None
         ids = np.zeros((len(texts), self.batch_spec.language_length), np.int32)
         ids[:, 0] = 1
         return {"input_ids": ids, "attention_mask": ids.copy()}
@@ -308,6 +310,7 @@ class Policy:
                 out[key] = np.zeros((b, w, *leaf.shape[1:]), leaf.dtype)
                 out["pad_mask_dict"][key] = np.zeros((b, w), bool)
         if "proprio" in known:
+            assert spec.proprio_dim is not None
             default = np.broadcast_to(np.asarray(out["pad_mask_dict"]["proprio"])[..., None], (b, w, spec.proprio_dim))
             out["proprio_pad_mask"] = observations.get("proprio_pad_mask", default)
         images = [key for key in known if key.startswith("image_")]
@@ -333,6 +336,7 @@ class Policy:
     def _proprio(self, observations, unnormalize) -> dict[str, Any]:
         proprio = jnp.asarray(observations["proprio"], jnp.float32)
         want, width = self.batch_spec.proprio_dim, proprio.shape[-1] if proprio.ndim else 0
+        assert want is not None
         entry = None if unnormalize is None else self._entry(unnormalize)
         if entry is not None and "proprio" not in entry:
             raise ValueError(f"dataset {unnormalize!r} was trained without proprio; leave it out of the observation")
@@ -403,8 +407,9 @@ class Policy:
             actions that are relative to a proprioception that is missing.
         """
         head = self._head(head, unnormalize)
-        relative_to = None if unnormalize is None else self._entry(unnormalize).get("relative_to")
-        origin_bp = None if relative_to is None else _last_proprio(observations, unnormalize)
+        relative_to, origin_bp = None, None
+        if unnormalize is not None and (relative_to := self._entry(unnormalize).get("relative_to")) is not None:
+            origin_bp = _last_proprio(observations, unnormalize)
         observations = self.prepare_observations(observations, unnormalize)
         b = observations["timestep_pad_mask"].shape[0]
         rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
@@ -431,7 +436,9 @@ class Policy:
         if unnormalize is None:
             return actions
         actions = normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
-        return actions if relative_to is None else normalization.to_absolute(actions, origin_bp[:, None], relative_to)
+        if relative_to is None or origin_bp is None:
+            return actions
+        return normalization.to_absolute(actions, origin_bp[:, None], relative_to)
 
     def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
         """H of the chunks that `sample_actions` gives for the same arguments."""

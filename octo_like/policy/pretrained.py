@@ -67,7 +67,13 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_directory(
-    path: str | os.PathLike, *, config: Mapping, params: Mapping, statistics: Mapping, save_text=None, card: str = ""
+    path: str | os.PathLike,
+    *,
+    config: Mapping,
+    params: Mapping,
+    statistics: Mapping,
+    save_text: Callable[[Path], object] | None = None,
+    card: str = "",
 ) -> None:
     """Writes an exported policy; the directory appears whole or not at all, and replaces an earlier export.
 
@@ -304,6 +310,7 @@ def merge_params(
     Raises:
       PretrainedError: when a regex matches nothing, or nothing could be loaded.
     """
+    copies = copies or {}
     new, old = dict(flatten(target)), dict(flatten(source))
     for pattern in reinitialize:
         if not any(re.match(pattern, path) for path in new):
@@ -311,7 +318,7 @@ def merge_params(
     merged, status, notes, used, carried = {}, {}, {}, set(), set()
     for path, leaf in new.items():
         merged[path], status[path] = leaf, "new"
-        prefix = next((prefix for prefix in copies or {} if path.startswith(prefix)), "")
+        prefix = next((prefix for prefix in copies if path.startswith(prefix)), "")
         origin = copies[prefix] + path.removeprefix(prefix) if prefix else path
         copied = f"copied from {origin}" if prefix else ""
         moved = bool(prefix) and re.fullmatch(GROUP_POSITIONS, path) is not None

@@ -310,7 +310,7 @@ def _resized_head(
         return None
     axis = axes[0]
     old_chunk, new_chunk = (_chunk_of(path, entry) for entry in (before, after))
-    if old_chunk is None:
+    if old_chunk is None or new_chunk is None:
         return None
     prefix = was.shape[axis] - int(np.prod(old_chunk))
     if prefix < 0 or prefix != now.shape[axis] - int(np.prod(new_chunk)):

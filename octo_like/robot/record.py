@@ -4,6 +4,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -68,7 +69,7 @@ def encode_gif(
 
 
 def write_gif(
-    path: str | Path, frames: Sequence[np.ndarray], caption: str = "", success: bool | None = None, **options
+    path: str | Path, frames: Sequence[np.ndarray], caption: str = "", success: bool | None = None, **options: Any
 ) -> Path:
     """Writes `encode_gif(frames, ...)` to `path`, making its folder; returns the path."""
     path = Path(path)

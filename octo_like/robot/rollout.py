@@ -33,7 +33,9 @@ class PolicyLike(Protocol):
 
     def create_tasks(self, texts: Sequence[str]) -> Any: ...
 
-    def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng, unnormalize: str | None) -> Any:
+    def sample_actions(
+        self, observations: Mapping[str, Any], tasks: Any, *, rng: jax.Array, unnormalize: str | None
+    ) -> Any:
         """Actions (B, H, A); rng is an array of B keys, one per row."""
 
 
@@ -263,7 +265,8 @@ class _Slot:
         self.index: int | None = None
 
     def start(self, index: int, seed: int, options: Mapping[str, Any] | None, keep_frames: bool) -> None:
-        self.index, self.seed, self.steps, self.reward, self.actions = index, seed, 0, 0.0, []
+        self.index, self.seed, self.steps, self.reward = index, seed, 0, 0.0
+        self.actions: list[np.ndarray] = []
         self.view.seen = [] if keep_frames else None
         self.view.look(True)
         self.observation, self.info = self.env.reset(seed=seed, options=None if options is None else dict(options))

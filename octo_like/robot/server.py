@@ -44,7 +44,7 @@ class PolicyServer:
       requests, errors: {address of the client: count}.
 
     Args:
-      policy: see `octo_like.robot.rollout.PolicyLike`; also `statistics` and `get_pretty_spec()`.
+      policy: see `ServedPolicy`.
       unnormalize: statistics used when a request names none; None sends normalised actions.
       action_names: of the action dimensions, told to clients; None: those of the robot's description.
       rng_seed: of the sampling noise.
@@ -60,7 +60,7 @@ class PolicyServer:
 
     def __init__(
         self,
-        policy: PolicyLike,
+        policy: ServedPolicy,
         *,
         unnormalize: str | None = None,
         action_names: Sequence[str] | None = None,

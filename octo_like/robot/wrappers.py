@@ -37,12 +37,12 @@ class HistoryWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         stacked["timestep_pad_mask"] = gym.spaces.MultiBinary(window_size)
         self.observation_space = gym.spaces.Dict(stacked)
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         observation, info = self.env.reset(seed=seed, options=options)
         self._history.reset()
         return self._history.append(observation), info
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         return self._history.append(observation), reward, terminated, truncated, info
 
@@ -95,7 +95,7 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.action_space = _chunk_space(env.action_space, length)
         self._chunks: deque[np.ndarray] = deque(maxlen=length)
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self._chunks.clear()
         return self.env.reset(seed=seed, options=options)
 
@@ -140,20 +140,20 @@ class ResizeImages(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
         _refuse(env, HistoryWrapper, "ResizeImages must be inside HistoryWrapper: it resizes single frames")
         gym.utils.RecordConstructorArgs.__init__(self, sizes=sizes, crop_areas=crop_areas)
         gym.ObservationWrapper.__init__(self, env)
-        self.sizes = {key: tuple(size) for key, size in sizes.items()}
+        self.sizes = {key: (height, width) for key, (height, width) in sizes.items()}
         self.crop_areas = dict(crop_areas or {})
         space = _dict_space(env, "ResizeImages")
         for key in [*self.sizes, *self.crop_areas]:
             if key not in space.spaces or key not in self.sizes:
                 raise ValueError(f"no image {key!r} to resize; the environment's observation keys: {sorted(space)}")
-        self.observation_space = gym.spaces.Dict(
-            {
-                key: gym.spaces.Box(0, 255, (*self.sizes[key], sub.shape[-1]), np.uint8) if key in self.sizes else sub
-                for key, sub in space.items()
-            }
-        )
+        resized: dict[str, gym.Space] = dict(space.items())
+        for key, size in self.sizes.items():
+            shape = space[key].shape
+            assert shape is not None, "an image is an array"
+            resized[key] = gym.spaces.Box(0, 255, (*size, shape[-1]), np.uint8)
+        self.observation_space = gym.spaces.Dict(resized)
 
-    def observation(self, observation):
+    def observation(self, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return resize_images(observation, self.sizes, self.crop_areas)
 
 

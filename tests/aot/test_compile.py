@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from octo_like.aot import hlo, hlo_cost, proof
 from octo_like.aot.chips import parse_topology
+from octo_like.aot.report import WANTED_HEADROOM
 from octo_like.common.config import ConfigDict, freeze, load_config, to_dict
 from octo_like.training import program, sharding
 
@@ -278,7 +279,7 @@ def test_real_program():
     """Octo-small with T5, as published, for the smallest of the recommended topologies' hosts: four chips."""
     config = load_config("configs/octo_small.py", [("batch_size", "64")])
     report = proof.prove_training(config, parse_topology("v5e:2x2"), name="octo_small")
-    assert report.fits and report.headroom > report.WANTED_HEADROOM
+    assert report.fits and report.headroom > WANTED_HEADROOM
     assert report.activation_gathers == []
     assert 25e6 < report.trained_parameters < 30e6 and report.parameters - report.trained_parameters > 100e6
     # Two frames and a goal of 256x256 and 128x128, 12 blocks of 384: about 0.1 TFLOP a sample.

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -49,7 +50,8 @@ def check_images(prepared: PreparedDataset, *, workers: int | None = None, progr
     """
     indices = [index for index in (prepared.train, prepared.val) if len(index)]
     workers = workers or min(8, os.cpu_count() or 1)
-    count, complaints = 0, []
+    count = 0
+    complaints: list[str] = []
     waiting: collections.deque[tuple[list[str], concurrent.futures.Future]] = collections.deque()
     bar = tqdm(total=sum(map(len, indices)), desc=f"images of {prepared.key}", unit="ep", disable=not progress)
     # Spawned, not forked: TensorFlow does not survive a fork.
@@ -98,7 +100,7 @@ def _episodes(
 
 # ---------------------------------------------------------------- in a process that decodes
 
-_errors = None  # the file that this process's error stream goes to
+_errors: IO[bytes] | None = None  # the file that this process's error stream goes to
 
 
 def _watch_errors() -> None:
@@ -110,6 +112,7 @@ def _watch_errors() -> None:
 
 def _complaints(frames: Sequence[bytes]) -> list[tuple[int, str]]:
     """(position, what the decoder says) of the frames that it does not like."""
+    assert _errors is not None, "_watch_errors() comes first"
     bad = []
     for position, contents in enumerate(frames):
         _errors.seek(0)

@@ -202,17 +202,15 @@ def relation(actions: Sequence[np.ndarray], proprios: Sequence[np.ndarray], d: i
     commanded, reached = (np.concatenate(parts) for parts in ([x[:-1] for x in a], [x[1:] for x in q]))
     level = _correlation(commanded, reached)
     by_value, by_change, slope = [], [], []
-    for lag in LAGS:
-        values, differences, moves = [], [], []
+    for lag in map(int, LAGS):
+        parts: tuple[list[np.ndarray], ...] = ([], [], [])
         for x, y in zip(a, q, strict=True):
             steps = np.arange(max(1, -lag), len(x) - 1 - max(0, lag))
             if len(steps):
-                values.append(x[steps])
-                differences.append(x[steps] - x[steps - 1])
-                moves.append(y[steps + lag + 1] - y[steps + lag])
-        if not values:
-            values = differences = moves = [np.zeros(0)]
-        values, differences, moves = (np.concatenate(part) for part in (values, differences, moves))
+                moved = y[steps + lag + 1] - y[steps + lag]
+                for part, one in zip(parts, (x[steps], x[steps] - x[steps - 1], moved), strict=True):
+                    part.append(one)
+        values, differences, moves = (np.concatenate(part or [np.zeros(0)]) for part in parts)
         by_value.append(_correlation(values, moves))
         by_change.append(_correlation(differences, moves))
         slope.append(float(values @ moves / max(values @ values, 1e-12)))
@@ -309,6 +307,7 @@ def _grippers(n: Numbers) -> Iterator[Finding]:
         action = n.description.actions[d] if n.description else Action("gripper", "gripper", open=1.0, closed=0.0)
         assert action.open is not None and action.closed is not None, "a gripper has both"
         name, every = n.name(d), np.concatenate([a[:, d] for a in n.actions])
+        assert action.open is not None and action.closed is not None, "a gripper has both"
         low, high = sorted((action.open, action.closed))
         margin = 0.05 * (high - low)
         if n.description is not None and (every.min() < low - margin or every.max() > high + margin):

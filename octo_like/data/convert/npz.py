@@ -36,7 +36,8 @@ class Npz:
         if not self._files or not self._files[0].is_file():
             raise DataError(f"{root}: no *.npz files")
         self._action_key, self._instruction = action_key, instruction
-        self.control_hz, self.names = None, {}
+        self.control_hz = None
+        self.names: dict[str, tuple[str, ...]] = {}
         self._left_out: dict[str, None] = {}
 
     def __len__(self) -> int:
@@ -106,6 +107,7 @@ class Npz:
 
 def _header(content: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of an array without reading it."""
+    assert content.zip is not None, "the archive is open"
     with content.zip.open(name if name.endswith(".npy") else f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

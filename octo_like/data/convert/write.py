@@ -153,7 +153,7 @@ class _Writer:
             reasons = f": {done.broken[0]}" if done.broken else ""
             raise DataError(f"no episode to write ({len(done.broken)} broken){reasons}")
         self._tfds.close_all()
-        done.cameras = self._cameras
+        done.cameras = self._cameras or ()
         done.vectors = {key: rows.shape[1] for key, rows in self._first.vectors.items()}
         done.action_dim = self._first.action.shape[1]
         return done
@@ -224,6 +224,7 @@ class _Writer:
 
     def _check_like_first(self, recording: Recording) -> None:
         first, where = self._first, recording.where
+        assert first is not None and self._cameras is not None
         pattern = f"the first episode ({first.where})"
         if recording.action.shape[1] != first.action.shape[1]:
             raise DataError(
@@ -249,6 +250,7 @@ class _Writer:
         from tensorflow_datasets.core import dataset_builder
 
         features, first, names = tfds.features, self._first, self._source.names
+        assert first is not None and self._cameras is not None
 
         def numbers(key: str, rows: np.ndarray) -> Any:
             return features.Tensor(shape=rows.shape[1:], dtype=np.float32, doc=", ".join(names.get(key, ())) or None)
@@ -317,6 +319,8 @@ def _encoded(frame: Frame, camera: str, options: Options, where: str, step: int)
         height, width = options.image_size
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, **({"format": "JPEG", "quality": options.quality} if options.encoding == "jpeg" else
-                            {"format": "PNG", "compress_level": 4}))  # fmt: skip
+    if options.encoding == "jpeg":
+        picture.save(buffer, "JPEG", quality=options.quality)
+    else:
+        picture.save(buffer, "PNG", compress_level=4)
     return buffer.getvalue(), np.asarray(picture)

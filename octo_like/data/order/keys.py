@@ -26,9 +26,9 @@ def extended_key(key: np.ndarray, *parts: int | str | np.ndarray) -> np.ndarray:
             if isinstance(part, str):
                 part = int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
             if isinstance(part, int):
-                part = np.uint64(part & 0xFFFFFFFFFFFFFFFF)
-            part = np.asarray(part).astype(np.uint64)
-            key = _mix(key * np.uint64(0x9E3779B97F4A7C15) + _mix(part + np.uint64(0x9E3779B97F4A7C15)))
+                part = np.asarray(part & 0xFFFFFFFFFFFFFFFF, np.uint64)
+            word = np.asarray(part).astype(np.uint64)
+            key = _mix(key * np.uint64(0x9E3779B97F4A7C15) + _mix(word + np.uint64(0x9E3779B97F4A7C15)))
     return key
 
 

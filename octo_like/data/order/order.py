@@ -83,7 +83,7 @@ class Order:
         self._slots = max(1, WINDOW // num_lanes)  # slots of a lane in a window
         self.window = self._slots * num_lanes
         self.mixture = Mixture([data.weight for data in datasets], PERIOD * self.window)
-        shared = [min(data.episodes_mixed, np.count_nonzero(data.frames)) // SHARED for data in datasets]
+        shared = [min(data.episodes_mixed, int(np.count_nonzero(data.frames))) // SHARED for data in datasets]
         self.num_walks = np.array([max(g for g in divisors(num_lanes) if g <= max(1, most)) for most in shared])
         self._first_walk = np.cumsum(self.num_walks) - self.num_walks  # walks of all datasets have numbers in a row
         self._table: tuple[np.ndarray, np.ndarray] | None = None
@@ -184,9 +184,8 @@ class Order:
         lane, lane_row = np.divmod(row, self._rows)
         window, slot = np.divmod(batch * self._rows + lane_row, self._slots)
         dataset, position = np.empty_like(n), np.empty_like(n)
-        for rows, number in _groups(window):
-            found = self._window(number)
-            dataset[rows], position[rows] = (table[lane[rows], slot[rows]] for table in found)
+        for rows, which in _groups(window):
+            dataset[rows], position[rows] = (table[lane[rows], slot[rows]] for table in self._window(which))
         walk = self.walk_of(dataset, lane)
         groups = [(self.walks(d), rows) for rows, d in _groups(dataset)]
         # Per sample: the key of its walk and its tracks. The permutations are then looked up for all samples at once.
@@ -200,8 +199,8 @@ class Order:
             found = walks.at(walk[rows], walks.line(walk[rows], rounds[rows], track[rows]))
             passes[rows], episode[rows], number[rows], frames[rows], cycle[rows] = found
         frame = shuffled(number, frames, hash_key(walk_key, "frames", cycle, episode))
-        small = (x.astype(np.int32) for x in (dataset, lane, walk))
-        return Samples(n, *small, position, passes, episode, frame, hash_key(self.seed, "sample", n))
+        of, on, by = (x.astype(np.int32) for x in (dataset, lane, walk))
+        return Samples(n, of, on, by, position, passes, episode, frame, hash_key(self.seed, "sample", n))
 
     def batch_rows(self, batch: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
         """Sample numbers of a process's rows of a global batch, int64."""
@@ -276,8 +275,8 @@ def spec_differences(saved: Any, current: Any, where: str = "") -> list[str]:
         return lines
     if isinstance(saved, list) and isinstance(current, list):
         if all(isinstance(item, dict) and "name" in item for item in [*saved, *current]):
-            by_name = [{item["name"]: item for item in items} for items in (saved, current)]
-            lines = spec_differences(*by_name, where)
+            before, after = ({item["name"]: item for item in items} for items in (saved, current))
+            lines = spec_differences(before, after, where)
             order = [[item["name"] for item in items] for items in (saved, current)]
             return lines if lines or order[0] == order[1] else [f"{where}: reordered, {order[0]} -> {order[1]}"]
     return [] if saved == current else [f"{where}: {saved!r} -> {current!r}"]

@@ -46,9 +46,10 @@ class Camera:
         self._renderer = mujoco.Renderer(model, size, size)
         flags = self._renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._view, self._camera = view, view.name
+        self._view = view
+        self._camera: Any = view.name
         if not view.name:
-            self._camera: Any = mujoco.MjvCamera()
+            self._camera = mujoco.MjvCamera()
             self._camera.distance = view.distance
             self._camera.azimuth, self._camera.elevation = view.azimuth, view.elevation
 

@@ -173,13 +173,15 @@ class RemoteEnv(gymnasium.Env):
         self.looks = True
         self._open = True
 
-    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None):
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
         return self._process.call("reset", self._number, seed, None if options is None else dict(options))
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         return self._process.call("step", self._number, np.asarray(action), self.looks)
 
     def expert_action(self) -> np.ndarray:

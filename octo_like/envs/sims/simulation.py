@@ -64,14 +64,16 @@ class Simulation(gymnasium.Env, abc.ABC):
     @classmethod
     def spaces(cls, image_sizes: Mapping[str, int]) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
         """Observation and action space."""
-        spaces = {
+        spaces: dict[str, gymnasium.Space] = {
             f"image_{slot}": gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
             for slot, size in image_sizes.items()
         }
         spaces["proprio"] = gymnasium.spaces.Box(-np.inf, np.inf, (len(cls.PROPRIO),), np.float32)
         return gymnasium.spaces.Dict(spaces), gymnasium.spaces.Box(-1.0, 1.0, (len(cls.ACTION),), np.float32)
 
-    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None):
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Starts an episode that `seed` and `options` determine.
 
         Args:
@@ -99,7 +101,7 @@ class Simulation(gymnasium.Env, abc.ABC):
         self.success, self._steps, self._done = False, 0, False
         return self._observation(), self._info()
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Holds one action for ACTION_REPEAT steps of the environment (fewer when the task is done before).
 
         Raises:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 from octo_like.envs.sims.tasks import GROUPS, find_task
 
 
@@ -32,10 +34,14 @@ class Worker:
             "max_steps": env.MAX_STEPS,
         }
 
-    def reset(self, number: int, seed: int | None, options: Mapping[str, Any] | None):
+    def reset(
+        self, number: int, seed: int | None, options: Mapping[str, Any] | None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return self._environments[number].reset(seed=seed, options=options)
 
-    def step(self, number: int, action, looks: bool):
+    def step(
+        self, number: int, action: np.ndarray, looks: bool
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         env = self._environments[number]
         env.looks = looks
         try:
@@ -43,10 +49,10 @@ class Worker:
         finally:
             env.looks = True
 
-    def expert_action(self, number: int):
+    def expert_action(self, number: int) -> np.ndarray:
         return self._environments[number].expert_action()
 
-    def render(self, number: int, size: int):
+    def render(self, number: int, size: int) -> np.ndarray:
         return self._environments[number].render_scene(size)
 
     def close(self, number: int) -> None:
@@ -69,10 +75,12 @@ def _simulation(group: str, image_sizes: Mapping[str, int] | None):
 
     simulator, tasks = GROUPS[group]
     if simulator == "fetch":
-        from octo_like.envs.sims.fetch import Fetch as Simulation
-    else:
-        from octo_like.envs.sims.metaworld import MetaWorld as Simulation
-    return Simulation(tasks, image_sizes)
+        from octo_like.envs.sims.fetch import Fetch
+
+        return Fetch(tasks, image_sizes)
+    from octo_like.envs.sims.metaworld import MetaWorld
+
+    return MetaWorld(tasks, image_sizes)
 
 
 def serve(connection: Connection, worker: Any) -> None:
@@ -83,7 +91,7 @@ def serve(connection: Connection, worker: Any) -> None:
         except (EOFError, ConnectionError):
             return
         try:
-            reply = ("ok", getattr(worker, method)(*arguments))
+            reply: tuple[Any, ...] = ("ok", getattr(worker, method)(*arguments))
         except Exception as error:  # whatever it is, the caller must hear of it
             reply = ("error", type(error).__name__, str(error), traceback.format_exc())
         try:
