@@ -7,6 +7,7 @@ commands.
 import abc
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np

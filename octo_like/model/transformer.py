@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from octo_like.model.attention import attend, is_recording
+from octo_like.model.attention import BlockMask, attend, is_recording
 from octo_like.model.special import traced_once
 
 LN_EPSILON = 1e-6

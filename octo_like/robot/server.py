@@ -17,15 +17,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from octo_like.common.schema import flatten, synthetic_batch
+from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
-from octo_like.robot.rollout import PolicyLike
 from octo_like.robot.safety import action_limits, check_allowed, check_observation, expected_keys
 
 # Of an observation, what says which of its frames are there.
@@ -34,6 +33,22 @@ TASK_CACHE_BYTES = 64 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger(__name__)
+
+
+class ServedPolicy(Protocol):
+    """What the server needs of a policy; `octo_like.policy.policy.Policy` has it."""
+
+    batch_spec: BatchSpec
+    statistics: Mapping[str, Any]
+
+    def create_tasks(
+        self, texts: Sequence[str] | None = None, *, goals: Mapping[str, np.ndarray] | None = None
+    ) -> Any: ...
+
+    def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng: Any, unnormalize: str | None) -> Any:
+        """Actions (B, H, A); rng is an array of B keys, one per row."""
+
+    def get_pretty_spec(self) -> str: ...
 
 
 class PolicyServer:
@@ -276,7 +291,7 @@ class PolicyServer:
 class _TaskCache:
     """Tasks of instructions, encoded once: the last ones that fit into TASK_CACHE_BYTES."""
 
-    def __init__(self, policy: PolicyLike):
+    def __init__(self, policy: ServedPolicy):
         self._policy, self._lock = policy, threading.Lock()
         self._kept: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
         self._bytes = 0

@@ -13,6 +13,7 @@ refused.
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
