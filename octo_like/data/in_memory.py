@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
 from octo_like.data.batches.frames import RawEpisode, as_points
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import filters
 from octo_like.data.rlds.index import Index, digest_of, with_usable
-from octo_like.data.rlds.prepare import PreparedDataset, first_demos, hold_out
+from octo_like.data.rlds.prepare import choose_episodes
 from octo_like.data.rlds.records import non_finite
 from octo_like.data.rlds.statistics import streamed_statistics
 from octo_like.data.spec import DataError, DatasetSpec, suggest
@@ -50,8 +51,8 @@ def load_episodes(folder: pathlib.Path) -> list[dict[str, Any]]:
     """
     files = sorted(folder.glob("*.npz"))
     if not files:
-        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        raise DataError(f"{folder}: no .npz files; folders beside it: {', '.join(there) or 'none'}")
+        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        raise DataError(f"{folder}: no .npz files; folders beside it: {', '.join(others) or 'none'}")
     episodes = []
     for file in tqdm(files, f"{folder.parent.name} {folder.name}", unit="ep", **QUIETLY):
         try:
@@ -98,13 +99,7 @@ def _columns(episode: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 class MemoryFunction:
-    """Number of an episode -> the parts of it that a spec names. Mirrors `rlds.EpisodeFunction`.
-
-    Attributes:
-      definition: of what it reads.
-      action_dim, proprio_dim: widths; proprio_dim is None without proprioception.
-      extra_shapes: of one step's values of each other sensor.
-    """
+    """Number of an episode -> the parts of it that a spec names. A `octo_like.data.prepared.EpisodeFunction`."""
 
     random_ops: tuple[str, ...] = ()
     action_chunk: int | None = None
@@ -161,8 +156,8 @@ class MemoryFunction:
         proprio = np.concatenate([p.reshape(len(p), -1) for p in parts], -1).astype(np.float32) if parts else None
         texts = None
         if spec.language_key is not None:
-            said = leaf(spec.language_key, "instruction", (0, 1), "US")
-            texts = [_text(one) for one in np.broadcast_to(said, (len(action),)).tolist()]
+            stored = leaf(spec.language_key, "instruction", (0, 1), "US")
+            texts = [_text(one) for one in np.broadcast_to(stored, (len(action),)).tolist()]
         images = {slot: observed(key, f"image of camera {slot!r}", (4,), "u") for slot, key in _given(spec.image_keys)}
         depths = {slot: observed(key, f"depth of {slot!r}", (3, 4), "fiu") for slot, key in _given(spec.depth_keys)}
         points = {n: as_points(observed(key, f"point {n!r}", (2,), "f")) for n, key in _given(spec.point_keys)}
@@ -221,7 +216,7 @@ def _index(function: MemoryFunction, split: str) -> Index:
 def prepare_in_memory(
     key: str, spec: DatasetSpec, episodes: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> PreparedDataset:
-    """Splits, filters and normalises as `index.prepare_dataset` does.
+    """Splits, filters and normalises as `octo_like.data.rlds.prepare.prepare_dataset` does.
 
     Args:
       episodes: split -> episodes; `spec.split` must be there, and `spec.val_split` where it names one.
@@ -235,21 +230,11 @@ def prepare_in_memory(
             raise DataError(f"{key}: no episodes of split {split!r}; {suggest(split, episodes)}")
     function = MemoryFunction(spec, {split: episodes[split] for split in splits})
     whole = _index(function, spec.split)
-    if spec.val_split is not None:
-        val_whole, chosen = _index(function, spec.val_split), np.arange(len(whole))
-        held = np.arange(len(val_whole))
-    else:
-        val_whole, held = whole, hold_out(whole.record_hash, spec.val_fraction)
-        chosen = np.setdiff1d(np.arange(len(whole)), held)
-    if spec.num_demos is not None:
-        if spec.num_demos > len(chosen):
-            raise DataError(f"{key}: num_demos={spec.num_demos}, but only {len(chosen)} training episodes exist")
-        chosen = chosen[first_demos(whole.record_hash[chosen], spec.num_demos)]
-    if not len(chosen):
-        raise DataError(f"{key}: {len(whole)} episode(s), none left to train on after holding out validation")
+    val_whole = whole if spec.val_split is None else _index(function, spec.val_split)
+    chosen, validation = choose_episodes(key, spec, whole, val_whole)
     statistics = _statistics(key, spec, [function.episodes[spec.split][i] for i in chosen])
     train = _filtered(spec, function, whole, spec.split, statistics).take(chosen)
-    val = _filtered(spec, function, val_whole, spec.val_split or spec.split, statistics).take(held)
+    val = _filtered(spec, function, val_whole, spec.val_split or spec.split, statistics).take(validation)
     if not train.frames.sum():
         raise DataError(f"{key}: the filters leave no step of {len(chosen)} training episodes")
     instructions: dict[str, int] = {}

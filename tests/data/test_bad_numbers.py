@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec, flatten
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.rlds import bad_records, index
 from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52)}, proprio_dim=4)
 FILTERS = """

@@ -11,7 +11,6 @@ pytest.importorskip("av")
 
 from octo_like.common.schema import BatchSpec, check_batch  # noqa: E402
 from octo_like.common.text import TextTokenizer  # noqa: E402
-from octo_like.data.batches.stream import make_train_stream  # noqa: E402
 from octo_like.data.convert import video  # noqa: E402
 from octo_like.data.convert.hdf5 import Hdf5  # noqa: E402
 from octo_like.data.convert.lerobot import LeRobot  # noqa: E402
@@ -19,6 +18,7 @@ from octo_like.data.convert.npz import Npz  # noqa: E402
 from octo_like.data.convert.write import Options, write_rlds  # noqa: E402
 from octo_like.data.spec import DataError  # noqa: E402
 from tests.data import recordings  # noqa: E402
+from tests.data.streams import make_train_stream  # noqa: E402
 
 
 @pytest.fixture(scope="module")

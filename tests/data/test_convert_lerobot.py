@@ -12,10 +12,10 @@ pytest.importorskip("av")
 
 from octo_like.common.schema import BatchSpec, check_batch  # noqa: E402
 from octo_like.common.text import TextTokenizer  # noqa: E402
-from octo_like.data.batches.stream import make_train_stream  # noqa: E402
 from octo_like.data.convert.lerobot import LeRobot  # noqa: E402
 from octo_like.data.convert.write import Options, write_rlds  # noqa: E402
 from tests.data import recordings  # noqa: E402
+from tests.data.streams import make_train_stream  # noqa: E402
 from tests.data.test_convert import read_back  # noqa: E402
 
 PYTHON = os.environ.get("OCTO_LEROBOT_PYTHON")  # an interpreter that has lerobot; several, separated by colons

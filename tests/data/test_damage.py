@@ -16,11 +16,11 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import episodes as episodes_module
 from octo_like.data.batches.frames import decode_frames
-from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.rlds import records, scan
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import error_text, tf
+from tests.data.streams import make_train_stream, make_val_iterators
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52), "wrist": (24, 24)}, ("primary",), proprio_dim=4, language_length=8)
 

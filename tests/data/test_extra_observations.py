@@ -8,13 +8,13 @@ import pytest
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, check_batch, synthetic_batch
 from octo_like.common.synthetic import SyntheticStream
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.check.report import range_table
 from octo_like.data.dlimp import functions
 from octo_like.data.in_memory import prepare_in_memory
 from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 from tests.data import sensors
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(
     2, 2, 3, {"primary": (32, 32)}, extra_observations={"force": (6,), "touch": (1,), "skin": (2, 3), "sonar": (4,)}

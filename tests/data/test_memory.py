@@ -14,12 +14,12 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data import bench
 from octo_like.data.batches import memory
 from octo_like.data.batches.episodes import EpisodeStore
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.batches.texts import Texts
 from octo_like.data.inputs import Inputs
 from octo_like.data.order.order import DatasetFrames, Order
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(1, 2, 6, {"primary": (40, 52)}, proprio_dim=4)
 

@@ -13,10 +13,10 @@ from PIL import Image
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, check_batch, flatten
 from octo_like.common.text import TextTokenizer
-from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.order import order
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
+from tests.data.streams import make_train_stream, make_val_iterators
 
 FULL = BatchSpec(
     window_size=3,

@@ -10,11 +10,11 @@ import pytest
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.check.replay import load_demos
 from octo_like.data.order import order as order_lib
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52), "wrist": (24, 24)}, ("primary",), 4, 24)
 

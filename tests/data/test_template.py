@@ -8,7 +8,7 @@ import pytest
 
 from octo_like.common.schema import BatchSpec, check_batch
 from octo_like.common.text import TextTokenizer
-from octo_like.data.batches.stream import make_train_stream
+from tests.data.streams import make_train_stream
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,71 @@
+"""A dataset of a mixture, ready to be read: what preparing makes, wherever the episodes come from."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from octo_like.data.rlds.index import Index
+from octo_like.data.spec import DatasetSpec
+
+
+class EpisodeFunction(Protocol):
+    """What is known of a dataset's episodes before one is read. Episodes are records of files
+    (`octo_like.data.rlds.records`), arrays (`octo_like.data.in_memory`) or trajectories of a tf.data.Dataset
+    (`octo_like.data.tf_source`).
+
+    Attributes:
+      definition: JSON-able description of what determines the content of the episodes.
+      random_ops: names of stateful random operations in the user's function; empty means that it is reproducible.
+      action_dim, proprio_dim: widths; proprio_dim is None without proprioception.
+      action_chunk: N, when each step has a chunk of N actions; None when it has one action.
+      extra_shapes: of one step's values of each other sensor.
+    """
+
+    spec: DatasetSpec
+    definition: Mapping[str, Any]
+
+    @property
+    def random_ops(self) -> tuple[str, ...]: ...
+
+    @property
+    def action_dim(self) -> int: ...
+
+    @property
+    def proprio_dim(self) -> int | None: ...
+
+    @property
+    def action_chunk(self) -> int | None: ...
+
+    @property
+    def extra_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedDataset:
+    """A dataset of a mixture, ready to be read: episodes of training and validation, statistics of training.
+
+    Attributes:
+      key: name in the mixture (and of its statistics).
+      train, val: their episodes; `val` is empty when the spec holds none out.
+      statistics: see `octo_like.common.normalization`; over all steps of the training episodes, before the filters
+        that look at values, as in Octo (which need the statistics themselves).
+      instructions: every instruction of the split(s) and the number of episodes that have it.
+      damaged: one message per record that could not be read or used when the dataset was indexed.
+    """
+
+    key: str
+    spec: DatasetSpec
+    function: EpisodeFunction
+    train: Index
+    val: Index
+    statistics: dict[str, Any]
+    instructions: dict[str, int]
+    directory: str
+    version: str
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def seekable(self) -> bool:
+        """Whether any episode can be read at any time. The trajectories of a tf.data.Dataset come as they come: its
+        resume is approximate, and its `train` only tells the order how to draw from it."""
+        return self.spec.source is None
