@@ -24,12 +24,11 @@ from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
 from octo_like.data.batches.frames import RawEpisode, as_points
-from octo_like.data.prepared import PreparedDataset
+from octo_like.data.prepared import PreparedDataset, statistics_of
 from octo_like.data.rlds import filters
 from octo_like.data.rlds.index import Index, digest_of, with_usable
 from octo_like.data.rlds.prepare import choose_episodes
 from octo_like.data.rlds.records import non_finite
-from octo_like.data.rlds.statistics import streamed_statistics
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 
 NEEDS_TENSORFLOW = ("standardize", "filter", "relative_to", "source")
@@ -232,7 +231,7 @@ def prepare_in_memory(
     whole = _index(function, spec.split)
     val_whole = whole if spec.val_split is None else _index(function, spec.val_split)
     chosen, validation = choose_episodes(key, spec, whole, val_whole)
-    statistics = _statistics(key, spec, [function.episodes[spec.split][i] for i in chosen])
+    statistics = statistics_of(key, spec, [function.episodes[spec.split][i] for i in chosen])
     train = _filtered(spec, function, whole, spec.split, statistics).take(chosen)
     val = _filtered(spec, function, val_whole, spec.val_split or spec.split, statistics).take(validation)
     if not train.frames.sum():
@@ -242,28 +241,6 @@ def prepare_in_memory(
         for text in set(episode.texts or ()):
             instructions[text] = instructions.get(text, 0) + 1
     return PreparedDataset(key, spec, function, train, val, statistics, instructions, "memory", "memory")
-
-
-def _statistics(key: str, spec: DatasetSpec, episodes: Sequence[RawEpisode]) -> dict[str, Any]:
-    def of(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return streamed_statistics(lambda: iter([rows]))
-
-    statistics: dict[str, Any] = {"action": of(np.concatenate([e.action for e in episodes]))}
-    if spec.proprio_keys:
-        statistics["proprio"] = of(np.concatenate([e.proprio for e in episodes]))
-    if episodes[0].extras:
-        names = episodes[0].extras
-        statistics["extra"] = {
-            name: of(np.concatenate([e.extras[name].reshape(len(e.action), -1) for e in episodes])) for name in names
-        }
-    mask, width = spec.action_normalization_mask, episodes[0].action.shape[1]
-    if mask is not None:
-        if len(mask) != width:
-            raise DataError(f"{key}: action_normalization_mask has {len(mask)} entries, the action {width} dimensions")
-        statistics["action"]["mask"] = np.asarray(mask, bool)
-    statistics["num_transitions"] = sum(len(e.action) for e in episodes)
-    statistics["num_trajectories"] = len(episodes)
-    return statistics
 
 
 def _filtered(spec: DatasetSpec, function: MemoryFunction, index: Index, split: str, statistics: Mapping) -> Index:

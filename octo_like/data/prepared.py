@@ -1,11 +1,15 @@
 """A dataset of a mixture, ready to be read: what preparing makes, wherever the episodes come from."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
+from octo_like.data.batches.frames import RawEpisode
 from octo_like.data.rlds.index import Index
-from octo_like.data.spec import DatasetSpec
+from octo_like.data.rlds.statistics import streamed_statistics
+from octo_like.data.spec import DataError, DatasetSpec
 
 
 class EpisodeFunction(Protocol):
@@ -69,3 +73,38 @@ class PreparedDataset:
         """Whether any episode can be read at any time. The trajectories of a tf.data.Dataset come as they come: its
         resume is approximate, and its `train` only tells the order how to draw from it."""
         return self.spec.source is None
+
+
+def check_mask(key: str, spec: DatasetSpec, width: int) -> np.ndarray | None:
+    """The (width,) bool mask of normalised action dimensions. Raises DataError when it has another length."""
+    mask = spec.action_normalization_mask
+    if mask is not None and len(mask) != width:
+        raise DataError(
+            f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has {width} dimensions"
+        )
+    return None if mask is None else np.asarray(mask, bool)
+
+
+def statistics_of(key: str, spec: DatasetSpec, episodes: Sequence[RawEpisode]) -> dict[str, Any]:
+    """The statistics of episodes whose numbers are in memory, see `octo_like.common.normalization`.
+
+    Raises:
+      DataError: the spec's action_normalization_mask has another length than the actions.
+    """
+
+    def of(values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return streamed_statistics(lambda: iter([np.concatenate(values)]))
+
+    first = episodes[0]
+    statistics: dict[str, Any] = {"action": of([e.action.reshape(-1, e.action.shape[-1]) for e in episodes])}
+    if first.proprio is not None:
+        statistics["proprio"] = of([e.proprio for e in episodes])
+    if first.extras:
+        statistics["extra"] = {
+            name: of([e.extras[name].reshape(len(e.action), -1) for e in episodes]) for name in first.extras
+        }
+    if (mask := check_mask(key, spec, first.action.shape[-1])) is not None:
+        statistics["action"]["mask"] = mask
+    statistics["num_transitions"] = sum(len(e.action) for e in episodes)
+    statistics["num_trajectories"] = len(episodes)
+    return statistics

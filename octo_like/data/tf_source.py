@@ -29,14 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.common import normalization
 from octo_like.common.lanes import Processes
 from octo_like.data.batches.episodes import Episode, Located, normalised
 from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order.order import permutation
 from octo_like.data.oxe import vocabulary
-from octo_like.data.prepared import PreparedDataset
+from octo_like.data.prepared import PreparedDataset, statistics_of
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.leaves import select
@@ -161,46 +160,28 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
       DataError: whatever is wrong with the source or its first trajectories, by name and number.
     """
     function = TrajectoryFunction(spec)
-    values: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-    sensors: dict[str, list[np.ndarray]] = {name: [] for name in function.extra_shapes}
+    episodes: list[RawEpisode] = []
     instructions: collections.Counter = collections.Counter()
-    sizes = []
+    size = 0
     for number, item in enumerate(function.dataset.take(STATISTICS_TRAJECTORIES).as_numpy_iterator()):
         raw = _raw_episode(item, _where(key, spec, number))
-        values["action"].append(raw.action.reshape(-1, raw.action.shape[-1]))
-        if raw.proprio is not None:
-            values["proprio"].append(raw.proprio)
-        for name, of_sensor in raw.extras.items():
-            sensors[name].append(of_sensor.reshape(len(of_sensor), -1))
         instructions.update(set(raw.texts or ()))
-        raw = _with_stored_frames(raw, raw.images, raw.depths)
-        no_text = np.zeros(0, np.int32)
-        sizes.append(Episode(raw.action, raw.proprio, no_text, raw.images, raw.depths, {}, raw.extras).nbytes)
-    if not sizes:
+        stored = _with_stored_frames(raw, raw.images, raw.depths)
+        numbers = (raw.action, raw.proprio, np.zeros(0, np.int32))
+        size += Episode(*numbers, stored.images, stored.depths, extras=raw.extras).nbytes
+        episodes.append(dataclasses.replace(raw, images={}, depths={}))
+    if not episodes:
         raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")
-    mask, width = spec.action_normalization_mask, function.action_dim
-    if mask is not None and len(mask) != width:
-        raise DataError(
-            f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has {width} dimensions"
-        )
-    of = normalization.compute_statistics
-    statistics: dict[str, Any] = {"action": of(np.concatenate(values["action"]), mask)}
-    if values["proprio"]:
-        statistics["proprio"] = of(np.concatenate(values["proprio"]))
-    if sensors:
-        statistics["extra"] = {name: of(np.concatenate(parts)) for name, parts in sensors.items()}
-    statistics["num_transitions"] = sum(len(part) for part in values["action"])
-    statistics["num_trajectories"] = len(sizes)
-    train = _index(function, np.array([_STEPS]), int(POOL * np.mean(sizes)))
+    statistics = statistics_of(key, spec, episodes)
+    train = _index(function, np.array([_STEPS]), int(POOL * size / len(episodes)))
     val = _index(function, np.zeros(0, np.int64), 0)
     log.warning(
         "%s: source=%r is a tf.data.Dataset: resume is approximate for its samples, which begin anew at each start",
         key,
         spec.source,
     )
-    return PreparedDataset(
-        key, spec, function, train, val, statistics, dict(instructions), spec.source or "", "tf.data"
-    )
+    where = (spec.source or "", "tf.data")
+    return PreparedDataset(key, spec, function, train, val, statistics, dict(instructions), *where)
 
 
 def _index(function: TrajectoryFunction, steps: np.ndarray, size: int) -> Index:

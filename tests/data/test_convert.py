@@ -99,7 +99,7 @@ def test_the_stream_reads_it(sources, tmp_path):
     write_rlds(sources["v3"][0](), str(tmp_path), "mine")
     spec = BatchSpec(2, 4, 3, {"primary": (32, 32), "wrist": (16, 16)}, (), 3, 16)
     fields = dict(image_keys=dict(primary="front", wrist="hand"), proprio_keys=("state",), val_fraction=0.3)
-    options = dict(data_dir=str(tmp_path), seed=0, batch_size=4, progress=False)
+    options = dict(data_dir=str(tmp_path), seed=0, batch_size=4)
     with make_train_stream({"mine": fields}, spec, TextTokenizer.load(), **options) as stream:
         check_batch(next(stream), spec)
         assert set(stream.datasets["mine"].instructions) == set(recordings.TEXTS)
@@ -120,7 +120,7 @@ def test_missing_cameras(demos, tmp_path, lacking, said):
     assert set(written.cameras) == {"front", "hand"}
     spec = BatchSpec(1, 2, 3, {"primary": (32, 32), "wrist": (16, 16)}, (), None, 16)
     fields = dict(image_keys=dict(primary="front", wrist="hand"), val_fraction=0)
-    options = dict(data_dir=str(tmp_path / "data"), seed=0, batch_size=27, progress=False)
+    options = dict(data_dir=str(tmp_path / "data"), seed=0, batch_size=27)
     with make_train_stream({"mine": fields}, spec, TextTokenizer.load(), **options) as stream:
         batch = next(stream)
     present = batch["observation"]["pad_mask_dict"]["image_wrist"][:, 0]

@@ -62,7 +62,7 @@ def test_it_trains(written, tmp_path):
     write_rlds(LeRobot(root), str(tmp_path), "real")
     spec = BatchSpec(1, 4, 3, {"primary": (32, 32), "wrist": (16, 16)}, (), 3, 16)
     fields = dict(image_keys=dict(primary="front", wrist="hand"), proprio_keys=("state",))
-    options = dict(data_dir=str(tmp_path), seed=0, batch_size=8, progress=False)
+    options = dict(data_dir=str(tmp_path), seed=0, batch_size=8)
     with make_train_stream({"real": fields}, spec, TextTokenizer.load(), **options) as stream:
         check_batch(next(stream), spec)
 

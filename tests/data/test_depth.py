@@ -76,7 +76,7 @@ def fields(**changes):
 
 def one_batch(data_dir, **changes):
     with make_train_stream(
-        {"depths": fields(**changes)}, SPEC, None, data_dir=data_dir, seed=0, batch_size=16, progress=False
+        {"depths": fields(**changes)}, SPEC, None, data_dir=data_dir, seed=0, batch_size=16
     ) as stream:
         return next(stream), stream.order_spec
 

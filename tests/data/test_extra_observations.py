@@ -41,7 +41,7 @@ def fields(**changes):
 
 
 def stream_of(data_dir, datasets, spec=SPEC, **options):
-    return make_train_stream(datasets, spec, None, data_dir=data_dir, seed=0, batch_size=16, progress=False, **options)
+    return make_train_stream(datasets, spec, None, data_dir=data_dir, seed=0, batch_size=16, **options)
 
 
 def test_batches_hold_what_is_stored_normalised_and_statistics_are_of_training_episodes(dataset):

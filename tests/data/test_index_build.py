@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 
+from octo_like.common.lanes import Processes
 from octo_like.data import arguments
 from octo_like.data.check import report
 from octo_like.data.rlds import index, lock, records, scan, stall
@@ -21,6 +22,7 @@ from octo_like.data.rlds import prepare as index_module
 from octo_like.data.rlds.index import cache_folder, load_index
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.rlds.records import EpisodeFunction
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
 
 
@@ -61,8 +63,9 @@ def test_any_number_of_workers_builds_the_same(toy, tmp_path):
 
 KILLED = """
 import os, signal, sys, json
-from octo_like.data import split_index
-from octo_like.data.index import prepare_dataset
+from octo_like.data.rlds import index
+from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DatasetSpec
 
 scan_file, done = index.scan_file, []
@@ -75,7 +78,7 @@ def scan_two_files(*args):
 
 index.scan_file = scan_two_files
 fields, data_dir, cache = json.loads(sys.argv[1])
-prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, workers=1)
+prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, options=IndexOptions(workers=1))
 """
 
 
@@ -93,7 +96,7 @@ def test_a_killed_pass_goes_on(toy, tmp_path, monkeypatch, repository):
 
     monkeypatch.setattr(index, "scan_file", counted)
     spec = DatasetSpec.from_dict(toy.fields())
-    prepared = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), progress=False, workers=2)
+    prepared = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), False, IndexOptions(workers=2))
     assert read == [2]
     assert not list(tmp_path.rglob("parts")) and not list(tmp_path.rglob("*.lock"))
     fresh = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path / "fresh"), progress=False)
@@ -168,16 +171,18 @@ def test_one_builds_and_the_others_wait(tmp_path, monkeypatch):
 
 SEVERAL = """
 import json, os, signal, sys, time
-from octo_like.data import split_index
-from octo_like.data.index import prepare_dataset
+from octo_like.common.lanes import Processes
+from octo_like.data.rlds import index
+from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DatasetSpec
 
-fields, data_dir, cache, go, log, index, dies = json.loads(sys.argv[1])
+fields, data_dir, cache, go, log, number_of_process, dies = json.loads(sys.argv[1])
 scan_file = index.scan_file
 
 def noted(split, number, *rest):
     with open(log, "a") as file:
-        file.write(f"{index} {number}\\n")
+        file.write(f"{number_of_process} {number}\\n")
     if dies and number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return scan_file(split, number, *rest)
@@ -187,7 +192,7 @@ print("ready", flush=True)
 while not os.path.exists(go):
     time.sleep(0.01)
 prepared = prepare_dataset(
-    "toy", DatasetSpec.from_dict(fields), data_dir, cache, progress=False, workers=1, process_index=index
+    "toy", DatasetSpec.from_dict(fields), data_dir, cache, False, IndexOptions(workers=1), Processes(number_of_process)
 )
 print(prepared.train.hash, prepared.statistics["action"]["mean"].tolist())
 """
@@ -248,7 +253,7 @@ def test_statistics_and_filters_are_computed_once(toy, tmp_path, monkeypatch):
     prepared = {}
 
     def host(number):
-        options = dict(progress=False, process_index=number)
+        options = dict(progress=False, hosts=Processes(number))
         prepared[number] = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), **options)
 
     threads = [threading.Thread(target=host, args=(number,), name=str(number)) for number in (3, 2, 1, 0)]
@@ -391,7 +396,9 @@ def test_a_wrong_number_of_workers_is_one_line(toy, tmp_path, repository):
     assert code == 1 and "error: workers must be at least 1, or None for up to 8, got -1" in said
     assert "Traceback" not in said
     with pytest.raises(DataError, match="workers must be at least 1"):
-        prepare_dataset("toy", DatasetSpec.from_dict(toy.fields()), toy.data_dir, str(tmp_path), workers=0)
+        prepare_dataset(
+            "toy", DatasetSpec.from_dict(toy.fields()), toy.data_dir, str(tmp_path), options=IndexOptions(workers=0)
+        )
 
 
 @pytest.mark.parametrize(

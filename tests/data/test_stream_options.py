@@ -288,7 +288,7 @@ def test_subsampled_episodes_through_the_stream(toy, cache, tokenizer):
     prepared = prepare(toy, cache, subsample_length=2)
     with stream_of(prepared, tokenizer) as stream:
         frames = int(np.minimum(prepared.train.frames, 2).sum())
-        assert stream.order.frames_per_pass(0, 0) == frames
+        assert stream.order.walks(0).frames_per_pass[0] == frames
         batch, samples = next(stream), stream.order.samples(np.arange(32))
         assert stream.order_spec["order"]["datasets"][0]["subsample"] == 2
     np.testing.assert_array_equal(batch["observation"]["timestep"][:, -1], samples.frame)

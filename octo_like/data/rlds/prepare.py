@@ -12,7 +12,7 @@ import numpy as np
 from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.data.order import order
 from octo_like.data.oxe import registry
-from octo_like.data.prepared import PreparedDataset
+from octo_like.data.prepared import PreparedDataset, check_mask
 from octo_like.data.rlds import beam_pass, columns, filters, records, shared_pass
 from octo_like.data.rlds.bad_records import TooManyBadRecords
 from octo_like.data.rlds.index import (
@@ -169,12 +169,7 @@ class _Opened:
 
     def _statistics(self, whole: SplitIndex, chosen: np.ndarray) -> dict[str, Any]:
         key, spec, function = self.key, self.function.spec, self.function
-        index, mask = whole.index, spec.action_normalization_mask
-        if mask is not None and len(mask) != function.action_dim:
-            raise DataError(
-                f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has "
-                f"{function.action_dim} dimensions"
-            )
+        index, mask = whole.index, check_mask(key, spec, function.action_dim)
         selected = np.zeros(len(index), bool)
         selected[chosen] = True
         ends = index.first + index.steps
@@ -205,7 +200,7 @@ class _Opened:
             for part in ("action", "proprio")
         }
         if mask is not None:
-            statistics["action"]["mask"] = np.asarray(mask, bool)
+            statistics["action"]["mask"] = mask
         if not spec.proprio_keys:
             del statistics["proprio"]
         if function.extra_shapes:
@@ -259,6 +254,7 @@ def prepare_dataset(
     cache_dir: str | None = None,
     progress: bool = True,
     options: IndexOptions = INDEX_DEFAULTS,
+    hosts: Processes = ONE_PROCESS,
 ) -> PreparedDataset:
     """Finds, indexes, splits and filters a dataset, and computes the statistics of its training episodes.
 
@@ -267,7 +263,7 @@ def prepare_dataset(
     Raises:
       DataError: whatever is wrong with the files or the spec, with what would be valid.
     """
-    return prepare_datasets({key: spec}, data_dir, cache_dir, progress, options)[key]
+    return prepare_datasets({key: spec}, data_dir, cache_dir, progress, options, hosts)[key]
 
 
 def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:

@@ -287,7 +287,7 @@ def _trace(jobs: Sequence[Job], pieces: Sequence[Piece]) -> None:
 # ---------------------------------------------------------------- worker processes
 
 _WORKER = (
-    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from octo_like.data import shared_pass; "
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from octo_like.data.rlds import shared_pass; "
     "shared_pass.work()"
 )
 
