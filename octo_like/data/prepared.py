@@ -1,7 +1,7 @@
 """A dataset of a mixture, ready to be read: what preparing makes, wherever the episodes come from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +42,10 @@ class EpisodeFunction(Protocol):
 
     @property
     def extra_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, path: str, offset: int, slots: Collection[str], depth_slots: Collection[str] = ()) -> RawEpisode:
+        """The episode at a place of an index, with the pictures of some cameras."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

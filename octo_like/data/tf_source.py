@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.lanes import Processes
-from octo_like.data.batches.episodes import Episode, Located, normalised
+from octo_like.data.batches.episodes import Episode, EpisodeSet, Located, normalised
 from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order.order import permutation
@@ -96,6 +96,9 @@ class TrajectoryFunction:
     @property
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
+
+    def read(self, path: str, offset: int, slots: Collection[str], depth_slots: Collection[str] = ()) -> RawEpisode:
+        raise DataError(f"{self.spec.name}: trajectory {offset} of source={path!r} cannot be read again")
 
     def _width(self, key: str) -> int:
         width = self.output[key].shape[-1]
@@ -205,13 +208,9 @@ def _index(function: TrajectoryFunction, steps: np.ndarray, size: int) -> Index:
     )
 
 
-class PooledEpisodes:
-    """The pool of trajectories of one source in one process: an `EpisodeSet` whose order of episodes is the source's.
-    Safe to use from several threads.
-
-    Attributes:
-      nbytes: of the pool, which is one episode to the order.
-    """
+class PooledEpisodes(EpisodeSet):
+    """The pool of trajectories of one source in one process; their order is the source's. Safe to use from several
+    threads."""
 
     seekable = False
 
@@ -224,8 +223,7 @@ class PooledEpisodes:
         depth_slots: Collection[str],
         processes: Processes,
     ):
-        self.prepared, self.index, self.nbytes = prepared, index, index.length
-        self._texts, self._slots, self._depth_slots = texts, frozenset(slots), frozenset(depth_slots)
+        super().__init__(prepared, index, texts, slots, depth_slots)
         self._lock = threading.Lock()
         self._numbers = iter(range(processes.index, 1 << 62, processes.count))
         self._items = self._endless(processes)
@@ -253,9 +251,6 @@ class PooledEpisodes:
             drawn = [self._draw(one) for one in key.tolist()]
         numbers, episodes, steps = zip(*drawn, strict=True)
         return Located(np.array(numbers, np.int64), np.array(steps, np.int64), episodes)
-
-    def load(self, episode: int) -> Episode:
-        raise DataError(f"{self.where(episode)} cannot be read again")
 
     def where(self, episode: int) -> str:
         return _where(self.prepared.key, self.prepared.spec, episode)

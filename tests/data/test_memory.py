@@ -13,7 +13,7 @@ from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data import bench
 from octo_like.data.batches import memory
-from octo_like.data.batches.episodes import EpisodeStore, IndexedEpisodes
+from octo_like.data.batches.episodes import EpisodeSet, EpisodeStore
 from octo_like.data.batches.texts import Texts
 from octo_like.data.inputs import Inputs
 from octo_like.data.order.order import DatasetFrames, Order
@@ -59,7 +59,7 @@ def test_only_the_cameras_in_use_are_counted(toy, tmp_path):
     assert len(slots) == 2
     got = {}
     for chosen in ((), slots[:1], slots[1:], slots):
-        episodes = IndexedEpisodes(data, data.train, Texts(None), chosen)
+        episodes = EpisodeSet(data, data.train, Texts(None), chosen)
         store = EpisodeStore([episodes], ThreadPoolExecutor(1), 1 << 30)
         loaded = store.get([(0, e) for e in range(len(data.train))])
         got[tuple(chosen)] = memory.each_bytes(data, data.train, chosen)

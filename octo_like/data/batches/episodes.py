@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,34 +123,14 @@ class Located(NamedTuple):
     loaded: Sequence[Episode] = ()
 
 
-class EpisodeSet(Protocol):
-    """Those episodes of a dataset that batches are made of, those of training or those of validation.
+class EpisodeSet:
+    """Those episodes of a dataset that batches are made of, those of training or those of validation. They are read by
+    their places in an index; `octo_like.data.tf_source.PooledEpisodes` are not.
 
     Attributes:
       seekable: any episode can be loaded at any time, so what the order needs next is read ahead.
       nbytes: expected bytes of each in memory.
     """
-
-    prepared: PreparedDataset
-    index: Index
-    seekable: bool
-    nbytes: np.ndarray
-
-    def locate(self, episode: np.ndarray, frame: np.ndarray, key: np.ndarray) -> Located:
-        """Where the samples are that the order gives as usable frames (N,) of episodes (N,), with their keys (N,)."""
-        ...
-
-    def load(self, episode: int) -> Episode:
-        """Reads an episode. Raises DamagedRecord or DataError, see `load_episode`."""
-        ...
-
-    def where(self, episode: int) -> str:
-        """The place of an episode, for messages."""
-        ...
-
-
-class IndexedEpisodes:
-    """The episodes of an index, which are read by their places. An `EpisodeSet`."""
 
     seekable = True
 
@@ -167,12 +147,15 @@ class IndexedEpisodes:
         self._texts, self._slots, self._depth_slots = texts, frozenset(slots), frozenset(depth_slots)
 
     def locate(self, episode: np.ndarray, frame: np.ndarray, key: np.ndarray) -> Located:
+        """Where the samples are that the order gives as usable frames (N,) of episodes (N,), with their keys (N,)."""
         return Located(episode, self.index.step_of(episode, frame))
 
     def load(self, episode: int) -> Episode:
+        """Reads an episode. Raises DamagedRecord or DataError, see `load_episode`."""
         return load_episode(self.prepared, self.index, episode, self._slots, self._texts, self._depth_slots)
 
     def where(self, episode: int) -> str:
+        """The place of an episode, for messages."""
         return self.index.where(episode)
 
 

@@ -10,7 +10,7 @@ from octo_like.common.schema import BatchSpec
 from octo_like.data.batches import memory
 from octo_like.data.batches.assemble import Assembler, check_spec
 from octo_like.data.batches.damage import DamageLog
-from octo_like.data.batches.episodes import EpisodeSet, EpisodeStore, IndexedEpisodes
+from octo_like.data.batches.episodes import EpisodeSet, EpisodeStore
 from octo_like.data.batches.gather import FrameGatherer
 from octo_like.data.batches.texts import Texts
 from octo_like.data.prepared import PreparedDataset
@@ -61,8 +61,8 @@ class Reader:
         texts.check(spec.language_length, (text for one in datasets.values() for text in one.instructions))
         cameras, host = (spec.image_sizes, spec.depth_sizes), settings.host
         self.texts = texts
-        self.sets: list[EpisodeSet] = [
-            IndexedEpisodes(prepared, getattr(prepared, part), texts, *cameras)
+        self.sets = [
+            EpisodeSet(prepared, getattr(prepared, part), texts, *cameras)
             if prepared.seekable
             else PooledEpisodes(prepared, getattr(prepared, part), texts, *cameras, processes)
             for prepared in datasets.values()

@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -174,40 +175,34 @@ class _Opened:
         selected[chosen] = True
         ends = index.first + index.steps
 
-        def passes(part: str, dims: int) -> Callable[[], Iterator[np.ndarray]]:
-            def rows() -> Iterator[np.ndarray]:
-                for first, chunk in read_rows(whole.rows_path):
-                    episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
-                    yield columns.from_rows(chunk[selected[episode]], function)[part].reshape(-1, dims)
+        widths = {"action": function.action_dim}
+        if function.proprio_dim is not None:
+            widths["proprio"] = function.proprio_dim
+        prefixes = {part: f"{part}_" for part in widths}
+        for name, shape in function.extra_shapes.items():
+            widths[name], prefixes[name] = math.prod(shape), f"extra:{name}:"
 
-            return rows
+        def values(part: str) -> Iterator[np.ndarray]:
+            for first, chunk in read_rows(whole.rows_path):
+                episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
+                yield columns.from_rows(chunk[selected[episode]], function)[part].reshape(-1, widths[part])
 
         def make() -> dict[str, Any]:
-            arrays = {f"action_{k}": v for k, v in streamed_statistics(passes("action", function.action_dim)).items()}
-            if function.proprio_dim is not None:
-                of_proprio = streamed_statistics(passes("proprio", function.proprio_dim))
-                arrays |= {f"proprio_{k}": v for k, v in of_proprio.items()}
-            for name, shape in function.extra_shapes.items():
-                of_sensor = streamed_statistics(passes(name, math.prod(shape)))
-                arrays |= {f"extra:{name}:{k}": v for k, v in of_sensor.items()}
-            return arrays
+            computed = {part: streamed_statistics(functools.partial(values, part)) for part in widths}
+            return {f"{prefixes[part]}{k}": v for part, stats in computed.items() for k, v in stats.items()}
 
         digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
         what = f"statistics of {key}"
         arrays = cached(whole, f"statistics-{digest}.npz", make, what=what, process_index=self.process_index)
-        statistics: dict[str, Any] = {
-            part: {k.removeprefix(f"{part}_"): v for k, v in arrays.items() if k.startswith(f"{part}_")}
-            for part in ("action", "proprio")
+        parts = {
+            part: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            for part, prefix in prefixes.items()
         }
+        statistics: dict[str, Any] = {part: parts.pop(part) for part in ("action", "proprio") if part in parts}
         if mask is not None:
             statistics["action"]["mask"] = mask
-        if not spec.proprio_keys:
-            del statistics["proprio"]
-        if function.extra_shapes:
-            statistics["extra"] = {
-                name: {k.rpartition(":")[2]: v for k, v in arrays.items() if k.startswith(f"extra:{name}:")}
-                for name in function.extra_shapes
-            }
+        if parts:
+            statistics["extra"] = parts
         statistics["num_transitions"] = int(index.steps[chosen].sum(dtype=np.int64))
         statistics["num_trajectories"] = len(chosen)
         return statistics
