@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
 from octo_like.data.batches.frames import RawEpisode, as_points
-from octo_like.data.prepared import PreparedDataset, statistics_of
+from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
 from octo_like.data.rlds import filters
 from octo_like.data.rlds.index import Index, digest_of, with_usable
 from octo_like.data.rlds.prepare import choose_episodes
-from octo_like.data.rlds.records import non_finite
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 
 NEEDS_TENSORFLOW = ("standardize", "filter", "relative_to", "source")
@@ -164,18 +163,15 @@ class MemoryFunction:
         for name, key in _given(spec.extra_keys):
             values = observed(key, f"sensor {name!r}", (1, 2, 3, 4, 5), "fiub").astype(np.float32)
             extras[name] = values[:, None] if values.ndim == 1 else values
-        for name, values in {"action": action, "proprio": proprio, **images, **depths, **points, **extras}.items():
-            if values is not None and len(values) != len(action):
-                raise DataError(f"{where}: {name} has {len(values)} steps, the action {len(action)}")
-        for name, values in (("action", action), ("proprio", proprio), *extras.items()):
-            if values is not None and (bad := non_finite(values)) is not None:
-                raise DataError(f"{where}: {name} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}")
         digest = hashlib.blake2b(digest_size=8)
         for part in (action, proprio, *images.values(), *depths.values(), *extras.values()):
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
         digest.update("\n".join(texts or ()).encode())
         number = int.from_bytes(digest.digest(), "little") % 2**62
-        return RawEpisode(number, action, proprio, texts, images, depths, points, extras)
+        raw = RawEpisode(number, action, proprio, texts, images, depths, points, extras)
+        if (problem := problem_of(raw)) is not None:
+            raise DataError(f"{where}: {problem}")
+        return raw
 
 
 def _text(value: str | bytes) -> str:
@@ -231,6 +227,8 @@ def prepare_in_memory(
     whole = _index(function, spec.split)
     val_whole = whole if spec.val_split is None else _index(function, spec.val_split)
     chosen, validation = choose_episodes(key, spec, whole, val_whole)
+    if not len(chosen):
+        raise DataError(f"{key}: none of {len(whole)} episode(s) of split {spec.split!r} has a step")
     statistics = statistics_of(key, spec, [function.episodes[spec.split][i] for i in chosen])
     train = _filtered(spec, function, whole, spec.split, statistics).take(chosen)
     val = _filtered(spec, function, val_whole, spec.val_split or spec.split, statistics).take(validation)

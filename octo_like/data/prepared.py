@@ -8,6 +8,7 @@ import numpy as np
 
 from octo_like.data.batches.frames import RawEpisode
 from octo_like.data.rlds.index import Index
+from octo_like.data.rlds.records import non_finite
 from octo_like.data.rlds.statistics import streamed_statistics
 from octo_like.data.spec import DataError, DatasetSpec
 
@@ -77,6 +78,26 @@ class PreparedDataset:
         """Whether any episode can be read at any time. The trajectories of a tf.data.Dataset come as they come: its
         resume is approximate, and its `train` only tells the order how to draw from it."""
         return self.spec.source is None
+
+
+def problem_of(raw: RawEpisode) -> str | None:
+    """Why an episode cannot be used: parts of other lengths, or numbers that are not finite. None: it can."""
+    parts = {"proprio": raw.proprio, "language": raw.texts}
+    for what, named in (
+        ("camera", raw.images),
+        ("depth of", raw.depths),
+        ("point", raw.points),
+        ("sensor", raw.extras),
+    ):
+        parts |= {f"{what} {name}": values for name, values in named.items()}
+    steps = len(raw.action)
+    wrong = [f"{name} has {len(part)}" for name, part in parts.items() if part is not None and len(part) != steps]
+    if wrong:
+        return f"action has {steps} steps, but {', '.join(wrong)}"
+    for name, values in {"action": raw.action, "proprio": raw.proprio, **raw.extras}.items():
+        if values is not None and (bad := non_finite(values)) is not None:
+            return f"{name} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}"
+    return None
 
 
 def check_mask(key: str, spec: DatasetSpec, width: int) -> np.ndarray | None:

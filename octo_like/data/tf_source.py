@@ -35,8 +35,7 @@ from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order.order import permutation
 from octo_like.data.oxe import vocabulary
-from octo_like.data.prepared import PreparedDataset, statistics_of
-from octo_like.data.rlds import records
+from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.leaves import select
 from octo_like.data.spec import DataError, DatasetSpec
@@ -124,26 +123,17 @@ def _trajectories(make: Callable[[], Any], spec: DatasetSpec) -> tf.data.Dataset
 
 def _raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
     """A trajectory with all of its pictures. Raises DataError when it cannot be used; `where` names it."""
-    steps = len(item["action"])
-    if not steps:
-        raise DataError(f"{where} has no steps; leave such out with .filter(...)")
-    parts = {key: item[key] for key in ("proprio", "language") if key in item}
-    parts |= {f"camera {slot}": frames for slot, frames in item["images"].items()}
-    parts |= {f"depth of {slot}": frames for slot, frames in item["depths"].items()}
-    parts |= {f"sensor {name}": values for name, values in item["extras"].items()}
-    wrong = [f"{key} has {len(value)}" for key, value in parts.items() if len(value) != steps]
-    if wrong:
-        raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
-    for key, values in {**{key: item[key] for key in ("action", "proprio") if key in item}, **item["extras"]}.items():
-        bad = records.non_finite(values)
-        if bad is not None:
-            raise DataError(f"{where}: {key} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}")
     texts = None
     if "language" in item:
         texts = [text.decode("utf-8", "replace").strip() for text in item["language"].tolist()]
     points = {name: as_points(values) for name, values in item["points"].items()}
-    images, depths = item["images"], item["depths"]
-    return RawEpisode(0, item["action"], item.get("proprio"), texts, images, depths, points, item["extras"])
+    pictures = (item["images"], item["depths"])
+    raw = RawEpisode(0, item["action"], item.get("proprio"), texts, *pictures, points, item["extras"])
+    if not len(raw.action):
+        raise DataError(f"{where} has no steps; leave such out with .filter(...)")
+    if (problem := problem_of(raw)) is not None:
+        raise DataError(f"{where}: {problem}")
+    return raw
 
 
 def _where(key: str, spec: DatasetSpec, number: int) -> str:
