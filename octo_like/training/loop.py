@@ -170,7 +170,7 @@ def _train(
         if start >= num_steps:
             log.warning("already at step %d of %d; evaluating and exporting again", start, num_steps)
         else:
-            check_batch(stream.batch(start) if hasattr(stream, "batch") else next(stream), stream.batch_spec)
+            check_batch(stream.batch(start), stream.batch_spec)
             stream.seek(start * config.batch_size)
         attempt.begun = start >= num_steps
         evaluator = Evaluator(run, writer)
@@ -424,7 +424,7 @@ class Meter:
                 values["train/model_tflops_per_second"] = self._flops / seconds / 1e12
                 if (share := mfu(self._flops, seconds)) is not None:
                     values["train/mfu"] = share
-        for name, count in getattr(self._run.inputs.stream, "bad_counts", {}).items():
+        for name, count in self._run.inputs.stream.bad_counts.items():
             values[f"data/bad_records/{name}"] = count
         return values
 

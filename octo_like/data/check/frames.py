@@ -1,7 +1,6 @@
 """What usually goes wrong with the frames, times and words of demonstrations."""
 
 import dataclasses
-import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,8 +8,10 @@ import numpy as np
 from octo_like.common.pages import Finding
 from octo_like.data.batches import frames
 from octo_like.data.batches.episodes import load_episode
+from octo_like.data.batches.texts import WordList
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import RldsSplit
 from octo_like.data.tf import tf
 
@@ -51,15 +52,15 @@ class Look:
 def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = EPISODES) -> Look:
     """Reads some episodes and looks at the frames of one camera: all of them as bytes, three of each as pixels."""
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    table, lock = _Words(), threading.Lock()
+    table = WordList()
     missing, black, reddish, colours, texts, thumbnails = [], [], [], [], [], []
     repeated = moving = 0
     for number in chosen:
-        episode = load_episode(prepared, index, int(number), [slot], table, lock)
+        episode = load_episode(prepared, index, int(number), [slot], table)
         stored = episode.images[slot]
         there = np.array([len(frame) > 0 for frame in stored])
         missing.append(1 - there.mean())
-        texts.append(table.texts[episode.text[0] - 1] if len(table.texts) and episode.text[0] else "")
+        texts.append(table.texts[episode.text[0]])
         # Normalised proprioception has deviation 1; without it, an action that is not the mean moves something.
         numbers = episode.proprio if episode.proprio is not None else episode.action.reshape(len(there), -1)
         moves = np.abs(np.diff(numbers, axis=0)).max(1) > MOVING
@@ -94,19 +95,6 @@ def look(prepared: PreparedDataset, index: Index, slot: str, *, episodes: int = 
     )
 
 
-class _Words:
-    """Rows of instructions; 0 is none, as in training."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-
-    def rows(self, texts: list[str]) -> np.ndarray:
-        for text in texts:
-            if text and text not in self.texts:
-                self.texts.append(text)
-        return np.array([self.texts.index(text) + 1 if text else 0 for text in texts], np.int32)
-
-
 def _equal(a, b) -> bool:
     return np.array_equal(a, b) if isinstance(a, np.ndarray) else bytes(a) == bytes(b)
 
@@ -125,7 +113,7 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
 def same_pictures(prepared: PreparedDataset, one: tuple[Index, int], other: tuple[Index, int]) -> bool:
     """Whether two (index, number) episodes of equal length show the same in all cameras: first, middle, last frame."""
     slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
-    first, second = (load_episode(prepared, index, n, slots, _Words(), threading.Lock()) for index, n in (one, other))
+    first, second = (load_episode(prepared, index, n, slots, WordList()) for index, n in (one, other))
     for slot in slots:
         a, b = first.images[slot], second.images[slot]
         steps = [s for s in np.unique([0, len(a) // 2, len(a) - 1]) if s < len(b)]

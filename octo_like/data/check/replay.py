@@ -7,8 +7,9 @@ import numpy as np
 from octo_like.common import normalization
 from octo_like.common.demo import Demo
 from octo_like.data.batches import frames
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 from octo_like.data.spec import DataError
 
 

@@ -3,7 +3,6 @@
 import base64
 import concurrent.futures
 import html
-import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,9 +11,11 @@ from octo_like.common import normalization
 from octo_like.common.pages import STYLE, text_table
 from octo_like.data.batches import frames
 from octo_like.data.batches.episodes import load_episode
+from octo_like.data.batches.texts import WordList
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.cache import load_index
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 
 COLUMNS = ("min", "p01", "mean", "std", "p99", "max")
 
@@ -25,7 +26,7 @@ def empty_episodes(prepared: PreparedDataset, data_dir: str, cache_dir: str | No
     Episodes of which the standardize function leaves nothing are among them, and say so. Read from the index.
     """
     spec = prepared.spec
-    if spec.source is not None:
+    if not prepared.seekable:
         return [], 0
     messages, total = [], 0
     for name in dict.fromkeys([spec.split, *([spec.val_split] if spec.val_split is not None else [])]):
@@ -51,20 +52,22 @@ def mixture_rows(
     header += ["cameras", "depth", "texts", *(["passes"] if samples is not None else [])]
     rows = []
     for name, d in datasets.items():
-        live = d.spec.source is not None  # no files, and the numbers of its pseudo-index mean nothing
         episodes, steps = len(d.train), int(d.train.frames.sum(dtype=np.int64))
-        if live:
+        if not d.seekable:  # it has no files, and the numbers of its index mean nothing
             episodes, steps = d.statistics["num_trajectories"], d.statistics["num_transitions"]
         cameras, depths = (
             [slot for slot, key in keys.items() if key is not None] for keys in (d.spec.image_keys, d.spec.depth_keys)
         )
         weight = d.spec.weight / total
         row = [name, d.version, f"{weight:.3f}", f"{episodes:,}", f"{len(d.val):,}", f"{steps:,}"]
-        row += [f"{steps / max(episodes, 1):.1f}", "-" if live else f"{d.train.length.sum(dtype=np.int64) / 1e9:.3g}"]
+        row += [
+            f"{steps / max(episodes, 1):.1f}",
+            f"{d.train.length.sum(dtype=np.int64) / 1e9:.3g}" if d.seekable else "-",
+        ]
         row += [str(d.function.action_dim), str(d.function.proprio_dim or "-"), ",".join(cameras) or "-"]
         row += [",".join(depths) or "-", f"{len([text for text in d.instructions if text]):,}"]
         if samples is not None:
-            row.append("-" if live else f"{samples * weight / max(steps, 1):.3g}")
+            row.append(f"{samples * weight / max(steps, 1):.3g}" if d.seekable else "-")
         rows.append(row)
     return header, rows
 
@@ -97,17 +100,6 @@ def instruction_table(prepared: PreparedDataset, limit: int = 10) -> str:
     return "\n".join(lines + ([f"         and {len(ranked) - limit:,} more"] if len(ranked) > limit else []))
 
 
-class _Texts:
-    """Keeps the words where training keeps their ids."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-
-    def rows(self, texts: list[str]) -> np.ndarray:
-        rows = [self.texts.index(t) if t in self.texts else self.texts.append(t) or len(self.texts) - 1 for t in texts]
-        return np.array(rows, np.int32)
-
-
 def contact_sheet(
     prepared: PreparedDataset, index: Index, path: str, *, episodes: int = 4, columns: int = 6, size: int = 96
 ) -> None:
@@ -127,12 +119,12 @@ def contact_sheet(
 
     slots = [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    texts, lock = _Texts(), threading.Lock()
+    texts = WordList()
     height = max(1, len(slots))
     figure = Figure(figsize=(17, 1.4 + len(chosen) * max(2.2, 1.7 * height)))
     axes = figure.subplots(len(chosen), 3, width_ratios=[3.2, 1.2, 1.2], squeeze=False)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        loaded = list(pool.map(lambda e: load_episode(prepared, index, int(e), slots, texts, lock), chosen))
+        loaded = list(pool.map(lambda e: load_episode(prepared, index, int(e), slots, texts), chosen))
     for row, (number, episode) in enumerate(zip(chosen, loaded, strict=True)):
         steps = np.unique(np.linspace(0, len(episode.action) - 1, columns).astype(int))
         strip = np.full((height * (size + 2), columns * (size + 2), 3), 255, np.uint8)
@@ -149,7 +141,7 @@ def contact_sheet(
             for c, image in enumerate(images):
                 y, x = r * (size + 2), c * (size + 2)
                 strip[y : y + size, x : x + size] = image
-        text = texts.texts[episode.text[0]] if texts.texts else ""
+        text = texts.texts[episode.text[0]]
         pictures, physical, seen = axes[row]
         pictures.imshow(strip)
         pictures.set_title(
@@ -185,9 +177,8 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
     from matplotlib.figure import Figure
 
     chosen = np.unique(np.linspace(0, len(index) - 1, min(episodes, len(index))).astype(int))
-    lock = threading.Lock()
     normalised = np.concatenate(
-        [load_episode(prepared, index, int(e), (), _Texts(), lock).action.reshape(-1, prepared.function.action_dim)
+        [load_episode(prepared, index, int(e), (), WordList()).action.reshape(-1, prepared.function.action_dim)
          for e in chosen]
     )  # fmt: skip
     statistics = prepared.statistics["action"]
