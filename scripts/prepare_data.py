@@ -59,27 +59,26 @@ def main() -> int:
 
     from octo_like.common import normalization
     from octo_like.common.config import ConfigError
+    from octo_like.common.lanes import Processes
     from octo_like.data.arguments import specs_from_arguments
     from octo_like.data.check import report
     from octo_like.data.check.images import check_images
     from octo_like.data.rlds.prepare import prepare_datasets
+    from octo_like.data.settings import IndexOptions
     from octo_like.data.spec import DataError
 
     try:
         host, _, hosts = args.host.partition("/")
         if not (host.isdigit() and hosts.isdigit() and int(host) < int(hosts)):
             raise DataError(f"--host is I/N with I below N, e.g. 0/4, got {args.host!r}")
-        datasets = prepare_datasets(
-            specs_from_arguments(args),
-            args.data_dir,
-            args.cache_dir,
+        options = IndexOptions(
             workers=args.workers,
             processes=args.processes,
             beam=None if args.beam is None else shlex.split(args.beam),
             max_bad_fraction=args.max_bad_fraction,
-            process_index=int(host),
-            process_count=int(hosts),
         )
+        specs, these = specs_from_arguments(args), Processes(int(host), int(hosts))
+        datasets = prepare_datasets(specs, args.data_dir, args.cache_dir, options=options, hosts=these)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -41,8 +41,8 @@ def main() -> int:
         datasets, files = {}, {}
         for name, spec in specs_from_arguments(args).items():
             prepared = datasets[name] = prepare_dataset(name, spec, args.data_dir, args.cache_dir)
-            if spec.source is not None:
-                continue  # trajectories of a tf.data.Dataset are not there to be looked up; its numbers are shown
+            if not prepared.seekable:
+                continue  # trajectories of a tf.data.Dataset cannot be looked up; its numbers are shown
             index = prepared.val if args.val else prepared.train
             if not len(index):
                 raise DataError(f"{name}: no validation episodes (val_fraction is 0)")

@@ -1,7 +1,19 @@
 """Into how many lanes the samples of a run are dealt, and which numbers of processes can therefore train it."""
 
+from typing import NamedTuple
+
 MAX_LANES = 1024
 DEFAULT_AT_MOST = 384
+
+
+class Processes(NamedTuple):
+    """Which of the processes of a run this is. All follow the same order; each makes its own rows of every batch."""
+
+    index: int = 0
+    count: int = 1
+
+
+ONE_PROCESS = Processes()
 
 
 def divisors(number: int) -> list[int]:

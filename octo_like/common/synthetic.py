@@ -1,6 +1,7 @@
 """A stream of random batches made from a run's own spec: for smoke tests and throughput, without any data."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from octo_like.common.schema import BatchSpec, Tree, flatten, synthetic_batch, u
 
 
 class SyntheticStream:
-    """Endless, seekable, the same on any number of processes. Mirrors `octo_like.data.batches.stream.Stream`."""
+    """Endless, seekable, the same on any number of processes: a `octo_like.common.streams.BatchStream`."""
+
+    bad_counts: Mapping[str, int] = {}  # there are no records
 
     def __init__(
         self,
@@ -30,24 +33,31 @@ class SyntheticStream:
         self.dataset_names = ("synthetic",)
         self.statistics = {"synthetic": _unit_statistics(spec)}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tree]:
         return self
 
     def __next__(self) -> Tree:
-        batch = synthetic_batch(
-            self.batch_spec,
-            self._size,
-            self._seed * 1_000_003 + self.position // self._size,
-            language_vocab=self._vocab,
-        )
-        batch["sample_id"] = np.arange(self.position, self.position + self._size, dtype=np.int64)
+        batch = self.batch(self.position // self._size)
         self.position += self._size
+        return batch
+
+    def batch(self, number: int) -> Tree:
+        batch = synthetic_batch(
+            self.batch_spec, self._size, self._seed * 1_000_003 + number, language_vocab=self._vocab
+        )
+        batch["sample_id"] = number * self._size + np.arange(self._size, dtype=np.int64)
         return unflatten({path: leaf[self._rows] for path, leaf in flatten(batch)})
 
     def seek(self, n: int) -> None:
         if n < 0 or n % self._size:
             raise ValueError(f"position {n} is not the beginning of a batch of {self._size}")
         self.position = n
+
+    def adopt(self, saved: Mapping[str, Any]) -> None:
+        """Nothing is derived."""
+
+    def memory_line(self) -> str:
+        return "random batches keep nothing in memory"
 
     def close(self) -> None:
         """Nothing to release."""

@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
 from octo_like.data.batches.frames import RawEpisode, as_points
+from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
 from octo_like.data.rlds import filters
 from octo_like.data.rlds.index import Index, digest_of, with_usable
-from octo_like.data.rlds.prepare import PreparedDataset, first_demos, hold_out
-from octo_like.data.rlds.records import non_finite
-from octo_like.data.rlds.statistics import streamed_statistics
+from octo_like.data.rlds.prepare import choose_episodes
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 
 NEEDS_TENSORFLOW = ("standardize", "filter", "relative_to", "source")
@@ -50,8 +49,8 @@ def load_episodes(folder: pathlib.Path) -> list[dict[str, Any]]:
     """
     files = sorted(folder.glob("*.npz"))
     if not files:
-        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        raise DataError(f"{folder}: no .npz files; folders beside it: {', '.join(there) or 'none'}")
+        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        raise DataError(f"{folder}: no .npz files; folders beside it: {', '.join(others) or 'none'}")
     episodes = []
     for file in tqdm(files, f"{folder.parent.name} {folder.name}", unit="ep", **QUIETLY):
         try:
@@ -98,13 +97,7 @@ def _columns(episode: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 class MemoryFunction:
-    """Number of an episode -> the parts of it that a spec names. Mirrors `rlds.EpisodeFunction`.
-
-    Attributes:
-      definition: of what it reads.
-      action_dim, proprio_dim: widths; proprio_dim is None without proprioception.
-      extra_shapes: of one step's values of each other sensor.
-    """
+    """Number of an episode -> the parts of it that a spec names. A `octo_like.data.prepared.EpisodeFunction`."""
 
     random_ops: tuple[str, ...] = ()
     action_chunk: int | None = None
@@ -161,8 +154,8 @@ class MemoryFunction:
         proprio = np.concatenate([p.reshape(len(p), -1) for p in parts], -1).astype(np.float32) if parts else None
         texts = None
         if spec.language_key is not None:
-            said = leaf(spec.language_key, "instruction", (0, 1), "US")
-            texts = [_text(one) for one in np.broadcast_to(said, (len(action),)).tolist()]
+            stored = leaf(spec.language_key, "instruction", (0, 1), "US")
+            texts = [_text(one) for one in np.broadcast_to(stored, (len(action),)).tolist()]
         images = {slot: observed(key, f"image of camera {slot!r}", (4,), "u") for slot, key in _given(spec.image_keys)}
         depths = {slot: observed(key, f"depth of {slot!r}", (3, 4), "fiu") for slot, key in _given(spec.depth_keys)}
         points = {n: as_points(observed(key, f"point {n!r}", (2,), "f")) for n, key in _given(spec.point_keys)}
@@ -170,18 +163,15 @@ class MemoryFunction:
         for name, key in _given(spec.extra_keys):
             values = observed(key, f"sensor {name!r}", (1, 2, 3, 4, 5), "fiub").astype(np.float32)
             extras[name] = values[:, None] if values.ndim == 1 else values
-        for name, values in {"action": action, "proprio": proprio, **images, **depths, **points, **extras}.items():
-            if values is not None and len(values) != len(action):
-                raise DataError(f"{where}: {name} has {len(values)} steps, the action {len(action)}")
-        for name, values in (("action", action), ("proprio", proprio), *extras.items()):
-            if values is not None and (bad := non_finite(values)) is not None:
-                raise DataError(f"{where}: {name} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}")
         digest = hashlib.blake2b(digest_size=8)
         for part in (action, proprio, *images.values(), *depths.values(), *extras.values()):
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
         digest.update("\n".join(texts or ()).encode())
         number = int.from_bytes(digest.digest(), "little") % 2**62
-        return RawEpisode(number, action, proprio, texts, images, depths, points, extras)
+        raw = RawEpisode(number, action, proprio, texts, images, depths, points, extras)
+        if (problem := problem_of(raw)) is not None:
+            raise DataError(f"{where}: {problem}")
+        return raw
 
 
 def _text(value: str | bytes) -> str:
@@ -221,7 +211,7 @@ def _index(function: MemoryFunction, split: str) -> Index:
 def prepare_in_memory(
     key: str, spec: DatasetSpec, episodes: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> PreparedDataset:
-    """Splits, filters and normalises as `index.prepare_dataset` does.
+    """Splits, filters and normalises as `octo_like.data.rlds.prepare.prepare_dataset` does.
 
     Args:
       episodes: split -> episodes; `spec.split` must be there, and `spec.val_split` where it names one.
@@ -235,21 +225,13 @@ def prepare_in_memory(
             raise DataError(f"{key}: no episodes of split {split!r}; {suggest(split, episodes)}")
     function = MemoryFunction(spec, {split: episodes[split] for split in splits})
     whole = _index(function, spec.split)
-    if spec.val_split is not None:
-        val_whole, chosen = _index(function, spec.val_split), np.arange(len(whole))
-        held = np.arange(len(val_whole))
-    else:
-        val_whole, held = whole, hold_out(whole.record_hash, spec.val_fraction)
-        chosen = np.setdiff1d(np.arange(len(whole)), held)
-    if spec.num_demos is not None:
-        if spec.num_demos > len(chosen):
-            raise DataError(f"{key}: num_demos={spec.num_demos}, but only {len(chosen)} training episodes exist")
-        chosen = chosen[first_demos(whole.record_hash[chosen], spec.num_demos)]
+    val_whole = whole if spec.val_split is None else _index(function, spec.val_split)
+    chosen, validation = choose_episodes(key, spec, whole, val_whole)
     if not len(chosen):
-        raise DataError(f"{key}: {len(whole)} episode(s), none left to train on after holding out validation")
-    statistics = _statistics(key, spec, [function.episodes[spec.split][i] for i in chosen])
+        raise DataError(f"{key}: none of {len(whole)} episode(s) of split {spec.split!r} has a step")
+    statistics = statistics_of(key, spec, [function.episodes[spec.split][i] for i in chosen])
     train = _filtered(spec, function, whole, spec.split, statistics).take(chosen)
-    val = _filtered(spec, function, val_whole, spec.val_split or spec.split, statistics).take(held)
+    val = _filtered(spec, function, val_whole, spec.val_split or spec.split, statistics).take(validation)
     if not train.frames.sum():
         raise DataError(f"{key}: the filters leave no step of {len(chosen)} training episodes")
     instructions: dict[str, int] = {}
@@ -257,28 +239,6 @@ def prepare_in_memory(
         for text in set(episode.texts or ()):
             instructions[text] = instructions.get(text, 0) + 1
     return PreparedDataset(key, spec, function, train, val, statistics, instructions, "memory", "memory")
-
-
-def _statistics(key: str, spec: DatasetSpec, episodes: Sequence[RawEpisode]) -> dict[str, Any]:
-    def of(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return streamed_statistics(lambda: iter([rows]))
-
-    statistics: dict[str, Any] = {"action": of(np.concatenate([e.action for e in episodes]))}
-    if spec.proprio_keys:
-        statistics["proprio"] = of(np.concatenate([e.proprio for e in episodes]))
-    if episodes[0].extras:
-        names = episodes[0].extras
-        statistics["extra"] = {
-            name: of(np.concatenate([e.extras[name].reshape(len(e.action), -1) for e in episodes])) for name in names
-        }
-    mask, width = spec.action_normalization_mask, episodes[0].action.shape[1]
-    if mask is not None:
-        if len(mask) != width:
-            raise DataError(f"{key}: action_normalization_mask has {len(mask)} entries, the action {width} dimensions")
-        statistics["action"]["mask"] = np.asarray(mask, bool)
-    statistics["num_transitions"] = sum(len(e.action) for e in episodes)
-    statistics["num_trajectories"] = len(episodes)
-    return statistics
 
 
 def _filtered(spec: DatasetSpec, function: MemoryFunction, index: Index, split: str, statistics: Mapping) -> Index:

@@ -7,11 +7,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from octo_like.common.config import ConfigError
-from octo_like.common.lanes import check_lanes
+from octo_like.common.lanes import Processes, check_lanes
 from octo_like.common.schema import BatchSpec, Tree
+from octo_like.common.streams import BatchStream
 from octo_like.common.synthetic import SyntheticStream
 from octo_like.common.text import TextTokenizer
+from octo_like.data.batches.stream import make_train_stream, make_val_iterators
+from octo_like.data.in_memory import datasets_in_memory
 from octo_like.data.order.order import spec_differences
+from octo_like.data.oxe.mixes import datasets_from_config
+from octo_like.data.prepared import PreparedDataset
+from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.settings import KNOBS, IndexOptions, Settings
 from octo_like.data.spec import DatasetSpec, specs_from_config
 
 log = logging.getLogger(__name__)
@@ -22,14 +29,14 @@ class Inputs:
     """What a run trains and validates on.
 
     Attributes:
-      stream: endless training batches with `position`, `seek`, `order_spec`.
+      stream: endless training batches.
       validation: dataset to finite batches.
       statistics: dataset to statistics, with the kind of normalisation in "normalization" and the action head that
         learns from it in "head".
       environments: dataset to the gymnasium id it is rolled out in.
     """
 
-    stream: Any
+    stream: BatchStream
     validation: Mapping[str, Iterable[Tree]]
     statistics: dict[str, Any]
     environments: dict[str, str]
@@ -40,8 +47,7 @@ class Inputs:
         Raises:
           ConfigError: the data or its order is not what the saved run saw.
         """
-        if hasattr(self.stream, "adopt"):
-            self.stream.adopt(order_spec)
+        self.stream.adopt(order_spec)
         changes = spec_differences(order_spec, self.stream.order_spec)
         if changes:
             listed = "\n  ".join(changes)
@@ -67,91 +73,26 @@ def inputs_from_config(
     Raises:
       ConfigError or DataError (both ValueErrors): with the valid choices.
     """
-    data = config.data
-    processes = dict(process_index=process_index, process_count=process_count)
+    data, processes = config.data, Processes(process_index, process_count)
     eval_size = config.eval.batch_size or config.batch_size
     if data.kind == "synthetic":
         vocab = tokenizer.vocab_size if tokenizer else 100
-        stream = SyntheticStream(spec, config.batch_size, config.seed, vocab, **processes)
-        held_out = SyntheticStream(spec, eval_size, config.seed + 1, vocab, **processes)
-        batches = [next(held_out) for _ in range(min(config.eval.batches, 2))]
+        stream = SyntheticStream(spec, config.batch_size, config.seed, vocab, *processes)
+        validation = SyntheticStream(spec, eval_size, config.seed + 1, vocab, *processes)
+        batches = [next(validation) for _ in range(min(config.eval.batches, 2))]
         return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
-    if data.kind not in ("rlds", "memory"):
-        raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'memory', 'synthetic'")
-    try:
-        check_lanes(data.num_lanes, config.batch_size, process_count)  # before anything is read
-    except ValueError as error:
-        raise ConfigError(f"data.num_lanes: {error}") from error
-    of_files = data.kind == "rlds" and (
-        data.mix or not all(dict(fields).get("source") for fields in data.datasets.values())
-    )
-    if not data.data_dir and of_files:
-        raise ConfigError(
-            "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
-        )
+    _check(data, config.batch_size, process_count)
 
-    from octo_like.data.batches import memory
-    from octo_like.data.batches.stream import make_train_stream, make_val_iterators
-    from octo_like.data.in_memory import datasets_in_memory
-    from octo_like.data.oxe.mixes import datasets_from_config
-    from octo_like.data.rlds.prepare import prepare_datasets
-
+    settings = settings_from_config(config)
     specs = specs_from_config(datasets_from_config(data))
     if data.num_demos is not None:
         specs = {name: _with_demos(one, data.num_demos) for name, one in specs.items()}
-    if data.kind == "memory":
-        datasets = datasets_in_memory(
-            specs, data.data_dir, data.episodes, data.generator, seed=config.seed, workers=data.workers
-        )
-    else:
-        datasets = prepare_datasets(
-            specs,
-            data.data_dir,
-            data.cache_dir,
-            workers=data.index_workers,
-            processes=data.index_processes,
-            max_bad_fraction=data.max_bad_fraction,
-            pod_dir=None if workdir is None else os.path.join(os.path.expanduser(workdir), "data_index"),
-            **processes,
-        )
-    shared = dict(
-        decode=data.decode,
-        keep_goal_prob=data.keep_goal_prob,
-        max_goal_distance=data.max_goal_distance,
-        octo_compat=data.octo_compat,
-        host_threads=data.host_threads,
-        max_bad_fraction=data.max_bad_fraction,
-        **processes,
-    )
-    mixed = data.episodes_mixed
-    stream = make_train_stream(
-        datasets,
-        spec,
-        tokenizer,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        num_lanes=data.num_lanes,
-        episodes_mixed=dict(mixed) if hasattr(mixed, "items") else mixed,
-        max_visits=data.max_visits,
-        balance_weights=data.balance_weights,
-        drop_task_prob=data.drop_task_prob,
-        paraphrases=data.paraphrases,
-        paraphrase_prob=data.paraphrase_prob,
-        image_dropout_prob=data.image_dropout_prob,
-        image_dropout_keep=data.image_dropout_keep,
-        prefetch=data.prefetch,
-        host_memory_gb=data.host_memory_gb,
-        **shared,
-    )
+    datasets = _prepared(config, specs, processes, workdir)
+    stream = make_train_stream(datasets, spec, tokenizer, settings, processes=processes)
     log.info(stream.memory_line())
+    for_eval = dataclasses.replace(settings, order=dataclasses.replace(settings.order, batch_size=eval_size))
     validation = make_val_iterators(
-        datasets,
-        spec,
-        tokenizer,
-        batch_size=eval_size,
-        max_batches=config.eval.batches,
-        host_memory_gb=data.host_memory_gb * memory.VALIDATION,
-        **shared,
+        datasets, spec, tokenizer, for_eval, max_batches=config.eval.batches, processes=processes
     )
     statistics = {
         name: {
@@ -166,6 +107,49 @@ def inputs_from_config(
     }
     environments = {name: one.env for name, one in specs.items() if one.env is not None}
     return Inputs(stream, validation, statistics, environments)
+
+
+def settings_from_config(config: Any) -> Settings:
+    """The settings of a run's stream: the fields that `config.data` has, by their names, its seed and batch size."""
+    given = {name: config.data[name] for name in KNOBS if name in config.data}
+    if hasattr(given["episodes_mixed"], "items"):
+        given["episodes_mixed"] = dict(given["episodes_mixed"])
+    return Settings.of(seed=config.seed, batch_size=config.batch_size, **given)
+
+
+def _check(data: Any, batch_size: int, process_count: int) -> None:
+    """Raises ConfigError for what is wrong with `config.data` before anything is read."""
+    if data.kind not in ("rlds", "memory"):
+        raise ConfigError(f"data.kind is {data.kind!r}; valid: 'rlds', 'memory', 'synthetic'")
+    try:
+        check_lanes(data.num_lanes, batch_size, process_count)
+    except ValueError as error:
+        raise ConfigError(f"data.num_lanes: {error}") from error
+    of_files = data.kind == "rlds" and (
+        data.mix or not all(dict(fields).get("source") for fields in data.datasets.values())
+    )
+    if not data.data_dir and of_files:
+        raise ConfigError(
+            "data.data_dir is not set: give the folder of the TFDS datasets, or --config.data.kind=synthetic"
+        )
+
+
+def _prepared(
+    config: Any, specs: Mapping[str, DatasetSpec], processes: Processes, workdir: str | None
+) -> dict[str, PreparedDataset]:
+    """The datasets of a mixture, with their indices and statistics."""
+    data = config.data
+    if data.kind == "memory":
+        return datasets_in_memory(
+            specs, data.data_dir, data.episodes, data.generator, seed=config.seed, workers=data.workers
+        )
+    options = IndexOptions(
+        workers=data.index_workers,
+        processes=data.index_processes,
+        max_bad_fraction=data.max_bad_fraction,
+        pod_dir=None if workdir is None else os.path.join(os.path.expanduser(workdir), "data_index"),
+    )
+    return prepare_datasets(specs, data.data_dir, data.cache_dir, options=options, hosts=processes)
 
 
 def _with_demos(spec: DatasetSpec, num_demos: int) -> DatasetSpec:

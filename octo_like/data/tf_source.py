@@ -7,9 +7,9 @@ tensors whose first axis is the step, as RLDS has them. A `standardize` function
 they do to other datasets.
 
 Such a dataset cannot be sought: which trajectory comes next is its own affair. So samples that the order gives to it
-are filled from a pool of trajectories, each of which leaves when all of its steps have been used. Which samples these
-are, their goals and everything else drawn by key remain exact, and so do the samples of all other datasets. After a
-resume the source begins anew. `order_spec["approximate"]` and the log name it.
+are filled from a pool of trajectories (`PooledEpisodes`), each of which leaves when all of its steps have been used.
+Which samples these are, their goals and everything else drawn by key remain exact, and so do the samples of all other
+datasets. After a resume the source begins anew. `order_spec["approximate"]` and the log name it.
 
 Statistics come from its first `STATISTICS_TRAJECTORIES` trajectories, once at each start (they may differ between
 starts when the source shuffles; give it a seed). Hosts of a run compare them at its start, and refuse to normalise the
@@ -19,6 +19,7 @@ same source differently. It has no validation episodes. Each process takes every
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import inspect
 import logging
@@ -28,16 +29,15 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.common import normalization
-from octo_like.data.batches.episodes import Episode
-from octo_like.data.batches.frames import as_points, stored_frames
+from octo_like.common.lanes import Processes
+from octo_like.data.batches.episodes import Episode, EpisodeSet, Located, normalised
+from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order.order import permutation
 from octo_like.data.oxe import registry
-from octo_like.data.rlds import records
+from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.leaves import select
-from octo_like.data.rlds.prepare import PreparedDataset
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 
@@ -49,8 +49,8 @@ _STEPS = 1 << 14
 log = logging.getLogger(__name__)
 
 
-class SourceFunction:
-    """What `EpisodeFunction` is for files: spec and source as a dataset of selected trajectories.
+class TrajectoryFunction:
+    """Spec and source as a dataset of selected trajectories. A `octo_like.data.prepared.EpisodeFunction`.
 
     Raises:
       DataError: no such function, not a dataset of trajectories, a wrong key (with the valid ones).
@@ -61,15 +61,15 @@ class SourceFunction:
     def __init__(self, spec: DatasetSpec):
         self.spec = spec
         try:
-            make, source = registry.resolve(spec.source)
+            make, code = registry.resolve(spec.source)
         except DataError as error:
             raise DataError(f"{spec.name}: {str(error).replace('standardize=', 'source=')}") from error
-        transform, transform_source = registry.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
+        transform, transform_code = registry.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
         self.definition = {
             **spec.transform_fields(),
             "source": spec.source,
-            "source_code": source,
-            "standardize_source": transform_source,
+            "source_code": code,
+            "standardize_source": transform_code,
         }
         self._dataset = _trajectories(make, spec)
 
@@ -96,6 +96,9 @@ class SourceFunction:
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
 
+    def read(self, path: str, offset: int, slots: Collection[str], depth_slots: Collection[str] = ()) -> RawEpisode:
+        raise DataError(f"{self.spec.name}: trajectory {offset} of source={path!r} cannot be read again")
+
     def _width(self, key: str) -> int:
         width = self.output[key].shape[-1]
         if width is None:
@@ -118,23 +121,29 @@ def _trajectories(make: Callable[[], Any], spec: DatasetSpec) -> tf.data.Dataset
     return dataset
 
 
-def _checked(item: Mapping[str, Any], number: int, spec: DatasetSpec) -> None:
-    """Raises DataError for a trajectory that cannot be used, by its number."""
-    where = f"{spec.name}: trajectory {number} of source={spec.source!r}"
-    steps = len(item["action"])
-    if not steps:
+def _raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
+    """A trajectory with all of its pictures. Raises DataError when it cannot be used; `where` names it."""
+    texts = None
+    if "language" in item:
+        texts = [text.decode("utf-8", "replace").strip() for text in item["language"].tolist()]
+    points = {name: as_points(values) for name, values in item["points"].items()}
+    pictures = (item["images"], item["depths"])
+    raw = RawEpisode(0, item["action"], item.get("proprio"), texts, *pictures, points, item["extras"])
+    if not len(raw.action):
         raise DataError(f"{where} has no steps; leave such out with .filter(...)")
-    parts = {key: item[key] for key in ("proprio", "language") if key in item}
-    parts |= {f"camera {slot}": frames for slot, frames in item["images"].items()}
-    parts |= {f"depth of {slot}": frames for slot, frames in item["depths"].items()}
-    parts |= {f"sensor {name}": values for name, values in item["extras"].items()}
-    wrong = [f"{key} has {len(value)}" for key, value in parts.items() if len(value) != steps]
-    if wrong:
-        raise DataError(f"{where}: action has {steps} steps, but {', '.join(wrong)}")
-    for key, values in {**{key: item[key] for key in ("action", "proprio") if key in item}, **item["extras"]}.items():
-        bad = records.non_finite(values)
-        if bad is not None:
-            raise DataError(f"{where}: {key} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}")
+    if (problem := problem_of(raw)) is not None:
+        raise DataError(f"{where}: {problem}")
+    return raw
+
+
+def _where(key: str, spec: DatasetSpec, number: int) -> str:
+    return f"{key}: trajectory {number} of source={spec.source!r}"
+
+
+def _with_stored_frames(raw: RawEpisode, slots: Collection[str], depth_slots: Collection[str]) -> RawEpisode:
+    """The same with the pictures of some cameras only, encoded ones as frames."""
+    images, depths = stored_frames(raw.images, slots), stored_frames(raw.depths, depth_slots)
+    return dataclasses.replace(raw, images=images, depths=depths)
 
 
 def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
@@ -143,48 +152,32 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
     Raises:
       DataError: whatever is wrong with the source or its first trajectories, by name and number.
     """
-    function = SourceFunction(spec)
-    values: dict[str, list[np.ndarray]] = {"action": [], "proprio": []}
-    sensors: dict[str, list[np.ndarray]] = {name: [] for name in function.extra_shapes}
+    function = TrajectoryFunction(spec)
+    episodes: list[RawEpisode] = []
     instructions: collections.Counter = collections.Counter()
-    sizes = []
+    size = 0
     for number, item in enumerate(function.dataset.take(STATISTICS_TRAJECTORIES).as_numpy_iterator()):
-        _checked(item, number, spec)
-        for name in values:
-            if name in item:
-                values[name].append(item[name].reshape(-1, item[name].shape[-1]))
-        for name, of_sensor in item["extras"].items():
-            sensors[name].append(of_sensor.reshape(len(of_sensor), -1))
-        instructions.update({text.decode("utf-8", "replace").strip() for text in item.get("language", ())})
-        frames = stored_frames(item["images"], item["images"]) | stored_frames(item["depths"], item["depths"])
-        numbers = (item["action"], item.get("proprio"), np.zeros(0, np.int32))
-        sizes.append(Episode(*numbers, frames, extras=item["extras"]).nbytes)
-    if not sizes:
+        raw = _raw_episode(item, _where(key, spec, number))
+        instructions.update(set(raw.texts or ()))
+        stored = _with_stored_frames(raw, raw.images, raw.depths)
+        numbers = (raw.action, raw.proprio, np.zeros(0, np.int32))
+        size += Episode(*numbers, stored.images, stored.depths, extras=raw.extras).nbytes
+        episodes.append(dataclasses.replace(raw, images={}, depths={}))
+    if not episodes:
         raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")
-    mask, width = spec.action_normalization_mask, function.action_dim
-    if mask is not None and len(mask) != width:
-        raise DataError(
-            f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has {width} dimensions"
-        )
-    statistics: dict[str, Any] = {"action": normalization.compute_statistics(np.concatenate(values["action"]), mask)}
-    if values["proprio"]:
-        statistics["proprio"] = normalization.compute_statistics(np.concatenate(values["proprio"]))
-    if sensors:
-        of = normalization.compute_statistics
-        statistics["extra"] = {name: of(np.concatenate(parts)) for name, parts in sensors.items()}
-    statistics["num_transitions"] = sum(len(part) for part in values["action"])
-    statistics["num_trajectories"] = len(sizes)
-    train = _index(function, np.array([_STEPS]), int(POOL * np.mean(sizes)))
+    statistics = statistics_of(key, spec, episodes)
+    train = _index(function, np.array([_STEPS]), int(POOL * size / len(episodes)))
     val = _index(function, np.zeros(0, np.int64), 0)
     log.warning(
         "%s: source=%r is a tf.data.Dataset: resume is approximate for its samples, which begin anew at each start",
         key,
         spec.source,
     )
-    return PreparedDataset(key, spec, function, train, val, statistics, dict(instructions), spec.source or "", "live")
+    where = (spec.source or "", "tf.data")
+    return PreparedDataset(key, spec, function, train, val, statistics, dict(instructions), *where)
 
 
-def _index(function: SourceFunction, steps: np.ndarray, size: int) -> Index:
+def _index(function: TrajectoryFunction, steps: np.ndarray, size: int) -> Index:
     """An index that lets the order draw from the source, and memory be planned for its pool."""
     zeros = np.zeros(len(steps), np.int64)
     definition = hashlib.sha256(repr(sorted(function.definition.items())).encode()).hexdigest()[:16]
@@ -205,69 +198,64 @@ def _index(function: SourceFunction, steps: np.ndarray, size: int) -> Index:
     )
 
 
-class LiveSource:
-    """The pool of trajectories of one source in one process. Safe to draw from in several threads."""
+class PooledEpisodes(EpisodeSet):
+    """The pool of trajectories of one source in one process; their order is the source's. Safe to use from several
+    threads."""
+
+    seekable = False
 
     def __init__(
         self,
         prepared: PreparedDataset,
+        index: Index,
         texts: Texts,
-        lock: threading.Lock,
         slots: Collection[str],
         depth_slots: Collection[str],
-        process_index: int,
-        process_count: int,
+        processes: Processes,
     ):
-        self._prepared, self._texts, self._text_lock = prepared, texts, lock
-        self._slots, self._depth_slots = frozenset(slots), frozenset(depth_slots)
+        super().__init__(prepared, index, texts, slots, depth_slots)
         self._lock = threading.Lock()
-        self._numbers = iter(range(process_index, 1 << 62, process_count))
-        self._items = self._endless(process_index, process_count)
+        self._numbers = iter(range(processes.index, 1 << 62, processes.count))
+        self._items = self._endless(processes)
         # (number of the trajectory, trajectory, steps that have not been used)
         self._pool: list[tuple[int, Episode, list[int]]] = []
 
-    def _endless(self, index: int, count: int) -> Iterator[Mapping[str, Any]]:
-        share = self._prepared.function.dataset.shard(count, index)
+    def _endless(self, processes: Processes) -> Iterator[Mapping[str, Any]]:
+        share = self.prepared.function.dataset.shard(processes.count, processes.index)
         while True:
             empty = True
             for item in share.as_numpy_iterator():
                 empty = False
                 yield item
             if empty:
-                spec = self._prepared.spec
+                spec = self.prepared.spec
                 raise DataError(
-                    f"{spec.name}: source={spec.source!r} has no trajectory for process {index} of {count}; it needs "
-                    "at least one for each"
+                    f"{spec.name}: source={spec.source!r} has no trajectory for process {processes.index} of "
+                    f"{processes.count}; it needs at least one for each"
                 )
 
-    def draw(self, key: int) -> tuple[int, Episode, int]:
-        """(number of a trajectory, the trajectory, a step that was not used before), by a sample's 64-bit key."""
+    def locate(self, episode: np.ndarray, frame: np.ndarray, key: np.ndarray) -> Located:
+        """Draws, by the samples' keys, steps that were not used before. Which `episode` and `frame` the order gives
+        means nothing here."""
         with self._lock:
-            while len(self._pool) < POOL:
-                number = next(self._numbers)
-                episode = self._load(number, next(self._items))
-                steps = permutation(len(episode.action), "live", number).tolist()
-                self._pool.append((number, episode, steps))
-            place = key % POOL
-            number, episode, steps = self._pool[place]
-            step = steps.pop()
-            if not steps:
-                del self._pool[place]
-            return number, episode, step
+            drawn = [self._draw(one) for one in key.tolist()]
+        numbers, episodes, steps = zip(*drawn, strict=True)
+        return Located(np.array(numbers, np.int64), np.array(steps, np.int64), episodes)
 
-    def _load(self, number: int, item: Mapping[str, Any]) -> Episode:
-        spec, statistics = self._prepared.spec, self._prepared.statistics
-        _checked(item, number, spec)
-        action = normalization.normalize(item["action"], statistics["action"], spec.normalization)
-        proprio = None
-        if "proprio" in item:
-            proprio = normalization.normalize(item["proprio"], statistics["proprio"], spec.normalization)
-        text = np.zeros(len(action), np.int32)
-        if "language" in item:
-            with self._text_lock:
-                text = self._texts.rows([t.decode("utf-8", "replace").strip() for t in item["language"].tolist()])
-        images = stored_frames(item["images"], self._slots)
-        points = {name: as_points(values) for name, values in item["points"].items()}
-        depths = stored_frames(item["depths"], self._depth_slots)
-        extras = normalization.normalize_extras(item["extras"], statistics, spec.normalization)
-        return Episode(action, proprio, text, images, depths, points, extras)
+    def where(self, episode: int) -> str:
+        return _where(self.prepared.key, self.prepared.spec, episode)
+
+    def _draw(self, key: int) -> tuple[int, Episode, int]:
+        """(number of a trajectory, the trajectory, a step that was not used before), by a sample's 64-bit key."""
+        while len(self._pool) < POOL:
+            number = next(self._numbers)
+            raw = _raw_episode(next(self._items), self.where(number))
+            raw = _with_stored_frames(raw, self._slots, self._depth_slots)
+            episode = normalised(raw, self.prepared, self._texts)
+            self._pool.append((number, episode, permutation(len(episode.action), "live", number).tolist()))
+        place = key % POOL
+        number, episode, steps = self._pool[place]
+        step = steps.pop()
+        if not steps:
+            del self._pool[place]
+        return number, episode, step

@@ -89,7 +89,7 @@ def _train(
         if start >= num_steps:
             log.warning("already at step %d of %d; evaluating and exporting again", start, num_steps)
         else:
-            check_batch(stream.batch(start) if hasattr(stream, "batch") else next(stream), stream.batch_spec)
+            check_batch(stream.batch(start), stream.batch_spec)
             stream.seek(start * config.batch_size)
         attempt.begun = start >= num_steps
         evaluator = Evaluator(run, writer)

@@ -69,7 +69,7 @@ class Meter:
                 values["train/model_tflops_per_second"] = self._flops / seconds / 1e12
                 if (share := mfu(self._flops, seconds)) is not None:
                     values["train/mfu"] = share
-        for name, count in getattr(self._run.inputs.stream, "bad_counts", {}).items():
+        for name, count in self._run.inputs.stream.bad_counts.items():
             values[f"data/bad_records/{name}"] = count
         return values
 

@@ -11,10 +11,10 @@ from octo_like.common.config import freeze
 from octo_like.common.defaults import batch_spec, default_config
 from octo_like.common.schema import check_batch, flatten
 from octo_like.common.text import TextTokenizer
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.dlimp import TrajectoryDataset
 from octo_like.data.inputs import inputs_from_config
 from octo_like.data.spec import DataError
+from tests.data.streams import make_train_stream
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec, flatten
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.rlds import bad_records, cache
 from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52)}, proprio_dim=4)
 FILTERS = """
@@ -45,7 +46,7 @@ def make(make_toy, episodes_like, tmp_path, monkeypatch):
 
 def prepare(toy, cache, fraction=0.01, **changes):
     spec = DatasetSpec.from_dict(toy.fields(**({"val_fraction": 0.2} | changes)))
-    return prepare_dataset(toy.name, spec, toy.data_dir, str(cache), progress=False, max_bad_fraction=fraction)
+    return prepare_dataset(toy.name, spec, toy.data_dir, str(cache), False, IndexOptions(max_bad_fraction=fraction))
 
 
 def clean(toy):
@@ -152,5 +153,5 @@ def test_a_pass_over_nothing_but_bad_records_ends_early(make, tmp_path, monkeypa
     monkeypatch.setattr(cache, "scan_file", lambda *args: scanned.append(args[1]) or scan(*args))
     spec = DatasetSpec.from_dict(toy.fields())
     with pytest.raises(DataError, match="of 20 records are damaged or invalid"):
-        prepare_dataset("all", spec, toy.data_dir, str(tmp_path), progress=False, workers=1)
+        prepare_dataset("all", spec, toy.data_dir, str(tmp_path), False, IndexOptions(workers=1))
     assert len(scanned) <= 2

@@ -8,9 +8,9 @@ import tensorflow as tf
 
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data.batches.buffers import Buffers
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import specs_from_config
+from tests.data.streams import make_train_stream
 
 SHAPE = (64, 64)
 

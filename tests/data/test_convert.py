@@ -11,7 +11,6 @@ pytest.importorskip("av")
 
 from octo_like.common.schema import BatchSpec, check_batch  # noqa: E402
 from octo_like.common.text import TextTokenizer  # noqa: E402
-from octo_like.data.batches.stream import make_train_stream  # noqa: E402
 from octo_like.data.convert import video  # noqa: E402
 from octo_like.data.convert.hdf5 import Hdf5  # noqa: E402
 from octo_like.data.convert.lerobot import LeRobot  # noqa: E402
@@ -19,6 +18,7 @@ from octo_like.data.convert.npz import Npz  # noqa: E402
 from octo_like.data.convert.write import Options, write_rlds  # noqa: E402
 from octo_like.data.spec import DataError  # noqa: E402
 from tests.data import recordings  # noqa: E402
+from tests.data.streams import make_train_stream  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_stream_reads_it(sources, tmp_path):
     write_rlds(sources["v3"][0](), str(tmp_path), "mine")
     spec = BatchSpec(2, 4, 3, {"primary": (32, 32), "wrist": (16, 16)}, (), 3, 16)
     fields = dict(image_keys=dict(primary="front", wrist="hand"), proprio_keys=("state",), val_fraction=0.3)
-    options = dict(data_dir=str(tmp_path), seed=0, batch_size=4, progress=False)
+    options = dict(data_dir=str(tmp_path), seed=0, batch_size=4)
     with make_train_stream({"mine": fields}, spec, TextTokenizer.load(), **options) as stream:
         check_batch(next(stream), spec)
         assert set(stream.datasets["mine"].instructions) == set(recordings.TEXTS)
@@ -120,7 +120,7 @@ def test_missing_cameras(demos, tmp_path, lacking, said):
     assert set(written.cameras) == {"front", "hand"}
     spec = BatchSpec(1, 2, 3, {"primary": (32, 32), "wrist": (16, 16)}, (), None, 16)
     fields = dict(image_keys=dict(primary="front", wrist="hand"), val_fraction=0)
-    options = dict(data_dir=str(tmp_path / "data"), seed=0, batch_size=27, progress=False)
+    options = dict(data_dir=str(tmp_path / "data"), seed=0, batch_size=27)
     with make_train_stream({"mine": fields}, spec, TextTokenizer.load(), **options) as stream:
         batch = next(stream)
     present = batch["observation"]["pad_mask_dict"]["image_wrist"][:, 0]

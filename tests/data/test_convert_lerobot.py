@@ -12,10 +12,10 @@ pytest.importorskip("av")
 
 from octo_like.common.schema import BatchSpec, check_batch  # noqa: E402
 from octo_like.common.text import TextTokenizer  # noqa: E402
-from octo_like.data.batches.stream import make_train_stream  # noqa: E402
 from octo_like.data.convert.lerobot import LeRobot  # noqa: E402
 from octo_like.data.convert.write import Options, write_rlds  # noqa: E402
 from tests.data import recordings  # noqa: E402
+from tests.data.streams import make_train_stream  # noqa: E402
 from tests.data.test_convert import read_back  # noqa: E402
 
 PYTHON = os.environ.get("OCTO_LEROBOT_PYTHON")  # an interpreter that has lerobot; several, separated by colons
@@ -62,7 +62,7 @@ def test_it_trains(written, tmp_path):
     write_rlds(LeRobot(root), str(tmp_path), "real")
     spec = BatchSpec(1, 4, 3, {"primary": (32, 32), "wrist": (16, 16)}, (), 3, 16)
     fields = dict(image_keys=dict(primary="front", wrist="hand"), proprio_keys=("state",))
-    options = dict(data_dir=str(tmp_path), seed=0, batch_size=8, progress=False)
+    options = dict(data_dir=str(tmp_path), seed=0, batch_size=8)
     with make_train_stream({"real": fields}, spec, TextTokenizer.load(), **options) as stream:
         check_batch(next(stream), spec)
 

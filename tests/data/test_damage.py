@@ -16,11 +16,12 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import episodes as episodes_module
 from octo_like.data.batches.frames import decode_frames
-from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.rlds import records, scan
 from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import error_text, tf
+from tests.data.streams import make_train_stream, make_val_iterators
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52), "wrist": (24, 24)}, ("primary",), proprio_dim=4, language_length=8)
 
@@ -32,7 +33,7 @@ def tokenizer():
 
 def prepare(toy, fraction=0.3, cache=None, **changes):
     spec = DatasetSpec.from_dict(toy.fields(**({"val_fraction": 0} | changes)))
-    return prepare_dataset("toy", spec, toy.data_dir, cache, progress=False, max_bad_fraction=fraction)
+    return prepare_dataset("toy", spec, toy.data_dir, cache, False, IndexOptions(max_bad_fraction=fraction))
 
 
 def stream_of(prepared, tokenizer, **options):
@@ -246,7 +247,7 @@ def test_damage_changes_the_samples_of_that_record_only(prepared, clean, tokeniz
             assert equal_rows(next(stream), got[number]).all()
     # Substitutes come from episodes that are in memory at the time.
     order, n = stream.order, int(samples.n[np.isin(samples.episode, victims)][0])
-    assert order.substitute(n, 0)[0] in order.live_episodes(0, int(samples.walk[n]), int(samples.position[n]))
+    assert order.substitute(n, 0)[0] in order.walks(0).live(samples.walk[n : n + 1], samples.position[n : n + 1])
 
 
 @pytest.mark.parametrize("how", ["gone", "truncated"])

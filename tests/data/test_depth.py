@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec, check_batch, synthetic_batch
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.spec import DataError
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(2, 2, 2, {"primary": (8, 10)}, depth_sizes={"primary": (6, 5), "wrist": (4, 4), "secondary": (2, 2)})
 
@@ -76,7 +76,7 @@ def fields(**changes):
 
 def one_batch(data_dir, **changes):
     with make_train_stream(
-        {"depths": fields(**changes)}, SPEC, None, data_dir=data_dir, seed=0, batch_size=16, progress=False
+        {"depths": fields(**changes)}, SPEC, None, data_dir=data_dir, seed=0, batch_size=16
     ) as stream:
         return next(stream), stream.order_spec
 

@@ -8,13 +8,13 @@ import pytest
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, check_batch, synthetic_batch
 from octo_like.common.synthetic import SyntheticStream
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.check.report import range_table
 from octo_like.data.dlimp import functions
 from octo_like.data.in_memory import prepare_in_memory
 from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 from tests.data import sensors
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(
     2, 2, 3, {"primary": (32, 32)}, extra_observations={"force": (6,), "touch": (1,), "skin": (2, 3), "sonar": (4,)}
@@ -41,7 +41,7 @@ def fields(**changes):
 
 
 def stream_of(data_dir, datasets, spec=SPEC, **options):
-    return make_train_stream(datasets, spec, None, data_dir=data_dir, seed=0, batch_size=16, progress=False, **options)
+    return make_train_stream(datasets, spec, None, data_dir=data_dir, seed=0, batch_size=16, **options)
 
 
 def test_batches_hold_what_is_stored_normalised_and_statistics_are_of_training_episodes(dataset):

@@ -7,10 +7,10 @@ import pytest
 
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec
-from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.rlds import filters
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
+from tests.data.streams import make_train_stream, make_val_iterators
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52)}, proprio_dim=4)
 

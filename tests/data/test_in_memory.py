@@ -12,8 +12,8 @@ from octo_like.common.schema import BatchSpec, check_batch, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data import in_memory
 from octo_like.data.batches.frames import as_points
-from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.spec import DataError, DatasetSpec
+from tests.data.streams import make_train_stream, make_val_iterators
 
 SPEC = BatchSpec(
     window_size=2,
@@ -178,7 +178,7 @@ def broken(episode, key, value):
         ("action", None, "demo 7: no action 'action'"),
         ("observation/image", None, "demo 7: no image of camera 'primary' 'observation/image'; did you mean"),
         ("observation/image", np.zeros((3, 8, 8, 3), np.float32), "cannot be the image of camera 'primary'"),
-        ("observation/image", np.zeros((1, 8, 8, 3), np.uint8), r"demo 7: primary has 1 steps, the action \d+"),
+        ("observation/image", np.zeros((1, 8, 8, 3), np.uint8), r"7: action has \d+ steps, but camera primary has 1"),
         ("language_instruction", np.zeros(3), "cannot be the instruction"),
     ],
 )
@@ -188,6 +188,17 @@ def test_an_episode_with_something_wrong_is_named(rlds, key, value, message):
     episode = unflatten(broken(rlds[1][NAMES[0]]["train"][0], key, value))
     with pytest.raises(DataError, match=message):
         in_memory.prepare_in_memory("x", specs()[NAMES[0]], {"train": [episode], "val": [episode]})
+
+
+def test_episodes_without_steps_are_as_if_they_were_not_there(rlds):
+    from octo_like.common.schema import unflatten
+
+    episode = {k: v for k, v in rlds[1][NAMES[0]]["train"][0].items() if k != "where"}
+    empty = unflatten({key: v if np.ndim(v) == 0 else v[:0] for key, v in flatten(episode)})
+    prepared = in_memory.prepare_in_memory("x", specs()[NAMES[0]], {"train": [empty, episode], "val": [episode]})
+    assert len(prepared.train) == 1 and prepared.statistics["num_trajectories"] == 1
+    with pytest.raises(DataError, match="x: none of 2 episode"):
+        in_memory.prepare_in_memory("x", specs()[NAMES[0]], {"train": [empty] * 2, "val": [episode]})
 
 
 def test_numbers_that_are_not_finite_are_named(rlds):

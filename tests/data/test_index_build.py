@@ -21,6 +21,7 @@ from octo_like.data.rlds import prepare as index_module
 from octo_like.data.rlds.cache import cache_folder, load_index
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.rlds.records import EpisodeFunction
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
 
 
@@ -63,6 +64,7 @@ KILLED = """
 import os, signal, sys, json
 from octo_like.data.rlds import cache
 from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DatasetSpec
 
 scan_file, done = cache.scan_file, []
@@ -75,7 +77,7 @@ def scan_two_files(*args):
 
 cache.scan_file = scan_two_files
 fields, data_dir, folder = json.loads(sys.argv[1])
-prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, folder, progress=False, workers=1)
+prepare_dataset("toy", DatasetSpec.from_dict(fields), data_dir, folder, progress=False, options=IndexOptions(workers=1))
 """
 
 
@@ -93,7 +95,7 @@ def test_a_killed_pass_goes_on(toy, tmp_path, monkeypatch, repository):
 
     monkeypatch.setattr(cache, "scan_file", counted)
     spec = DatasetSpec.from_dict(toy.fields())
-    prepared = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), progress=False, workers=2)
+    prepared = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path), False, IndexOptions(workers=2))
     assert read == [2]
     assert not list(tmp_path.rglob("parts")) and not list(tmp_path.rglob("*.lock"))
     fresh = prepare_dataset("toy", spec, toy.data_dir, str(tmp_path / "fresh"), progress=False)
@@ -188,6 +190,7 @@ SEVERAL = """
 import json, os, signal, sys, time
 from octo_like.data.rlds import cache
 from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DatasetSpec
 
 fields, data_dir, folder, go, log, index, dies = json.loads(sys.argv[1])
@@ -206,7 +209,7 @@ print("ready", flush=True)
 while not os.path.exists(go):
     time.sleep(0.01)
 prepared = prepare_dataset(
-    "toy", DatasetSpec.from_dict(fields), data_dir, folder, progress=False, workers=1, process_index=index
+    "toy", DatasetSpec.from_dict(fields), data_dir, folder, False, IndexOptions(workers=1)
 )
 print(prepared.train.hash, prepared.statistics["action"]["mean"].tolist())
 """
@@ -427,7 +430,9 @@ def test_a_wrong_number_of_workers_is_one_line(toy, tmp_path, repository):
     assert code == 1 and "error: workers must be at least 1, or None for up to 8, got -1" in said
     assert "Traceback" not in said
     with pytest.raises(DataError, match="workers must be at least 1"):
-        prepare_dataset("toy", DatasetSpec.from_dict(toy.fields()), toy.data_dir, str(tmp_path), workers=0)
+        prepare_dataset(
+            "toy", DatasetSpec.from_dict(toy.fields()), toy.data_dir, str(tmp_path), options=IndexOptions(workers=0)
+        )
 
 
 @pytest.mark.parametrize(

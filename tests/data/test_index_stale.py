@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import itertools
 import sys
-import threading
 import types
 
 import numpy as np
@@ -16,6 +15,7 @@ from octo_like.data.rlds import records, spot_check
 from octo_like.data.rlds.cache import cache_folder, load_index
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.rlds.records import EpisodeFunction
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 
@@ -87,7 +87,7 @@ def test_data_built_again_in_the_same_size_is_indexed_again(copied, tmp_path, ca
     assert not np.array_equal(after.statistics["action"]["mean"], before.statistics["action"]["mean"])
     # In the middle of a run it is an error that says what to delete.
     with pytest.raises(DataError, match=f"not the one that was indexed: toy has been.*delete {before.train.folder}"):
-        load_episode(before, before.train, 0, (), None, threading.Lock())
+        load_episode(before, before.train, 0, (), None)
 
 
 def test_a_function_with_other_values_is_indexed_again(toy, tmp_path, monkeypatch, caplog):
@@ -128,7 +128,7 @@ def test_a_function_that_never_says_the_same_is_refused(toy, tmp_path, monkeypat
 def test_a_record_damaged_since_leaves_the_index_alone(copied, tmp_path, caplog):
     """It is replaced while training; an index without it would be another order. Without a good one it is no use."""
     spec = DatasetSpec.from_dict(copied.fields())
-    options = dict(cache_dir=str(tmp_path / "cache"), progress=False, max_bad_fraction=1.0)
+    options = dict(cache_dir=str(tmp_path / "cache"), progress=False, options=IndexOptions(max_bad_fraction=1.0))
     whole = load_index(*opened(copied), options["cache_dir"], progress=False).index
     before = prepare_dataset("toy", spec, copied.data_dir, **options)
     picked = spot_check._pick(whole)

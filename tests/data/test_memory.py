@@ -13,13 +13,13 @@ from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data import bench
 from octo_like.data.batches import memory
-from octo_like.data.batches.episodes import EpisodeStore
-from octo_like.data.batches.stream import make_train_stream
+from octo_like.data.batches.episodes import EpisodeSet, EpisodeStore
 from octo_like.data.batches.texts import Texts
 from octo_like.data.inputs import Inputs
 from octo_like.data.order.order import DatasetFrames, Order
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(1, 2, 6, {"primary": (40, 52)}, proprio_dim=4)
 
@@ -59,7 +59,8 @@ def test_only_the_cameras_in_use_are_counted(toy, tmp_path):
     assert len(slots) == 2
     got = {}
     for chosen in ((), slots[:1], slots[1:], slots):
-        store = EpisodeStore([(data, data.train)], chosen, Texts(None, None, 0.0), ThreadPoolExecutor(1), 1 << 30)
+        episodes = EpisodeSet(data, data.train, Texts(None), chosen)
+        store = EpisodeStore([episodes], ThreadPoolExecutor(1), 1 << 30)
         loaded = store.get([(0, e) for e in range(len(data.train))])
         got[tuple(chosen)] = memory.each_bytes(data, data.train, chosen)
         np.testing.assert_array_equal(got[tuple(chosen)], [episode.nbytes for episode in loaded])
@@ -294,10 +295,10 @@ BOUNDED = """
 import json, sys
 import numpy as np
 from octo_like.common.schema import BatchSpec
-from octo_like.data import memory
-from octo_like.data.index import prepare_datasets
+from octo_like.data.batches import memory
+from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import specs_from_config
-from octo_like.data.stream import make_train_stream
+from tests.data.streams import make_train_stream
 
 data_dir, cache, fields, count, knob = json.loads(sys.argv[1])
 one = prepare_datasets(specs_from_config({"one": fields}), data_dir, cache, progress=False)["one"]

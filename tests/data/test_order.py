@@ -14,6 +14,10 @@ from octo_like.data.order.keys import shuffled
 from octo_like.data.order.order import PERIOD, WINDOW, DatasetFrames, Mixture, Order
 
 
+def live_episodes(order, dataset, walk, position):
+    return order.walks(dataset).live(np.array([walk]), np.array([position]))
+
+
 def make_order(num_lanes=1, batch_size=16, seed=3, mixed=5, scale=1, visits=1):
     rng = np.random.default_rng(0)
     return Order(
@@ -182,7 +186,7 @@ def test_each_pass_covers_every_frame_once(num_lanes, batch_size, mixed, visits)
         seen = collections.Counter()
         for walk in range(int(order.num_walks[d])):
             rows = (samples.dataset == d) & (samples.walk == walk) & (samples.pass_number == 1)
-            assert rows.sum() == order.frames_per_pass(d, walk)  # the pass is complete in this prefix
+            assert rows.sum() == order.walks(d).frames_per_pass[walk]  # the pass is complete in this prefix
             seen.update(zip(samples.episode[rows].tolist(), samples.frame[rows].tolist(), strict=True))
         assert seen == dict.fromkeys(((e, f) for e, count in enumerate(data.frames) for f in range(count)), 1)
 
@@ -192,7 +196,7 @@ def test_walks_are_disjoint_and_balanced():
     assert order.num_walks.tolist() == [8, 1, 8]
     shares = [set(order.walks(0).share(walk).tolist()) for walk in range(8)]
     assert set.union(*shares) == set(range(400)) and sum(map(len, shares)) == 400
-    frames = [order.frames_per_pass(0, walk) for walk in range(8)]
+    frames = [order.walks(0).frames_per_pass[walk] for walk in range(8)]
     assert max(frames) - min(frames) <= 2 * 30
 
 
@@ -310,7 +314,7 @@ def test_a_round_shows_each_track_once():
     order = long_walk(50, 1)
     for start in (0, 50 * 70, 50 * 1000):
         episodes = set(order.samples(start + np.arange(50)).episode.tolist())
-        assert episodes == set(order.live_episodes(0, 0, start).tolist())
+        assert episodes == set(live_episodes(order, 0, 0, start).tolist())
         assert 25 <= len(episodes) <= 50
     rounds = order.samples(np.arange(50 * 400)).episode.reshape(400, 50)
     assert (np.diff(rounds.reshape(-1)) == 0).mean() < 0.04  # about 1/50: tracks are in random order
@@ -321,8 +325,8 @@ def test_a_round_shows_each_track_once():
 def test_what_is_held_is_what_is_mixed(mixed, visits):
     """Episodes come and go one at a time, each is read once per visit, and about 3/4 K are live: no second block."""
     order = long_walk(mixed, visits, episodes=300)
-    per_pass = order.frames_per_pass(0, 0)
-    live = [set(order.live_episodes(0, 0, p).tolist()) for p in range(0, 4 * per_pass, mixed)]
+    per_pass = order.walks(0).frames_per_pass[0]
+    live = [set(live_episodes(order, 0, 0, p).tolist()) for p in range(0, 4 * per_pass, mixed)]
     shown = order.samples(np.arange(4 * per_pass)).episode
     for number, episodes in enumerate(live[:-1]):
         assert set(shown[number * mixed : (number + 1) * mixed].tolist()) == episodes
@@ -335,7 +339,7 @@ def test_what_is_held_is_what_is_mixed(mixed, visits):
 
 def test_everything_is_mixed_when_everything_is_held():
     order = long_walk(100, 1, episodes=100)
-    assert order.live_episodes(0, 0, 12345).tolist() == list(range(100))
+    assert live_episodes(order, 0, 0, 12345).tolist() == list(range(100))
     episodes = order.samples(np.arange(200 * 50)).episode.reshape(50, 200)
     distinct = np.mean([len(set(row.tolist())) for row in episodes])
     assert distinct > 0.97 * 100 * (1 - (1 - 1 / 100) ** 200)  # of as many uniform draws
@@ -368,7 +372,7 @@ def test_substitutes_are_keyed_and_from_live_episodes():
     for n in (0, 77, WINDOW + 5):
         sample = order.samples([n])
         d, walk, position = int(sample.dataset[0]), int(sample.walk[0]), int(sample.position[0])
-        live = set(order.live_episodes(d, walk, position).tolist())
+        live = set(live_episodes(order, d, walk, position).tolist())
         drawn = [order.substitute(n, attempt) for attempt in range(40)]
         assert drawn == [make_order().substitute(n, attempt) for attempt in range(40)]
         near, far = ({episode for episode, _ in part} for part in (drawn[: order_lib.NEAR], drawn[order_lib.NEAR :]))
@@ -438,7 +442,7 @@ def subsampled(subsample, num_lanes=1):
 def test_a_pass_shows_a_subset_of_long_episodes():
     order, frames = subsampled(10)
     per_pass = int(np.minimum(frames, 10).sum())
-    assert order.frames_per_pass(0, 0) == per_pass
+    assert order.walks(0).frames_per_pass[0] == per_pass
     samples = order.samples(np.arange(11 * per_pass))  # passes overlap a little
     shown = {}
     for number in range(9):

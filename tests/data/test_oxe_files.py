@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from octo_like.common.defaults import batch_spec, default_config
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.inputs import inputs_from_config
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
+from tests.data.streams import make_train_stream
 
 FOOD = "cmu_playing_with_food"  # every frame is red in truth, stored with the channels reversed
 STORED, TRUE = (10, 60, 200), (200, 60, 10)

@@ -10,9 +10,11 @@ import time
 
 import pytest
 
+from octo_like.common.lanes import Processes
 from octo_like.data.rlds import cache, lock, records, shared_pass
 from octo_like.data.rlds.cache import cache_folder
 from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 
 
@@ -27,7 +29,7 @@ def pair(make_toy, episodes_like, tmp_path_factory):
 
 def prepare(pair, cache, **options):
     fields, data_dir = pair
-    return prepare_datasets(specs_from_config(fields), data_dir, str(cache), progress=False, **options)
+    return prepare_datasets(specs_from_config(fields), data_dir, str(cache), False, IndexOptions(**options))
 
 
 def files_below(folder):
@@ -145,9 +147,9 @@ def test_hosts_with_read_only_data_share_the_runs_folder(copied, tmp_path, monke
     copied.path.chmod(0o555)
     try:
         specs, pod = specs_from_config({"toy": copied.fields()}), str(tmp_path / "run")
-        prepare_datasets(specs, copied.data_dir, progress=False, process_count=2, processes=1, pod_dir=pod)
+        prepare_datasets(specs, copied.data_dir, None, False, IndexOptions(processes=1, pod_dir=pod), Processes(0, 2))
         assert list((tmp_path / "run").rglob("index.npz")) and not (tmp_path / "home").exists()
-        prepare_datasets(specs, copied.data_dir, progress=False, pod_dir=pod)  # a host by itself uses its own
+        prepare_datasets(specs, copied.data_dir, options=IndexOptions(pod_dir=pod))  # a host by itself uses its own
         assert list((tmp_path / "home").rglob("index.npz"))
     finally:
         copied.path.chmod(0o755)

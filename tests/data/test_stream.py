@@ -13,10 +13,10 @@ from PIL import Image
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, check_batch, flatten
 from octo_like.common.text import TextTokenizer
-from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.order import order
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
+from tests.data.streams import make_train_stream, make_val_iterators
 
 FULL = BatchSpec(
     window_size=3,
@@ -332,7 +332,7 @@ def test_validation_rows_of_processes(datasets, tokenizer):
 
 def test_datasets_without_validation_are_left_out(toy, tokenizer, tmp_path):
     specs = {"toy": toy.fields(val_fraction=0)}
-    options = dict(data_dir=toy.data_dir, cache_dir=str(tmp_path), batch_size=4, progress=False)
+    options = dict(data_dir=toy.data_dir, cache_dir=str(tmp_path), batch_size=4)
     assert make_val_iterators(specs, FULL, tokenizer, **options) == {}
 
 
@@ -391,12 +391,11 @@ def test_an_unknown_camera_name_is_an_error(toy, tokenizer, tmp_path):
             cache_dir=str(tmp_path),
             seed=0,
             batch_size=4,
-            progress=False,
         )
 
 
 def test_a_record_damaged_after_indexing_is_named(copied, tokenizer):
-    make = dict(data_dir=copied.data_dir, seed=0, batch_size=8, host_threads=1, progress=False)
+    make = dict(data_dir=copied.data_dir, seed=0, batch_size=8, host_threads=1)
     make_train_stream({"toy": copied.fields()}, FULL, tokenizer, **make).close()
     path = sorted(copied.path.glob("*tfrecord*"))[0]
     content = bytearray(path.read_bytes())
@@ -410,7 +409,7 @@ def test_a_record_damaged_after_indexing_is_named(copied, tokenizer):
 
 
 def test_a_replaced_file_is_noticed(copied, make_toy, episodes_like, tokenizer, tmp_path):
-    make = dict(data_dir=copied.data_dir, seed=0, batch_size=8, host_threads=1, progress=False)
+    make = dict(data_dir=copied.data_dir, seed=0, batch_size=8, host_threads=1)
     stream = make_train_stream({"toy": copied.fields()}, FULL, tokenizer, **make)
     paths = sorted(copied.path.glob("*tfrecord*"))
     other = make_toy(tmp_path / "other", "toy_buttons", episodes_like(23, seed=1, min_steps=12), num_shards=3)
@@ -436,7 +435,7 @@ def test_a_garbage_image_is_named(make_toy, episodes_like, tokenizer, tmp_path, 
     module.spoil = spoil
     monkeypatch.setitem(sys.modules, "spoiling", module)
     monkeypatch.setattr("inspect.getsource", lambda module: "spoil")
-    make = dict(data_dir=toy.data_dir, seed=0, batch_size=16, host_threads=1, progress=False)
+    make = dict(data_dir=toy.data_dir, seed=0, batch_size=16, host_threads=1)
     fields = toy.fields(standardize="spoiling:spoil")
     with make_train_stream({"toy": fields}, FULL, tokenizer, **make) as stream:
         with pytest.raises(
@@ -453,7 +452,7 @@ def test_a_function_with_stateful_randomness_is_refused(toy, tokenizer, tmp_path
     module.jitter = lambda t: {**t, "control": t["control"] + tf.random.normal([4])}
     monkeypatch.setitem(sys.modules, "noisy", module)
     monkeypatch.setattr("inspect.getsource", lambda module: "jitter")
-    make = dict(data_dir=toy.data_dir, cache_dir=str(tmp_path), seed=0, batch_size=4, host_threads=1, progress=False)
+    make = dict(data_dir=toy.data_dir, cache_dir=str(tmp_path), seed=0, batch_size=4, host_threads=1)
     specs = {"toy": toy.fields(standardize="noisy:jitter")}
     with pytest.raises(DataError, match="toy: standardize='noisy:jitter' uses RandomStandardNormal.*exact=False"):
         make_train_stream(specs, FULL, tokenizer, **make)

@@ -10,11 +10,11 @@ import pytest
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.check.replay import load_demos
 from octo_like.data.order import order as order_lib
 from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
+from tests.data.streams import make_train_stream
 
 SPEC = BatchSpec(2, 3, 4, {"primary": (40, 52), "wrist": (24, 24)}, ("primary",), 4, 24)
 
@@ -288,7 +288,7 @@ def test_subsampled_episodes_through_the_stream(toy, cache, tokenizer):
     prepared = prepare(toy, cache, subsample_length=2)
     with stream_of(prepared, tokenizer) as stream:
         frames = int(np.minimum(prepared.train.frames, 2).sum())
-        assert stream.order.frames_per_pass(0, 0) == frames
+        assert stream.order.walks(0).frames_per_pass[0] == frames
         batch, samples = next(stream), stream.order.samples(np.arange(32))
         assert stream.order_spec["order"]["datasets"][0]["subsample"] == 2
     np.testing.assert_array_equal(batch["observation"]["timestep"][:, -1], samples.frame)

@@ -8,7 +8,7 @@ import pytest
 
 from octo_like.common.schema import BatchSpec, check_batch
 from octo_like.common.text import TextTokenizer
-from octo_like.data.batches.stream import make_train_stream
+from tests.data.streams import make_train_stream
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_trains_from_configuration_alone(built, folder, tmp_path, monkeypatch):
     data_dir, episodes = built
     monkeypatch.syspath_prepend(str(folder))
     spec = BatchSpec(2, 4, 8, {"primary": (32, 32), "wrist": (16, 16)}, ("primary",), 8, 16)
-    options = dict(data_dir=str(data_dir), cache_dir=str(tmp_path), seed=0, batch_size=8, progress=False)
+    options = dict(data_dir=str(data_dir), cache_dir=str(tmp_path), seed=0, batch_size=8)
     fields = dict(
         image_keys=dict(primary="image", wrist="wrist_image"),
         proprio_keys=("state",),
@@ -83,7 +83,7 @@ def test_a_description_means_what_the_function_does(built, folder, tmp_path, mon
     data_dir, _ = built
     monkeypatch.syspath_prepend(str(folder))
     spec = BatchSpec(2, 4, 8, {"primary": (32, 32), "wrist": (16, 16)}, (), 8, 16)
-    options = dict(data_dir=str(data_dir), cache_dir=str(tmp_path), seed=0, batch_size=8, progress=False)
+    options = dict(data_dir=str(data_dir), cache_dir=str(tmp_path), seed=0, batch_size=8)
     by_function = dict(
         standardize="transform:standardize",
         image_keys=dict(primary="image", wrist="wrist_image"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import specs_from_config
 from tests.data.conftest import build, make_episodes
 from tests.data.test_shared_pass import files_below
@@ -17,8 +18,10 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(900)]
 
 HOST = """
 import json, os, signal, sys, time
+from octo_like.common.lanes import Processes
 from octo_like.data.rlds import lock, scan, shared_pass
 from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import specs_from_config
 
 fields, data_dir, cache, go, log, index, count, dies = json.loads(sys.argv[1])
@@ -38,8 +41,7 @@ print("ready", flush=True)
 while not os.path.exists(go):
     time.sleep(0.01)
 prepared = prepare_datasets(
-    specs_from_config(fields), data_dir, cache, progress=False, workers=1, processes=1,
-    process_index=index, process_count=count,
+    specs_from_config(fields), data_dir, cache, False, IndexOptions(workers=1, processes=1), Processes(index, count)
 )
 print(json.dumps({key: [one.train.hash, one.statistics["action"]["mean"].tolist()] for key, one in prepared.items()}))
 """
@@ -59,7 +61,7 @@ def pair(tmp_path_factory):
 def alone(pair, tmp_path_factory):
     """The caches as one process makes them, with one thread."""
     cache, (fields, data_dir) = tmp_path_factory.mktemp("alone"), pair
-    prepare_datasets(specs_from_config(fields), data_dir, str(cache), progress=False, workers=1, processes=1)
+    prepare_datasets(specs_from_config(fields), data_dir, str(cache), False, IndexOptions(workers=1, processes=1))
     return files_below(cache)
 
 

@@ -1,72 +1,37 @@
 """Samples to batches: gathers windows, chunks and goals from episodes, decodes the frames they use, fills the masks."""
 
-import concurrent.futures
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from octo_like.common.schema import BatchSpec, Tree
-from octo_like.data.batches.buffers import Buffers
 from octo_like.data.batches.damage import DamageLog
-from octo_like.data.batches.episodes import Episode, EpisodeStore
+from octo_like.data.batches.episodes import Episode, EpisodeSet, EpisodeStore
 from octo_like.data.batches.gather import FrameGatherer
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order import windows
 from octo_like.data.order.order import uniform
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds.records import DamagedRecord, LostRecord
+from octo_like.data.settings import TaskOptions
 from octo_like.data.spec import DataError, suggest
 
 # A dataset may have these cameras without the run using them; any other name without a size is a mistake.
 COMMON_SLOTS = ("primary", "secondary", "wrist")
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskOptions:
-    """How a sample is told what to do. All draws are keyed by the sample.
-
-    Attributes:
-      keep_goal_prob: of the samples with both an instruction and a goal image, the share whose task is the image; the
-        others' task is the instruction. A sample that has only one keeps it.
-      max_goal_distance: goals are drawn from fewer than this many steps ahead; None: up to the end of the episode.
-      octo_compat: reproduce Octo's action mask (see `indices.task_completed`).
-      drop_task_prob: share of the samples that are not told what to do at all.
-      paraphrase_prob: of the samples whose task is an instruction that has paraphrases, the share that gets one.
-      image_dropout_prob: probability that a camera's observations (all of a window) are dropped.
-      image_dropout_keep: the camera that is never dropped; None: of those that a sample has, one drawn by its key.
-    """
-
-    keep_goal_prob: float = 0.5
-    max_goal_distance: int | None = None
-    octo_compat: bool = False
-    drop_task_prob: float = 0.0
-    paraphrase_prob: float = 0.0
-    image_dropout_prob: float = 0.0
-    image_dropout_keep: str | None = None
-
-    def __post_init__(self):
-        for field in ("keep_goal_prob", "drop_task_prob", "paraphrase_prob", "image_dropout_prob"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise DataError(f"{field} must be in [0, 1], got {getattr(self, field)}")
-        if self.max_goal_distance is not None and self.max_goal_distance < 1:
-            raise DataError(f"max_goal_distance must be at least 1 or None, got {self.max_goal_distance}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Samples to assemble: equally long arrays of N entries."""
+class Request(NamedTuple):
+    """Samples to assemble, as the order gives them: equally long arrays of N entries."""
 
     sample_id: np.ndarray  # int64
     dataset: np.ndarray  # int32
     episode: np.ndarray  # int64
-    step: np.ndarray  # int64, the present step of the sample
+    frame: np.ndarray  # int64, number of the usable frame within the episode
     key: np.ndarray  # uint64
-    # row -> its episode, for samples of sources that have no index (`octo_like.data.tf_source`)
-    held: Mapping[int, Episode] = dataclasses.field(default_factory=dict)
 
 
-# (row of the request, attempt) -> (episode, step) that takes the place of a damaged sample, of the same dataset.
+# (row of the request, attempt) -> (episode, frame) that takes the place of a damaged sample, of the same dataset.
 Substitute = Callable[[int, int], tuple[int, int]]
 MAX_SUBSTITUTES = 64
 
@@ -95,9 +60,9 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
                 f"{prepared.key}: camera {slot!r} has no size in image_sizes; {suggest(slot, spec.image_sizes)}. "
                 "Give it a size, or leave it out of image_keys"
             )
-        told = {name for name, key in prepared.spec.point_keys.items() if key is not None}
-        if spec.points and told - set(spec.points):
-            name = min(told - set(spec.points))
+        points = {name for name, key in prepared.spec.point_keys.items() if key is not None}
+        if spec.points and points - set(spec.points):
+            name = min(points - set(spec.points))
             raise DataError(
                 f"{prepared.key}: point_keys: model.auxiliaries learn no point {name!r}; {suggest(name, spec.points)}"
             )
@@ -126,29 +91,24 @@ class Assembler:
 
     def __init__(
         self,
-        sources: Sequence[tuple[PreparedDataset, Index]],
+        sets: Sequence[EpisodeSet],
         spec: BatchSpec,
-        store: EpisodeStore,
-        table: Texts,
-        damage: DamageLog,
-        pool: concurrent.futures.Executor,
-        *,
         task: TaskOptions,
-        decode: str,
-        threads: int,
-        buffers: Buffers,
+        store: EpisodeStore,
+        texts: Texts,
+        damage: DamageLog,
+        frames: FrameGatherer,
     ):
-        self._sources, self._spec, self._store, self._table = sources, spec, store, table
-        self._task, self._damage = task, damage
-        self._frames = FrameGatherer(sources, spec, pool, decode, threads, buffers)
+        self._sets, self._spec, self._task, self._store = sets, spec, task, store
+        self._texts, self._damage, self._frames = texts, damage, frames
         if task.image_dropout_keep is not None and task.image_dropout_keep not in spec.image_sizes:
             keep = task.image_dropout_keep
             raise DataError(f"image_dropout_keep: no camera {keep!r}; {suggest(keep, spec.image_sizes)}")
+        specs = [of.prepared.spec for of in sets]
         self._has_slot = {
-            slot: np.array([prepared.spec.image_keys.get(slot) is not None for prepared, _ in sources])
-            for slot in spec.image_sizes
+            slot: np.array([one.image_keys.get(slot) is not None for one in specs]) for slot in spec.image_sizes
         }
-        self._heads = {head: np.array([prepared.spec.head == head for prepared, _ in sources]) for head in spec.heads}
+        self._heads = {head: np.array([one.head == head for one in specs]) for head in spec.heads}
 
     def __call__(self, request: Request, substitute: Substitute) -> Tree:
         """A batch of N samples. One that needs a damaged record or frame is made from its substitute, keeping its own
@@ -158,45 +118,61 @@ class Assembler:
           DataError: too much damage (see `DamageLog`), or anything else that is wrong, by name.
         """
         attempts = np.zeros(len(request.sample_id), np.int64)
+        episode, step, loaded = self._located(request)
         while True:
-            found = self._find(request)
+            found = self._found(request.dataset, episode, loaded)
             bad = {row: str(error) for row, error in enumerate(found) if isinstance(error, DamagedRecord)}
             batch: Tree = {}
             if not bad:
-                batch, bad = self._batch(request, [episode for episode in found if isinstance(episode, Episode)])
+                good = [one for one in found if isinstance(one, Episode)]
+                batch, bad = self._batch(request, episode, step.astype(np.int32), good)
             for row, reason in bad.items():
-                if row in request.held:
+                if row in loaded:
                     raise DataError(f"{reason}; leave such trajectories out in the source itself")
                 gone = isinstance(found[row], LostRecord)
-                self._damage.report(int(request.dataset[row]), int(request.episode[row]), reason, file_gone=gone)
+                self._damage.report(int(request.dataset[row]), int(episode[row]), reason, file_gone=gone)
             if not bad:
                 return batch
-            episode, step = request.episode.copy(), request.step.copy()
             for row, reason in bad.items():
+                of = self._sets[request.dataset[row]]
                 if attempts[row] == MAX_SUBSTITUTES:
-                    name = self._sources[int(request.dataset[row])][0].key
                     raise DataError(
-                        f"{name}: sample {int(request.sample_id[row])}: {MAX_SUBSTITUTES} substitutes are all damaged; "
-                        f"the last one: {reason}"
+                        f"{of.prepared.key}: sample {int(request.sample_id[row])}: {MAX_SUBSTITUTES} substitutes are "
+                        f"all damaged; the last one: {reason}"
                     )
-                episode[row], step[row] = substitute(row, int(attempts[row]))
+                number, frame = substitute(row, int(attempts[row]))
+                located = of.locate(np.array([number]), np.array([frame]), request.key[row : row + 1])
+                episode[row], step[row] = located.episode[0], located.step[0]
                 attempts[row] += 1
-            request = dataclasses.replace(request, episode=episode, step=step)
 
-    def _find(self, request: Request) -> list[Episode | DamagedRecord]:
+    def _located(self, request: Request) -> tuple[np.ndarray, np.ndarray, dict[int, Episode]]:
+        """(episodes, steps, {row: its episode, where it cannot be read again})."""
+        episode, step = np.empty_like(request.episode), np.empty_like(request.episode)
+        loaded: dict[int, Episode] = {}
+        for dataset in np.unique(request.dataset).tolist():
+            rows = np.flatnonzero(request.dataset == dataset)
+            found = self._sets[dataset].locate(request.episode[rows], request.frame[rows], request.key[rows])
+            episode[rows], step[rows] = found.episode, found.step
+            if found.loaded:
+                loaded |= dict(zip(rows.tolist(), found.loaded, strict=True))
+        return episode, step, loaded
+
+    def _found(
+        self, dataset: np.ndarray, episode: np.ndarray, loaded: Mapping[int, Episode]
+    ) -> list[Episode | DamagedRecord]:
         """The episodes of all rows, or what is wrong with them."""
-        rows = [row for row in range(len(request.sample_id)) if row not in request.held]
-        wanted = [(int(request.dataset[row]), int(request.episode[row])) for row in rows]
-        found: dict[int, Episode | DamagedRecord] = dict(request.held)
-        found |= dict(zip(rows, self._store.get(wanted), strict=True))
-        return [found[row] for row in range(len(request.sample_id))]
+        rows = [row for row in range(len(episode)) if row not in loaded]
+        read = self._store.get([(int(dataset[row]), int(episode[row])) for row in rows])
+        found: dict[int, Episode | DamagedRecord] = {**loaded, **dict(zip(rows, read, strict=True))}
+        return [found[row] for row in range(len(episode))]
 
-    def _batch(self, request: Request, episodes: list[Episode]) -> tuple[Tree, dict[int, str]]:
-        """(batch, {row: reason} of samples that use a frame that cannot be decoded)."""
+    def _batch(
+        self, request: Request, episode: np.ndarray, t: np.ndarray, episodes: list[Episode]
+    ) -> tuple[Tree, dict[int, str]]:
+        """(batch, {row: reason} of samples that use a frame that cannot be decoded), at steps t (N,) int32."""
         spec = self._spec
-        t = request.step.astype(np.int32)
-        length = np.array([len(episode.action) for episode in episodes], np.int32)
-        text = np.array([episode.text[step] for episode, step in zip(episodes, t, strict=True)], np.int32)
+        length = np.array([len(one.action) for one in episodes], np.int32)
+        text = np.array([one.text[step] for one, step in zip(episodes, t, strict=True)], np.int32)
         use_goal, use_text = self._choose_task(request, text)
 
         drawn = windows.goal_step(
@@ -210,9 +186,7 @@ class Assembler:
         past = windows.task_completed(reached, goal, octo_compat=self._task.octo_compat)
 
         action, action_mask = self._actions(episodes, windows.within(chunk, length[:, None, None]), past)
-        seen = self._frames(
-            request.dataset, request.episode, episodes, window, goal, use_goal, self._kept_cameras(request)
-        )
+        seen = self._frames(request.dataset, episode, episodes, window, goal, use_goal, self._kept_cameras(request))
         observation: Tree = dict(seen.observed)
         masks = dict(seen.masks)
         if spec.proprio_dim is not None:
@@ -227,8 +201,8 @@ class Assembler:
         task: Tree = {}
         task_masks: Tree = {}
         if spec.language_length is not None:
-            said = self._table.paraphrased(np.where(use_text, text, 0), request.key)
-            task["language_instruction"] = self._table.encoded(said)
+            rows = self._texts.paraphrased(np.where(use_text, text, 0), request.key)
+            task["language_instruction"] = self._texts.encoded(rows)
             task_masks["language_instruction"] = use_text
         task |= seen.goals
         task["timestep"] = goal
@@ -247,13 +221,13 @@ class Assembler:
 
     def _choose_task(self, request: Request, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) bool: the task is a goal image; the task is an instruction. Never both, and with drop_task_prob none."""
-        told = uniform(request.key, "drop task") >= self._task.drop_task_prob
+        has_task = uniform(request.key, "drop task") >= self._task.drop_task_prob
         has_text = (text != 0) & (self._spec.language_length is not None)
         has_goal = np.zeros(len(text), bool)
         for slot in self._spec.goal_images:
             has_goal |= self._has_slot[slot][request.dataset]
         use_goal = has_goal & (~has_text | (uniform(request.key, "task") < self._task.keep_goal_prob))
-        return use_goal & told, has_text & ~use_goal & told
+        return use_goal & has_task, has_text & ~use_goal & has_task
 
     def _actions(
         self, episodes: Sequence[Episode], chunk: np.ndarray, past: np.ndarray
@@ -290,7 +264,7 @@ class Assembler:
         return values, mask
 
     def _points(self, episodes: Sequence[Episode], window: np.ndarray, use_text: np.ndarray) -> Tree:
-        """Places of the things that the instruction names: nobody names them where the task is a goal image."""
+        """Places of the things that the instruction names; unknown where the task is a goal image."""
         if not self._spec.points:
             return {}
         points = np.full((*window.shape, len(self._spec.points), 2), np.nan, np.float32)

@@ -7,15 +7,16 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from octo_like.common import normalization
 from octo_like.data.batches import memory
-from octo_like.data.batches.frames import EncodedFrame
-from octo_like.data.batches.texts import Texts
+from octo_like.data.batches.frames import EncodedFrame, RawEpisode
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import DamagedRecord
 from octo_like.data.spec import DataError
 from octo_like.data.tf import error_text
@@ -60,13 +61,27 @@ class Episode:
         return total
 
 
+def normalised(raw: RawEpisode, prepared: PreparedDataset, texts: Any) -> Episode:
+    """An episode as batches have it, of one in physical units.
+
+    Args:
+      texts: the table whose rows stand for instructions, `Texts` or `WordList`.
+    """
+    statistics, kind = prepared.statistics, prepared.spec.normalization
+    action, proprio = normalization.normalize(raw.action, statistics["action"], kind), None
+    if raw.proprio is not None:
+        proprio = normalization.normalize(raw.proprio, statistics["proprio"], kind)
+    text = np.zeros(len(action), np.int32) if raw.texts is None else texts.rows(raw.texts)
+    extras = normalization.normalize_extras(raw.extras, statistics, kind)
+    return Episode(action, proprio, text, raw.images, raw.depths, raw.points, extras)
+
+
 def load_episode(
     prepared: PreparedDataset,
     index: Index,
     episode: int,
     slots: Collection[str],
-    table: Texts,
-    lock: threading.Lock,
+    texts: Any,
     depth_slots: Collection[str] = (),
 ) -> Episode:
     """Reads, checks and normalises one episode, keeping images of the cameras in `slots`, depth of `depth_slots`.
@@ -92,16 +107,56 @@ def load_episode(
             f"{index.where(episode)}: the record is not the one that was indexed: {prepared.key} has been written anew "
             f"since. Stop what writes it, delete {index.folder} and start again"
         )
-    statistics, kind = prepared.statistics, prepared.spec.normalization
-    action, proprio = normalization.normalize(raw.action, statistics["action"], kind), None
-    if raw.proprio is not None:
-        proprio = normalization.normalize(raw.proprio, statistics["proprio"], kind)
-    text = np.zeros(len(action), np.int32)
-    if raw.texts is not None:
-        with lock:
-            text = table.rows(raw.texts)
-    extras = normalization.normalize_extras(raw.extras, statistics, kind)
-    return Episode(action, proprio, text, raw.images, raw.depths, raw.points, extras)
+    return normalised(raw, prepared, texts)
+
+
+class Located(NamedTuple):
+    """Where N samples of a dataset are.
+
+    Attributes:
+      episode, step: (N,) int64.
+      loaded: the N episodes, when they cannot be read again; empty when `EpisodeSet.load` reads them.
+    """
+
+    episode: np.ndarray
+    step: np.ndarray
+    loaded: Sequence[Episode] = ()
+
+
+class EpisodeSet:
+    """Those episodes of a dataset that batches are made of, those of training or those of validation. They are read by
+    their places in an index; `octo_like.data.tf_source.PooledEpisodes` are not.
+
+    Attributes:
+      seekable: any episode can be loaded at any time, so what the order needs next is read ahead.
+      nbytes: expected bytes of each in memory.
+    """
+
+    seekable = True
+
+    def __init__(
+        self,
+        prepared: PreparedDataset,
+        index: Index,
+        texts: Any,
+        slots: Collection[str],
+        depth_slots: Collection[str] = (),
+    ):
+        self.prepared, self.index = prepared, index
+        self.nbytes = memory.each_bytes(prepared, index, slots, depth_slots)
+        self._texts, self._slots, self._depth_slots = texts, frozenset(slots), frozenset(depth_slots)
+
+    def locate(self, episode: np.ndarray, frame: np.ndarray, key: np.ndarray) -> Located:
+        """Where the samples are that the order gives as usable frames (N,) of episodes (N,), with their keys (N,)."""
+        return Located(episode, self.index.step_of(episode, frame))
+
+    def load(self, episode: int) -> Episode:
+        """Reads an episode. Raises DamagedRecord or DataError, see `load_episode`."""
+        return load_episode(self.prepared, self.index, episode, self._slots, self._texts, self._depth_slots)
+
+    def where(self, episode: int) -> str:
+        """The place of an episode, for messages."""
+        return self.index.where(episode)
 
 
 class EpisodeStore:
@@ -110,22 +165,11 @@ class EpisodeStore:
     What is in memory never changes what is returned, only how fast.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[tuple[PreparedDataset, Index]],
-        slots: Collection[str],
-        table: Texts,
-        pool: concurrent.futures.Executor,
-        max_bytes: int,
-        depth_slots: Collection[str] = (),
-    ):
-        self._sources, self._slots, self._table = sources, frozenset(slots), table
-        self._depth_slots = frozenset(depth_slots)
-        self._pool, self.max_bytes = pool, max_bytes
-        self.text_lock, self._lock = threading.Lock(), threading.Lock()
+    def __init__(self, sets: Sequence[EpisodeSet], pool: concurrent.futures.Executor, max_bytes: int):
+        self._sets, self._pool, self.max_bytes = sets, pool, max_bytes
+        self._lock = threading.Lock()
         self._entries: collections.OrderedDict[tuple[int, int], concurrent.futures.Future] = collections.OrderedDict()
         self.nbytes = 0
-        self._bytes = [memory.each_bytes(prepared, index, slots, depth_slots) for prepared, index in sources]
         self._loading: dict[tuple[int, int], int] = {}  # expected bytes of what is being read
 
     def request(self, wanted: Iterable[tuple[int, int]]) -> list[concurrent.futures.Future]:
@@ -163,7 +207,7 @@ class EpisodeStore:
         self._entries[key] = self._pool.submit(self._load, key)
 
     def _expected_bytes(self, key: tuple[int, int]) -> int:
-        return int(self._bytes[key[0]][key[1]])
+        return int(self._sets[key[0]].nbytes[key[1]])
 
     def get(self, wanted: Sequence[tuple[int, int]]) -> list[Episode | DamagedRecord]:
         """Episodes of (dataset, episode) pairs; the error in place of a damaged one. Other errors are raised.
@@ -191,21 +235,20 @@ class EpisodeStore:
             try:
                 return future.exception(timeout=patience)
             except concurrent.futures.TimeoutError:
-                prepared, index = self._sources[key[0]]
+                of = self._sets[key[0]]
                 log.warning(
                     "%s: batches have been waiting for this read for %.0f s (%s)",
-                    index.where(key[1]),
+                    of.where(key[1]),
                     time.monotonic() - start,
-                    prepared.key,
+                    of.prepared.key,
                 )
                 patience *= 2
 
     def _load(self, key: tuple[int, int]) -> Episode:
         dataset, number = key
-        prepared, index = self._sources[dataset]
         size, lasting = 0, False
         try:
-            episode = load_episode(prepared, index, number, self._slots, self._table, self.text_lock, self._depth_slots)
+            episode = self._sets[dataset].load(number)
             size, lasting = episode.nbytes, True
             return episode
         except DamagedRecord:

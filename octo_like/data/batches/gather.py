@@ -10,8 +10,8 @@ import numpy as np
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.data.batches import frames
 from octo_like.data.batches.buffers import Buffers
-from octo_like.data.batches.episodes import Episode
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.batches.episodes import Episode, EpisodeSet
+from octo_like.data.settings import Settings
 
 
 @dataclasses.dataclass(slots=True)
@@ -42,16 +42,11 @@ class FrameGatherer:
     """Fills the images and depth maps of batches. Decoding runs in the pool; the calling thread waits."""
 
     def __init__(
-        self,
-        sources: Sequence[tuple[PreparedDataset, Index]],
-        spec: BatchSpec,
-        pool: concurrent.futures.Executor,
-        decode: str,
-        threads: int,
-        buffers: Buffers,
+        self, sets: Sequence[EpisodeSet], spec: BatchSpec, settings: Settings, pool: concurrent.futures.Executor
     ):
-        self._sources, self._spec, self._pool, self._decode, self._threads = sources, spec, pool, decode, threads
-        self._buffers = buffers
+        self._sets, self._spec, self._pool, self._decode = sets, spec, pool, settings.decode
+        self._threads = settings.host.host_threads
+        self._buffers = Buffers(settings.host.prefetch + 2)  # made ahead, being made, and in use
         # Frames that cannot be decoded, {(slot, depth, dataset, episode, step): why}: known ones are not tried again.
         self._bad: dict[tuple[str, bool, int, int, int], str] = {}
 
@@ -128,7 +123,7 @@ class FrameGatherer:
         """Whether frames are stored as batches hold them: they are copied, without a thread's help."""
         if not isinstance(stored, np.ndarray) or stored.shape[1:] != shape or stored.dtype != np.uint8:
             return False
-        return slot not in self._sources[dataset][0].spec.bgr_slots
+        return slot not in self._sets[dataset].prepared.spec.bgr_slots
 
     def _run(self, jobs: list[_Job]) -> list[_Job]:
         """Does the jobs, in any order, in all threads. Returns those whose frames cannot be decoded."""
@@ -142,7 +137,7 @@ class FrameGatherer:
         return [job for future in futures for job in future.result()]
 
     def _done(self, job: _Job) -> bool:
-        spec = self._sources[job.dataset][0].spec
+        spec = self._sets[job.dataset].prepared.spec
         first, *others = job.targets
         try:
             if job.depth:
@@ -153,12 +148,9 @@ class FrameGatherer:
             else:
                 frames.decode_frame(job.stored, first.shape[:2], self._decode, first)
         except frames.FrameError as error:
-            prepared, index = self._sources[job.dataset]
             name = (spec.depth_keys if job.depth else spec.image_keys)[job.slot]
             what = f"depth of {job.slot}" if job.depth else job.slot
-            source = f"{prepared.key}: trajectory {job.episode} of source={spec.source!r}"
-            where = index.where(job.episode) if spec.source is None else source
-            where = f"{where}, step {job.step}, {name!r} ({what})"
+            where = f"{self._sets[job.dataset].where(job.episode)}, step {job.step}, {name!r} ({what})"
             self._bad[job.slot, job.depth, job.dataset, job.episode, job.step] = f"{where}: {error}"
             return False
         if not job.depth and job.slot in spec.bgr_slots:

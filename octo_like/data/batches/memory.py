@@ -15,13 +15,13 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from octo_like.data.batches.frames import EncodedFrame
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds.index import Index
-from octo_like.data.rlds.prepare import PreparedDataset
 from octo_like.data.spec import DataError
 
 # Of `host_memory_gb`: what is planned for episodes that are mixed; what these, the episodes that are read ahead and
-# batches take at most; what validation keeps.
-PLANNED, STORED, VALIDATION = 0.6, 0.85, 0.1
+# batches take at most.
+PLANNED, STORED = 0.6, 0.85
 # How well samples are mixed: distinct episodes among so many samples, compared with a shuffle buffer.
 MIXING_WINDOW, MIXING = 1000, 0.97
 LIVE = 0.75  # live episodes per track, when they are equally long

@@ -1,7 +1,7 @@
 """Executes the order: endless training batches that can be sought, and finite validation batches.
 
-    datasets = index.prepare_datasets(specs, data_dir)
-    stream = make_train_stream(datasets, batch_spec, tokenizer, seed=0, batch_size=256)
+    datasets = prepare_datasets(specs, data_dir)
+    stream = make_train_stream(datasets, batch_spec, tokenizer, Settings.of(seed=0, batch_size=256))
     batch = next(stream)            # this process's rows, NumPy, the schema of octo_like.common.schema
     stream.seek(stream.position)    # the next batch again
 
@@ -10,31 +10,28 @@ What a batch holds depends on the order spec and its number only: not on threads
 
 import collections
 import concurrent.futures
-import dataclasses
 import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
+from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import memory
-from octo_like.data.batches.assemble import Request, TaskOptions
-from octo_like.data.batches.plan import OrderPlan, batch_bytes, mixed_episodes
-from octo_like.data.batches.reader import HostOptions, Reader, prepare_mixture
-from octo_like.data.batches.texts import Paraphrases, load_paraphrases
+from octo_like.data.batches.assemble import Request
+from octo_like.data.batches.plan import OrderPlan
+from octo_like.data.batches.reader import Reader, prepare_mixture
+from octo_like.data.batches.texts import Texts, load_paraphrases
 from octo_like.data.batches.validation import ValIterator, make_val_iterators
 from octo_like.data.order import order as order_lib
 from octo_like.data.order.walk import Cache
-from octo_like.data.rlds.bad_records import MAX_BAD_FRACTION
-from octo_like.data.rlds.prepare import PreparedDataset
+from octo_like.data.prepared import PreparedDataset
+from octo_like.data.settings import Settings
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.tf_source import LiveSource
 
-__all__ = ["Stream", "ValIterator", "make_train_stream", "make_val_iterators"]
+__all__ = ["Settings", "Stream", "ValIterator", "make_train_stream", "make_val_iterators"]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +42,8 @@ AHEAD = 8  # batches whose episodes are read ahead, as far as memory allows
 
 
 class Stream:
-    """Endless iterator over a process's rows of the global batches. See `make_train_stream`.
+    """Endless iterator over a process's rows of the global batches, a `octo_like.common.streams.BatchStream`. See
+    `make_train_stream`.
 
     Attributes:
       order: the order (`octo_like.data.order.order.Order`).
@@ -55,50 +53,19 @@ class Stream:
       batch_spec: schema of the batches.
     """
 
-    def __init__(
-        self,
-        datasets: Mapping[str, PreparedDataset],
-        batch_spec: BatchSpec,
-        tokenizer: TextTokenizer | None,
-        plan: "OrderPlan",
-        order_spec: dict[str, Any],
-        *,
-        process_index: int,
-        process_count: int,
-        task: TaskOptions,
-        decode: str,
-        host: HostOptions,
-        paraphrases: Paraphrases | None,
-        start: int,
-    ):
-        self.batch_spec = batch_spec
-        self.datasets = dict(datasets)
-        self.dataset_names = tuple(datasets)
-        self.statistics = {name: prepared.statistics for name, prepared in datasets.items()}
-        self._process = (process_index, process_count)
-        self._plan, self._host, self._rest_of_spec = plan, host, order_spec
-        self._indices = [prepared.train for prepared in datasets.values()]
+    def __init__(self, plan: OrderPlan, texts: Texts, rest_of_spec: dict[str, Any], start: int):
+        self.batch_spec, self.datasets = plan.batch_spec, dict(plan.datasets)
+        self.dataset_names = tuple(self.datasets)
+        self.statistics = {name: prepared.statistics for name, prepared in self.datasets.items()}
+        self._plan, self._host, self._rest_of_spec = plan, plan.settings.host, rest_of_spec
         self._worker: _Worker | None = None
         self._order_lock = threading.Lock()  # the order keeps caches, and two batches are made at a time
         self._use_order(plan.make())
-        sources = [(prepared, prepared.train) for prepared in datasets.values()]
-        self._one_batch = batch_bytes(batch_spec, -(-plan.batch_size // process_count))
-        self._batch_bytes = self._one_batch * (host.prefetch + 2)  # of those that exist at a time
+        self._batch_bytes = plan.batch_bytes * (self._host.prefetch + 2)  # of those that exist at a time
         self._check_room(self.order)
-        self._reader = Reader(sources, batch_spec, tokenizer, task, decode, host, paraphrases, self._batch_bytes)
-        self._live = {
-            d: LiveSource(
-                prepared,
-                self._reader.texts,
-                self._reader.store.text_lock,
-                batch_spec.image_sizes,
-                batch_spec.depth_sizes,
-                process_index,
-                process_count,
-            )
-            for d, prepared in enumerate(datasets.values())
-            if prepared.spec.source is not None
-        }
+        self._reader = Reader(
+            self.datasets, "train", plan.batch_spec, texts, plan.settings, plan.processes, self._batch_bytes
+        )
         self._batch = 0
         self.seek(start)
 
@@ -130,7 +97,8 @@ class Stream:
         lanes = frozen.get("num_lanes", self.order.num_lanes)
         now = {name: d.episodes_mixed for name, d in zip(self.datasets, self.order.datasets, strict=True)}
         derived = self._plan.mixed is None and same
-        order = self._plan.make(lanes if self._plan.num_lanes is None else None, mixed if derived else now)
+        given = self._plan.settings.order.num_lanes
+        order = self._plan.make(lanes if given is None else None, mixed if derived else now)
         if order.spec() == self.order.spec():
             return
         self._check_room(order)
@@ -139,11 +107,12 @@ class Stream:
 
     def _check_room(self, order: order_lib.Order) -> None:
         """Raises DataError when what is planned for host_memory_gb does not fit into it beside the batches."""
-        need, batches = self._plan.stored_bytes(order), PLANNED_BATCHES * self._one_batch
-        if self._plan.mixed is None and need + batches > self._host.memory_gb * memory.STORED * 2**30:
+        need, batches = self._plan.stored_bytes(order), PLANNED_BATCHES * self._plan.batch_bytes
+        memory_gb = self._host.host_memory_gb
+        if self._plan.mixed is None and need + batches > memory_gb * memory.STORED * 2**30:
             enough = math.ceil((need + batches) / memory.STORED / 2**30 * 100) / 100
             raise DataError(
-                f"host_memory_gb={self._host.memory_gb:g} is too small for {self._process[1]} process(es): the "
+                f"host_memory_gb={memory_gb:g} is too small for {self._plan.processes.count} process(es): the "
                 f"episodes that each mixes take {need / 2**30:.3g} GB, batches {batches / 2**30:.3g} GB, and "
                 f"{memory.STORED:.0%} of it is for both; use more processes, or for a new run a smaller batch or "
                 f"host_memory_gb of about {enough:g}"
@@ -192,43 +161,34 @@ class Stream:
         return batch
 
     def batch(self, number: int) -> Tree:
-        """This process's rows of the global batch `number` (samples from number * B on). Moves nothing."""
+        """This process's rows of the global batch `number` (samples from number * B on). The position stays."""
         samples = self._samples_of(number)
-        step = np.empty_like(samples.frame)
-        for d, index in enumerate(self._indices):
-            rows = samples.dataset == d
-            step[rows] = index.step_of(samples.episode[rows], samples.frame[rows])
 
         def substitute(row: int, attempt: int) -> tuple[int, int]:
             with self._order_lock:
-                episode, frame = self.order.substitute(int(samples.n[row]), attempt)
-            index = self._indices[int(samples.dataset[row])]
-            return episode, int(index.step_of(np.array([episode]), np.array([frame]))[0])
+                return self.order.substitute(int(samples.n[row]), attempt)
 
-        episode, held = samples.episode.copy(), {}
-        for row in np.flatnonzero(np.isin(samples.dataset, list(self._live))).tolist():
-            live = self._live[int(samples.dataset[row])]
-            episode[row], held[row], step[row] = live.draw(int(samples.key[row]))
-        request = Request(samples.n, samples.dataset, episode, step, samples.key, held)
+        request = Request(samples.n, samples.dataset, samples.episode, samples.frame, samples.key)
         batch = self._reader.assemble(request, substitute)
         self._read_ahead(number)
         return batch
 
     def _samples_of(self, batch: int) -> order_lib.Samples:
         with self._order_lock:
-            return self._samples.fetch(batch, lambda: self.order.samples(self.order.batch_rows(batch, *self._process)))
+            processes = self._plan.processes
+            return self._samples.fetch(batch, lambda: self.order.samples(self.order.batch_rows(batch, *processes)))
 
     def _read_ahead(self, number: int) -> None:
         """Starts to load what the next batches need, as far as there is room; what is done with makes room."""
+        store, sets = self._reader.store, self._reader.sets
         wanted: dict[tuple[int, int], None] = {}
         for batch in range(number + 1, number + 1 + AHEAD):
             samples = self._samples_of(batch)
             pairs = zip(samples.dataset.tolist(), samples.episode.tolist(), strict=True)
-            wanted.update(dict.fromkeys(pair for pair in pairs if pair[0] not in self._live))
-        store = self._reader.store
+            wanted.update(dict.fromkeys(pair for pair in pairs if sets[pair[0]].seekable))
         if not store.request_ahead(wanted):
             with self._order_lock:
-                live = self.order.live(number, *self._process)
+                live = self.order.live(number, *self._plan.processes)
             store.drop_all_but({*live, *wanted})
             store.request_ahead(wanted)
 
@@ -290,33 +250,12 @@ def make_train_stream(
     specs: Mapping[str, DatasetSpec | PreparedDataset | Mapping[str, Any]],
     batch_spec: BatchSpec,
     text_tokenizer: TextTokenizer | None,
+    settings: Settings,
     *,
-    data_dir: str | None = None,
-    seed: int,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_lanes: int | None = None,
-    episodes_mixed: int | Mapping[str, int] | None = None,
-    max_visits: int = 16,
-    balance_weights: bool = False,
-    decode: str = "parity",
-    keep_goal_prob: float = 0.5,
-    max_goal_distance: int | None = None,
-    octo_compat: bool = False,
-    drop_task_prob: float = 0.0,
-    paraphrases: str | None = None,
-    paraphrase_prob: float = 0.5,
-    image_dropout_prob: float = 0.0,
-    image_dropout_keep: str | None = None,
-    cache_dir: str | None = None,
-    exact: bool = True,
-    host_threads: int = 2,
-    prefetch: int = 2,
-    host_memory_gb: float = 4.0,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
+    processes: Processes = ONE_PROCESS,
     start: int = 0,
-    progress: bool = True,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
 ) -> Stream:
     """The training stream of a run.
 
@@ -324,107 +263,40 @@ def make_train_stream(
       specs: the mixture, {name: DatasetSpec | its dict | PreparedDataset}; the order gives the dataset ids.
       batch_spec: schema of the batches.
       text_tokenizer: needed when the batches have language.
-      data_dir: folder of the TFDS datasets (not needed for prepared ones).
-      seed, batch_size, num_lanes: the order; see `octo_like.data.order.order`. `batch_size` is global.
-      num_lanes: None: `octo_like.data.order.order.default_lanes`.
-      episodes_mixed: episodes that are mixed at a time, by all lanes together; one number, or one for each dataset.
-        None: as many as `host_memory_gb` of one process holds (`octo_like.data.batches.memory`); then that, too, is
-        part of the order.
-      max_visits: how often a pass may read an episode, to mix well in little memory (`memory.plan_visits`).
-      balance_weights: multiply the weights by the datasets' usable frames.
-      process_index, process_count: whose rows of each batch to make.
-      decode: "parity" or "fast"; see `octo_like.data.batches.frames`.
-      keep_goal_prob, max_goal_distance, octo_compat, drop_task_prob, paraphrase_prob, image_dropout_prob,
-        image_dropout_keep: see `TaskOptions`.
-      paraphrases: a JSON file; see `octo_like.data.batches.texts`.
-      cache_dir: where indices are kept; default beside the data.
-      exact: refuse functions with stateful randomness; False: name them in `order_spec["approximate"]` instead, beside
-        the sources that are tf.data.Datasets (`octo_like.data.tf_source`).
-      host_threads, prefetch, host_memory_gb, max_bad_fraction: see `HostOptions`.
+      settings: of the order, the tasks and this machine, e.g. `Settings.of(seed=0, batch_size=256)`.
+      processes: whose rows of each batch to make.
       start: global sample number to begin at.
+      data_dir: folder of the TFDS datasets (not needed for prepared ones).
+      cache_dir: where indices are kept; default beside the data.
 
     Raises:
       DataError (a ValueError): whatever is wrong with data or settings, with the valid choices.
     """
-    host = HostOptions(host_threads, prefetch, host_memory_gb, max_bad_fraction)
-    datasets = prepare_mixture(
-        specs, data_dir, cache_dir, progress, max_bad_fraction=max_bad_fraction, process_index=process_index
-    )
-    told = {name for d in datasets.values() for name, key in d.spec.point_keys.items() if key is not None}
+    datasets = prepare_mixture(specs, data_dir, cache_dir, settings, processes)
+    named = {name for d in datasets.values() for name, key in d.spec.point_keys.items() if key is not None}
     for name in batch_spec.points:
-        if name not in told:
+        if name not in named:
             log.warning("no dataset says where %r is (point_keys): model.auxiliaries learn nothing of it", name)
-    approximate = [name for name, d in datasets.items() if d.function.random_ops]
-    if exact and approximate:
-        d = datasets[approximate[0]]
+    random = [name for name, d in datasets.items() if d.function.random_ops]
+    if settings.exact and random:
+        d = datasets[random[0]]
         raise DataError(
             f"{d.key}: standardize={d.spec.standardize!r} uses {', '.join(d.function.random_ops)}, whose results no "
             "resume can repeat; use tf.random.stateless_*, or accept it with exact=False"
         )
-    sources = [name for name, d in datasets.items() if d.spec.source is not None]
-    if sources and balance_weights:
-        raise DataError(f"{sources[0]}: a source's size is not known, so balance_weights=True has no meaning for it")
-    approximate += sources
-    said = load_paraphrases(paraphrases) if paraphrases is not None else None
-    task = TaskOptions(
-        keep_goal_prob,
-        max_goal_distance,
-        octo_compat,
-        drop_task_prob,
-        paraphrase_prob if said is not None else 0.0,
-        image_dropout_prob,
-        image_dropout_keep,
-    )
-    weights = {name: d.spec.weight for name, d in datasets.items()}
-    if balance_weights:
-        sizes = [int(d.train.frames.sum(dtype=np.int64)) for d in datasets.values()]
-        if not any(weight * size for weight, size in zip(weights.values(), sizes, strict=True)):
-            counted = ", ".join(f"{name}: {w:g} x {n:,}" for (name, w), n in zip(weights.items(), sizes, strict=True))
-            raise DataError(f"balance_weights: weight times usable training steps is 0 for all datasets ({counted})")
-        balanced = order_lib.balanced_weights(list(weights.values()), sizes).tolist()
-        weights = dict(zip(weights, balanced, strict=True))
-    if not any(weights.values()):
-        raise DataError(f"the weight of every dataset is 0 ({', '.join(weights)}); at least one must be positive")
-    plan = OrderPlan(
-        datasets=datasets,
-        weights=weights,
-        seed=seed,
-        batch_size=batch_size,
-        num_lanes=num_lanes,
-        mixed=mixed_episodes(episodes_mixed, datasets),
-        max_visits=max_visits,
-        process_index=process_index,
-        process_count=process_count,
-        host_memory_gb=host_memory_gb,
-        slots=tuple(batch_spec.image_sizes),
-        depth_slots=tuple(batch_spec.depth_sizes),
-    )
+    plan = OrderPlan.of(datasets, batch_spec, settings, processes)
+    paraphrases = None if settings.paraphrases is None else load_paraphrases(settings.paraphrases)
+    texts = Texts(text_tokenizer, paraphrases, settings.task.paraphrase_prob)
     order_spec = {
         "data_version": DATA_VERSION,
-        "memory": {"host_memory_gb": float(host_memory_gb)} if episodes_mixed is None else None,
-        "approximate": approximate,
-        "decode": decode,
-        "task": dataclasses.asdict(task),
+        "approximate": random + [name for name, d in datasets.items() if not d.seekable],
+        **settings.spec(),
+        **texts.spec,
         "batch": batch_spec.to_json(),
-        "tokenizer": text_tokenizer.fingerprint if text_tokenizer is not None else None,
-        "paraphrases": said.hash if said is not None else None,
         "views": {name: d.spec.view_fields() for name, d in datasets.items()},
         "normalization": {
             name: {"kind": d.spec.normalization, "mask": d.statistics["action"]["mask"].tolist(), "head": d.spec.head}
             for name, d in datasets.items()
         },
     }
-    return Stream(
-        datasets,
-        batch_spec,
-        text_tokenizer,
-        plan,
-        order_spec,
-        process_index=process_index,
-        process_count=process_count,
-        task=task,
-        decode=decode,
-        host=host,
-        paraphrases=said,
-        start=start,
-    )
+    return Stream(plan, texts, order_spec, start)

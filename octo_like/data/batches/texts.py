@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -64,14 +65,35 @@ class Texts:
     def __init__(
         self, tokenizer: TextTokenizer | None, paraphrases: Paraphrases | None = None, probability: float = 0.0
     ):
-        if not 0 <= probability <= 1:
-            raise DataError(f"paraphrase_prob must be in [0, 1], got {probability}")
+        self._tokenizer = tokenizer
         self._table = TextTable(tokenizer) if tokenizer is not None else None
         self._paraphrases, self._probability = paraphrases, probability
         self._variants: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
 
-    def check(self, instructions: Iterable[str]) -> None:
-        """Raises DataError when none of the datasets' instructions has a paraphrase: it is another dataset's file."""
+    @property
+    def spec(self) -> dict[str, str | None]:
+        """What an order spec holds of it."""
+        return {
+            "tokenizer": None if self._tokenizer is None else self._tokenizer.fingerprint,
+            "paraphrases": None if self._paraphrases is None else self._paraphrases.hash,
+        }
+
+    def check(self, language_length: int | None, instructions: Iterable[str]) -> None:
+        """Checks that it fits the batches and the datasets.
+
+        Raises:
+          DataError: batches have language and there is no tokenizer or one of another length, or none of the datasets'
+            instructions has a paraphrase: it is another dataset's file.
+        """
+        if language_length is not None:
+            if self._tokenizer is None:
+                raise DataError("batches have language, but no text tokenizer was given")
+            if self._tokenizer.max_length != language_length:
+                raise DataError(
+                    f"the tokenizer makes {self._tokenizer.max_length} ids, but batches hold language_length="
+                    f"{language_length}"
+                )
         if self._paraphrases is None:
             return
         known = {text.strip() for text in instructions} - {""}
@@ -82,15 +104,16 @@ class Texts:
             )
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
-        """Row numbers (N,) int32 of texts. Not safe for concurrent calls; callers hold a lock."""
+        """Row numbers (N,) int32 of texts. Safe to call from several threads."""
         if self._table is None:
             return np.zeros(len(texts), np.int32)
-        if self._paraphrases is not None:
-            for text in set(texts) & set(self._paraphrases.variants):
-                row = int(self._table.rows([text])[0])
-                if row not in self._variants:
-                    self._variants[row] = self._table.rows(self._paraphrases.variants[text])
-        return self._table.rows(texts)
+        with self._lock:
+            if self._paraphrases is not None:
+                for text in set(texts) & set(self._paraphrases.variants):
+                    row = int(self._table.rows([text])[0])
+                    if row not in self._variants:
+                        self._variants[row] = self._table.rows(self._paraphrases.variants[text])
+            return self._table.rows(texts)
 
     def paraphrased(self, rows: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Rows (N,) with some replaced by a paraphrase, by the samples' keys (N,). Which row a text has is an accident
@@ -110,3 +133,17 @@ class Texts:
         """{"input_ids", "attention_mask"} (N, L) int32 of row numbers (N,)."""
         assert self._table is not None
         return self._table.encoded(rows)
+
+
+class WordList:
+    """Keeps texts as they are where `Texts` keeps their ids. Row 0 is no instruction."""
+
+    def __init__(self):
+        self.texts = [""]
+        self._lock = threading.Lock()
+
+    def rows(self, texts: Sequence[str]) -> np.ndarray:
+        """Row numbers (N,) int32 of texts."""
+        with self._lock:
+            self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
+            return np.array([self.texts.index(text) for text in texts], np.int32)

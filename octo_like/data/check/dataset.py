@@ -11,8 +11,10 @@ from octo_like.common.pages import Finding, findings_text
 from octo_like.common.robot import Description
 from octo_like.data.check import frames, mixups, report
 from octo_like.data.check.numbers import LAGS, Numbers, Relation, check, idle_steps
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
-from octo_like.data.rlds.prepare import Index, PreparedDataset, values_of, whole_split
+from octo_like.data.rlds.index import Index
+from octo_like.data.rlds.prepare import values_of, whole_split
 from octo_like.data.spec import DataError
 
 
@@ -57,7 +59,7 @@ def check_dataset(
       DataError: the dataset is a tf.data source, which cannot be looked up.
     """
     spec = prepared.spec
-    if spec.source is not None:
+    if not prepared.seekable:
         raise DataError(f"{prepared.key}: a tf.data source cannot be checked; only datasets on disk can")
     description = None if spec.robot is None else Description.from_json(spec.robot)
     split = records.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=1.0)

@@ -8,8 +8,9 @@ import numpy as np
 from octo_like.common.pages import Finding
 from octo_like.data.check.numbers import spread
 from octo_like.data.check.pictures import cameras, pictures, present, read_episode
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import RldsSplit
 from octo_like.data.tf import tf
 

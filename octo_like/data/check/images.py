@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from octo_like.data.batches.frames import EncodedFrame, decode_reduced
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 from octo_like.data.tf import error_text, tf
 
 _AHEAD = 2  # episodes per process that wait to be decoded

@@ -1,32 +1,22 @@
 """Some episodes of a dataset for a look at them: which ones, their words, and their frames as pictures."""
 
-import threading
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from octo_like.data.batches import frames
 from octo_like.data.batches.episodes import Episode, load_episode
-from octo_like.data.rlds.prepare import Index, PreparedDataset
-
-
-class _Words:
-    """Keeps the words where training keeps their ids; row 0 is no instruction, as in training."""
-
-    def __init__(self):
-        self.texts = [""]
-
-    def rows(self, texts: Sequence[str]) -> np.ndarray:
-        self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
-        return np.array([self.texts.index(text) for text in texts], np.int32)
+from octo_like.data.batches.texts import WordList
+from octo_like.data.prepared import PreparedDataset
+from octo_like.data.rlds.index import Index
 
 
 def read_episode(
     prepared: PreparedDataset, index: Index, number: int, slots: Collection[str]
 ) -> tuple[Episode, list[str]]:
     """An episode as training reads it, with the frames of some cameras, and the instruction of each of its steps."""
-    words = _Words()
-    episode = load_episode(prepared, index, int(number), slots, words, threading.Lock())
+    words = WordList()
+    episode = load_episode(prepared, index, int(number), slots, words)
     return episode, [words.texts[row] for row in episode.text]
 
 

@@ -7,8 +7,9 @@ from octo_like.common.demo import Demo
 from octo_like.data.batches import frames
 from octo_like.data.check.numbers import spread
 from octo_like.data.check.pictures import pictures, present
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 from octo_like.data.spec import DataError
 
 

@@ -9,9 +9,10 @@ from octo_like.common import normalization, pages
 from octo_like.common.pages import text_table
 from octo_like.data.check.numbers import spread
 from octo_like.data.check.pictures import cameras, pictures, read_episode
+from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.cache import load_index
-from octo_like.data.rlds.prepare import Index, PreparedDataset
+from octo_like.data.rlds.index import Index
 
 COLUMNS = ("min", "p01", "mean", "std", "p99", "max")
 
@@ -22,7 +23,7 @@ def empty_episodes(prepared: PreparedDataset, data_dir: str, cache_dir: str | No
     Episodes of which the standardize function leaves nothing are among them, and say so. Read from the index.
     """
     spec = prepared.spec
-    if spec.source is not None:
+    if not prepared.seekable:
         return [], 0
     messages, total = [], 0
     for name in dict.fromkeys([spec.split, *([spec.val_split] if spec.val_split is not None else [])]):
@@ -48,20 +49,22 @@ def mixture_rows(
     header += ["cameras", "depth", "texts", *(["passes"] if samples is not None else [])]
     rows = []
     for name, d in datasets.items():
-        live = d.spec.source is not None  # no files, and the numbers of its pseudo-index mean nothing
         episodes, steps = len(d.train), int(d.train.frames.sum(dtype=np.int64))
-        if live:
+        if not d.seekable:  # it has no files, and the numbers of its index mean nothing
             episodes, steps = d.statistics["num_trajectories"], d.statistics["num_transitions"]
         cameras, depths = (
             [slot for slot, key in keys.items() if key is not None] for keys in (d.spec.image_keys, d.spec.depth_keys)
         )
         weight = d.spec.weight / total
         row = [name, d.version, f"{weight:.3f}", f"{episodes:,}", f"{len(d.val):,}", f"{steps:,}"]
-        row += [f"{steps / max(episodes, 1):.1f}", "-" if live else f"{d.train.length.sum(dtype=np.int64) / 1e9:.3g}"]
+        row += [
+            f"{steps / max(episodes, 1):.1f}",
+            f"{d.train.length.sum(dtype=np.int64) / 1e9:.3g}" if d.seekable else "-",
+        ]
         row += [str(d.function.action_dim), str(d.function.proprio_dim or "-"), ",".join(cameras) or "-"]
         row += [",".join(depths) or "-", f"{len([text for text in d.instructions if text]):,}"]
         if samples is not None:
-            row.append("-" if live else f"{samples * weight / max(steps, 1):.3g}")
+            row.append(f"{samples * weight / max(steps, 1):.3g}" if d.seekable else "-")
         rows.append(row)
     return header, rows
 

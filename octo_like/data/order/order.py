@@ -102,10 +102,6 @@ class Order:
         """Which of the dataset's walks the lanes take samples of."""
         return lane * self.num_walks[dataset] // self.num_lanes
 
-    def live_episodes(self, dataset: int, walk: int, position: int) -> np.ndarray:
-        """Sorted episodes that a walk is in the midst of, when `position` samples of it have been taken."""
-        return self.walks(dataset).live(np.array([walk]), np.array([position]))
-
     def live(self, batch: int, process_index: int = 0, process_count: int = 1) -> list[tuple[int, int]]:
         """(dataset, episode) pairs that a process's lanes are in the midst of before a batch: what it has to hold."""
         pairs: list[tuple[int, int]] = []
@@ -116,10 +112,6 @@ class Order:
             walk = np.unique(self.walk_of(d, lanes))
             pairs += [(d, e) for e in self.walks(d).live(walk, taken[self._first_walk[d] + walk]).tolist()]
         return pairs
-
-    def frames_per_pass(self, dataset: int, walk: int) -> int:
-        """Frames of a walk's pass through its share of a dataset."""
-        return int(self.walks(dataset).frames_per_pass[walk])
 
     # -- windows
 

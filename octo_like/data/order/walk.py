@@ -175,7 +175,7 @@ class Walks:
         # Two permutations of each share, of even and odd turns, with the cumulative frames of their parts. Those of
         # walk w are in [w stride, (w + 1) stride), so that one search serves all.
         self._stride = int(self.frames_per_pass.max()) + 1
-        self._held = np.full((2, number), -1)
+        self._turn_of = np.full((2, number), -1)
         self._order = np.zeros(2 * len(self._episode), np.int32)
         self._ends = np.tile(np.repeat(np.arange(number) * self._stride, self._size), 2)
 
@@ -227,10 +227,10 @@ class Walks:
             cell = even[waiting] * self.number + walk[waiting]
             cells, example = np.unique(cell, return_index=True)
             wanted = turns[waiting[example]]
-            stale = self._held.reshape(-1)[cells] != wanted
+            stale = self._turn_of.reshape(-1)[cells] != wanted
             if stale.any():
                 self._fill(cells[stale] % self.number, wanted[stale])
-            ready = self._held.reshape(-1)[cell] == turns[waiting]
+            ready = self._turn_of.reshape(-1)[cell] == turns[waiting]
             for parity in (0, 1):
                 rows = waiting[ready & (even[waiting] == parity)]
                 if len(rows):
@@ -255,18 +255,18 @@ class Walks:
         places = rows + (turns % 2 * len(self._episode))[which]
         self._order[places] = members
         self._ends[places] = ends + (walk * self._stride - before)[which]
-        self._held[turns % 2, walk] = turns
+        self._turn_of[turns % 2, walk] = turns
 
     def live(self, walk: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Sorted episodes that walks (n,) are in the midst of at positions (n,); all of those that mix all."""
         whole = walk[self.whole[walk]]
-        held = self._episode[_ranges(self._first[whole], self._size[whole])]
+        always = self._episode[_ranges(self._first[whole], self._size[whole])]
         rest = ~self.whole[walk]
         walk, rounds = walk[rest], position[rest] // self.tracks[walk[rest]]
         tracks = self.tracks[walk]
         each = np.repeat(walk, tracks)
         places = self.line(each, np.repeat(rounds, tracks), _ranges(np.zeros_like(tracks), tracks))
-        return np.unique(np.concatenate([held, self.at(each, places).episode]))
+        return np.unique(np.concatenate([always, self.at(each, places).episode]))
 
     def draw(self, walk: int, position: int, near: bool, key: np.ndarray) -> tuple[int, int]:
         """(episode, frame) of a keyed draw, from an episode live at a position, or from anywhere in its pass."""

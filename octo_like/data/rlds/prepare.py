@@ -2,49 +2,29 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.data.order import order
 from octo_like.data.oxe import registry
+from octo_like.data.prepared import PreparedDataset, check_mask
 from octo_like.data.rlds import beam_pass, columns, filters, records, shared_pass
-from octo_like.data.rlds.bad_records import MAX_BAD_FRACTION, TooManyBadRecords
+from octo_like.data.rlds.bad_records import TooManyBadRecords
 from octo_like.data.rlds.cache import cache_folder, cached, can_hold_caches, default_workers, load_index
 from octo_like.data.rlds.index import Index, SplitIndex, digest_of, with_usable
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
 from octo_like.data.rlds.statistics import read_rows, streamed_statistics
+from octo_like.data.settings import INDEX_DEFAULTS, IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.tf_source import prepare_source
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedDataset:
-    """A dataset of a mixture, ready to be read: episodes of training and validation, statistics of training.
-
-    Attributes:
-      key: name in the mixture (and of its statistics).
-      train, val: their episodes; `val` is empty when the spec holds none out.
-      statistics: see `octo_like.common.normalization`; over all steps of the training episodes, before the filters
-        that look at values, as in Octo (which need the statistics themselves).
-      instructions: every instruction of the split(s) and the number of episodes that have it.
-      damaged: one message per record that could not be read or used when the dataset was indexed.
-    """
-
-    key: str
-    spec: DatasetSpec
-    function: EpisodeFunction
-    train: Index
-    val: Index
-    statistics: dict[str, Any]
-    instructions: dict[str, int]
-    directory: str
-    version: str
-    damaged: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- training, validation, statistics, filters
@@ -65,6 +45,36 @@ def first_demos(record_hash: np.ndarray, count: int) -> np.ndarray:
     return np.sort(ranked[:count])
 
 
+def choose_episodes(key: str, spec: DatasetSpec, index: Index, val_index: Index) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training episodes in the index of a split, and of the validation episodes in `val_index`.
+
+    What the user's filter refused and what has no step is as if it were not there: an empty episode would take a place
+    in validation or among num_demos and show nothing.
+
+    Args:
+      val_index: of the split for validation; `index` itself when that is a share of the training split.
+
+    Raises:
+      DataError: nothing is left to train on, or fewer episodes than num_demos.
+    """
+    usable = np.flatnonzero(index.frames > 0)
+    if spec.val_split is not None:
+        chosen, validation = usable, np.flatnonzero(val_index.frames > 0)
+    else:
+        validation = usable[hold_out(index.record_hash[usable], spec.val_fraction)] if len(usable) else usable
+        chosen = np.setdiff1d(usable, validation)
+        if len(usable) and not len(chosen):
+            raise DataError(
+                f"{key}: split {spec.split!r} has {len(usable)} episode(s) with usable steps, none left to train on "
+                "after holding out validation; set val_fraction=0 or name a val_split"
+            )
+    if spec.num_demos is not None:
+        if spec.num_demos > len(chosen):
+            raise DataError(f"{key}: num_demos={spec.num_demos}, but only {len(chosen)} training episodes exist")
+        chosen = chosen[first_demos(index.record_hash[chosen], spec.num_demos)]
+    return chosen, validation
+
+
 @dataclasses.dataclass(frozen=True)
 class _Opened:
     """A dataset whose files were found and whose function was traced; no record has been read.
@@ -74,10 +84,34 @@ class _Opened:
       cache_dir: where its indices are kept; None: beside the data, or where the user's caches are.
     """
 
+    key: str
     split: RldsSplit
     val_split: RldsSplit | None
     function: EpisodeFunction
     cache_dir: str | None
+
+    @classmethod
+    def find(
+        cls,
+        key: str,
+        spec: DatasetSpec,
+        data_dir: str,
+        cache_dir: str | None,
+        options: IndexOptions = INDEX_DEFAULTS,
+    ) -> "_Opened":
+        def opened(name: str) -> RldsSplit:
+            limit = options.max_bad_fraction
+            return records.open_split(spec.name, data_dir, spec.version, name, max_bad_fraction=limit)
+
+        split = opened(spec.split)
+        _caution(key, spec, split)
+        function = EpisodeFunction(spec, split.features)
+        _check_robot(key, spec, function)
+        function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
+        if cache_dir is None and options.pod_dir is not None and not can_hold_caches(split.directory):
+            cache_dir = options.pod_dir
+        val_split = None if spec.val_split is None else opened(spec.val_split)
+        return cls(key, split, val_split, function, cache_dir)
 
     def jobs(self) -> list[shared_pass.Job]:
         """Splits that are not indexed yet."""
@@ -91,27 +125,109 @@ class _Opened:
                     found.append(job)
         return found
 
+    def prepare(self, progress: bool, options: IndexOptions) -> PreparedDataset:
+        """Loads or builds the indices, chooses the episodes and computes what belongs to them."""
+        key, spec, split = self.key, self.function.spec, self.split
+        whole = self._index(split, progress, options)
+        val_whole = whole if self.val_split is None else self._index(self.val_split, progress, options)
+        index, instructions, damaged = whole.index, collections.Counter(whole.instructions), whole.damaged
+        if val_whole is not whole:
+            instructions.update(val_whole.instructions)
+            damaged += val_whole.damaged
+        chosen, validation = choose_episodes(key, spec, index, val_whole.index)
+        if not index.steps[chosen].sum():
+            left = f" after filter={spec.filter!r}" if spec.filter else ""
+            raise DataError(
+                f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(index)} episodes{left}"
+            )
+        statistics = self._statistics(whole, chosen)
+        train = self._filtered(whole, statistics).take(chosen)
+        val = self._filtered(val_whole, statistics).take(validation)
+        if not train.frames.sum():
+            used = {name: value for name, value in spec.filter_fields().items() if value not in (None, False)}
+            raise DataError(
+                f"{key}: the filters leave none of the {int(index.steps[chosen].sum())} steps of {len(chosen)} "
+                "training episodes: " + ", ".join(f"{name}={value}" for name, value in used.items())
+            )
+        where = (split.directory, split.version)
+        return PreparedDataset(key, spec, self.function, train, val, statistics, dict(instructions), *where, damaged)
 
-def _open(
-    key: str, spec: DatasetSpec, data_dir: str, cache_dir: str | None, max_bad_fraction: float, pod_dir: str | None
-) -> _Opened:
-    def opened(name: str) -> RldsSplit:
-        return records.open_split(spec.name, data_dir, spec.version, name, max_bad_fraction=max_bad_fraction)
+    def _index(self, split: RldsSplit, progress: bool, options: IndexOptions) -> SplitIndex:
+        limits = dict(workers=options.workers, max_bad_fraction=options.max_bad_fraction)
+        return load_index(split, self.function, self.cache_dir, progress, **limits)
 
-    split = opened(spec.split)
-    _caution(key, spec, split)
-    function = EpisodeFunction(spec, split.features)
-    _check_robot(key, spec, function)
-    function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
-    if cache_dir is None and pod_dir is not None and not can_hold_caches(split.directory):
-        cache_dir = pod_dir
-    return _Opened(split, None if spec.val_split is None else opened(spec.val_split), function, cache_dir)
+    def _statistics(self, whole: SplitIndex, chosen: np.ndarray) -> dict[str, Any]:
+        key, spec, function = self.key, self.function.spec, self.function
+        index, mask = whole.index, check_mask(key, spec, function.action_dim)
+        selected = np.zeros(len(index), bool)
+        selected[chosen] = True
+        ends = index.first + index.steps
+
+        widths = {"action": function.action_dim}
+        if function.proprio_dim is not None:
+            widths["proprio"] = function.proprio_dim
+        prefixes = {part: f"{part}_" for part in widths}
+        for name, shape in function.extra_shapes.items():
+            widths[name], prefixes[name] = math.prod(shape), f"extra:{name}:"
+
+        def values(part: str) -> Iterator[np.ndarray]:
+            for first, chunk in read_rows(whole.rows_path):
+                episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
+                yield columns.from_rows(chunk[selected[episode]], function)[part].reshape(-1, widths[part])
+
+        def make() -> dict[str, Any]:
+            computed = {part: streamed_statistics(functools.partial(values, part)) for part in widths}
+            return {f"{prefixes[part]}{k}": v for part, stats in computed.items() for k, v in stats.items()}
+
+        digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
+        what = f"statistics of {key}"
+        arrays = cached(whole, f"statistics-{digest}.npz", make, what=what)
+        parts = {
+            part: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            for part, prefix in prefixes.items()
+        }
+        statistics: dict[str, Any] = {part: parts.pop(part) for part in ("action", "proprio") if part in parts}
+        if mask is not None:
+            statistics["action"]["mask"] = mask
+        if parts:
+            statistics["extra"] = parts
+        statistics["num_transitions"] = int(index.steps[chosen].sum(dtype=np.int64))
+        statistics["num_trajectories"] = len(chosen)
+        return statistics
+
+    def _filtered(self, whole: SplitIndex, statistics: dict[str, Any]) -> Index:
+        """The index of the whole split with the steps that the spec's filters leave."""
+        spec, index = self.function.spec, whole.index
+        if not filters.has_filters(spec):
+            return index
+        definition = {"normalization": spec.normalization, **spec.filter_fields()}
+        parts = [statistics[part] for part in ("action", "proprio") if part in statistics]
+        numbers = [values for of_part in parts for values in of_part.values()]
+
+        def make() -> dict[str, Any]:
+            usable = np.zeros(int(index.steps.sum(dtype=np.int64)), bool)
+            episodes = _episodes(whole) if filters.needs_values(spec) else _no_values(index, self.function)
+            for number, rows in enumerate(episodes):
+                values = columns.from_rows(rows, self.function)
+                labeled = bool(index.has_language[number])
+                start = index.first[number]
+                usable[start : start + len(rows)] = filters.usable_steps(
+                    spec, statistics, values["action"], values["proprio"], labeled
+                )
+            return {"bits": np.packbits(usable)}
+
+        file = f"usable-{digest_of(definition, *numbers)}.npz"
+        what = f"filtered steps of {self.key}"
+        bits = cached(whole, file, make, what=what)["bits"]
+        if index.bits is not None:
+            bits = bits & index.bits
+        usable = np.unpackbits(bits)[: int(index.steps.sum(dtype=np.int64))].astype(bool)
+        return with_usable(index, usable, definition)
 
 
 def unindexed(specs: dict[str, DatasetSpec], data_dir: str, cache_dir: str | None = None) -> list[shared_pass.Job]:
     """The splits of RLDS datasets that have no index yet: what `prepare_datasets` would read."""
-    opened = [_open(key, spec, data_dir, cache_dir, MAX_BAD_FRACTION, None) for key, spec in specs.items()]
-    return [job for dataset in opened for job in dataset.jobs()]
+    return [job for key, spec in specs.items() for job in _Opened.find(key, spec, data_dir, cache_dir).jobs()]
 
 
 def prepare_dataset(
@@ -120,79 +236,26 @@ def prepare_dataset(
     data_dir: str,
     cache_dir: str | None = None,
     progress: bool = True,
-    **options: Any,
+    options: IndexOptions = INDEX_DEFAULTS,
+    hosts: Processes = ONE_PROCESS,
 ) -> PreparedDataset:
     """Finds, indexes, splits and filters a dataset, and computes the statistics of its training episodes.
 
-    Options are those of `prepare_datasets`.
+    Arguments are those of `prepare_datasets`.
 
     Raises:
       DataError: whatever is wrong with the files or the spec, with what would be valid.
     """
-    return prepare_datasets({key: spec}, data_dir, cache_dir, progress, **options)[key]
-
-
-def _prepare(key: str, spec: DatasetSpec, opened: _Opened, progress: bool, options: dict[str, Any]) -> PreparedDataset:
-    split, function = opened.split, opened.function
-    whole = load_index(split, function, opened.cache_dir, progress, **options)
-    index, val_whole = whole.index, whole
-    instructions = collections.Counter(whole.instructions)
-    # What the user's filter refused and what has no step is as if it were not there: an empty episode would take a
-    # place in validation or among num_demos and show nothing.
-    everything = np.flatnonzero(index.frames > 0)
-    if spec.val_split is not None:
-        val_whole = load_index(opened.val_split, function, opened.cache_dir, progress, **options)
-        instructions.update(val_whole.instructions)
-        chosen = everything
-        held = np.flatnonzero(val_whole.index.frames > 0)
-    else:
-        held = everything[hold_out(index.record_hash[everything], spec.val_fraction)] if len(everything) else everything
-        chosen = np.setdiff1d(everything, held)
-        if len(everything) and not len(chosen):
-            raise DataError(
-                f"{key}: split {spec.split!r} has {len(everything)} episode(s) with usable steps, none left to train "
-                "on after holding out validation; set val_fraction=0 or name a val_split"
-            )
-    if spec.num_demos is not None:
-        if spec.num_demos > len(chosen):
-            raise DataError(f"{key}: num_demos={spec.num_demos}, but only {len(chosen)} training episodes exist")
-        chosen = chosen[first_demos(index.record_hash[chosen], spec.num_demos)]
-    if not index.steps[chosen].sum():
-        left = f" after filter={spec.filter!r}" if spec.filter else ""
-        raise DataError(
-            f"{key}: split {spec.split!r} of {split.directory} has no usable steps in {len(index)} episodes{left}"
-        )
-    statistics = _statistics(key, spec, function, whole, chosen)
-    train = _filtered(key, spec, function, whole, statistics).take(chosen)
-    val = _filtered(key, spec, function, val_whole, statistics).take(held)
-    if not train.frames.sum():
-        used = {name: value for name, value in spec.filter_fields().items() if value not in (None, False)}
-        raise DataError(
-            f"{key}: the filters leave none of the {int(index.steps[chosen].sum())} steps of {len(chosen)} training "
-            "episodes: " + ", ".join(f"{name}={value}" for name, value in used.items())
-        )
-    damaged = whole.damaged + (val_whole.damaged if val_whole is not whole else ())
-    return PreparedDataset(
-        key,
-        spec,
-        function,
-        train,
-        val,
-        statistics,
-        dict(instructions),
-        split.directory,
-        split.version,
-        damaged,
-    )
+    return prepare_datasets({key: spec}, data_dir, cache_dir, progress, options, hosts)[key]
 
 
 def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
     """Logs what the registry knows about a dataset's traps."""
     if spec.from_registry:
-        for said in registry.cautions(
+        for caution in registry.cautions(
             spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots, spec.image_keys
         ):
-            log.warning("%s: %s", key, said)
+            log.warning("%s: %s", key, caution)
 
 
 def _check_robot(key: str, spec: DatasetSpec, function: EpisodeFunction) -> None:
@@ -231,90 +294,6 @@ def values_of(
             yield place[key], values["action"], values["proprio"]
 
 
-def _statistics(
-    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, chosen: np.ndarray
-) -> dict[str, Any]:
-    index, mask = whole.index, spec.action_normalization_mask
-    if mask is not None and len(mask) != function.action_dim:
-        raise DataError(
-            f"{key}: action_normalization_mask has {len(mask)} entries, but {spec.action_key!r} has "
-            f"{function.action_dim} dimensions"
-        )
-    selected = np.zeros(len(index), bool)
-    selected[chosen] = True
-    ends = index.first + index.steps
-
-    def passes(part: str, dims: int) -> Callable[[], Iterator[np.ndarray]]:
-        def rows() -> Iterator[np.ndarray]:
-            for first, chunk in read_rows(whole.rows_path):
-                episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
-                yield columns.from_rows(chunk[selected[episode]], function)[part].reshape(-1, dims)
-
-        return rows
-
-    def make() -> dict[str, Any]:
-        arrays = {f"action_{k}": v for k, v in streamed_statistics(passes("action", function.action_dim)).items()}
-        if function.proprio_dim is not None:
-            of_proprio = streamed_statistics(passes("proprio", function.proprio_dim))
-            arrays |= {f"proprio_{k}": v for k, v in of_proprio.items()}
-        for name, shape in function.extra_shapes.items():
-            of_sensor = streamed_statistics(passes(name, math.prod(shape)))
-            arrays |= {f"extra:{name}:{k}": v for k, v in of_sensor.items()}
-        return arrays
-
-    digest = digest_of(chosen.astype(np.int64), index.record_hash[chosen])
-    what = f"statistics of {key}"
-    arrays = cached(whole, f"statistics-{digest}.npz", make, what=what)
-    statistics: dict[str, Any] = {
-        part: {k.removeprefix(f"{part}_"): v for k, v in arrays.items() if k.startswith(f"{part}_")}
-        for part in ("action", "proprio")
-    }
-    if mask is not None:
-        statistics["action"]["mask"] = np.asarray(mask, bool)
-    if not spec.proprio_keys:
-        del statistics["proprio"]
-    if function.extra_shapes:
-        statistics["extra"] = {
-            name: {k.rpartition(":")[2]: v for k, v in arrays.items() if k.startswith(f"extra:{name}:")}
-            for name in function.extra_shapes
-        }
-    statistics["num_transitions"] = int(index.steps[chosen].sum(dtype=np.int64))
-    statistics["num_trajectories"] = len(chosen)
-    return statistics
-
-
-def _filtered(
-    key: str, spec: DatasetSpec, function: EpisodeFunction, whole: SplitIndex, statistics: dict[str, Any]
-) -> Index:
-    """The index of the whole split with the steps that the spec's filters leave."""
-    index = whole.index
-    if not filters.has_filters(spec):
-        return index
-    definition = {"normalization": spec.normalization, **spec.filter_fields()}
-    numbers = [
-        statistics[part][field] for part in ("action", "proprio") if part in statistics for field in statistics[part]
-    ]
-
-    def make() -> dict[str, Any]:
-        usable = np.zeros(int(index.steps.sum(dtype=np.int64)), bool)
-        episodes = _episodes(whole) if filters.needs_values(spec) else _no_values(index, function)
-        for number, rows in enumerate(episodes):
-            values = columns.from_rows(rows, function)
-            labeled = bool(index.has_language[number])
-            start = index.first[number]
-            usable[start : start + len(rows)] = filters.usable_steps(
-                spec, statistics, values["action"], values["proprio"], labeled
-            )
-        return {"bits": np.packbits(usable)}
-
-    file = f"usable-{digest_of(definition, *numbers)}.npz"
-    bits = cached(whole, file, make, what=f"filtered steps of {key}")["bits"]
-    if index.bits is not None:
-        bits = bits & index.bits
-    usable = np.unpackbits(bits)[: int(index.steps.sum(dtype=np.int64))].astype(bool)
-    return with_usable(index, usable, definition)
-
-
 def _episodes(whole: SplitIndex) -> Iterator[np.ndarray]:
     """Rows of each episode in turn."""
     number, steps, left = 0, whole.index.steps, None
@@ -334,69 +313,48 @@ def _no_values(index: Index, function: EpisodeFunction) -> Iterator[np.ndarray]:
 
 
 def prepare_datasets(
-    specs: dict[str, DatasetSpec],
-    data_dir: str,
+    specs: Mapping[str, DatasetSpec],
+    data_dir: str | None,
     cache_dir: str | None = None,
     progress: bool = True,
-    *,
-    workers: int | None = None,
-    processes: int | None = None,
-    beam: Sequence[str] | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION,
-    process_index: int = 0,
-    process_count: int = 1,
-    pod_dir: str | None = None,
+    options: IndexOptions = INDEX_DEFAULTS,
+    hosts: Processes = ONE_PROCESS,
 ) -> dict[str, PreparedDataset]:
     """Finds, indexes, splits and filters the datasets of a mixture, and computes statistics; in the mixture's order.
 
     What has no index is read in one pass over the files of all datasets. What it will read is logged before.
 
     Args:
+      data_dir: folder of the TFDS datasets; None when all datasets are a tf.data.Dataset.
       cache_dir: where indices are kept; None: beside the data, or in ~/.cache/octo_like when that is read-only.
-      workers: files that a process reads at the same time; None: up to 8, by the number of cores.
-      processes: processes of this machine that read; None: by bytes and cores, one below 8 GB.
-      beam: options of an Apache Beam pipeline that reads in their place (the extra `beam`); None: no Beam.
-      max_bad_fraction: see `cache.load_index`.
-      process_index, process_count: hosts that prepare the same datasets at the same time; they share the files to read.
-      pod_dir: in place of ~/.cache, a folder that all of these hosts see; used by several hosts only.
+      options: how files without an index are read.
+      hosts: those that prepare the same datasets at the same time; they share the files to read.
 
     Raises:
       DataError: whatever is wrong with files or specs, with what would be valid. Bad records of all datasets are in one
         error (TooManyBadRecords).
     """
-    if not 0 <= max_bad_fraction <= 1:
-        raise DataError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
-    for name, value in (("workers", workers), ("processes", processes)):
-        if value is not None and value < 1:
-            default = "up to 8" if name == "workers" else "as many as there is work for"
-            raise DataError(f"{name} must be at least 1, or None for {default}, got {value}")
-    options = dict(workers=workers, max_bad_fraction=max_bad_fraction)
-    pod_dir = pod_dir if process_count > 1 else None
-    opened = {
-        key: _open(key, spec, data_dir, cache_dir, max_bad_fraction, pod_dir)
-        for key, spec in specs.items()
-        if spec.source is None
-    }
+    if hosts.count == 1:
+        options = dataclasses.replace(options, pod_dir=None)
+    of_files = {key: spec for key, spec in specs.items() if spec.source is None}
+    if data_dir is None and of_files:
+        raise DataError("data_dir is needed to read datasets")
+    opened = {key: _Opened.find(key, spec, data_dir or "", cache_dir, options) for key, spec in of_files.items()}
     jobs = [job for dataset in opened.values() for job in dataset.jobs()]
     if jobs:
         log.info(shared_pass.estimate(jobs))
-        processes = processes or shared_pass.default_processes(jobs)
-        if beam is not None:
-            beam_pass.run(jobs, beam)
-        elif processes > 1 or process_count > 1:
-            hosts = dict(process_index=process_index, process_count=process_count)
-            threads = workers or default_workers()
-            shared_pass.take_part(jobs, threads=threads, processes=processes, progress=progress, **hosts)
+        processes = options.processes or shared_pass.default_processes(jobs)
+        if options.beam is not None:
+            beam_pass.run(jobs, options.beam)
+        elif processes > 1 or hosts.count > 1:
+            shared = dict(process_index=hosts.index, process_count=hosts.count)
+            threads = options.workers or default_workers()
+            shared_pass.take_part(jobs, threads=threads, processes=processes, progress=progress, **shared)
     prepared, bad = {}, []
     for key, spec in specs.items():
         try:
-            if spec.source is not None:
-                from octo_like.data.tf_source import prepare_source
-
-                prepared[key] = prepare_source(key, spec)
-            else:
-                prepared[key] = _prepare(key, spec, opened[key], progress, options)
-        except TooManyBadRecords as error:  # the others are looked at before it is told
+            prepared[key] = opened[key].prepare(progress, options) if key in opened else prepare_source(key, spec)
+        except TooManyBadRecords as error:  # raised after the others were looked at
             bad.append(error)
     if bad:
         raise bad[0] if len(bad) == 1 else TooManyBadRecords("\n\n".join(map(str, bad)))
