@@ -59,20 +59,12 @@ LONG_FUNCTIONS = {
     "data/batches/stream.py make_train_stream": "still takes settings one by one",
     "data/inputs.py inputs_from_config": "still hands settings on one by one",
     "robot/rollout.py evaluate": "still to be split",
-    "training/loop.py _train": "still to be split",
     "training/step.py make_train_step": "closures that are traced as one program",
 }
 MANY_PARAMETERS = {
-    "aot/proof.py _report": "still to be split",
-    "data/batches/assemble.py __init__": "still takes settings one by one",
-    "data/batches/stream.py __init__": "still takes settings one by one",
-    "data/batches/stream.py make_train_stream": "still takes settings one by one",
-    "data/batches/validation.py make_val_iterators": "still takes settings one by one",
-    "data/convert/write.py write_rlds": "public; each is a field of the dataset that is written",
-    "data/rlds/prepare.py prepare_datasets": "public; still takes settings one by one",
     "model/diffusion.py ddim_sample": "the terms of one formula",
     "robot/rollout.py evaluate": "public; each is a setting of an evaluation",
-    "training/loop.py _train": "still to be split",
+    "robot/server.py __init__": "public; each is a setting of a server, given by name",
     "training/probe.py probe_policy": "public; each is a setting of a probe",
 }
 

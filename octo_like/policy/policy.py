@@ -18,7 +18,7 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.common.parts import Modules, is_named, unnamed
-from octo_like.common.schema import BatchSpec, Leaf, check_tree, flatten, synthetic_batch
+from octo_like.common.schema import BatchSpec, check_tree, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
 from octo_like.common.words import suggest
 from octo_like.model import parts
@@ -26,6 +26,7 @@ from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.tokenizers import match_keys
 from octo_like.policy import locations
 from octo_like.policy.describe import model_card, pretty_spec
+from octo_like.policy.observations import check_finite, last_proprio, with_window
 from octo_like.policy.octo_release import (
     EXAMPLE,
     is_release,
@@ -286,7 +287,7 @@ class Policy:
         pads = dict(observations.get("pad_mask_dict", {}))
         for key in known["pad_mask_dict"]:
             if key in observations:
-                _check_finite(key, observations[key], observations["timestep_pad_mask"], pads.get(key))
+                check_finite(key, observations[key], observations["timestep_pad_mask"], pads.get(key))
         out: dict[str, Any] = {"timestep_pad_mask": observations["timestep_pad_mask"], "pad_mask_dict": {}}
         out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
@@ -316,7 +317,7 @@ class Policy:
         images = [key for key in known if key.startswith("image_")]
         if images and not any(key in observations for key in images):
             raise ValueError(f"the observation has none of this policy's cameras {images}; got {sorted(observations)}")
-        expected = {key: _with_window(leaf, w) for key, leaf in known.items()}
+        expected = {key: with_window(leaf, w) for key, leaf in known.items()}
         check_tree(out, expected, where="observation")
         return out
 
@@ -409,7 +410,7 @@ class Policy:
         head = self._head(head, unnormalize)
         relative_to, origin_bp = None, None
         if unnormalize is not None and (relative_to := self._entry(unnormalize).get("relative_to")) is not None:
-            origin_bp = _last_proprio(observations, unnormalize)
+            origin_bp = last_proprio(observations, unnormalize)
         observations = self.prepare_observations(observations, unnormalize)
         b = observations["timestep_pad_mask"].shape[0]
         rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
@@ -493,34 +494,3 @@ def _compare_sources(path, config: Mapping[str, Any]) -> None:
                 "parameters may mean something else now",
                 *(path, module, now, was or "not kept"),
             )
-
-
-def _check_finite(key: str, values: Any, timestep_pad_mask: Any, pad_mask: Any) -> None:
-    """Raises ValueError for a sensor that says NaN or infinity at a timestep that counts."""
-    if isinstance(values, jax.core.Tracer) or not np.issubdtype(np.asarray(values).dtype, np.floating):
-        return
-    counts = np.asarray(timestep_pad_mask) & (True if pad_mask is None else np.asarray(pad_mask))
-    finite = np.isfinite(np.asarray(values))
-    if finite.shape[:2] != counts.shape:
-        return  # refused by its shape, with what would be valid
-    bad = np.argwhere(~finite.reshape(*counts.shape, -1).all(-1) & counts)
-    if len(bad):
-        row, timestep = bad[0].tolist()
-        raise ValueError(f"observation/{key}: NaN or infinite values in row {row}, timestep {timestep} of the window")
-
-
-def _with_window(leaf, window: int):
-    if isinstance(leaf, Mapping):
-        return {key: _with_window(value, window) for key, value in leaf.items()}
-    return Leaf((window, *leaf.shape[1:]), leaf.dtype)
-
-
-def _last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
-    """(B, P) in physical units: what the actions of `dataset` are relative to."""
-    present = np.asarray(observations.get("pad_mask_dict", {}).get("proprio", [True]))
-    if "proprio" not in observations or not present[..., -1].all():
-        raise ValueError(
-            f"observation/proprio is missing, but the actions of {dataset!r} are relative to it: the policy cannot say "
-            "where the robot should go without knowing where it is"
-        )
-    return jnp.asarray(observations["proprio"], jnp.float32)[:, -1]

@@ -4,11 +4,12 @@ An observation is complete, finite and spelled as the policy spells it, or it is
 action is finite and within limits, or it is replaced by one that is, and counted (`ActionFilter`).
 """
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from octo_like.common.words import suggest
 
 # A policy may leave the demonstrated range by this share of its width before it is clipped: demonstrations end where
 # the people who gave them stopped, not where the robot has to.
@@ -71,9 +72,7 @@ def check_allowed(allow_missing: Collection[str], keys: Collection[str]) -> None
 
 
 def _not_read(key: str, expected: Collection[str]) -> str:
-    close = difflib.get_close_matches(key, list(expected), 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"the policy reads no {key!r}{hint} It reads {', '.join(sorted(expected)) or 'nothing'}"
+    return f"the policy reads no {key!r}; {suggest(key, expected)}"
 
 
 def _describe_not_finite(array: np.ndarray) -> str:

@@ -7,12 +7,12 @@ from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTokenizer
 from octo_like.data import dlimp as dl
 from octo_like.data.batches.frames import decode_frames
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.dlimp import functions
 from octo_like.data.order.keys import uniform
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
+from tests.data.streams import make_train_stream
 
 
 @pytest.mark.parametrize("relative,compat,limit", [(False, False, None), (False, True, 4), (True, False, None)])

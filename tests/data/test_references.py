@@ -16,12 +16,12 @@ import pytest
 from octo_like.common.schema import BatchSpec, flatten, unflatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import assemble
-from octo_like.data.batches.stream import make_train_stream
 from octo_like.data.order.keys import uniform
 from octo_like.data.oxe import vocabulary as s
 from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
+from tests.data.streams import make_train_stream
 
 EXCERPT = pathlib.Path(__file__).resolve().parent.parent / "golden" / "pipeline_excerpt.npz"
 LANGUAGE = 14

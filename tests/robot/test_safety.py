@@ -105,7 +105,7 @@ def test_actions_that_are_no_numbers_are_not_sent():
 def test_a_misspelled_or_missing_sensor_is_an_error_and_not_a_blind_robot(slow):
     _, server = slow
     with PolicyClient(port=server.port) as client:
-        with pytest.raises(ValueError, match="reads no 'image_primry'; did you mean 'image_primary'"):
+        with pytest.raises(ValueError, match="reads no 'image_primry'; did you mean 'image_primary'\\?"):
             client.act({"image_primry": frame()["image_primary"], "proprio": np.ones(1)}, "go left")
         with pytest.raises(ValueError, match=r"lacks proprio, .* allow_missing=\('proprio',\)"):
             client.act({"image_primary": frame()["image_primary"]}, "go left")

@@ -1,0 +1,42 @@
+"""Looks at observations before a policy reads them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from octo_like.common.schema import Leaf
+
+
+def check_finite(key: str, values: Any, timestep_pad_mask: Any, pad_mask: Any) -> None:
+    """Raises ValueError for a sensor that says NaN or infinity at a timestep that counts."""
+    if isinstance(values, jax.core.Tracer) or not np.issubdtype(np.asarray(values).dtype, np.floating):
+        return
+    counts = np.asarray(timestep_pad_mask) & (True if pad_mask is None else np.asarray(pad_mask))
+    finite = np.isfinite(np.asarray(values))
+    if finite.shape[:2] != counts.shape:
+        return  # refused by its shape, with what would be valid
+    bad = np.argwhere(~finite.reshape(*counts.shape, -1).all(-1) & counts)
+    if len(bad):
+        row, timestep = bad[0].tolist()
+        raise ValueError(f"observation/{key}: NaN or infinite values in row {row}, timestep {timestep} of the window")
+
+
+def with_window(leaf: Any, window: int) -> Any:
+    """A spec's leaves for a window of another length."""
+    if isinstance(leaf, Mapping):
+        return {key: with_window(value, window) for key, value in leaf.items()}
+    return Leaf((window, *leaf.shape[1:]), leaf.dtype)
+
+
+def last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
+    """(B, P) in physical units: what the actions of `dataset` are relative to."""
+    present = np.asarray(observations.get("pad_mask_dict", {}).get("proprio", [True]))
+    if "proprio" not in observations or not present[..., -1].all():
+        raise ValueError(
+            f"observation/proprio is missing, but the actions of {dataset!r} are relative to it: the policy cannot say "
+            "where the robot should go without knowing where it is"
+        )
+    return jnp.asarray(observations["proprio"], jnp.float32)[:, -1]
