@@ -398,9 +398,8 @@ class Policy:
             actions that are relative to a proprioception that is missing.
         """
         head = self._head(head, unnormalize)
-        relative_to, origin_bp = None, None
-        if unnormalize is not None and (relative_to := self._entry(unnormalize).get("relative_to")) is not None:
-            origin_bp = _last_proprio(observations, unnormalize)
+        relative_to = None if unnormalize is None else self._entry(unnormalize).get("relative_to")
+        origin_bp = None if unnormalize is None or relative_to is None else _last_proprio(observations, unnormalize)
         observations = self.prepare_observations(observations, unnormalize)
         b = observations["timestep_pad_mask"].shape[0]
         rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
