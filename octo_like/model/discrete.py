@@ -92,11 +92,7 @@ class DiscreteHead(ActionHead):
         return centres[jnp.arange(self.action_dim), index]
 
     def loss_terms(
-        self,
-        groups: Mapping[str, TokenGroup],
-        action: jax.Array,
-        mask: jax.Array,
-        keys_b: jax.Array | None = None,
+        self, groups: Mapping[str, TokenGroup], action: jax.Array, mask: jax.Array, keys_b: jax.Array | None = None
     ) -> dict[str, jax.Array]:
         """Masked sums of the cross-entropy "loss", "accuracy" and "mse" (times A, as upstream)."""
         logits, target = self.logits(groups), self.to_bins(action)

@@ -150,11 +150,7 @@ class RegressionHead(ActionHead):
         return jnp.tanh(raw / self.max_action) * self.max_action
 
     def loss_terms(
-        self,
-        groups: Mapping[str, TokenGroup],
-        action: jax.Array,
-        mask: jax.Array,
-        keys_b: jax.Array | None = None,
+        self, groups: Mapping[str, TokenGroup], action: jax.Array, mask: jax.Array, keys_b: jax.Array | None = None
     ) -> dict[str, jax.Array]:
         """Masked sums of "loss" and "mse", times A as upstream; divide by the mask's count."""
         error = self.predict(groups) - action

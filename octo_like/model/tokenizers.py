@@ -68,10 +68,7 @@ class ImageTokenizer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        observation: Mapping[str, Any],
-        task: Mapping[str, Any],
-        summaries: Mapping[str, jax.Array] | None = None,
+        self, observation: Mapping[str, Any], task: Mapping[str, Any], summaries: Mapping[str, jax.Array] | None = None
     ) -> TokenGroup | None:
         keys = match_keys(observation, self.obs_keys, prefix=self.compat)
         if not keys:
@@ -293,10 +290,7 @@ class LowdimTokenizer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        observation: Mapping[str, Any],
-        task: Mapping[str, Any],
-        summaries: Mapping[str, jax.Array] | None = None,
+        self, observation: Mapping[str, Any], task: Mapping[str, Any], summaries: Mapping[str, jax.Array] | None = None
     ) -> TokenGroup | None:
         keys: list[str] = []
         for pattern in self.obs_keys:
