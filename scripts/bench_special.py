@@ -26,7 +26,7 @@ from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import synthetic_batch
 from octo_like.model import attention, octo, special, transformer
 from octo_like.model.octo import build_model, init_params
-from octo_like.training import optimizer, program, sharding, step
+from octo_like.training import program, sharding
 
 
 def _plain_attention(uniform, q, k, v, mask):
@@ -36,14 +36,6 @@ def _plain_attention(uniform, q, k, v, mask):
 # Path -> (what is measured, [(module, name, what stands in its place), ...]).
 PATHS = {
     "layers": ("trace", [(transformer, "_shared_block", transformer._block)]),
-    "shapes": (
-        "trace",
-        [
-            (module, name, getattr(module, name).__wrapped__)
-            for module, names in ((step, ("sum_of_squares", "_add", "_average")), (optimizer, ("sum_of_squares",)))
-            for name in names
-        ],
-    ),
     "collector": ("trace", [(special, "spare_the_collector", lambda: None)]),
     "attention": ("run", [(attention, "cpu_attention", _plain_attention)]),
     "options": ("place", [(module, "run_once_options", dict) for module in (octo, program)]),

@@ -156,9 +156,8 @@ def _matrices(params: Mapping[str, jax.Array]) -> dict[str, Any]:
     return {path: matrix(path, leaf) for path, leaf in params.items()}
 
 
-@jax.jit
 def sum_of_squares(x: jax.Array) -> jax.Array:
-    """Of all entries, float32; traced once per shape."""
+    """Of all entries, float32."""
     return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
 

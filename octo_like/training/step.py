@@ -6,7 +6,6 @@ accumulation changes the mathematics.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -89,8 +88,8 @@ def make_train_step(
         t = state.step.astype(jnp.float32)
         updates_before = t - state.skipped.astype(jnp.float32)  # what the optimizer counts
         decay = jnp.minimum(config.ema_decay, (1 + t) / (10 + t))
-        trained = jax.tree.map(_add, state.trained, updates)
-        ema = jax.tree.map(functools.partial(_average, decay), state.ema, trained)
+        trained = optax.apply_updates(state.trained, updates)
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, trained)
 
         # A step whose gradient is not finite changes nothing but the counters.
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
@@ -133,19 +132,6 @@ def _accumulated(part: Callable[[Any, jax.Array], tuple[Any, Any]], batch: Any, 
 
     sums, by_sample = jax.lax.scan(add, zeros, micro)
     return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1), by_sample)  # the batch's order again
-
-
-# Jitted for the sake of tracing: arrays of equal shape share them.
-
-
-@jax.jit
-def _add(param, update):
-    return (param + update).astype(param.dtype)
-
-
-@jax.jit
-def _average(decay, old, new):
-    return decay * old + (1 - decay) * new
 
 
 def make_eval_step(model: OctoModel, seed: int) -> Callable[[Any, Mapping[str, Any]], dict[str, dict[str, jax.Array]]]:
