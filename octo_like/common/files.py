@@ -44,5 +44,5 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
         module_spec.loader.exec_module(module)
         yield module, argument
     finally:
-        for folder in added:
-            sys.path.remove(folder)
+        for entry in added:
+            sys.path.remove(entry)

@@ -1,16 +1,21 @@
 """Into how many lanes the samples of a run are dealt, and which numbers of processes can therefore train it."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator
 
 MAX_LANES = 1024
 DEFAULT_AT_MOST = 384
 
 
-class Processes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Processes:
     """Which of the processes of a run this is. All follow the same order; each makes its own rows of every batch."""
 
     index: int = 0
     count: int = 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.index, self.count))
 
 
 ONE_PROCESS = Processes()

@@ -77,8 +77,8 @@ def inputs_from_config(
     eval_size = config.eval.batch_size or config.batch_size
     if data.kind == "synthetic":
         vocab = tokenizer.vocab_size if tokenizer else 100
-        stream = SyntheticStream(spec, config.batch_size, config.seed, vocab, *processes)
-        validation = SyntheticStream(spec, eval_size, config.seed + 1, vocab, *processes)
+        stream = SyntheticStream(spec, config.batch_size, config.seed, vocab, process_index, process_count)
+        validation = SyntheticStream(spec, eval_size, config.seed + 1, vocab, process_index, process_count)
         batches = [next(validation) for _ in range(min(config.eval.batches, 2))]
         return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
     _check(data, config.batch_size, process_count)

@@ -146,7 +146,7 @@ def attend(
         v_bkhd,
         dense,
         cpu=lambda *args: cpu_attention(uniform_when_masked, *args),
-        default=lambda *args: _plain(*args, uniform_when_masked),
+        default=lambda q, k, v, mask: _plain(q, k, v, mask, uniform_when_masked),
     )
 
 

@@ -4,6 +4,8 @@ Training randomness is keyed per sample: `dropout_keys` is an array of B keys (N
 sample is dropped alike whichever device or micro-batch it lands on.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -237,11 +239,14 @@ class Transformer(nn.Module):
         for i in range(self.num_layers):
             name, keys = f"encoderblock_{i}", fold_in_all(dropout_keys, i)
             only = rows if i == self.num_layers - 1 else None
-            mask = mask_bnn if only is None else mask_bnn.rows(*only)
+            mask = mask_bnn
+            if only is not None:
+                assert isinstance(mask_bnn, BlockMask), "rows are cut from a BlockMask"
+                mask = mask_bnn.rows(*only)
             if self.is_initializing():
                 x_bnd = block(name=name)(x_bnd, mask, keys, only)
             else:
-                params = self.get_variable("params", name)
+                params: Any = self.get_variable("params", name)
                 x_bnd = run(params, x_bnd, mask, keys, block=block(parent=None), remat=remat, rows=only)
         return nn.LayerNorm(epsilon=LN_EPSILON, dtype=self.dtype, name="encoder_norm")(x_bnd)
 

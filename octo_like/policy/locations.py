@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Select = Callable[[Sequence[str]], Sequence[str]]
@@ -118,7 +119,7 @@ def _open_gcs(location: str):
     parts = urlsplit(location)
     if not parts.netloc or not parts.path.strip("/"):
         raise LocationError(f"{location}: expected gs://bucket/path")
-    spec = {"driver": "gcs", "bucket": parts.netloc, "path": parts.path.strip("/") + "/"}
+    spec: dict[str, Any] = {"driver": "gcs", "bucket": parts.netloc, "path": parts.path.strip("/") + "/"}
     # By default a machine without a network would be kept waiting for many minutes.
     spec["context"] = {"gcs_request_retries": {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}}
     return _gcs(location, lambda: tensorstore.KvStore.open(spec).result())

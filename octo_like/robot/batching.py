@@ -127,7 +127,8 @@ class Batcher:
 
     def _next(self) -> list[Request]:
         """The oldest request, and those behind it that fit into its batch."""
-        kind, batch, rest = self._waiting[0].kind, [], collections.deque()
+        kind, batch = self._waiting[0].kind, list[Request]()
+        rest: collections.deque[Request] = collections.deque()
         for request in self._waiting:
             fits = len(batch) < self.max_batch and request.kind == kind
             (batch if fits else rest).append(request)

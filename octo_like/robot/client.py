@@ -75,12 +75,13 @@ class PolicyClient:
         self.timeout, self.allow_missing = timeout, tuple(allow_missing)
         self.filter: ActionFilter | None = None
         self.late_replies = 0
+        self._chunk: np.ndarray | None = None
         self._limits, self._max_change = limits, max_change
         self._filters: dict[str | None, ActionFilter] = {}
         self._ids, self._warned = itertools.count(1), set[str]()
         self._open = contextlib.ExitStack()
         headers = None if token is None else {"Authorization": f"Bearer {token}"}
-        wire = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None)
+        wire: dict[str, Any] = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None)
         try:
             self._connection = self._open.enter_context(
                 connect(f"ws://{host}:{port}", additional_headers=headers, **wire)
@@ -89,7 +90,7 @@ class PolicyClient:
             answer = error.response.body.decode(errors="replace").strip()
             kind = PermissionError if error.response.status_code == 401 else ConnectionError
             raise kind(f"the server at {host}:{port} refused: {answer}") from error
-        self.metadata = unpack(self._connection.recv(timeout))
+        self.metadata: dict[str, Any] = unpack(self._connection.recv(timeout))
         if not isinstance(self.metadata, dict) or self.metadata.get("protocol") != PROTOCOL:
             self.close()
             raise PolicyServerError(f"the server at {host}:{port} does not speak protocol {PROTOCOL} of this client")

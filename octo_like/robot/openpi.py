@@ -257,11 +257,14 @@ class OpenpiPolicy:
 
         headers = None if api_key is None else {"Authorization": f"Api-Key {api_key}"}
         uri = address if address.startswith("ws") else f"ws://{address}"
-        wire = dict(compression=None, max_size=None, open_timeout=timeout, proxy=None)
+        wire: dict[str, Any] = dict(compression=None, max_size=None, open_timeout=timeout, proxy=None)
         self._open = contextlib.ExitStack()
         self._connection = self._open.enter_context(connect(uri, additional_headers=headers, **wire))
         self.keys, self.timeout = keys, timeout
-        self.metadata = unpack(self._connection.recv(timeout))
+        hello = self._connection.recv(timeout)
+        if isinstance(hello, str):
+            raise RuntimeError(f"the openpi server refused:\n{hello}")
+        self.metadata = unpack(hello)
         self.batch_spec = BatchSpec(
             window_size=1,
             action_horizon=action_horizon,

@@ -155,7 +155,7 @@ def evaluate(
             chunks = [(slot, chunk) for slot, chunk in zip(slots, actions, strict=False) if slot.index is not None]
             ended = list(each(lambda one: one[0].execute(one[1], max_steps), chunks))
             for (slot, _), over in zip(chunks, ended, strict=True):
-                if over:
+                if over and slot.index is not None:
                     episode = results[slot.index] = slot.finish()
                     slot.index = None
                     if progress is not None:

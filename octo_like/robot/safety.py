@@ -153,7 +153,7 @@ class ActionFilter:
         self.low = np.array([-np.inf if x is None else x for x in low], np.float64)
         self.high = np.array([np.inf if x is None else x for x in high], np.float64)
         width = len(self.low)
-        change = [max_change] * width if max_change is None or np.ndim(max_change) == 0 else list(max_change)
+        change = list(max_change) if isinstance(max_change, Sequence | np.ndarray) else [max_change] * width
         self.max_change = np.array([np.inf if x is None else x for x in change], np.float64)
         self.kinds = ["other"] * width if kinds is None else list(kinds)
         self.names = [f"action {d}" for d in range(width)] if names is None else list(names)

@@ -102,7 +102,7 @@ class PolicyServer:
         batch_spec = policy.batch_spec.to_json()
         # What requests have to bring, by the dataset in whose units they come; "": normalised numbers.
         of_datasets = {"": None, **policy.statistics}
-        self.metadata = {
+        self.metadata: dict[str, Any] = {
             "type": "metadata",
             "protocol": PROTOCOL,
             "spec": policy.get_pretty_spec(),
@@ -189,7 +189,7 @@ class PolicyServer:
             ready = self.ready.is_set()
             status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "OK\n" if ready else "compiling or shutting down\n")
-        if self.token is not None and not self._knows_token(request.headers):
+        if self.token is not None and not _knows_token(request.headers, self.token):
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN\n")
         if path == "/metadata":
             return connection.respond(http.HTTPStatus.OK, json.dumps(self.metadata, default=str) + "\n")
@@ -200,10 +200,6 @@ class PolicyServer:
         if len(self._server.connections) >= self.max_connections:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{self.max_connections} clients are here\n")
         return None
-
-    def _knows_token(self, headers) -> bool:
-        scheme, _, given = headers.get("Authorization", "").partition(" ")
-        return scheme in ("Bearer", "Api-Key") and hmac.compare_digest(given.strip().encode(), self.token.encode())
 
     def metrics(self) -> str:
         """Counters and latencies in the text format of Prometheus."""
@@ -279,7 +275,7 @@ class PolicyServer:
 
     def _warnings(self, instruction: str | None) -> list[str]:
         """What the policy will not read of an instruction."""
-        tokenizer = getattr(self.policy, "text_tokenizer", None)
+        tokenizer: Any = getattr(self.policy, "text_tokenizer", None)
         if not instruction or not hasattr(tokenizer, "num_tokens"):
             return []
         needed = tokenizer.num_tokens(instruction)
@@ -319,6 +315,11 @@ class _TaskCache:
 def _one_row(tree: dict[str, Any]) -> dict[str, Any]:
     """Arrays (W, ...) as a batch of one."""
     return {key: _one_row(value) if isinstance(value, dict) else np.asarray(value)[None] for key, value in tree.items()}
+
+
+def _knows_token(headers: Mapping[str, str], token: str) -> bool:
+    scheme, _, given = headers.get("Authorization", "").partition(" ")
+    return scheme in ("Bearer", "Api-Key") and hmac.compare_digest(given.strip().encode(), token.encode())
 
 
 def _whole(value: Any, key: str) -> int:

@@ -11,6 +11,7 @@ Observations are dicts of arrays with the schema's key names (`image_{slot}`, `p
 refused.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, SupportsFloat
@@ -75,7 +76,7 @@ class ActionChunkWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
             if terminated or truncated:
                 break
         summary = {**infos[-1], "rewards": rewards, "observations": observations, "infos": infos}
-        return observations[-1], float(sum(rewards)), terminated, truncated, summary
+        return observations[-1], float(sum(map(float, rewards))), terminated, truncated, summary
 
 
 class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
@@ -113,7 +114,7 @@ class ActionFilterWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def __init__(self, env: gym.Env, action_filter: ActionFilter):
         _refuse(env, (ActionChunkWrapper, TemporalEnsembleWrapper), "ActionFilterWrapper must be inside {}")
-        width = np.prod(env.action_space.shape, dtype=int)
+        width = math.prod(env.action_space.shape or ())
         if len(action_filter.low) != width:
             raise ValueError(f"the filter limits {len(action_filter.low)} dimensions, the environment takes {width}")
         gym.utils.RecordConstructorArgs.__init__(self, action_filter=action_filter)

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from octo_like.data.batches.frames import EncodedFrame, decode_reduced
+from octo_like.data.check.pictures import function_of
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
@@ -79,11 +80,12 @@ def _episodes(
     prepared: PreparedDataset, indices: Sequence[Index]
 ) -> Iterator[tuple[list[str], list[bytes], list[str]]]:
     """(where, encoded frames, damage) of every episode."""
+    function = function_of(prepared)
     for index in indices:
         for episode in range(len(index)):
             path, offset = index.files[index.file[episode]], int(index.offset[episode])
             try:
-                raw = prepared.function.from_file(path, offset)
+                raw = function.from_file(path, offset)
             except records.damage_errors() as error:
                 yield [], [], [str(records.damaged(path, int(index.record[episode]), offset, error))]
                 continue

@@ -116,7 +116,7 @@ def check_pairing(n: Numbers) -> list[Finding]:
     known = n.description is not None or own.mean() >= 0.5
     note = "" if n.description else " (taken for what it moves, as of the same number; a robot's description names it)"
     findings = []
-    for i in np.flatnonzero(own & (np.diagonal(signs) < 0)):
+    for i in np.flatnonzero(own & (np.diagonal(signs) < 0)).tolist():
         d, p = found.pairs[i]
         text = (
             f"{n.name(d)} and proprio[{p}]{note} go in opposite directions: one of them has the other sign. A policy "

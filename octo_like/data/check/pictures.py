@@ -1,6 +1,7 @@
 """Some episodes of a dataset for a look at them: which ones, their words, and their frames as pictures."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from octo_like.data.batches.episodes import Episode, load_episode
 from octo_like.data.batches.texts import WordList
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds.index import Index
+from octo_like.data.rlds.records import EpisodeFunction
+from octo_like.data.spec import DataError
 
 
 def read_episode(
@@ -20,18 +23,29 @@ def read_episode(
     return episode, [words.texts[row] for row in episode.text]
 
 
+def function_of(prepared: PreparedDataset) -> EpisodeFunction:
+    """What reads a dataset's records. Raises DataError for a dataset that is no files."""
+    if not isinstance(prepared.function, EpisodeFunction):
+        raise DataError(f"{prepared.key}: only a dataset of RLDS files can be looked at record by record")
+    return prepared.function
+
+
 def cameras(prepared: PreparedDataset) -> list[str]:
     """Slots of the cameras that a dataset has."""
     return [slot for slot, key in prepared.spec.image_keys.items() if key is not None]
 
 
-def present(stored: Sequence) -> np.ndarray:
+def present(stored: Sequence[Any] | np.ndarray) -> np.ndarray:
     """(T,) bool of the frames of a camera: an empty one is missing."""
     return np.array([len(frame) > 0 for frame in stored], bool)
 
 
 def pictures(
-    prepared: PreparedDataset, slot: str, stored: Sequence, steps: Sequence[int], size: tuple[int, int]
+    prepared: PreparedDataset,
+    slot: str,
+    stored: Sequence[Any] | np.ndarray,
+    steps: Sequence[int] | np.ndarray,
+    size: tuple[int, int],
 ) -> np.ndarray:
     """Frames of some steps of a camera as (N, *size, 3) uint8 RGB; missing ones are black.
 

@@ -6,7 +6,7 @@ from octo_like.common import normalization
 from octo_like.common.demo import Demo
 from octo_like.data.batches import frames
 from octo_like.data.check.numbers import spread
-from octo_like.data.check.pictures import pictures, present
+from octo_like.data.check.pictures import function_of, pictures, present
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
@@ -24,11 +24,12 @@ def load_demos(
     Raises:
       DataError: an episode that cannot be read.
     """
+    function = function_of(prepared)
     slots = [slot for slot in sizes if prepared.spec.image_keys.get(slot) is not None]
     for number in spread(len(index), limit):
         path, offset = index.files[index.file[number]], int(index.offset[number])
         try:
-            raw = prepared.function.from_file(path, offset)
+            raw = function.from_file(path, offset)
         except records.damage_errors() as error:
             raise records.damaged(path, int(index.record[number]), offset, error) from error
         if len(raw["action"]) == 0:

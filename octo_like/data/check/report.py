@@ -8,7 +8,7 @@ import numpy as np
 from octo_like.common import normalization, pages
 from octo_like.common.pages import text_table
 from octo_like.data.check.numbers import spread
-from octo_like.data.check.pictures import cameras, pictures, read_episode
+from octo_like.data.check.pictures import cameras, function_of, pictures, read_episode
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.cache import load_index
@@ -28,7 +28,7 @@ def empty_episodes(prepared: PreparedDataset, data_dir: str, cache_dir: str | No
     messages, total = [], 0
     for name in dict.fromkeys([spec.split, *([spec.val_split] if spec.val_split is not None else [])]):
         split = records.open_split(spec.name, data_dir, spec.version, name, max_bad_fraction=1.0)
-        index = load_index(split, prepared.function, cache_dir, False, max_bad_fraction=1.0).index
+        index = load_index(split, function_of(prepared), cache_dir, False, max_bad_fraction=1.0).index
         total += len(index)
         for number in np.flatnonzero(index.steps == 0):
             left = f" ({index.raw_steps[number]} recorded, none after standardize)" if index.raw_steps[number] else ""
