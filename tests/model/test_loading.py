@@ -252,14 +252,18 @@ def test_frozen_encoder_in_bfloat16_has_no_gradient(shared):
     batch = synthetic_batch(spec, 1)
     kept = params["octo_transformer"]["task_tokenizers_language"]["hf_model"]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(kept)} == {"bfloat16"}
-    features = lambda m, p: m.apply({"params": p}, batch["task"], method="encode_language")["task_tokenizers_language"]  # noqa: E731
+
+    def features(m, p):
+        run = jax.jit(lambda p: m.apply({"params": p}, batch["task"], method="encode_language"))
+        return run(p)["task_tokenizers_language"]
+
     wide = build_model(release)
     exact = features(wide, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
     got = features(model, params)
     assert got.dtype == "bfloat16" and np.max(np.abs(np.asarray(got, np.float32) - exact)) < 0.05 * np.max(
         np.abs(exact)
     )
-    grads = jax.grad(lambda p: features(model, p).astype("float32").sum())(params)
+    grads = jax.jit(jax.grad(lambda p: features(model, p).astype("float32").sum()))(params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
     with pytest.raises(ValueError, match="frozen"):
         bad = language | {"encoder_dtype": "bfloat16", "finetune_encoder": True}
@@ -287,7 +291,7 @@ REMOTE = """
 import sys, numpy as np
 from octo_like.common.schema import flatten
 from octo_like.policy.policy import Policy
-from octo_like.model.locations import LocationError
+from octo_like.policy.locations import LocationError
 local, location = sys.argv[1:]
 policy = Policy.load_pretrained(local)
 policy.push(location)

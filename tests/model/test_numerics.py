@@ -77,7 +77,7 @@ def test_remat_changes_memory_and_not_numbers():
     grads, flops, products = {}, {}, {}
     for remat in ("none", "dots", "full"):
         transformer = TRANSFORMER | dict(remat=remat, dropout_rate=0.1, attention_dropout_rate=0.1)
-        model = build_model(light.config(transformer=transformer))
+        model = build_model(light.config(transformer=transformer, heads=dict(action=HEADS["mse"])))
         params = tiny.random_params(model, light.SPEC)
 
         def loss(params, model=model):

@@ -113,14 +113,8 @@ def test_regression_and_discrete_heads(golden, head):
         model = build_model(
             checkpoint.config | {"heads": {"disc": checkpoint.config["heads"]["disc"] | {"temperature": 0}}}
         )
-        greedy = model.apply(
-            {"params": {k: v for k, v in checkpoint.params.items() if k in ("octo_transformer", "heads_disc")}},
-            obs,
-            task,
-            None,
-            head="disc",
-            method="sample",
-        )
+        params = {k: v for k, v in checkpoint.params.items() if k in ("octo_transformer", "heads_disc")}
+        greedy = jax.jit(lambda p: model.apply({"params": p}, obs, task, None, head="disc", method="sample"))(params)
         close(greedy, out["predict_action_argmax"], "argmax")
     else:
         sampled = checkpoint.apply(obs, task, None, head=head, method="sample")
@@ -132,27 +126,30 @@ def test_gradients(golden, name):
     checkpoint, tree = golden[name], golden[name].case()
     want = json.loads((checkpoint.directory / "io_grads.json").read_text())
     obs, task = tree["in"]["observation"], tree["in"]["task"]
-    for head, entry in want.items():
-        draws = tree["in"]["draws"]["head"].get(head, {})
-        action, mask = (
-            draws.get("action", tree["in"]["action"]),
-            draws.get("action_pad_mask", tree["in"]["action_pad_mask"]),
-        )
-        mask = mask & obs["timestep_pad_mask"][:, :, None, None]
-        kwargs = {"draws": (draws["loss"]["time"], draws["loss"]["noise"])} if "loss" in draws else {}
 
-        def loss(params, head=head, action=action, mask=mask, kwargs=kwargs):
-            def run(module):
-                terms = module.heads[head].loss_terms(
-                    module.groups(obs, task), action, mask.astype(np.float32), None, **kwargs
-                )
-                return terms["loss"] / mask.sum()
+    def losses(module):
+        groups, found = module.groups(obs, task), []
+        for head in want:
+            draws = tree["in"]["draws"]["head"].get(head, {})
+            action = draws.get("action", tree["in"]["action"])
+            mask = draws.get("action_pad_mask", tree["in"]["action_pad_mask"])
+            mask = mask & obs["timestep_pad_mask"][:, :, None, None]
+            kwargs = {"draws": (draws["loss"]["time"], draws["loss"]["noise"])} if "loss" in draws else {}
+            terms = module.heads[head].loss_terms(groups, action, mask.astype(np.float32), None, **kwargs)
+            found.append(terms["loss"] / mask.sum())
+        return jnp.stack(found)
 
-            return checkpoint.model.apply({"params": params}, method=run)
+    @jax.jit
+    def values_and_gradients(params):
+        """All losses, and the gradient of each: compiled once for all heads."""
+        values, pull = jax.vjp(lambda p: checkpoint.model.apply({"params": p}, method=losses), params)
+        return values, jax.vmap(pull)(jnp.eye(len(want)))[0]
 
-        value, grads = jax.jit(jax.value_and_grad(loss))(jax.tree.map(jnp.asarray, checkpoint.params))
-        close(value, entry["loss"], head)
-        for path, grad in flatten(grads):
+    values, gradients = values_and_gradients(jax.tree.map(jnp.asarray, checkpoint.params))
+    for i, (head, entry) in enumerate(want.items()):
+        close(values[i], entry["loss"], head)
+        for path, grads in flatten(gradients):
+            grad = grads[i]
             stats = entry["params"].get(path) if "params" in entry else entry["grads"].get(path)
             if stats is None:
                 continue

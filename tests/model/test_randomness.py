@@ -34,19 +34,26 @@ def random(module, *args, **kwargs):
     return tiny.random_values(shapes)
 
 
+def run(module, params, *args, **kwargs):
+    """Compiled as a whole: operation by operation, each would be compiled."""
+    return jax.jit(lambda params, *args, **kwargs: module.apply({"params": params}, *args, **kwargs))(
+        params, *args, **kwargs
+    )
+
+
 def test_a_blocks_dropouts_are_where_they_belong_and_apart():
     """Rebuilt from the parts: after attention, after GELU and after the MLP, each with its own key."""
     x, mask = jax.random.normal(jax.random.key(0), (4, 3, 8)), jnp.ones((4, 3, 3), bool)
     params = random(Block(2, 16), x, mask)
-    out = Block(2, 16, 0.3, 0.2).apply({"params": params}, x, mask, KEYS)
+    out = run(Block(2, 16, 0.3, 0.2), params, x, mask, KEYS)
 
     def norm(x, p):
         return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
 
     dense = lambda x, p: x @ p["kernel"] + p["bias"]  # noqa: E731
     attention = params["MultiHeadDotProductAttention_0"]
-    h = MultiHeadAttention(2, 0.2).apply(
-        {"params": attention}, norm(x, params["LayerNorm_0"]), mask, dropout_keys=fold_in_all(KEYS, 0)
+    h = run(
+        MultiHeadAttention(2, 0.2), attention, norm(x, params["LayerNorm_0"]), mask, dropout_keys=fold_in_all(KEYS, 0)
     )
     y = x + dropout(h, 0.3, fold_in_all(KEYS, 1))
     keys, mlp = fold_in_all(KEYS, 2), params["MlpBlock_0"]
@@ -55,9 +62,7 @@ def test_a_blocks_dropouts_are_where_they_belong_and_apart():
     np.testing.assert_allclose(out, y + h, rtol=1e-4, atol=1e-5)
     # The weights of attention are dropped, and by another key: with values of one the output counts what was kept.
     kept = {**attention, "value": {"kernel": 0 * attention["value"]["kernel"], "bias": jnp.ones((2, 4))}}
-    plain, dropped = (
-        MultiHeadAttention(2, rate).apply({"params": kept}, x, mask, dropout_keys=KEYS) for rate in (0.0, 0.2)
-    )
+    plain, dropped = (run(MultiHeadAttention(2, rate), kept, x, mask, dropout_keys=KEYS) for rate in (0.0, 0.2))
     assert np.any(np.abs(plain - dropped) > 0.01)
 
 
@@ -65,13 +70,12 @@ def test_layers_drop_by_their_own_keys():
     """Two layers with the same parameters, one after the other, are two transformers of one layer with two keys."""
     x, mask = jax.random.normal(jax.random.key(0), (4, 3, 8)), jnp.ones((4, 3, 3), bool)
     params = random(Transformer(1, 2, 16), x, mask)
-    block = Block(2, 16, 0.3)
-    one = {"params": params["encoderblock_0"]}
-    want = block.apply(one, block.apply(one, x, mask, fold_in_all(KEYS, 0)), mask, fold_in_all(KEYS, 1))
+    block = jax.jit(lambda *args: Block(2, 16, 0.3).apply({"params": params["encoderblock_0"]}, *args))
+    want = block(block(x, mask, fold_in_all(KEYS, 0)), mask, fold_in_all(KEYS, 1))
     norm = params["encoder_norm"]
     want = (want - want.mean(-1, keepdims=True)) / jnp.sqrt(want.var(-1, keepdims=True) + 1e-6)
     both = {**params, "encoderblock_1": params["encoderblock_0"]}
-    got = Transformer(2, 2, 16, 0.3).apply({"params": both}, x, mask, KEYS)
+    got = run(Transformer(2, 2, 16, 0.3), both, x, mask, KEYS)
     np.testing.assert_allclose(got, want * norm["scale"] + norm["bias"], rtol=1e-4, atol=1e-5)
 
 
@@ -97,8 +101,8 @@ def test_time_noise_and_dropout_of_a_loss_have_keys_of_their_own(entry):
             times.append(jax.random.randint(time_key, (3, 2, 1), 0, 5))
         noise.append(jax.random.normal(noise_key, (3, 2, 12)))
     draws = jnp.stack(times, 1), jnp.stack(noise, 1)
-    call = lambda keys, **options: head.apply(  # noqa: E731
-        head.groups, batch["action"], mask, keys, method="loss_terms", **options
+    call = jax.jit(
+        lambda keys, **options: head.apply(head.groups, batch["action"], mask, keys, method="loss_terms", **options)
     )
     np.testing.assert_allclose(call(KEYS)["loss"], call(KEYS, draws=draws)["loss"], rtol=1e-5)
     if "dropout_rate" in entry:  # the draws are the same, what is dropped is not
@@ -111,11 +115,13 @@ def test_dropout_of_the_score_network_is_one_mask_per_row_and_block():
     head = HeadAlone(entry)
     time, noise = jnp.full((1, 4, 2, 1), 2), jax.random.normal(jax.random.key(0), (1, 4, 2, 12))
     x = jnp.sqrt(0.5) * noise
-    run = lambda keys: head.module.apply(  # noqa: E731
-        {"params": head.params},
-        method=lambda m: m.diffusion_model(m.embed(head.groups)[None], x, time, keys),
+    score = jax.jit(
+        lambda keys: head.module.apply(
+            {"params": head.params},
+            method=lambda m: m.diffusion_model(m.embed(head.groups)[None], x, time, keys),
+        )
     )
-    plain, dropped, again = run(None), run(KEYS), run(KEYS[jnp.array([0, 1, 2, 0])])
+    plain, dropped, again = score(None), score(KEYS), score(KEYS[jnp.array([0, 1, 2, 0])])
     assert np.all(np.abs(plain - dropped).max((0, 2, 3)) > 1e-3)
     np.testing.assert_array_equal(dropped[:, :3], again[:, :3])
     assert np.any(dropped[:, 3] != again[:, 3])

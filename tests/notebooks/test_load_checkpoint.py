@@ -32,7 +32,6 @@ def execute(tmp_path, monkeypatch, checkpoint: Path):
     (site / "sitecustomize.py").write_text(NO_TENSORFLOW)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(NOTEBOOKS.parent)]))
     monkeypatch.setenv("OCTO_CHECKPOINT", str(checkpoint))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # small programs: compiling is all the work
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(NOTEBOOKS / "load_checkpoint.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "the notebook is kept without outputs"
