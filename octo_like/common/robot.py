@@ -85,17 +85,17 @@ class Action:
             raise RobotError(f"action {self.name!r}: open and closed are both {self.open}")
 
 
-def absolute(name: str, unit: str, *, proprio: int | None = None, limits=None) -> Action:
+def absolute(name: str, unit: str, *, proprio: int | None = None, limits: tuple[float, float] | None = None) -> Action:
     """A target position or angle."""
     return Action(name, "absolute", unit, limits, proprio)
 
 
-def delta(name: str, unit: str, *, proprio: int | None = None, limits=None) -> Action:
+def delta(name: str, unit: str, *, proprio: int | None = None, limits: tuple[float, float] | None = None) -> Action:
     """A change of a position or angle within one step."""
     return Action(name, "delta", unit, limits, proprio)
 
 
-def velocity(name: str, unit: str, *, proprio: int | None = None, limits=None) -> Action:
+def velocity(name: str, unit: str, *, proprio: int | None = None, limits: tuple[float, float] | None = None) -> Action:
     """A speed."""
     return Action(name, "velocity", unit, limits, proprio)
 

@@ -6,6 +6,8 @@ docs/performance.md has the figures.
 
 import functools
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import numpy as np
 MASKED = float(np.finfo(np.float32).min)
 
 
-def traced_once(function=None, **options):
+def traced_once(function: Callable | None = None, **options: Any) -> Callable:
     """`jax.jit` for the sake of tracing: calls with equal shapes and static arguments share one traced program, which
     is differentiated and lowered once as well. Layers of a transformer differ in nothing but their parameters."""
     return functools.partial(traced_once, **options) if function is None else jax.jit(function, **options)

@@ -278,7 +278,9 @@ class OpenpiPolicy:
     def create_tasks(self, texts: Sequence[str]) -> dict[str, Any]:
         return {"texts": np.array(list(texts), object)}
 
-    def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng, unnormalize: str | None = None):
+    def sample_actions(
+        self, observations: Mapping[str, Any], tasks: Any, *, rng: Any, unnormalize: str | None = None
+    ) -> np.ndarray:
         """Actions (B, H, A): one request after the other. `rng` stays here: the server draws by itself."""
         chunks = [self.infer(row, text) for row, text in zip(_rows(observations), tasks["texts"], strict=True)]
         return np.stack(chunks)

@@ -38,7 +38,10 @@ def expected_keys(batch_spec: Mapping[str, Any], statistics: Mapping[str, Any] |
 
 
 def check_observation(
-    observation: Mapping[str, Any], expected: Collection[str], allow_missing: Collection[str] = (), where="observation"
+    observation: Mapping[str, Any],
+    expected: Collection[str],
+    allow_missing: Collection[str] = (),
+    where: str = "observation",
 ) -> None:
     """Raises ValueError for a key that is missing or unknown, and for values that are not finite.
 

@@ -65,7 +65,7 @@ class ActionChunkWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.exec_horizon = exec_horizon
         self.action_space = _chunk_space(env.action_space, exec_horizon)
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         chunk = _check_chunk(self.env, action, self.exec_horizon, "exec_horizon")
         rewards, observations, infos = [], [], []
         for one in chunk[: self.exec_horizon]:
@@ -101,7 +101,7 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._chunks.clear()
         return self.env.reset(seed=seed, options=options)
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         self._chunks.append(_check_chunk(self.env, action, self.length, "length"))
         n = len(self._chunks)
         now = np.stack([chunk[n - 1 - i] for i, chunk in enumerate(self._chunks)])
@@ -121,11 +121,11 @@ class ActionFilterWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         gym.Wrapper.__init__(self, env)
         self.action_filter = action_filter
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self.action_filter.reset()
         return self.env.reset(seed=seed, options=options)
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(self.action_filter(action))
         return observation, reward, terminated, truncated, {**info, "action_filter": dict(self.action_filter.counts)}
 

@@ -22,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -139,7 +140,7 @@ def default_processes(jobs: Sequence[Job]) -> int:
     return max(1, min(MAX_PROCESSES, (os.cpu_count() or 1) // 2, total // BYTES_PER_PROCESS))
 
 
-def scan_piece(job: Job, piece: range, advance=lambda count: None) -> None:
+def scan_piece(job: Job, piece: range, advance: Callable[[int], Any] = lambda count: None) -> None:
     """Scans the files of a piece that have no part yet, in their order, and writes their parts."""
     for number in piece:
         if not _exists(job, number):
