@@ -135,14 +135,15 @@ class OpenpiServer(PolicyServer):
             connection.send(pack({"policy": "octo_like", "action_names": self.metadata["action_names"]}))
             for data in connection:
                 self.requests[client] += 1
-                try:
-                    reply = self._infer(unpack(data), episode)
-                except Exception as error:
-                    self.errors[client] += 1
-                    connection.send(f"{type(error).__name__}: {error}")
-                    connection.close(INTERNAL_ERROR, "the message before says why")
-                    return
-                connection.send(pack(reply))
+                with self._answering():
+                    try:
+                        reply = self._infer(unpack(data), episode)
+                    except Exception as error:
+                        self.errors[client] += 1
+                        connection.send(f"{type(error).__name__}: {error}")
+                        connection.close(INTERNAL_ERROR, "the message before says why")
+                        return
+                    connection.send(pack(reply))
         except (ConnectionClosed, OSError):
             pass  # a client that is done just goes
 

@@ -30,6 +30,7 @@ from octo_like.robot.safety import action_limits, check_allowed, check_observati
 # Of an observation, what says which of its frames are there.
 WINDOW_KEYS = ("timestep", "timestep_pad_mask", "pad_mask_dict", "proprio_pad_mask")
 TASK_CACHE_BYTES = 64 << 20
+ANSWER_SECONDS = 10.0  # that an end waits for replies to leave
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class PolicyServer:
         self.host, self.port, self.token, self.max_connections = host, port, token, max_connections
         self.batcher = Batcher(policy, rng_seed, max_batch)
         self.ready = threading.Event()
+        self._answered, self._unanswered = threading.Condition(), 0
         self.requests: collections.Counter[str] = collections.Counter()
         self.errors: collections.Counter[str] = collections.Counter()
         self._tasks = _TaskCache(policy)
@@ -148,6 +150,8 @@ class PolicyServer:
         finally:
             self.ready.clear()
             self.batcher.close()
+            with self._answered:
+                self._answered.wait_for(lambda: not self._unanswered, ANSWER_SECONDS)
             server.shutdown()
             thread.join()
             self._stopped.set()
@@ -221,9 +225,22 @@ class PolicyServer:
         try:
             connection.send(pack(self.metadata))
             for data in connection:
-                connection.send(pack(self._reply(data, client)))
+                with self._answering():
+                    connection.send(pack(self._reply(data, client)))
         except (ConnectionClosed, OSError) as error:
             log.info("client %s is gone: %s", client, error)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """The end waits for what happens inside: the reply has to leave before the connection is closed."""
+        with self._answered:
+            self._unanswered += 1
+        try:
+            yield
+        finally:
+            with self._answered:
+                self._unanswered -= 1
+                self._answered.notify_all()
 
     # ---------------------------------------------------------------- requests
 
