@@ -1,4 +1,4 @@
-"""Adaptation of a pretrained policy to another robot: load -> surgery -> what is trained -> the loop of pretraining.
+r"""Adaptation of a pretrained policy to another robot: load -> surgery -> what is trained -> the loop of pretraining.
 
     python finetune.py --config configs/finetune.py:lora,language --workdir runs/mine \
         --config.pretrained=runs/pretrain/export --config.data.data_dir=DIR \

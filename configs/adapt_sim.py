@@ -1,4 +1,4 @@
-"""Adaptation to simulated tasks: what scripts/benchmark_adaptation.py runs in every one of its cells.
+r"""Adaptation to simulated tasks: what scripts/benchmark_adaptation.py runs in every one of its cells.
 
     python finetune.py --config configs/adapt_sim.py:fetch,full --workdir runs/sims/try \
         --config.pretrained=runs/sims/pretrain/export --config.data.data_dir=runs/sims/data/n50

@@ -1,4 +1,4 @@
-"""Real BridgeData V2 demonstrations (a sample of 25 short episodes): shows that training on robot data works.
+r"""Real BridgeData V2 demonstrations (a sample of 25 short episodes): shows that training on robot data works.
 
     python train.py --config configs/bridge_debug.py --workdir runs/bridge --config.data.data_dir=DIR \
         --config.num_steps=50

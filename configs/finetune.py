@@ -1,4 +1,4 @@
-"""Adapt a pretrained policy to your robot with a few dozen demonstrations.
+r"""Adapt a pretrained policy to your robot with a few dozen demonstrations.
 
     python finetune.py --config configs/finetune.py:lora,language --workdir runs/mine \
         --config.pretrained=runs/pretrain/export --config.data.data_dir=DIR --config.data.datasets.target.name=my_robot

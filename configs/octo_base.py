@@ -1,4 +1,4 @@
-"""Octo-base: 93M parameters and a frozen T5-base, trained on Open X-Embodiment.
+r"""Octo-base: 93M parameters and a frozen T5-base, trained on Open X-Embodiment.
 
     python train.py --config configs/octo_base.py --workdir gs://... --config.data.data_dir=gs://... \
         --config.text.model=t5-base/spiece.model --config.text.t5_weights=t5-base

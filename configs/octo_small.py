@@ -1,4 +1,4 @@
-"""Octo-small: 27M parameters and a frozen T5-base, trained on Open X-Embodiment.
+r"""Octo-small: 27M parameters and a frozen T5-base, trained on Open X-Embodiment.
 
     python train.py --config configs/octo_small.py --workdir gs://... --config.data.data_dir=gs://... \
         --config.text.model=t5-base/spiece.model --config.text.t5_weights=t5-base

@@ -1,4 +1,4 @@
-"""One small policy for three robots of the built-in tabletop world: the embedded default, trained by `make demo`.
+r"""One small policy for three robots of the built-in tabletop world: the embedded default, trained by `make demo`.
 
 The auxiliary loss says where the things are that the instruction names; without it, learning waits on a plateau for as
 long as its seed wants (docs/experiments.md).

@@ -1,4 +1,4 @@
-"""What a model is made of, and what it looks at.
+r"""What a model is made of, and what it looks at.
 
     python scripts/show_model.py runs/demo/pretrain/export --out runs/show
     python scripts/show_model.py --config configs/octo_small.py --out runs/show

@@ -1,4 +1,4 @@
-"""A robot of your own, described once: copy this file, edit it, and use it everywhere.
+r"""A robot of your own, described once: copy this file, edit it, and use it everywhere.
 
     python scripts/check_demos.py --data_dir DATA --robot my_robot.py
     python finetune.py --config configs/finetune.py:full,robot=my_robot.py --workdir runs/mine \
