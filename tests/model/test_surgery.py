@@ -272,7 +272,7 @@ def test_conditioning():
 @pytest.mark.parametrize(
     "changes,conditioning,goals,words",
     [
-        ({}, "goals", (), ["goals", "language, goal_image, both"]),
+        ({}, "goals", (), ["goals", "both, goal_image, language"]),
         ({}, "langage", (), ["did you mean 'language'"]),
         ({}, "language", ("primary",), ["goal_images", "both"]),
         ({}, "both", ("front",), ["image_front"]),

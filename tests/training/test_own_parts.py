@@ -146,7 +146,7 @@ def test_the_export_loads_from_another_folder_when_its_module_is_named(workdir, 
 def test_it_acts_behind_a_server_with_its_history(workdir, importable):
     policy = Policy.load_pretrained(workdir / "export", modules=[MODULE])
     with PolicyServer(policy, unnormalize="my_robot", port=0).running() as server:
-        with PolicyClient(port=server.port) as client:
+        with PolicyClient(port=server.port, limits=False) as client:
             for force in (1.0, 5.0):
                 frame = {"image_primary": np.full((32, 32, 3), 90, np.uint8), "force": np.full(6, force)}
                 got = client.act(frame, "push")

@@ -208,7 +208,11 @@ def test_scalars_are_never_split():
 
 @pytest.mark.parametrize(
     ("data", "fsdp", "message"),
-    [(-1, -1, "only one of"), (7, 3, "does not use the 1 devices"), (-1, 3, "does not use the 1 devices")],
+    [
+        (-1, -1, "only one of"),
+        (7, 3, "mesh.data=7, but the number"),
+        (-1, 3, "mesh.fsdp=3, but the number of devices is 1"),
+    ],
 )
 def test_meshes_that_do_not_exist(data, fsdp, message):
     with pytest.raises(ValueError, match=message):
