@@ -155,7 +155,8 @@ def override(config: ConfigDict, key: str, text: str, *, open_groups: Sequence[s
       ConfigError: unknown key (with the closest valid ones), or text that is not of the field's type.
     """
     *parents, last = key.split(".")
-    node, seen = config, []
+    node = config
+    seen: list[str] = []
     for part in parents:
         if part not in node:
             if not _is_open(".".join(seen), open_groups):
@@ -192,6 +193,7 @@ def _unknown_key(config: ConfigDict, key: str, node: ConfigDict, seen: list[str]
     every = [path for path, _ in _flatten(config, groups=True)]
     siblings = sorted(node.keys())
     close = nearest(part, siblings)
+    suggestion: str | None
     if close:
         rest = key.split(".")[len(seen) + 1 :]
         suggestion = ".".join([*seen, close[0], *rest])

@@ -30,7 +30,7 @@ class SyntheticStream:
         local = batch_size // process_count
         self._rows = slice(process_index * local, (process_index + 1) * local)
         self.order_spec: dict[str, Any] = {"synthetic": {"seed": seed, "batch_size": batch_size}}
-        self.dataset_names = ("synthetic",)
+        self.dataset_names: tuple[str, ...] = ("synthetic",)
         self.statistics = {"synthetic": _unit_statistics(spec)}
 
     def __iter__(self) -> Iterator[Tree]:

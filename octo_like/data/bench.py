@@ -66,7 +66,8 @@ def make_datasets(
             result.append(buffer.getvalue())
         return result
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    # TFDS brings no types: mypy looks for the argument in `object.__init_subclass__`.
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         code_path = epath.Path(__file__)
         VERSION = tfds.core.Version("1.0.0")
         number = 0
@@ -131,7 +132,8 @@ class Decodes:
     """Counts the frames that batches decode, and keeps the first of them with the sizes they are decoded to."""
 
     def __init__(self, keep: int):
-        self.count, self.kept = 0, []
+        self.count = 0
+        self.kept: list[tuple[bytes, tuple[int, int]]] = []
         self._keep, self._lock = keep, threading.Lock()
 
     @contextlib.contextmanager

@@ -38,7 +38,8 @@ DEFAULT_VAL_SHARE = 20  # one episode of so many is made for validation unless a
 
 def save_episode(path: str | pathlib.Path, episode: Mapping[str, Any]) -> None:
     """Writes an episode as `load_episodes` reads it."""
-    np.savez_compressed(path, **{key: np.asarray(value) for key, value in flatten(episode)})
+    arrays: dict[str, Any] = {key: np.asarray(value) for key, value in flatten(episode)}
+    np.savez_compressed(path, **arrays)
 
 
 def load_episodes(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -187,7 +188,7 @@ def _index(function: MemoryFunction, split: str) -> Index:
     count, steps = len(episodes), np.array([len(e.action) for e in episodes], np.int32)
 
     def nbytes(e: RawEpisode) -> int:
-        parts = (*e.images.values(), *e.depths.values(), *e.extras.values())
+        parts: tuple[Any, ...] = (*e.images.values(), *e.depths.values(), *e.extras.values())  # nothing is encoded
         return e.action.nbytes + sum(part.nbytes for part in parts)
 
     return Index(
@@ -241,7 +242,9 @@ def prepare_in_memory(
     return PreparedDataset(key, spec, function, train, val, statistics, instructions, "memory", "memory")
 
 
-def _filtered(spec: DatasetSpec, function: MemoryFunction, index: Index, split: str, statistics: Mapping) -> Index:
+def _filtered(
+    spec: DatasetSpec, function: MemoryFunction, index: Index, split: str, statistics: Mapping[str, Any]
+) -> Index:
     if not filters.has_filters(spec):
         return index
     usable = []

@@ -77,10 +77,10 @@ def inputs_from_config(
     eval_size = config.eval.batch_size or config.batch_size
     if data.kind == "synthetic":
         vocab = tokenizer.vocab_size if tokenizer else 100
-        stream = SyntheticStream(spec, config.batch_size, config.seed, vocab, process_index, process_count)
-        validation = SyntheticStream(spec, eval_size, config.seed + 1, vocab, process_index, process_count)
-        batches = [next(validation) for _ in range(min(config.eval.batches, 2))]
-        return Inputs(stream, {"synthetic": batches}, stream.statistics, {})
+        made = SyntheticStream(spec, config.batch_size, config.seed, vocab, process_index, process_count)
+        held_out = SyntheticStream(spec, eval_size, config.seed + 1, vocab, process_index, process_count)
+        batches = [next(held_out) for _ in range(min(config.eval.batches, 2))]
+        return Inputs(made, {"synthetic": batches}, made.statistics, {})
     _check(data, config.batch_size, process_count)
 
     settings = settings_from_config(config)
@@ -101,7 +101,7 @@ def inputs_from_config(
             "head": specs[name].head,
             **({"held_out": specs[name].held_out()} if data.kind == "rlds" else {}),
             **({} if specs[name].robot is None else {"robot": specs[name].robot}),
-            **({} if specs[name].relative_to is None else {"relative_to": list(specs[name].relative_to)}),
+            **({} if (relative := specs[name].relative_to) is None else {"relative_to": list(relative)}),
         }
         for name, stats in stream.statistics.items()
     }

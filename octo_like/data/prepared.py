@@ -26,8 +26,11 @@ class EpisodeFunction(Protocol):
       extra_shapes: of one step's values of each other sensor.
     """
 
-    spec: DatasetSpec
-    definition: Mapping[str, Any]
+    @property
+    def spec(self) -> DatasetSpec: ...
+
+    @property
+    def definition(self) -> Mapping[str, Any]: ...
 
     @property
     def random_ops(self) -> tuple[str, ...]: ...
@@ -82,7 +85,7 @@ class PreparedDataset:
 
 def problem_of(raw: RawEpisode) -> str | None:
     """Why an episode cannot be used: parts of other lengths, or numbers that are not finite. None: it can."""
-    parts = {"proprio": raw.proprio, "language": raw.texts}
+    parts: dict[str, Sequence[Any] | np.ndarray | None] = {"proprio": raw.proprio, "language": raw.texts}
     for what, named in (
         ("camera", raw.images),
         ("depth of", raw.depths),
@@ -123,7 +126,8 @@ def statistics_of(key: str, spec: DatasetSpec, episodes: Sequence[RawEpisode]) -
     first = episodes[0]
     statistics: dict[str, Any] = {"action": of([e.action.reshape(-1, e.action.shape[-1]) for e in episodes])}
     if first.proprio is not None:
-        statistics["proprio"] = of([e.proprio for e in episodes])
+        proprio: list[Any] = [e.proprio for e in episodes]  # all have it, or none
+        statistics["proprio"] = of(proprio)
     if first.extras:
         statistics["extra"] = {
             name: of([e.extras[name].reshape(len(e.action), -1) for e in episodes]) for name in first.extras

@@ -144,7 +144,7 @@ class DatasetSpec:
             raise DataError(f"{self.name}: weight must be a finite number, not negative, got {self.weight}")
         self._check_filters()
         if self.source is not None:
-            self._check_source()
+            self._check_source(self.source)
         if (self.relative_to is None) != (self.chunk_length is None):
             raise DataError(f"{self.name}: relative_to and chunk_length go together, give both or none")
         if self.relative_to is not None and not self.proprio_keys:
@@ -164,9 +164,9 @@ class DatasetSpec:
                     f"{self.name}: {field} must be {what}{'' if field in required else ' or None'}, got {value!r}"
                 )
 
-    def _check_source(self) -> None:
-        if ":" not in self.source:
-            raise DataError(f"{self.name}: source must be 'module:function', got {self.source!r}")
+    def _check_source(self, source: str) -> None:
+        if ":" not in source:
+            raise DataError(f"{self.name}: source must be 'module:function', got {source!r}")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         of_files = ("version", "val_split", "num_demos", "filter", "subsample_length", *self.filter_fields())
         changed = [field for field in dict.fromkeys(of_files) if getattr(self, field) != defaults[field]]

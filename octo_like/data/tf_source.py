@@ -64,6 +64,7 @@ class TrajectoryFunction:
             make, code = registry.resolve(spec.source)
         except DataError as error:
             raise DataError(f"{spec.name}: {str(error).replace('standardize=', 'source=')}") from error
+        assert make is not None  # a spec of a source names one
         transform, transform_code = registry.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
         self.definition = {
             **spec.transform_fields(),
@@ -106,7 +107,7 @@ class TrajectoryFunction:
         return int(width)
 
 
-def _trajectories(make: Callable[[], Any], spec: DatasetSpec) -> tf.data.Dataset:
+def _trajectories(make: Callable[..., Any], spec: DatasetSpec) -> tf.data.Dataset:
     if inspect.signature(make).parameters:
         raise DataError(f"{spec.name}: source={spec.source!r} must be a function without arguments")
     made = make()
@@ -221,7 +222,9 @@ class PooledEpisodes(EpisodeSet):
         self._pool: list[tuple[int, Episode, list[int]]] = []
 
     def _endless(self, processes: Processes) -> Iterator[Mapping[str, Any]]:
-        share = self.prepared.function.dataset.shard(processes.count, processes.index)
+        function = self.prepared.function
+        assert isinstance(function, TrajectoryFunction)  # of a source
+        share = function.dataset.shard(processes.count, processes.index)
         while True:
             empty = True
             for item in share.as_numpy_iterator():

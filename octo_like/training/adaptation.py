@@ -323,7 +323,7 @@ def with_schedule(config: Any, transitions: int, *, validated: bool = True) -> F
     return freeze(tree)
 
 
-def check_actions(model: OctoModel, statistics: Mapping[str, Mapping]) -> list[str]:
+def check_actions(model: OctoModel, statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """`check_datasets`, with the flags of finetune.py that help. Returns the heads that no dataset trains.
 
     Raises:
@@ -331,7 +331,7 @@ def check_actions(model: OctoModel, statistics: Mapping[str, Mapping]) -> list[s
     """
     for dataset, entry in statistics.items():
         head, width = entry.get("head"), len(entry["action"]["mean"])
-        if head in model.heads and width > model.heads[head].action_dim:
+        if head is not None and head in model.heads and width > model.heads[head].action_dim:
             raise ConfigError(
                 f"{dataset}: its actions have {width} dimensions, but its head {head!r} has "
                 f"{model.heads[head].action_dim}. Widen it, which keeps what it knows of the first ones: "
@@ -400,6 +400,7 @@ def make_weights(
     weights, targets = _weights(config, params, model_config, pretrained, vocab_size, untrained_heads)
     if weights.adapters is None:
         return weights
+    assert weights.report is not None  # factors are for loaded kernels only
     adapted = lora.add_adapters(weights.params, targets, weights.adapters, jax.random.fold_in(rng, 1))
     params = jax.tree.map(np.asarray, adapted)
     return dataclasses.replace(weights, params=params, report=weights.report.with_adapters(params))

@@ -184,13 +184,15 @@ class _Draws:
     key: jax.Array
     config: Augmentation
 
-    def uniform(self, operation: int, low: float, high: float) -> jax.Array:
+    def uniform(self, operation: int, low: jax.Array | float, high: jax.Array | float) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(self.key, operation), (), minval=low, maxval=high)
 
     def box(self) -> jax.Array:
         """(y1, x1, y2, x2) of the crop. A side that would be longer than the image is cut to it."""
+        assert self.config.crop_scale is not None  # who does not crop draws no box
         scale = self.uniform(0, *self.config.crop_scale)
-        ratio = jnp.exp(self.uniform(1, *(jnp.log(r) for r in self.config.crop_ratio)))
+        narrow, wide = self.config.crop_ratio
+        ratio = jnp.exp(self.uniform(1, jnp.log(narrow), jnp.log(wide)))
         height, width = jnp.minimum(1.0, jnp.sqrt(scale / ratio)), jnp.minimum(1.0, jnp.sqrt(scale * ratio))
         top, left = self.uniform(2, 0.0, 1.0) * (1 - height), self.uniform(3, 0.0, 1.0) * (1 - width)
         return jnp.stack([top, left, top + height, left + width])
@@ -200,7 +202,7 @@ class _Draws:
         if self.config.shift is None:
             return x
 
-        down, right = self.moved(x.shape[1:3])
+        down, right = self.moved((x.shape[1], x.shape[2]))
         rows = jnp.clip(jnp.arange(x.shape[1]) + down, 0, x.shape[1] - 1)
         columns = jnp.clip(jnp.arange(x.shape[2]) + right, 0, x.shape[2] - 1)
         return x[:, rows][:, :, columns]

@@ -263,7 +263,7 @@ class Checkpointer:
         if not steps or (step is not None and step not in steps):
             wanted = "a checkpoint" if step is None else f"step {step}"
             raise CheckpointNotFound(f"{wanted} was expected in {self.directory}; found {contents(self.directory)}")
-        reasons = {}
+        reasons: dict[int, str] = {}
         for candidate in [step] if step is not None else sorted(steps, reverse=True):
             result, reason = self._try_restore(candidate, abstract_state, cast)
             if reason is None:
@@ -274,10 +274,11 @@ class Checkpointer:
         details = "\n".join(f"  step {s}: {reason}" for s, reason in reasons.items())
         raise CheckpointDamaged(f"no good checkpoint in {self.directory}:\n{details}")
 
-    def _try_restore(self, step: int, abstract_state: Any, cast: bool):
+    def _try_restore(self, step: int, abstract_state: Any, cast: bool) -> tuple[Any, str | None]:
         """((state, extra), None) or (None, why the step is damaged), the same on every process."""
         folder = self.directory / str(step)
-        manifest, problem = None, None
+        manifest: Manifest | None = None
+        problem: CheckpointError | None = None
         try:
             manifest = read_manifest(folder)
             if jax.process_index() == 0:
@@ -287,6 +288,7 @@ class Checkpointer:
         try:
             if (problem := storage.agree(problem)) is not None:
                 raise problem
+            assert manifest is not None  # or there would be a problem
             names, treedef = named_leaves(abstract_state)
             check_structure(names, manifest, folder, cast)
             with jax.transfer_guard("allow"):

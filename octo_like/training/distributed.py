@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num_processes", type=int)
     group.add_argument("--process_id", type=int)
-    seconds = dict(type=int, metavar="SECONDS")
+    seconds: dict[str, Any] = dict(type=int, metavar="SECONDS")
     group.add_argument("--heartbeat_timeout", default=100, **seconds, help="silence that means death")
     group.add_argument("--init_timeout", default=300, **seconds, help="how long to wait for all processes to be there")
     group.add_argument("--shutdown_timeout", default=300, **seconds, help="how long to wait for all to be done")
@@ -74,7 +74,11 @@ def initialize(
     for name, seconds in timeouts.items():
         if seconds < 1:
             raise ValueError(f"--{name} must be at least 1 second, got {seconds}")
-    explicit = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    explicit: dict[str, Any] = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
     given = [name for name, value in explicit.items() if value is not None]
     if given and distributed == "off":
         raise ValueError(f"--distributed=off contradicts --{given[0]}")
@@ -83,7 +87,7 @@ def initialize(
         raise ValueError(f"--{given[0]} was given, but not {', '.join(missing)}: pass all three or none")
     if distributed == "off" or jax.distributed.is_initialized():
         return jax.distributed.is_initialized()
-    limits = dict(
+    limits: dict[str, Any] = dict(
         heartbeat_timeout_seconds=heartbeat_timeout,
         initialization_timeout=init_timeout,
         shutdown_timeout_seconds=shutdown_timeout,
@@ -149,8 +153,10 @@ def from_main(name: str, value: str | None, *, seconds: float = 600.0) -> str:
       jax.errors.JaxRuntimeError: it did not come within so many seconds.
     """
     if process_count() == 1:
+        assert value is not None  # it is process 0
         return value
     if process_id() == 0:
+        assert value is not None
         coordination_client().key_value_set(name, value)
         return value
     return coordination_client().blocking_key_value_get(name, int(1000 * seconds))

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from octo_like.common.schema import BatchSpec, synthetic_batch
@@ -34,7 +33,7 @@ def step_flops(
 
     def program(trained, rest):
         def loss(trained):
-            terms = plain.apply({"params": join_params(trained, rest)}, batch, keys, False, method="loss_terms")
+            terms: Any = plain.apply({"params": join_params(trained, rest)}, batch, keys, False, method="loss_terms")
             return total_loss(plain, terms, plain.counts(batch))
 
         return jax.value_and_grad(loss)(trained)
@@ -42,7 +41,7 @@ def step_flops(
     return batch_size * matmul_flops(program, trained, rest)
 
 
-def _reference(model: nn.Module) -> nn.Module:
+def _reference(model: OctoModel) -> OctoModel:
     """The same network without rematerialisation and special attention kernels: what it has to compute, not how."""
     transformer = model.octo_transformer
     options = {**dict(transformer.transformer), "remat": "none", "attention": "xla"}

@@ -39,9 +39,10 @@ def mfu(flops_per_step: float, seconds_per_step: float, devices: Sequence[jax.De
       devices: default: all devices of the run.
     """
     peaks = [peak_flops(device) for device in (jax.devices() if devices is None else devices)]
-    if None in peaks or seconds_per_step <= 0:
+    known = [peak for peak in peaks if peak is not None]
+    if len(known) < len(peaks) or seconds_per_step <= 0:
         return None
-    return flops_per_step / (seconds_per_step * sum(peaks))
+    return flops_per_step / (seconds_per_step * sum(known))
 
 
 def memory_stats() -> dict[str, float]:

@@ -115,7 +115,11 @@ class MetricsWriter:
             with tolerated(f"image {name} of step {step}"):
                 Image.fromarray(image).save(self._media(name, step, "png"))
             self._to_tensorboard("add_image", name, image, step, dataformats="HWC")
-            self._to_wandb(lambda wandb, name=name, image=image: {name: wandb.Image(image)}, step)
+
+            def picture(wandb: Any, name: str = name, image: np.ndarray = image) -> dict[str, Any]:
+                return {name: wandb.Image(image)}
+
+            self._to_wandb(picture, step)
 
     def video(self, step: int, name: str, frames: np.ndarray | Sequence[np.ndarray], *, fps: float = 10.0) -> None:
         """Writes (t, h, w, 3) uint8 frames as an animated GIF, also as media/<name>/<step>.gif."""

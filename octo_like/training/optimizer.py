@@ -46,6 +46,7 @@ def make_schedule(
         elif name == "rsqrt":
             after = peak / jnp.sqrt((s + timescale) / timescale)
         else:
+            assert decay_steps is not None  # a cosine schedule without was refused above
             span = decay_steps - warmup_steps
             after = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(s, span) / span))
         if warmup_steps == 0:
@@ -145,7 +146,7 @@ def make_optimizer(
 def _matrices(params: Mapping[str, jax.Array]) -> dict[str, Any]:
     """The kernels that Muon orthogonalises, as matrices from inputs to outputs; everything else is for its AdamW."""
 
-    def matrix(path, leaf):
+    def matrix(path: str, leaf: Any) -> Any:
         *_, layer, last = ("", *path.split("/"))
         if last != "kernel" or isinstance(leaf, optax.MaskedNode) or leaf.ndim < 2:
             return None
@@ -187,7 +188,8 @@ def frozen_paths(params: Mapping[str, Any], patterns: Sequence[str]) -> frozense
 
 def split_params(params: Mapping[str, Any], frozen: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trained, frozen) as flat dicts by path: gradients, optimizer state and averages exist for the first only."""
-    trained, rest = {}, {}
+    trained: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for path, leaf in flatten(params):
         (rest if path in frozen else trained)[path] = leaf
     return trained, rest

@@ -72,6 +72,7 @@ class Peers:
 
     def first(self) -> Failure | None:
         """The failure that was reported first, if any."""
+        assert self._client is not None  # a lone process has nobody to ask, and does not
         try:
             return Failure(**json.loads(self._client.key_value_try_get(_KEY)))
         except jax.errors.JaxRuntimeError:

@@ -285,6 +285,7 @@ def probe_points(
 
 def action_errors(policy: Any, frames: Frames, task: str, *, seed: int = 0) -> list[ActionErrors]:
     """Errors of one sampled chunk per frame, for every dataset and phase; a frame's noise depends on seed and row."""
+    assert frames.action is not None  # without actions there is nothing to ask
     result = []
     for dataset in frames.datasets:
         unnormalize = dataset if policy.statistics else None
@@ -343,12 +344,14 @@ def attention_shares(
     for label, span in zip(labels, spans.values(), strict=True):
         of_column[span, columns.index(label)] = 1
     grids = _grids(policy, spans, last)
-    share, shown, shown_maps = {}, [], {camera: [] for camera in grids}
+    share: dict[str, np.ndarray] = {}
+    shown: list[int] = []
+    shown_maps: dict[str, list[np.ndarray]] = {camera: [] for camera in grids}
     for i, dataset in enumerate(frames.datasets):
         rows = _rows(frames, dataset, limit)
         # As many of each dataset as can be, the rest of the first ones.
         here = _spread(rows, maps // len(frames.datasets) + (i < maps % len(frames.datasets)))
-        total = 0.0
+        total: Any = 0.0  # (layers, groups) after the first
         for batch, count in batches(rows, RECORDED):
             weights = _readout_weights(policy, frames, dataset, batch, task, report, spans[readouts[0], last])[:count]
             total = total + (weights @ of_column).sum(0)
@@ -420,7 +423,8 @@ def gradient_norms(
         counts = {name: sum(float(count[name]) for count in each) for name in each[0]}
         if not any(counts.values()):
             continue
-        total, grads = 0.0, None
+        total = 0.0
+        grads: Any = None
         for part in parts:
             value, grad = program(policy.params, part, sample_keys(seed, 0, part["sample_id"]), counts)
             total += float(value)
@@ -436,6 +440,7 @@ def loss_batch(policy: Any, frames: Frames, dataset: str, rows_b: np.ndarray, co
     statistics = policy.statistics.get(dataset)
     observation, tasks = frames.inputs(policy, dataset, rows_b, task)
     index_bw, _, _ = frames.window(rows_b, spec.window_size)
+    assert frames.action is not None  # a loss needs actions
     width = action_width(policy, dataset, min(spec.action_dim, frames.action.shape[-1]))
     action = frames.action[index_bw][:, :, : spec.action_horizon, :width]
     if statistics is not None:

@@ -93,10 +93,12 @@ class Frames:
         observation["pad_mask_dict"] = {key: pad for key, pad in pads.items() if key in observation}
         given: dict[str, Any] = {}
         if how in ("text", "both"):
+            assert self.instruction is not None  # `ways` says so
             given["texts"] = [str(text) for text in self.instruction[rows_b]]
         if how in ("goal", "both"):
             given["goals"] = {key: array[rows_b] for key, array in self.goals.items()}
         if how == "embedding":
+            assert self.embedding is not None  # `ways` says so
             given["embeddings"] = self.embedding[rows_b]
         return observation, policy.create_tasks(**given)
 
@@ -169,9 +171,10 @@ def frames_from_arrays(arrays: Mapping[str, np.ndarray], policy: Any, where: str
     Raises:
       FrameError: naming every array that is missing, unknown or of another shape, and the shape expected.
     """
-    if np.ndim(arrays.get("episode")) != 1 or not np.size(arrays["episode"]):
-        raise FrameError(f"{where}: episode: expected (N,) int with N > 0, got {_describe(arrays.get('episode'))}")
-    n, spec = len(arrays["episode"]), policy.batch_spec
+    episode = arrays.get("episode")
+    if episode is None or np.ndim(episode) != 1 or not np.size(episode):
+        raise FrameError(f"{where}: episode: expected (N,) int with N > 0, got {_describe(episode)}")
+    n, spec = len(episode), policy.batch_spec
     known = {key: leaf for key, leaf in spec.observation().items() if key in spec.observation()["pad_mask_dict"]}
     expected = {key: ((n, *leaf.shape[1:]), leaf.dtype.kind) for key, leaf in known.items()}
     expected |= {f"present_{key}": ((n,), "b") for key in known}

@@ -57,8 +57,10 @@ def _mean(values: np.ndarray) -> float:
 
 def attention_rows(probed: Probed) -> list[list[str]]:
     """Header, and for each dataset and layer the share of every token group."""
-    rows = [["dataset", "layer", *probed.attention.groups]]
-    for dataset, share in probed.attention.share.items():
+    attention = probed.attention
+    assert attention is not None  # who calls has looked
+    rows = [["dataset", "layer", *attention.groups]]
+    for dataset, share in attention.share.items():
         rows += [[dataset, str(i), *(_number(value) for value in layer)] for i, layer in enumerate(share)]
     return rows
 
@@ -222,6 +224,7 @@ def _draw_errors(probed: Probed):
 
 def _draw_shares(probed: Probed):
     """A panel per dataset: layers by token groups."""
+    assert probed.attention is not None  # who calls has looked
     shares, groups = probed.attention.share, probed.attention.groups
     layers = len(next(iter(shares.values())))
     figure = _figure(1.5 + (0.6 * len(groups) + 0.8) * len(shares), 2.4 + 0.3 * layers)
@@ -238,6 +241,7 @@ def _draw_shares(probed: Probed):
 def _draw_maps(probed: Probed, camera: str):
     """A row per frame: the image, the mean over layers, and the last layer; crosses where things are (primary only)."""
     frames, attention = probed.frames, probed.attention
+    assert attention is not None  # who calls has looked
     figure = _figure(7.5, 2.7 * len(attention.rows))
     axes = figure.subplots(len(attention.rows), 3, squeeze=False)
     for row, index, layers in zip(axes, attention.rows, attention.maps[camera], strict=True):

@@ -184,7 +184,7 @@ def optimizer_from_config(config: Any) -> tuple[Schedule, optax.GradientTransfor
     )
 
 
-def jit_train_step(train_step: Callable, shardings: Any, mesh: jax.sharding.Mesh):
+def jit_train_step(train_step: Callable, shardings: Any, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """The step as it runs: state donated and placed as `shardings` say, batch split over the mesh."""
     return jax.jit(
         sharding.traced_on(mesh, train_step),

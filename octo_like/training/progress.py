@@ -40,7 +40,8 @@ class Progress:
         self._interval, self._clock = interval, clock
         self._begun: tuple[float, int] | None = None
         self._last: tuple[float, int] | None = None
-        self._step, self._metrics = initial, {}
+        self._step = initial
+        self._metrics: dict[str, float] = {}
         self._bar = None
         if self._enabled and self._stream.isatty():
             self._bar = tqdm.tqdm(
@@ -56,6 +57,7 @@ class Progress:
         if self._begun is None:
             # The first step compiles: it would spoil the rate.
             self._begun = self._last = (now, step)
+        assert self._last is not None  # set together with _begun
         if not self._enabled:
             return
         if self._bar is not None:

@@ -94,8 +94,8 @@ class BestSteps:
                     self._metrics[step] = read_manifest(self._folder / str(step)).metric
                 except CheckpointDamaged:
                     self._metrics[step] = None
-        measured = [step for step in steps if self._metrics[step] is not None]
-        return sorted(measured, key=lambda step: (self._sign * self._metrics[step], -step))
+        measured = [(self._sign * metric, -step) for step in steps if (metric := self._metrics[step]) is not None]
+        return [-negative for _, negative in sorted(measured)]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Called by Orbax."""

@@ -73,8 +73,8 @@ def resume(run: Run, checkpointer: Checkpointer, workdir: Workdir, program: Prog
     saved = checkpointer.read()
     for change in check_resume(comparable(saved.metadata["config"]), comparable(to_dict(options))):
         log.warning("resumed with %s", change)
-    for change in provenance.differences(saved.metadata.get("code"), provenance.code_version()):
-        log.warning("resumed by other code: %s", change)
+    for difference in provenance.differences(saved.metadata.get("code"), provenance.code_version()):
+        log.warning("resumed by other code: %s", difference)
     state, extra = checkpointer.restore(None, program.state)
     run.inputs.resume(extra["order_spec"], extra["position"])
     began = extra.get("began", {"loaded_from": "unknown", "init_from": wanted})  # older checkpoints do not say

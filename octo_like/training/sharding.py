@@ -11,12 +11,12 @@ the fsdp axis divides; regexes of paths (config.mesh.overrides) override the inf
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from octo_like.common.schema import BatchSpec, flatten, unflatten
@@ -72,7 +72,7 @@ def _position(device: jax.Device) -> tuple[int, int, int]:
     return _slice_of(device), device.process_index, device.id
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
@@ -225,7 +225,7 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
     return jax.device_get(tree)
 
 
-def traced_on(mesh: Mesh, function):
+def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, traced so that kernels which the compiler cannot divide run on every device's own rows."""
     rows = P(BATCH_AXES)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from octo_like.model.octo import OctoModel, total_loss
@@ -40,7 +41,7 @@ class StepConfig:
     augmentation: Mapping[str, Augmenter] = dataclasses.field(default_factory=dict)
 
 
-def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array) -> jax.Array:
+def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array | np.ndarray) -> jax.Array:
     """One key per sample: (B,) from (B,) ids."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, sample_id)
@@ -93,7 +94,8 @@ def make_train_step(
 
         # A step whose gradient is not finite changes nothing but the counters.
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             trained=keep(trained, state.trained),
             opt_state=keep(opt_state, state.opt_state),
@@ -157,7 +159,8 @@ def mean_terms(terms: Mapping[str, Mapping[str, jax.Array]], counts: Mapping[str
 
 def loss_by_sample(model: OctoModel, sown: Mapping[str, Any], rows: int) -> dict[str, jax.Array]:
     """{"loss", "count"} (B,) of what the heads offered under "by_sample"; no gradient flows through it."""
-    loss = count = 0.0
+    loss: Any = 0.0
+    count: Any = 0.0
     for name, head in model.heads.items():
         mean, entries = reported_losses(sown, name, head, rows)
         loss, count = loss + model.head_weights.get(name, 1.0) * mean, count + entries

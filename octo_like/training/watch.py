@@ -188,7 +188,8 @@ class Watchdog:
         self._seconds, self._patience, self._exit = seconds or 0, patience, exit
         self._limits = {**(limits or {}), "steps": self._seconds * patience}  # until the first step has finished
         self._leave = leave or (lambda status, reason: os._exit(status))
-        self._phase, self._step, self._reported = "steps", None, False
+        self._phase, self._reported = "steps", False
+        self._step: int | None = None
         self._limit, self._mark = self._limits["steps"], time.monotonic()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -285,7 +286,7 @@ class ProfileSteps:
 
     def after(self, step: int, result: Any) -> None:
         """Call after it was started, with one of its results; waits for it when it is the last one."""
-        if self._active and step >= self._window[1] - 1:
+        if self._active and self._window is not None and step >= self._window[1] - 1:
             jax.block_until_ready(result)
             self.close()
 

@@ -46,11 +46,11 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
                 f"model.heads.{head}.action_dim={width} (adapting: --config.surgery.heads.{head}.action_dim={width}, "
                 "which keeps what the head knows of the first ones)"
             )
-        width = prepared.function.proprio_dim
-        if width is not None and spec.proprio_dim is not None and width > spec.proprio_dim:
+        proprio = prepared.function.proprio_dim
+        if proprio is not None and spec.proprio_dim is not None and proprio > spec.proprio_dim:
             raise DataError(
-                f"{prepared.key}: observation/proprio has {width} dimensions, but batches hold {spec.proprio_dim}; set "
-                f"--config.proprio_dim to at least {width}"
+                f"{prepared.key}: observation/proprio has {proprio} dimensions, but batches hold {spec.proprio_dim}; "
+                f"set --config.proprio_dim to at least {proprio}"
             )
         cameras = {slot for slot, key in prepared.spec.image_keys.items() if key is not None}
         unknown = sorted(cameras - set(spec.image_sizes) - set(COMMON_SLOTS))

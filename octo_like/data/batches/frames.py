@@ -124,7 +124,7 @@ class RawEpisode:
 def as_points(values: np.ndarray) -> np.ndarray:
     """(T, 2) float32 columns and rows, as fractions of the image, of points (T, 2) or of the middles of boxes (T, 4),
     (left, top, right, bottom). What is not known, or lies outside the picture, is NaN."""
-    points = np.asarray(values, np.float32)
+    points: np.ndarray = np.asarray(values, np.float32)
     if points.shape[-1] == 4:
         points = (points[:, :2] + points[:, 2:]) / 2
     seen = ((points >= 0) & (points <= 1)).all(-1, keepdims=True)  # NaN is neither
@@ -184,7 +184,7 @@ def decode_frames(contents: Sequence[bytes | EncodedFrame], size: tuple[int, int
     out = np.empty((len(contents), *size, 3), np.uint8)
     for position, (frame, target) in enumerate(zip(contents, out, strict=True)):
         try:
-            decode_frame(frame, tuple(size), mode, target)
+            decode_frame(frame, (size[0], size[1]), mode, target)
         except FrameError as error:
             raise FrameError(position, str(error)) from error
     return out
@@ -196,10 +196,11 @@ def _reason(what: str, contents: bytes, error: tf.errors.OpError) -> str:
 
 def resize_frame(image: np.ndarray, size: tuple[int, int], mode: str, out: np.ndarray) -> None:
     """A raw (h, w, 3) uint8 image into `out`, (*size, 3) uint8."""
-    if image.shape[:2] == tuple(size):
+    height, width = size
+    if image.shape[:2] == (height, width):
         out[...] = image
     else:
-        resample_uint8(image, tuple(size), KERNELS[mode], out)
+        resample_uint8(image, (height, width), KERNELS[mode], out)
 
 
 def resize_frames(images: np.ndarray, size: tuple[int, int], mode: str = "parity") -> np.ndarray:
@@ -235,8 +236,8 @@ def depth_to_metres(values: np.ndarray, scale: float | None) -> np.ndarray:
 
 def resize_depth(depth: np.ndarray, size: tuple[int, int], scale: float | None) -> np.ndarray:
     """A raw (h, w) or (h, w, 1) depth map to (*size, 1) float32 metres: the nearest pixel of each."""
-    depth = depth.reshape(depth.shape[:2])
-    return depth_to_metres(depth[nearest(depth.shape, size)], scale)[..., None]
+    height, width = depth.shape[:2]
+    return depth_to_metres(depth.reshape(height, width)[nearest((height, width), size)], scale)[..., None]
 
 
 def decode_depth(contents: bytes | EncodedFrame, size: tuple[int, int], scale: float | None) -> np.ndarray:

@@ -141,8 +141,10 @@ class FrameGatherer:
         first, *others = job.targets
         try:
             if job.depth:
-                decode = frames.resize_depth if isinstance(job.stored, np.ndarray) else frames.decode_depth
-                first[...] = decode(job.stored, first.shape[:2], spec.depth_scale)
+                if isinstance(job.stored, np.ndarray):
+                    first[...] = frames.resize_depth(job.stored, first.shape[:2], spec.depth_scale)
+                else:
+                    first[...] = frames.decode_depth(job.stored, first.shape[:2], spec.depth_scale)
             elif isinstance(job.stored, np.ndarray):
                 frames.resize_frame(job.stored, first.shape[:2], self._decode, first)
             else:

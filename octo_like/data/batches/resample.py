@@ -63,7 +63,7 @@ def _bands(n: int, m: int, kernel: str) -> _Bands:
     ratio = math.gcd(n, m)
     # Outputs per block: a multiple of m/ratio that divides m, so that its inputs are a whole number too.
     p = next(m // ratio * k for k in range(1, ratio + 1) if ratio % k == 0 and (m // ratio * k >= _BLOCK or k == ratio))
-    step = p * n // m
+    step: int | None = p * n // m
     if p > _LONGEST and m > _LONGEST:
         p, step = _BLOCK, None
     full = axis_weights(n, m, kernel)

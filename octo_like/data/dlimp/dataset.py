@@ -75,7 +75,7 @@ class TrajectoryDataset(tf.data.Dataset):
         """
         features, parts = records.split_parts(builder, split)
         paths, skips, takes = zip(*parts, strict=True)
-        files = tf.data.Dataset.from_tensor_slices((list(paths), np.int64(skips), np.int64(takes)))
+        files = tf.data.Dataset.from_tensor_slices((list(paths), np.array(skips, np.int64), np.array(takes, np.int64)))
         serialized = _read(
             files,
             len(parts),
@@ -118,7 +118,7 @@ class TrajectoryDataset(tf.data.Dataset):
 
         For training use the stream: its mixture is exact and can be sought; this one is neither.
         """
-        kinds = {getattr(dataset, "is_flattened", None) for dataset in datasets}
+        kinds: set[Any] = {getattr(dataset, "is_flattened", None) for dataset in datasets}
         if len(kinds) != 1 or None in kinds:
             raise DataError("sample_from_datasets needs at least one TrajectoryDataset, all flattened or none")
         if weights is not None and not isinstance(weights, tf.data.Dataset):

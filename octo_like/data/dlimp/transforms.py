@@ -26,8 +26,10 @@ def selective_tree_map(x: Mapping[str, Any], match: Match, map_fn: Callable[[Any
       match: a pattern of the leaf's whole path: "image" is the leaf of that name at the top, "*image" every path that
         ends so, "*image*" every path that has it anywhere. Several: any of them. Or a function of path and leaf.
     """
-    matches = match
-    if not callable(match):
+    matches: Callable[[str, Any], bool]
+    if callable(match):
+        matches = match
+    else:
         patterns = _words(match, "selective_tree_map")
         matches = lambda path, value: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)  # noqa: E731
 

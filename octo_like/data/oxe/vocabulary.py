@@ -324,7 +324,7 @@ def _swap(trajectory: Trajectory, paths: tuple[str, str], probability: float) ->
     return _set_leaf(trajectory, paths[1], tf.where(heads, a, b))
 
 
-def _set_leaf(tree: Trajectory, path: str, value: Any) -> Trajectory:
+def _set_leaf(tree: Mapping[str, Any], path: str, value: Any) -> Trajectory:
     head, _, rest = path.partition("/")
     if not rest:
         return {**tree, head: value}

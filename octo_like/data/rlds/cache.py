@@ -142,7 +142,12 @@ def _build(
 
     def scan(number: int) -> tuple[int, FileSummary | None]:
         with watch.reading(split.files[number]) as moved:
-            summary = scan_file(split, number, function, lambda count: (moved(), advance(count)))
+
+            def progressed(count: int) -> None:
+                moved()
+                advance(count)
+
+            summary = scan_file(split, number, function, progressed)
         if summary.damaged:
             return number, summary
         write_atomically(part[number], summary.to_bytes())
@@ -327,6 +332,7 @@ def _split_index(
 
 def _check_pictures(index: Index, spec: DatasetSpec) -> None:
     """Raises DataError when an episode has another number of pictures than of actions."""
+    assert index.picture_bytes is not None  # an index of files has them
     for what, keys in (("camera", spec.image_keys), ("depth of", spec.depth_keys)):
         for slot, key in keys.items():
             if key is not None:

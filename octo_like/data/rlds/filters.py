@@ -11,6 +11,7 @@ The first two are Octo's (its limits, too, apply after normalisation and to whol
 is never a sample of its own; windows, action chunks and goals of other samples still contain it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def idle_steps(action: np.ndarray, threshold: float, of: str, moves: np.ndarray)
 
 
 def usable_steps(
-    spec: DatasetSpec, statistics: dict[str, Any], action: np.ndarray, proprio: np.ndarray, labeled: bool
+    spec: DatasetSpec, statistics: Mapping[str, Any], action: np.ndarray, proprio: np.ndarray, labeled: bool
 ) -> np.ndarray:
     """(T,) bool of one episode.
 

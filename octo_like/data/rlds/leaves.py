@@ -95,9 +95,9 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
         ("points", spec.point_keys, "point {!r} (2 numbers, or 4 of a box)", _is_point),
         ("extras", spec.extra_keys, "sensor {!r} (numbers, of a shape that is known before reading)", _is_sensor),
     ):
-        for name, key in keys.items():
-            if key is not None:
-                values = _require(observation, key.removeprefix("observation/"), what.format(name), spec, fits)
+        for name, place in keys.items():
+            if place is not None:
+                values = _require(observation, place.removeprefix("observation/"), what.format(name), spec, fits)
                 if group in ("points", "extras"):
                     values = tf.cast(values[:, None] if values.shape.rank == 1 else values, tf.float32)
                 chosen[group][name] = values

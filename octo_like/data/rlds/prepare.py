@@ -153,8 +153,14 @@ class _Opened:
         return PreparedDataset(key, spec, self.function, train, val, statistics, dict(instructions), *where, damaged)
 
     def _index(self, split: RldsSplit, progress: bool, options: IndexOptions) -> SplitIndex:
-        limits = dict(workers=options.workers, max_bad_fraction=options.max_bad_fraction)
-        return load_index(split, self.function, self.cache_dir, progress, **limits)
+        return load_index(
+            split,
+            self.function,
+            self.cache_dir,
+            progress,
+            workers=options.workers,
+            max_bad_fraction=options.max_bad_fraction,
+        )
 
     def _statistics(self, whole: SplitIndex, chosen: np.ndarray) -> dict[str, Any]:
         key, spec, function = self.key, self.function.spec, self.function
@@ -251,7 +257,7 @@ def prepare_dataset(
 
 def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
     """Logs what the registry knows about a dataset's traps."""
-    if spec.from_registry:
+    if spec.standardize is not None and spec.from_registry:
         for caution in registry.cautions(
             spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots, spec.image_keys
         ):
@@ -276,6 +282,7 @@ def _check_robot(key: str, spec: DatasetSpec, function: EpisodeFunction) -> None
 def whole_split(prepared: PreparedDataset, split: str, data_dir: str, cache_dir: str | None = None) -> SplitIndex:
     """The index of all episodes of a split, also of those that are not used."""
     files = records.open_split(prepared.spec.name, data_dir, prepared.spec.version, split, max_bad_fraction=1.0)
+    assert isinstance(prepared.function, EpisodeFunction)  # of files
     return load_index(files, prepared.function, cache_dir, False, max_bad_fraction=1.0)
 
 

@@ -309,7 +309,7 @@ class EpisodeFunction:
         transform, source = registry.resolve(spec.standardize, compat=spec.compat, blank_text=spec.blank_text)
         if transform is not None and not isinstance(transform, vocabulary.Standardize):
             transform = _user_function(transform)
-        self.definition = {**spec.index_fields(), "standardize_source": source}
+        self.definition: dict[str, Any] = {**spec.index_fields(), "standardize_source": source}
         texts = text_keys(features)
         if spec.language_key is not None and spec.language_key not in texts:
             # An index holds the texts of all the others, and is as good for any of them.
@@ -317,8 +317,9 @@ class EpisodeFunction:
             texts.add(spec.language_key)
         keep = None
         if spec.filter is not None:
-            keep, self.definition["filter_source"] = registry.resolve(spec.filter)
-            keep = _user_function(keep)
+            function, self.definition["filter_source"] = registry.resolve(spec.filter)
+            assert function is not None  # a name was given
+            keep = _user_function(function)
 
         def standardised(serialized):
             trajectory = parse_episode(serialized, features)
@@ -349,7 +350,7 @@ class EpisodeFunction:
             autograph=False,
         )
 
-    def _transformed(self, transform: Any, trajectory: dict[str, Any]) -> dict[str, Any]:
+    def _transformed(self, transform: Any, trajectory: dict[str, Any]) -> Mapping[str, Any]:
         if transform is None:
             return trajectory
         try:

@@ -60,7 +60,8 @@ class FileSummary:
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
         text = json.dumps({"instructions": self.instructions, "damaged": self.damaged})
-        np.savez(buffer, usable=self.usable, rows=self.rows, text=np.array(text), **self.episodes)
+        episodes: dict[str, Any] = {**self.episodes}  # NumPy's stub takes named arrays for its flag `allow_pickle`
+        np.savez(buffer, usable=self.usable, rows=self.rows, text=np.array(text), **episodes)
         return buffer.getvalue()
 
     @classmethod
@@ -125,7 +126,7 @@ def indexed_keys(function: EpisodeFunction) -> tuple[list[str], list[str]]:
 
 
 @functools.lru_cache(maxsize=64)
-def traced_summary(function: EpisodeFunction) -> Callable[[tf.Tensor], dict[str, Any]]:
+def traced_summary(function: EpisodeFunction) -> tf.types.experimental.PolymorphicFunction:
     """`_summary` as a graph that all files of a dataset share: tracing it takes longer than reading a small file."""
     signature = [tf.TensorSpec([], tf.string)]
     summary = tf.function(lambda record: _summary(record, function), input_signature=signature, autograph=False)
@@ -269,7 +270,10 @@ def _problem(item: dict[str, Any], spec: DatasetSpec) -> str | None:
     wrong = [f"{key} has {count}" for key, count in item["lengths"].items() if count != steps]
     if wrong:
         return f"action has {steps} steps, but {', '.join(wrong)}"
-    checked = [("action", spec.action_key, item["action"]), ("proprio", ", ".join(spec.proprio_keys), item["proprio"])]
+    checked: list[tuple[str, str | None, np.ndarray]] = [
+        ("action", spec.action_key, item["action"]),
+        ("proprio", ", ".join(spec.proprio_keys), item["proprio"]),
+    ]
     checked += [(key, spec.extra_keys[key], values) for key, values in item["extras"].items()]
     for key, name, values in checked:
         bad = records.non_finite(values)

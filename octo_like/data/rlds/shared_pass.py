@@ -106,7 +106,8 @@ def _part_of(number: int, done: set[str]) -> bool:
 
 def estimate(jobs: Sequence[Job]) -> str:
     """What a pass will read, for the log: bytes, files, episodes, of which dataset, and how long that takes."""
-    sizes, files, episodes = collections.Counter(), 0, 0
+    sizes: collections.Counter[str] = collections.Counter()
+    files = episodes = 0
     for job, piece in unfinished(jobs):
         sizes[job.spec.name] += sum(max(0, job.split.file_bytes[n]) for n in piece)
         files += len(piece)
@@ -200,7 +201,12 @@ class _Pass:
         with lock.claim(self._claim(piece)) as ours:
             if ours:
                 with self._watch.reading(job.split.files[numbers[0]]) as moved:
-                    scan_piece(job, numbers, lambda count: (moved(), self._advance(count)))
+
+                    def advance(count: int) -> None:
+                        moved()
+                        self._advance(count)
+
+                    scan_piece(job, numbers, advance)
             return ours
 
     def _advance(self, count: int) -> None:
@@ -266,6 +272,7 @@ def take_part(
         _Pass(pieces, *own[0], progress).run(threads)
     finally:
         for worker in workers:
+            assert worker.stdin is not None  # started with a pipe
             worker.stdin.close()
             status = worker.wait()
             if status:
@@ -292,6 +299,7 @@ def _start_worker(jobs: Sequence[Job], threads: int, index: int, count: int) -> 
     # Not `multiprocessing`: it would import the program's main file again, and JAX with it.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     worker = subprocess.Popen([sys.executable, "-c", _WORKER], stdin=subprocess.PIPE, env=environment)
+    assert worker.stdin is not None
     worker.stdin.write(pickle.dumps([path or os.getcwd() for path in sys.path]))
     worker.stdin.write(pickle.dumps(([job.plain() for job in jobs], threads, index, count)))
     worker.stdin.flush()

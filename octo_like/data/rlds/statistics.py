@@ -94,8 +94,8 @@ def _sortable(values: np.ndarray) -> np.ndarray:
 
 def _value(key: int) -> float:
     """Inverse of `_sortable`, of one number."""
-    key = np.uint32(key)
-    return float((key ^ _SIGN if key & _SIGN else ~key).reshape(1).view(np.float32)[0])
+    bits = np.uint32(key)
+    return float((bits ^ _SIGN if bits & _SIGN else ~bits).reshape(1).view(np.float32)[0])
 
 
 def _interpolate(low: float, high: float, t: float) -> float:
@@ -169,7 +169,7 @@ def streamed_statistics(
         for place in places
     ]
     constant = low == high
-    result = {
+    computed: dict[str, Any] = {
         "mean": np.where(constant, low, mean),
         "std": np.where(constant, 0.0, np.sqrt(squares / count)),
         "min": low,
@@ -177,7 +177,7 @@ def streamed_statistics(
         "p01": np.array(percentiles[0]),
         "p99": np.array(percentiles[1]),
     }
-    result = {key: np.asarray(value, np.float32) for key, value in result.items()}
+    result = {key: np.asarray(value, np.float32) for key, value in computed.items()}
     result["mask"] = np.ones(width, bool) if mask is None else np.asarray(mask, bool)
     if result["mask"].shape != (width,):
         raise ValueError(f"mask has {result['mask'].size} entries, but the values have {width} dimensions")
