@@ -97,16 +97,13 @@ train() {
   echo "job $SLURM_JOB_ID on ${SLURM_JOB_NODELIST:-?}, start number $((${SLURM_RESTART_COUNT:-0} + 1)): $(quote "$@")"
   while true; do
     started=$SECONDS
-    # In the background: a trap runs only between commands, and `wait` lets it through. No --kill-on-bad-exit: the first
-    # task that has saved and exits with 75 must not end the others. srun does not take the CPUs from sbatch by itself.
-    # shellcheck disable=SC2086  # flags are separate words
-    srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$cpus}" ${SRUN_FLAGS:-} "$@" &
+    # In the foreground: bash runs the trap when srun has ended, which is when tasks told to stop have saved. (Bash 5.2
+    # forgets the status of a background job that ends while a signal interrupts `wait`.) No --kill-on-bad-exit: the
+    # first task that has saved and exits with 75 must not end the others. srun does not take the CPUs from sbatch by
+    # itself.
     status=0
-    wait $! || status=$?
-    if [[ $cancelled == yes ]]; then # the wait was interrupted: the tasks are still saving
-      status=0
-      wait $! || status=$?
-    fi
+    # shellcheck disable=SC2086  # flags are separate words
+    srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$cpus}" ${SRUN_FLAGS:-} "$@" || status=$?
     ((status != 0)) || exit 0
     if [[ $cancelled == yes ]]; then
       # After scancel nothing is requeued; after a preemption Slurm does it by itself.
