@@ -76,16 +76,8 @@ def _target() -> dict:
 
 
 def _tabletop(config) -> None:
-    """arm3: absolute joint targets, four of them; another proprioception; a wrist camera."""
+    """arm3: absolute joint targets, four of them; another proprioception; a camera at the wrist."""
     config.model = tabletop.model()
-    config.surgery.observation_tokenizers = dict(
-        wrist=dict(
-            kind="image",
-            stem=dict(kind="keypoints", layers=((4, 4, 32), (3, 1, 32)), num_keypoints=16, use_film=True),
-            obs_keys=("image_wrist",),
-            film_keys=("task",),
-        )
-    )
     config.surgery.heads = dict(action=tabletop.head(4))
     config.num_steps = 400
     config.batch_size = 64

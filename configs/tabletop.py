@@ -13,10 +13,10 @@ Topology: 2 CPU cores, no accelerator. Expected time and success: docs/experimen
 from octo_like.common.defaults import default_config
 
 ROBOTS = {
-    # name: (weight, has proprio). The pusher has two of the twelve dimensions that share the loss: it comes oftener.
-    "tabletop_pusher": (1.5, False),
-    "tabletop_gripper": (1.2, True),
-    "tabletop_arm": (1.2, True),
+    # The pusher has two of the twelve dimensions that share the loss: it comes oftener.
+    "tabletop_pusher": dict(weight=1.5, proprio=False),
+    "tabletop_gripper": dict(weight=1.2),
+    "tabletop_arm": dict(weight=1.2, wrist=True),
 }
 
 
@@ -53,6 +53,12 @@ def model(action_dim: int = 7) -> dict:
                 obs_keys=("image_primary",),
                 film_keys=("task",),
             ),
+            wrist=dict(
+                kind="image",
+                stem=dict(kind="keypoints", layers=((4, 4, 32), (3, 1, 32)), num_keypoints=16, use_film=True),
+                obs_keys=("image_wrist",),
+                film_keys=("task",),
+            ),
             proprio=dict(kind="lowdim", obs_keys=("proprio",), per="vector"),
         ),
         readouts=dict(action=1),
@@ -79,10 +85,10 @@ def get_config():
     config.num_steps = 3200
     config.batch_size = 128
     config.window_size = 1
-    config.image_sizes = dict(primary=(64, 64))
+    config.image_sizes = dict(primary=(64, 64), wrist=(32, 32))
     config.proprio_dim = 7
     config.text.max_length = 14
-    config.data.datasets = {name: dataset(name, weight=w, proprio=p) for name, (w, p) in ROBOTS.items()}
+    config.data.datasets = {name: dataset(name, **settings) for name, settings in ROBOTS.items()}
     config.data.decode = "fast"
     config.data.episodes_mixed = 512
     config.model = model()

@@ -61,6 +61,9 @@ def model() -> dict:
 
 def get_config():
     config = tabletop.get_config()
+    config.image_sizes = dict(primary=(64, 64))
+    for dataset in config.data.datasets.values():
+        dataset.image_keys = dict(primary="image")
     config.num_steps = 8000
     config.window_size = 2
     config.goal_images = ("primary",)

@@ -41,6 +41,7 @@ def tiny_model() -> dict:
     from configs import tabletop
 
     model = tabletop.model()
+    del model["observation_tokenizers"]["wrist"]
     model.update(token_dim=32)
     model["transformer"].update(num_layers=1, num_heads=2, mlp_dim=64)
     model["task_tokenizers"]["language"].update(dim=16)
