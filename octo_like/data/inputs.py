@@ -101,6 +101,7 @@ def inputs_from_config(
             "head": specs[name].head,
             **({"held_out": specs[name].held_out()} if data.kind == "rlds" else {}),
             **({} if specs[name].robot is None else {"robot": specs[name].robot}),
+            "dimensions": {part: named.to_json() for part, named in datasets[name].dimensions.items()},
             **({} if (relative := specs[name].relative_to) is None else {"relative_to": list(relative)}),
         }
         for name, stats in stream.statistics.items()
