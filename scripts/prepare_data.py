@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check_images", action="store_true", help="decode every frame, and list those that are damaged"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # datasets may stand behind options
 
 
 def main() -> int:

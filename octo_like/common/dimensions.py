@@ -96,6 +96,11 @@ class Dimensions:
         """("x [m]", "gripper [open fraction]", "a2", ...)."""
         return tuple(f"{name} [{unit}]" if unit else name for name, unit in _pairs(self.names, self.shown_units))
 
+    def numbered(self, part: str) -> tuple[str, ...]:
+        """("action[0] x [m]", ...); "action[0]" for a dimension without a name of its own."""
+        own = (label != f"{PARTS[part]}{d}" for d, label in enumerate(self.labels))
+        return tuple(f"{part}[{d}]" + (f" {self.labels[d]}" if named else "") for d, named in enumerate(own))
+
     @property
     def tags(self) -> tuple[str, ...]:
         """("x_m", "vx_m_per_s", ...): all different, of letters, digits, "_", "-" and "." as file systems and

@@ -362,11 +362,18 @@ class DatasetSpec:
         }
 
 
-def specs_from_config(datasets: Mapping[str, Any]) -> dict[str, DatasetSpec]:
-    """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another."""
+def specs_from_config(datasets: Mapping[str, Any], num_demos: int | None = None) -> dict[str, DatasetSpec]:
+    """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another.
+
+    Args:
+      num_demos: of the datasets that do not say themselves; the config's `data.num_demos`.
+    """
     if not datasets:
         raise DataError("the mixture is empty: `datasets` needs at least one entry, or name a `mix`")
     specs = {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}
+    if num_demos is not None:
+        own = {key: spec.num_demos or num_demos for key, spec in specs.items()}
+        specs = {key: dataclasses.replace(spec, num_demos=own[key]) for key, spec in specs.items()}
     _warn_of_twins(specs)
     return specs
 

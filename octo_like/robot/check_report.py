@@ -8,8 +8,6 @@ from octo_like.common import pages
 from octo_like.robot.check import PolicyCheck
 from octo_like.robot.prediction import Prediction, plot_prediction
 
-PLOT_STEPS = 200  # of an episode that a replay shows
-
 
 def error_rows(check: PolicyCheck) -> list[list[str]]:
     """Header, and for each dimension its errors: over the chunk, at its ends, and of answers that need no policy."""
@@ -66,12 +64,11 @@ def write_page(check: PolicyCheck, folder: str, *, episodes: int = 3) -> str:
     replays = []
     for number, one in enumerate(check.replays[:episodes]):
         path = os.path.join(folder, f"replay_{number}.png")
-        shown = slice(0, PLOT_STEPS)
         prediction = Prediction(
-            predicted=one.predicted[None, shown],
-            true=one.true[shown, 0],
-            mask=np.ones_like(one.true[shown, 0], bool),
-            timestep=np.arange(len(one.true[shown])),
+            predicted=one.predicted[None],
+            true=one.true[:, 0],
+            mask=np.ones_like(one.true[:, 0], bool),
+            timestep=np.arange(len(one.true)),
         )
         plot_prediction(prediction, check.names, units=check.units, path=path)
         replays.append(f"<p>{one.demo.instruction or '(no instruction)'}" + pages.html_picture(path))

@@ -331,7 +331,7 @@ def test_the_script_on_an_exported_policy(policy, tmp_path, capsys):
         "readout_action",
         "obs_primary:mean",
         "phase switch",
-        "1 open, 0 closed",
+        "open fraction",
         "task_language",
         "heads_action",
     ):
