@@ -139,8 +139,7 @@ def of_robot(robot: Mapping[str, Any], part: str = "action") -> Dimensions | Non
         return None
     units = list(robot.get(f"{part}_unit" if part == "action" else f"{part}_units") or (UNKNOWN,) * len(names))
     if part == "action":
-        for d, kind in enumerate(robot.get("action_kind") or ()):
-            ends = (robot["action_closed"][d], robot["action_open"][d]) if kind == "gripper" else None
+        for d, ends in _grippers_of(robot).items():
             if ends == (0, 1) and units[d] in ("1", UNKNOWN):
                 units[d] = OPEN
     return Dimensions(names, tuple(units))
@@ -184,9 +183,14 @@ def check_width(dimensions: Dimensions, width: int, part: str = "action") -> Non
 def grippers(statistics: Mapping[str, Any], width: int | None = None) -> dict[int, tuple[float, float]]:
     """{action dimension: (closed, open)} of the grippers that open and close, as far as the statistics tell."""
     found = {d: (0.0, 1.0) for d, unit in enumerate(of_statistics(statistics, width=width).units) if unit == OPEN}
-    robot = statistics.get("robot") or {}
-    if robot.get("action_kind"):
-        for d, kind in enumerate(robot["action_kind"]):
-            if kind == "gripper":
-                found[d] = (float(robot["action_closed"][d]), float(robot["action_open"][d]))
-    return found
+    return found | _grippers_of(statistics.get("robot") or {})
+
+
+def _grippers_of(robot: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
+    """{action dimension: (closed, open)} as a robot's description says."""
+    kinds, closed, opened = (robot.get(f"action_{field}") or () for field in ("kind", "closed", "open"))
+    return {
+        d: (float(closed[d]), float(opened[d]))
+        for d, kind in enumerate(kinds)
+        if kind == "gripper" and d < len(closed) and d < len(opened)
+    }

@@ -78,9 +78,11 @@ def plot_prediction(
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.margins(x=0.01)
-    figure.supxlabel("step of the episode" if along else "true", fontsize=9)
-    if not along:
-        figure.supylabel("predicted", fontsize=9)
+        # Labels of axes, since those of a figure would share their place with the legend.
+        if d + columns >= width:
+            axis.set_xlabel("step of the episode" if along else "true", fontsize=9)
+        if not along and d % columns == 0:
+            axis.set_ylabel("predicted", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), fontsize=8, frameon=False)
     if title:
@@ -104,7 +106,7 @@ def _draw_along(axis: Any, prediction: Prediction, d: int) -> None:
         # All chunks as one line with gaps: thousands of line objects would take seconds to draw.
         chunks = np.where(when <= x[-1], prediction.predicted[s, begun, :, d], np.nan)
         line = (np.concatenate([values, gap], axis=1).ravel() for values in (when, chunks))
-        axis.plot(*line, color=PLOT_COLOUR, lw=0.8, alpha=0.35, label="predicted chunks" if s == 0 else None)
+        axis.plot(*line, color=PLOT_COLOUR, lw=0.8, alpha=0.45, label="predicted chunks" if s == 0 else None)
         label = f"their first actions, {samples} samples" if samples > 1 else "their first actions"
         axis.plot(
             x, prediction.predicted[s, :, 0, d], ".", color=PLOT_COLOUR, ms=3, alpha=0.7, label=None if s else label

@@ -115,7 +115,7 @@ def test_a_file_holds_what_the_world_gives(arrays, frames, policy, tmp_path):
         if field.name not in ("where", "action_names"):
             want = getattr(frames, field.name)
             jax.tree.map(np.testing.assert_array_equal, getattr(got, field.name), want)
-    assert got.where.endswith("frames.npz") and got.names(policy, "tabletop_pusher", 2)[1] == ("action[1]", "")
+    assert got.where.endswith("frames.npz") and got.names(policy, "tabletop_pusher", 2)[1] == ("a1", "")
 
 
 # name: (key, what becomes of it (None: it is left out), what is said)

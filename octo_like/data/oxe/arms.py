@@ -220,6 +220,7 @@ ENTRIES: dict[str, Entry] = {
         bgr=("image", "wrist_image"),
         action=s.concat(ACTION, s.invert_gripper(STATE[6:7])),
         proprio=STATE[0:7],
+        action_columns=c.eef(last=""),
         proprio_columns=c.columns((c.joints(6), "rad"), (c.GRIPPER, "")),
         openvla=OpenVLA(
             ("joint_state", None, "gripper_state"), {"joint_state": STATE[0:6], "gripper_state": STATE[6:7]}
