@@ -97,15 +97,14 @@ def inputs_from_config(
     )
     statistics = {
         name: {
-            **stats,
+            **prepared.named_statistics,
             "normalization": specs[name].normalization,
             "head": specs[name].head,
             **({"held_out": specs[name].held_out()} if data.kind == "rlds" else {}),
             **({} if specs[name].robot is None else {"robot": specs[name].robot}),
-            "dimensions": {part: named.to_json() for part, named in datasets[name].dimensions.items()},
             **({} if (relative := specs[name].relative_to) is None else {"relative_to": list(relative)}),
         }
-        for name, stats in stream.statistics.items()
+        for name, prepared in datasets.items()
     }
     environments = {name: one.env for name, one in specs.items() if one.env is not None}
     episodes = {name: batches.whole_episode for name, batches in validation.items()}

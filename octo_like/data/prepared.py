@@ -89,6 +89,11 @@ class PreparedDataset:
         widths = {part: len(self.statistics[part]["mean"]) for part in PARTS if part in self.statistics}
         return {part: self.spec.dimensions(part, width) for part, width in widths.items()}
 
+    @property
+    def named_statistics(self) -> dict[str, Any]:
+        """The statistics with names and units of their dimensions, as they travel with a policy."""
+        return {**self.statistics, "dimensions": {part: named.to_json() for part, named in self.dimensions.items()}}
+
 
 def problem_of(raw: RawEpisode) -> str | None:
     """Why an episode cannot be used: parts of other lengths, or numbers that are not finite. None: it can."""

@@ -85,7 +85,7 @@ def get_config(words: str = ""):
             config.model.transformer.update(num_layers=1)
             config.model.heads.action.update(hidden_dim=16)
         elif word == "tabletop":
-            # Made in memory by the built-in world, where the policy also acts; it is told joints and words, no pictures.
+            # Made in memory by the built-in world, where the policy also acts; it reads joints and words, no pictures.
             from configs import tabletop
 
             config.image_sizes, config.goal_images, config.augmentation = dict(), (), dict()
