@@ -227,9 +227,8 @@ class ClosedLoop:
     """Rollouts of one policy in one environment.
 
     Attributes:
-      episodes: their outcomes, of this process's share.
+      episodes: their outcomes.
       scalars: "success", "success/<task>", "success_low", "success_high" (90% interval), "steps".
-        Of the episodes of all processes.
       videos: name to frames (t, h, w, 3) uint8, captioned, of the recorded episodes.
     """
 
@@ -248,8 +247,6 @@ def closed_loop(
     batch_size: int = 20,
     seed: int = EVALUATION_SEEDS,
     record: int = 2,
-    share: tuple[int, int] = (0, 1),
-    gather: Callable[[list[dict[str, Any]]], Iterable[list[dict[str, Any]]]] = lambda mine: [mine],
 ) -> ClosedLoop:
     """Success of the policy in a registered gymnasium environment; the episodes' seeds are seed, seed + 1, ...
 
@@ -257,30 +254,16 @@ def closed_loop(
       policy: e.g. made from the parameters of the moment.
       env: id of the environment ("module:id" imports a module first).
       dataset: name of the statistics that give actions their units.
-      record: videos of the first so many episodes; process 0 makes them.
-      share: (index, count) of the processes that share the episodes. Each runs consecutive ones.
-      gather: the outcomes of this process (JSON-able) to those of all processes, in their order.
     """
-    index, count = share
-    seeds = range(seed + index * episodes // count, seed + (index + 1) * episodes // count)
-    outcomes: list[Episode] = []
-    if seeds:
-        outcomes = evaluate(
-            policy,
-            gym_env_maker(env),
-            seeds,
-            unnormalize=dataset,
-            exec_horizon=exec_horizon,
-            batch_size=min(batch_size, len(seeds)),
-            record=record if index == 0 else 0,
-        )
-    every = [one for part in gather([episode.summary() for episode in outcomes]) for one in part]
-    successes = [one["success"] for one in every]
-    low, high = success_interval(successes)
-    scalars = {"success": float(np.mean(successes)), "success_low": low, "success_high": high}
-    scalars["steps"] = float(np.mean([one["steps"] for one in every]))
-    for task in sorted({one["task"] for one in every} - {""}):
-        scalars[f"success/{task}"] = float(np.mean([one["success"] for one in every if one["task"] == task]))
+    outcomes = evaluate(
+        policy,
+        gym_env_maker(env),
+        range(seed, seed + episodes),
+        unnormalize=dataset,
+        exec_horizon=exec_horizon,
+        batch_size=min(batch_size, episodes),
+        record=record,
+    )
     videos = {
         f"{episode.seed - seed}": np.stack(
             [np.asarray(annotate(frame, episode.instruction, episode.success, scale=2)) for frame in episode.frames]
@@ -288,4 +271,20 @@ def closed_loop(
         for episode in outcomes
         if episode.frames is not None
     }
-    return ClosedLoop(outcomes, scalars, videos)
+    return ClosedLoop(outcomes, success_scalars([episode.summary() for episode in outcomes]), videos)
+
+
+def success_scalars(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The scalars of `ClosedLoop` from `Episode.summary` of all its episodes, on whichever host they ran."""
+    successes = [one["success"] for one in outcomes]
+    low, high = success_interval(successes)
+    scalars = {"success": float(np.mean(successes)), "success_low": low, "success_high": high}
+    scalars["steps"] = float(np.mean([one["steps"] for one in outcomes]))
+    for task in sorted({one["task"] for one in outcomes} - {""}):
+        scalars[f"success/{task}"] = float(np.mean([one["success"] for one in outcomes if one["task"] == task]))
+    return scalars
+
+
+def share(episodes: int, index: int, count: int) -> range:
+    """Numbers of the episodes that process `index` of `count` runs: consecutive ones, equal parts but for one."""
+    return range(index * episodes // count, (index + 1) * episodes // count)

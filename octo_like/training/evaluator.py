@@ -11,7 +11,15 @@ import numpy as np
 from octo_like.common.dimensions import of_statistics
 from octo_like.robot.prediction import plot_prediction
 from octo_like.training import distributed, sharding
-from octo_like.training.evaluation import action_error, closed_loop, predict_rows, validation_loss
+from octo_like.training.evaluation import (
+    EVALUATION_SEEDS,
+    action_error,
+    closed_loop,
+    predict_rows,
+    share,
+    success_scalars,
+    validation_loss,
+)
 from octo_like.training.metrics import MetricsWriter
 from octo_like.training.run import Run
 from octo_like.training.state import TrainState
@@ -21,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PLOTTED_SAMPLES = 3  # of each step that a picture shows
 PLOTTED_ROWS = 32  # of data without episodes that could be followed
+RECORDED = 2  # rollouts of which there are videos
 
 
 class Evaluator:
@@ -99,18 +108,24 @@ class Evaluator:
             return scalars
         policy = run.make_policy(sharding.to_local(params, run.mesh))
         for name, env in run.inputs.environments.items():
-            result = closed_loop(
-                policy,
-                env,
-                name,
-                episodes=run.config.eval.rollouts,
-                exec_horizon=run.config.eval.exec_horizon,
-                share=(jax.process_index(), jax.process_count()),
-                gather=functools.partial(distributed.from_all, f"octo_like/rollouts/{step}/{name}"),
-            )
-            scalars |= {f"rollout/{name}/{key}": value for key, value in result.scalars.items()}
-            for number, frames in result.videos.items():
-                self.writer.video(step, f"rollouts/{name}/{number}", frames)
+            mine = share(run.config.eval.rollouts, jax.process_index(), jax.process_count())
+            outcomes: list[dict[str, Any]] = []
+            if mine:
+                result = closed_loop(
+                    policy,
+                    env,
+                    name,
+                    episodes=len(mine),
+                    exec_horizon=run.config.eval.exec_horizon,
+                    seed=EVALUATION_SEEDS + mine.start,
+                    record=RECORDED if distributed.is_main() else 0,
+                )
+                outcomes = [episode.summary() for episode in result.episodes]
+                for number, frames in result.videos.items():
+                    self.writer.video(step, f"rollouts/{name}/{number}", frames)
+            everyone = distributed.from_all(f"octo_like/rollouts/{step}/{name}", outcomes)
+            found = success_scalars([one for of_process in everyone for one in of_process])
+            scalars |= {f"rollout/{name}/{key}": value for key, value in found.items()}
         return scalars
 
 
