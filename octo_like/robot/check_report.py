@@ -103,9 +103,9 @@ def _plot_errors(check: PolicyCheck, path: str) -> None:
     from matplotlib.figure import Figure
 
     width = len(check.names)
-    columns = min(4, width)
+    columns = min(2, width)
     rows = -(-width // columns)
-    figure = Figure(figsize=(3 * columns, 0.4 + 2 * rows), layout="constrained")
+    figure = Figure(figsize=(6.4, 0.6 + 1.8 * rows), layout="constrained")  # legible in a narrow window
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     steps = np.arange(check.errors.policy.shape[0])
     for d, axis in enumerate(axes):
@@ -116,13 +116,15 @@ def _plot_errors(check: PolicyCheck, path: str) -> None:
         axis.plot(steps, check.errors.repeat[:, d], color="#c8743c", lw=1, label="repeat last")
         axis.plot(steps, check.errors.mean[:, d], color="#8c959f", lw=1, ls="--", label="mean action")
         unit = f" [{check.units[d]}]" if check.units[d] else ""
-        axis.set_title(f"{check.names[d]}{unit}", fontsize=8)
+        axis.set_title(f"{check.names[d]}{unit}", fontsize=9)
         axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=6)
-    figure.supxlabel("step of the chunk", fontsize=8)
-    figure.savefig(path, dpi=90)
+        if d + columns >= width:
+            axis.set_xlabel("step of the chunk", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def _plot_latency(check: PolicyCheck, path: str) -> None:

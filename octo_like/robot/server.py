@@ -26,6 +26,7 @@ from octo_like.common.dimensions import PARTS, of_statistics
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
+from octo_like.robot.prediction import dimensions_of
 from octo_like.robot.safety import action_limits, check_allowed, check_observation, expected_keys
 
 # Of an observation, what says which of its frames are there.
@@ -71,7 +72,7 @@ class PolicyServer:
       max_connections: clients at a time; more are refused with HTTP 503.
 
     Raises:
-      ValueError: `unnormalize` names no statistics of the policy.
+      ValueError: `unnormalize` names no statistics of the policy; `action_names` of another number than its actions.
       ImportError: the package websockets is missing.
     """
 
@@ -100,7 +101,9 @@ class PolicyServer:
         self.errors: collections.Counter[str] = collections.Counter()
         self._tasks = _TaskCache(policy)
         limits = {name: action_limits(entry) for name, entry in policy.statistics.items()}
-        if action_names is None and unnormalize is not None:
+        if action_names is not None:
+            dimensions_of(action_names, len(limits[unnormalize]["names"] if unnormalize else action_names))
+        elif unnormalize is not None:
             action_names = limits[unnormalize]["names"]
         batch_spec = policy.batch_spec.to_json()
         # What requests have to bring, by the dataset in whose units they come; "": normalised numbers.
