@@ -128,6 +128,7 @@ def test_statistics_of_a_run_carry_them(tmp_path):
     build(tmp_path, "toy_buttons", {"train": make_episodes(8)})
     config = get_config("smallest")
     config.data.data_dir = str(tmp_path)
+    del config.data.datasets.toy["image_keys"]
     config.data.datasets.toy.update({key: tuple(value) for key, value in NAMES.items()})
     inputs = inputs_from_config(config, batch_spec(config), None)
     entry = json.loads(json.dumps(inputs.statistics["toy"]["dimensions"]))

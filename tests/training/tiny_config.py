@@ -94,7 +94,9 @@ def get_config(words: str = ""):
             config.text.max_length = 16
             config.model.task_tokenizers.language.update(max_length=16)
             config.data.update(kind="memory", episodes="tabletop_arm=8+2", workers=0)
-            config.data.datasets = dict(tabletop_arm=tabletop.dataset("tabletop_arm"))
+            config.data.datasets = dict(
+                tabletop_arm=tabletop.dataset("tabletop_arm") | dict(image_keys={}, point_keys={})
+            )
         else:
             raise ValueError(word)
     return config
