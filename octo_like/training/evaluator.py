@@ -81,8 +81,9 @@ class Evaluator:
         """The numbers of a placed batch on this host, all rows, and in "predicted" (samples, B, H, A) actions."""
         seen = jax.device_get(self.numbers(batch))
         head = self.head_of(seen)
-        draws = [self.sample(params, batch, draw, head=head) for draw in range(samples)]
-        return {**seen, "predicted": np.stack(jax.device_get(draws))}
+        # One after the other: on CPUs, programs in flight that exchange data may wait for each other's threads.
+        draws = [jax.device_get(self.sample(params, batch, draw, head=head)) for draw in range(samples)]
+        return {**seen, "predicted": np.stack(draws)}
 
     def _plot(self, step: int, name: str, params: Any, placed: Sequence[Mapping[str, Any]]) -> None:
         """Draws what is predicted along one held-out episode; where none can be followed, for some rows."""

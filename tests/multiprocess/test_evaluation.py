@@ -9,7 +9,7 @@ from PIL import Image
 from octo_like.training.metrics import METRICS_FILE
 from tests.multiprocess.launch import Launch
 
-EPISODES, STEPS = 3, 2
+EPISODES, STEPS = 2, 1
 
 
 def measured(workdir) -> dict[str, float]:
