@@ -88,10 +88,9 @@ class Evaluator:
     def _plot(self, step: int, name: str, params: Any, placed: Sequence[Mapping[str, Any]]) -> None:
         """Draws what is predicted along one held-out episode; where none can be followed, for some rows."""
         run, episode = self.run, self.run.inputs.episodes.get(name)
+        shown: Iterable[Mapping[str, Any]] = placed[: -(-PLOTTED_ROWS // len(placed[0]["sample_id"]))]
         if episode is not None:
             shown = (sharding.put_batch(batch, run.mesh) for batch in episode())
-        else:
-            shown = iter(placed[: -(-PLOTTED_ROWS // len(placed[0]["sample_id"]))])
         seen = [self._predicted(params, batch, PLOTTED_SAMPLES) for batch in shown]
         if not distributed.is_main():
             return
