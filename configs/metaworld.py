@@ -17,9 +17,15 @@ TEXT_LENGTH = 20
 
 def dataset(group: str) -> dict:
     """DatasetSpec fields of a group of simulated tasks (see data/sims)."""
+    hand, fingers = ("x", "y", "z"), ("finger_right", "finger_left")
+    fetch = group.startswith("fetch")
     return dict(
         image_keys=CAMERAS,
         proprio_keys=("state",),
+        action_names=(*hand, "gripper"),
+        action_units=("1",) * 4,  # -1 to 1, of the simulator's controller
+        proprio_names=(*hand, *fingers) if fetch else (*hand, "gripper"),
+        proprio_units=("m",) * 5 if fetch else (*("m",) * 3, "open fraction"),
         val_split="val",
         env=ENVIRONMENTS[group],
     )

@@ -11,6 +11,7 @@ Topology: 2 CPU cores, no accelerator. Expected time and success: docs/experimen
 """
 
 from octo_like.common.defaults import default_config
+from octo_like.envs.embodiments import EMBODIMENTS
 
 ROBOTS = {
     # The pusher has two of the twelve dimensions that share the loss: it comes oftener.
@@ -22,12 +23,16 @@ ROBOTS = {
 
 def dataset(name: str, *, weight: float = 1.0, proprio: bool = True, wrist: bool = False) -> dict:
     """DatasetSpec fields of one tabletop dataset."""
+    robot = EMBODIMENTS[name.removeprefix("tabletop_")]
     return dict(
         weight=weight,
         image_keys=dict(primary="image", wrist="wrist_image") if wrist else dict(primary="image"),
         proprio_keys=("state",) if proprio else (),
         point_keys=dict(target="target_point", plate="plate_point"),
         val_split="val",
+        action_names=robot.action_names,
+        action_units=robot.action_units,
+        **(dict(proprio_names=robot.proprio_names, proprio_units=robot.proprio_units) if proprio else {}),
         env=f"octo_like.envs:octo_like/Tabletop-{name.removeprefix('tabletop_')}-v0",
     )
 

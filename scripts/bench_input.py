@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="per measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory_seconds", type=float, default=10.0, help="of the stream alone, for its peak memory")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
 
     try:

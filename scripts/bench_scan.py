@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="counts to compare with the first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--once", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.once:
         with contextlib.redirect_stdout(sys.stderr):
             result = scan(args)

@@ -26,7 +26,7 @@ def main() -> int:
     )
     parser.add_argument("--episodes", type=int, default=64, help="whose frames are looked at (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit status 2 when there are warnings")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # datasets may stand behind options
 
     from octo_like.common.config import ConfigError, load_config
     from octo_like.common.robot import load_robot

@@ -45,15 +45,9 @@ def main() -> int:
 
     warnings = 0
     try:
-        names, args.datasets = args.datasets, [] if args.config else args.datasets
         specs = specs_from_arguments(args)
-        for name in names if args.config else ():
-            if name not in specs:
-                raise DataError(f"no dataset {name!r} in {args.config}; {suggest(name, specs)}")
         policy = Policy.load_pretrained(args.policy, modules=args.modules)
         for name, spec in specs.items():
-            if args.config and names and name not in names:
-                continue
             statistics = args.unnormalize or (name if name in policy.statistics else None)
             if statistics is None and len(policy.statistics) == 1:
                 statistics = next(iter(policy.statistics))

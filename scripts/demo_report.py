@@ -157,7 +157,7 @@ td svg { width: 100%; height: 9px; display: block; margin-top: 2px; } .none { co
 .gallery { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-start; } figure { margin: 0; }
 figcaption { font-size: .8rem; max-width: 200px; } figcaption b { color: #cf222e; } figcaption b.met { color: #1a7f37; }
 figcaption b::before { content: none; } img { max-width: 100%; } .curves img { width: 510px; }
-.scroll { overflow-x: auto; } .scroll img { max-width: none; width: max(100%, 620px); }
+.scroll { overflow-x: auto; } .scroll img { width: min(100%, 640px); }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .78rem; line-height: 1.35; border-radius: 6px; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 @media (max-width: 700px) {

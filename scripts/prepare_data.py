@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check_images", action="store_true", help="decode every frame, and list those that are damaged"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # datasets may stand behind options
 
 
 def main() -> int:
@@ -93,7 +93,7 @@ def main() -> int:
     print(f"\n{report.mixture_table(datasets)}")
     if args.statistics:
         with open(args.statistics, "w", encoding="utf-8") as file:
-            json.dump(normalization.to_json({name: d.statistics for name, d in datasets.items()}), file, indent=1)
+            json.dump(normalization.to_json({name: d.named_statistics for name, d in datasets.items()}), file, indent=1)
         print(f"\nstatistics: {args.statistics}")
     return 1 if bad_images else 0
 

@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--samples", type=int, help="of the run (steps x batch size), to show passes (default: config's)"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # datasets may stand behind options
 
     from octo_like.common.config import ConfigError, load_config
     from octo_like.data.check import report

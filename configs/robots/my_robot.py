@@ -21,6 +21,7 @@ ROBOT = Robot(
     ),
     proprio=("state",),  # keys below `observation`, joined
     proprio_names=(*JOINTS, "gripper"),
+    proprio_units=("rad",) * 6 + ("open fraction",),  # octo_like/common/dimensions.py lists what there is
     actions=(
         *(absolute(name, "rad", proprio=i, limits=(-3.14, 3.14)) for i, name in enumerate(JOINTS)),
         gripper("gripper", open=1.0, closed=0.0, proprio=6),

@@ -70,6 +70,11 @@ RESUME_ALLOWED = (
     "data.index_*",
     "data.max_bad_fraction",
     "data.prefetch",
+    # What dimensions are called decides nothing.
+    "data.datasets.*action_names",
+    "data.datasets.*action_units",
+    "data.datasets.*proprio_names",
+    "data.datasets.*proprio_units",
 )
 
 

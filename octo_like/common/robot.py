@@ -21,6 +21,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from octo_like.common.dimensions import UNITS, DimensionError, Dimensions
 from octo_like.common.files import ConfigError, python_file
 from octo_like.common.words import suggest
 
@@ -30,20 +31,6 @@ KINDS = {
     "velocity": "a change of it per second",
     "gripper": "an absolute command between `closed` and `open`",
     "other": "none of these: nothing is checked",
-}
-
-# Units of actions, and the magnitude beyond which a number is more likely in another unit: (limit, what it may be).
-UNITS: dict[str, tuple[float, str] | None] = {
-    "m": (5.0, "millimetres"),
-    "mm": (5000.0, "micrometres"),
-    "rad": (13.0, "degrees"),  # two turns; wrists of some arms turn that far
-    "deg": (720.0, "encoder ticks"),
-    "m/s": (5.0, "millimetres per second"),
-    "rad/s": (30.0, "degrees per second"),
-    "N": None,
-    "Nm": None,
-    "1": None,  # without unit: normalised commands, fractions
-    "ticks": None,
 }
 
 
@@ -58,7 +45,7 @@ class Action:
     Attributes:
       name: as in plots and reports.
       kind: see `KINDS`.
-      unit: see `UNITS`.
+      unit: see `octo_like.common.dimensions.UNITS`.
       limits: (lowest, highest) that the robot accepts, or None.
       proprio: dimension of the proprioception that it moves, or None.
       open, closed: of a gripper: the commands.
@@ -128,11 +115,13 @@ class Description:
       control_hz: steps per second.
       actions: one entry per dimension.
       proprio_names: one name per dimension of the proprioception; may be empty.
+      proprio_units: one unit for each of them ("" where it is not known), or none at all.
     """
 
     control_hz: float
     actions: tuple[Action, ...]
     proprio_names: tuple[str, ...] = ()
+    proprio_units: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.control_hz > 0:
@@ -144,6 +133,10 @@ class Description:
             width = len(self.proprio_names)
             if width and action.proprio is not None and not 0 <= action.proprio < width:
                 raise RobotError(f"action {action.name!r}: no proprioception {action.proprio}; valid: 0 to {width - 1}")
+        try:
+            Dimensions(self.proprio_names, self.proprio_units)
+        except DimensionError as error:
+            raise RobotError(f"proprioception: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, names and lists, one list per property: fits JSON and configs."""
@@ -152,13 +145,14 @@ class Description:
             for field in dataclasses.fields(Action)
         }
         columns["action_limits"] = [None if pair is None else list(pair) for pair in columns["action_limits"]]
-        return {"control_hz": self.control_hz, "proprio_names": list(self.proprio_names), **columns}
+        units = {"proprio_units": list(self.proprio_units)} if self.proprio_units else {}
+        return {"control_hz": self.control_hz, "proprio_names": list(self.proprio_names), **units, **columns}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Description":
         """Inverse of `to_json`. Raises RobotError for unknown keys and lists of unequal length."""
         fields = [field.name for field in dataclasses.fields(Action)]
-        known = {"control_hz", "proprio_names", *(f"action_{field}" for field in fields)}
+        known = {"control_hz", "proprio_names", "proprio_units", *(f"action_{field}" for field in fields)}
         for key in data:
             if key not in known:
                 raise RobotError(f"robot: unknown key {key!r}; {suggest(key, known)}")
@@ -171,9 +165,8 @@ class Description:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         for row in rows:
             row["limits"] = None if row.get("limits") is None else tuple(row["limits"])
-        return cls(
-            float(data["control_hz"]), tuple(Action(**row) for row in rows), tuple(data.get("proprio_names") or ())
-        )
+        proprio = (tuple(data.get(f"proprio_{what}") or ()) for what in ("names", "units"))
+        return cls(float(data["control_hz"]), tuple(Action(**row) for row in rows), *proprio)
 
     def describe(self) -> str:
         """One line per action dimension."""
@@ -188,6 +181,9 @@ class Description:
                 names = self.proprio_names
                 text += f", moves proprio[{action.proprio}]" + (f" {names[action.proprio]}" if names else "")
             lines.append(f"action[{i}] {action.name}: {text}")
+        if self.proprio_units:
+            labels = Dimensions(self.proprio_names, self.proprio_units).labels
+            lines += [f"proprio[{i}] {label}" for i, label in enumerate(labels)]
         return "\n".join(lines)
 
 
@@ -204,6 +200,7 @@ class Robot:
       window_size: observations of history, the present one included.
       proprio: keys below `observation`, joined.
       proprio_names: one per dimension of what they give.
+      proprio_units: one for each of them ("" where it is not known), or none at all.
       normalization: "normal" or "bounds"; grippers are left as they are.
       language: key of the instruction, or None.
       dataset: any other field of `octo_like.data.spec.DatasetSpec`, e.g. dict(num_demos=50, standardize="mine:f").
@@ -219,6 +216,7 @@ class Robot:
     window_size: int = 1
     proprio: tuple[str, ...] = ()
     proprio_names: tuple[str, ...] = ()
+    proprio_units: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     normalization: str = "normal"
     language: str | None = "language_instruction"
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -235,7 +233,8 @@ class Robot:
     def description(self) -> Description:
         """What its numbers mean. Raises RobotError when that is not consistent."""
         try:
-            return Description(float(self.control_hz), tuple(self.actions), tuple(self.proprio_names))
+            names, units = tuple(self.proprio_names), tuple(self.proprio_units)
+            return Description(float(self.control_hz), tuple(self.actions), names, units)
         except RobotError as error:
             raise RobotError(f"{self.name}: {error}") from None
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
 from octo_like.data.batches.frames import RawEpisode, as_points
-from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
+from octo_like.data.prepared import PreparedDataset, check_names, problem_of, statistics_of
 from octo_like.data.rlds import filters
 from octo_like.data.rlds.index import Index, digest_of, with_usable
 from octo_like.data.rlds.prepare import choose_episodes
@@ -225,6 +225,7 @@ def prepare_in_memory(
         if not episodes.get(split):
             raise DataError(f"{key}: no episodes of split {split!r}; {suggest(split, episodes)}")
     function = MemoryFunction(spec, {split: episodes[split] for split in splits})
+    check_names(key, spec, function)
     whole = _index(function, spec.split)
     val_whole = whole if spec.val_split is None else _index(function, spec.val_split)
     chosen, validation = choose_episodes(key, spec, whole, val_whole)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from octo_like.common.config import ConfigError
@@ -34,12 +34,15 @@ class Inputs:
       statistics: dataset to statistics, with the kind of normalisation in "normalization" and the action head that
         learns from it in "head".
       environments: dataset to the gymnasium id it is rolled out in.
+      episodes: dataset to a function that makes finite batches of one held-out episode in the order of time, the last
+        of them filled up; datasets whose episodes cannot be looked up are not in it.
     """
 
     stream: BatchStream
     validation: Mapping[str, Iterable[Tree]]
     statistics: dict[str, Any]
     environments: dict[str, str]
+    episodes: Mapping[str, Callable[[], Iterable[Tree]]] = dataclasses.field(default_factory=dict)
 
     def resume(self, order_spec: Mapping[str, Any], position: int) -> None:
         """Continues at a saved position.
@@ -84,9 +87,7 @@ def inputs_from_config(
     _check(data, config.batch_size, process_count)
 
     settings = settings_from_config(config)
-    specs = specs_from_config(datasets_from_config(data))
-    if data.num_demos is not None:
-        specs = {name: _with_demos(one, data.num_demos) for name, one in specs.items()}
+    specs = specs_from_config(datasets_from_config(data), data.num_demos)
     datasets = _prepared(config, specs, processes, workdir)
     stream = make_train_stream(datasets, spec, tokenizer, settings, processes=processes)
     log.info(stream.memory_line())
@@ -96,17 +97,18 @@ def inputs_from_config(
     )
     statistics = {
         name: {
-            **stats,
+            **prepared.named_statistics,
             "normalization": specs[name].normalization,
             "head": specs[name].head,
             **({"held_out": specs[name].held_out()} if data.kind == "rlds" else {}),
             **({} if specs[name].robot is None else {"robot": specs[name].robot}),
             **({} if (relative := specs[name].relative_to) is None else {"relative_to": list(relative)}),
         }
-        for name, stats in stream.statistics.items()
+        for name, prepared in datasets.items()
     }
     environments = {name: one.env for name, one in specs.items() if one.env is not None}
-    return Inputs(stream, validation, statistics, environments)
+    episodes = {name: batches.whole_episode for name, batches in validation.items()}
+    return Inputs(stream, validation, statistics, environments, episodes)
 
 
 def settings_from_config(config: Any) -> Settings:
@@ -150,7 +152,3 @@ def _prepared(
         pod_dir=None if workdir is None else os.path.join(os.path.expanduser(workdir), "data_index"),
     )
     return prepare_datasets(specs, data.data_dir, data.cache_dir, options=options, hosts=processes)
-
-
-def _with_demos(spec: DatasetSpec, num_demos: int) -> DatasetSpec:
-    return spec if spec.num_demos is not None else dataclasses.replace(spec, num_demos=num_demos)

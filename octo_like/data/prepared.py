@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from octo_like.common.dimensions import PARTS, Dimensions
 from octo_like.data.batches.frames import RawEpisode
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import non_finite
@@ -82,6 +83,17 @@ class PreparedDataset:
         resume is approximate, and its `train` only tells the order how to draw from it."""
         return self.spec.source is None
 
+    @property
+    def dimensions(self) -> dict[str, Dimensions]:
+        """Names and units of "action" and, if there is any, "proprio"."""
+        widths = {part: len(self.statistics[part]["mean"]) for part in PARTS if part in self.statistics}
+        return {part: self.spec.dimensions(part, width) for part, width in widths.items()}
+
+    @property
+    def named_statistics(self) -> dict[str, Any]:
+        """The statistics with names and units of their dimensions, as they travel with a policy."""
+        return {**self.statistics, "dimensions": {part: named.to_json() for part, named in self.dimensions.items()}}
+
 
 def problem_of(raw: RawEpisode) -> str | None:
     """Why an episode cannot be used: parts of other lengths, or numbers that are not finite. None: it can."""
@@ -101,6 +113,15 @@ def problem_of(raw: RawEpisode) -> str | None:
         if values is not None and (bad := non_finite(values)) is not None:
             return f"{name} is {values[bad]} at step {bad[0]}, dimension {bad[-1]}"
     return None
+
+
+def check_names(key: str, spec: DatasetSpec, function: EpisodeFunction) -> None:
+    """Raises DataError when there are names for another number of dimensions than the data has."""
+    for part, width in (("action", function.action_dim), ("proprio", function.proprio_dim or 0)):
+        try:
+            spec.dimensions(part, width)
+        except DataError as error:
+            raise DataError(str(error) if key == spec.name else f"{key}: {error}") from None
 
 
 def check_mask(key: str, spec: DatasetSpec, width: int) -> np.ndarray | None:

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from octo_like.common import dimensions
+from octo_like.common.dimensions import DimensionError, Dimensions
 from octo_like.common.normalization import KINDS
 from octo_like.common.robot import Description, RobotError
 from octo_like.common.schema import RESERVED
@@ -75,6 +77,9 @@ class DatasetSpec:
       blank_text: whether a registry dataset's instructions are dropped; None: as the registry says.
       robot: what the numbers mean, control rate and names, as `octo_like.common.robot.Description.to_json` writes it,
         or None. Nothing that is learned depends on it; checks, reports and the policy's card use it.
+      action_names, proprio_names: of their dimensions, as plots, tags of metrics, reports and servers show them. None:
+        the robot's or the registry entry's, where there is one, else a0, a1, ... and p0, p1, ...
+      action_units, proprio_units: of these dimensions, see `octo_like.common.dimensions.UNITS`; "" where not known.
     """
 
     name: str
@@ -112,9 +117,15 @@ class DatasetSpec:
     compat: str | None = None
     blank_text: bool | None = None
     robot: Mapping[str, Any] | None = None
+    action_names: tuple[str, ...] | None = None
+    action_units: tuple[str, ...] | None = None
+    proprio_names: tuple[str, ...] | None = None
+    proprio_units: tuple[str, ...] | None = None
 
     def __post_init__(self):
         self._check_numbers()
+        for part in dimensions.PARTS:
+            self._given_dimensions(part)
         if self.normalization not in KINDS:
             raise DataError(f"{self.name}: normalization {self.normalization!r}; {suggest(self.normalization, KINDS)}")
         if not 0 <= self.val_fraction < 1:
@@ -151,6 +162,45 @@ class DatasetSpec:
             raise DataError(f"{self.name}: relative_to needs proprio_keys, whose dimensions it names")
         if self.chunk_length is not None and self.chunk_length < 1:
             raise DataError(f"{self.name}: chunk_length must be at least 1, got {self.chunk_length}")
+
+    def _given_dimensions(self, part: str) -> Dimensions | None:
+        """The names and units that the spec's own fields give. Raises DataError for some that cannot be."""
+        names, units = getattr(self, f"{part}_names"), getattr(self, f"{part}_units")
+        if names is None and units is None:
+            return None
+        if names is None:
+            raise DataError(f"{self.name}: {part}_units without {part}_names: give both, or names only")
+        if self.robot is not None:
+            raise DataError(
+                f"{self.name}: {part}_names beside a robot's description, which names the dimensions itself"
+            )
+        try:
+            return Dimensions(tuple(names), tuple(units or ()))
+        except DimensionError as error:
+            raise DataError(f"{self.name}: {part}_names, {part}_units: {error}") from None
+
+    def dimensions(self, part: str, width: int) -> Dimensions:
+        """Names and units of a part ("action" or "proprio") of the data, which has `width` dimensions.
+
+        Raises:
+          DataError: the spec's own names, or the robot's, are of another number.
+        """
+        given, whose = self._given_dimensions(part), f"{part}_names gives"
+        if given is None and self.robot is not None:
+            given, whose = dimensions.of_robot(self.robot, part), "the robot's description has"
+        if given is not None:
+            if len(given) != width:
+                raise DataError(
+                    f"{self.name}: {whose} {len(given)} {part} dimensions ({', '.join(given.names)}), the data has "
+                    f"{width}"
+                )
+            return given
+        entry = _registry_entry(self.standardize)
+        if entry is not None and (part == "action" or self.proprio_keys == ("proprio",)):
+            known = entry.read_as(self.compat).columns()[part]
+            if known is not None and len(known) == width:
+                return known
+        return Dimensions.unnamed(width, part)
 
     def _check_numbers(self) -> None:
         whole, required = ("num_demos", "subsample_length", "chunk_length"), ("weight", "val_fraction")
@@ -243,6 +293,11 @@ class DatasetSpec:
                 data["robot"] = Description.from_json(data["robot"]).to_json()
             except RobotError as error:
                 raise DataError(f"{data['name']}: {error}") from error
+        for part in dimensions.PARTS:
+            for field in (f"{part}_names", f"{part}_units"):
+                if isinstance(data.get(field), str):
+                    raise DataError(f"{data['name']}: {field} is a list, got {data[field]!r}; one entry per dimension")
+                data[field] = None if data.get(field) is None else tuple(data[field])
         for field in ("frame_slice", "relative_to"):
             data[field] = None if data.get(field) is None else tuple(data[field])
         return cls(**data)
@@ -307,11 +362,18 @@ class DatasetSpec:
         }
 
 
-def specs_from_config(datasets: Mapping[str, Any]) -> dict[str, DatasetSpec]:
-    """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another."""
+def specs_from_config(datasets: Mapping[str, Any], num_demos: int | None = None) -> dict[str, DatasetSpec]:
+    """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another.
+
+    Args:
+      num_demos: of the datasets that do not say themselves; the config's `data.num_demos`.
+    """
     if not datasets:
         raise DataError("the mixture is empty: `datasets` needs at least one entry, or name a `mix`")
     specs = {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}
+    if num_demos is not None:
+        own = {key: spec.num_demos or num_demos for key, spec in specs.items()}
+        specs = {key: dataclasses.replace(spec, num_demos=own[key]) for key, spec in specs.items()}
     _warn_of_twins(specs)
     return specs
 

@@ -35,7 +35,7 @@ from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order.order import permutation
 from octo_like.data.oxe import registry
-from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
+from octo_like.data.prepared import PreparedDataset, check_names, problem_of, statistics_of
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.leaves import select
 from octo_like.data.spec import DataError, DatasetSpec
@@ -154,6 +154,7 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
       DataError: whatever is wrong with the source or its first trajectories, by name and number.
     """
     function = TrajectoryFunction(spec)
+    check_names(key, spec, function)
     episodes: list[RawEpisode] = []
     instructions: collections.Counter = collections.Counter()
     size = 0

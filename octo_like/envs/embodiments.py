@@ -18,7 +18,7 @@ class Embodiment:
     Attributes:
       tasks: what it may be asked to do.
       action_names, action_units, action_low, action_high: one entry for each action dimension; limits in these units.
-      proprio_names: one entry for each proprioceptive dimension (metres, radians, opening 0..1); may be empty.
+      proprio_names, proprio_units: one entry for each proprioceptive dimension; may be empty.
       cameras: slots of its cameras.
       max_steps: steps after which an episode of each task is cut off.
       reach_radius: the effector has reached a block within this distance (metres, between centres, in x and y).
@@ -33,6 +33,7 @@ class Embodiment:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     proprio_names: tuple[str, ...]
+    proprio_units: tuple[str, ...]
     cameras: tuple[str, ...]
     max_steps: Mapping[str, int]
     reach_radius: float
@@ -65,6 +66,7 @@ PUSHER = Embodiment(
     action_low=(-0.05, -0.05),
     action_high=(0.05, 0.05),
     proprio_names=(),
+    proprio_units=(),
     cameras=("primary",),
     max_steps={"reach": 20, "push": 32},
     reach_radius=0.07,
@@ -76,10 +78,11 @@ GRIPPER = Embodiment(
     name="gripper",
     tasks=("reach", "pick_and_place"),
     action_names=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),
-    action_units=("m", "m", "m", "rad", "rad", "rad", "1 open, 0 closed"),
+    action_units=("m", "m", "m", "rad", "rad", "rad", "open fraction"),
     action_low=(-0.05, -0.05, -0.05, -0.25, -0.25, -0.25, 0.0),
     action_high=(0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0),
     proprio_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
+    proprio_units=("m", "m", "m", "rad", "rad", "rad", "open fraction"),
     cameras=("primary",),
     max_steps={"reach": 20, "pick_and_place": 45},
     reach_radius=0.04,
@@ -91,10 +94,11 @@ ARM = Embodiment(
     name="arm",
     tasks=("reach", "pick_and_place"),
     action_names=("dq1", "dq2", "gripper"),
-    action_units=("rad", "rad", "1 open, 0 closed"),
+    action_units=("rad", "rad", "open fraction"),
     action_low=(-0.12, -0.12, 0.0),
     action_high=(0.12, 0.12, 1.0),
     proprio_names=("q1", "q2", "gripper"),
+    proprio_units=("rad", "rad", "open fraction"),
     cameras=("primary", "wrist"),
     max_steps={"reach": 20, "pick_and_place": 45},
     reach_radius=0.04,
@@ -106,10 +110,11 @@ ARM3 = Embodiment(
     name="arm3",
     tasks=("reach", "pick_and_place"),
     action_names=("q1", "q2", "q3", "gripper"),
-    action_units=("rad", "rad", "rad", "1 open, 0 closed"),
+    action_units=("rad", "rad", "rad", "open fraction"),
     action_low=(-3.1, -3.1, -3.1, 0.0),
     action_high=(3.1, 3.1, 3.1, 1.0),
     proprio_names=("q1", "q2", "q3", "gripper"),
+    proprio_units=("rad", "rad", "rad", "open fraction"),
     cameras=("primary", "wrist"),
     max_steps={"reach": 20, "pick_and_place": 45},
     reach_radius=0.04,

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from octo_like.common.dimensions import PARTS, of_statistics
 from octo_like.common.robot import Description
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.model import parts
@@ -172,6 +173,9 @@ def pretty_spec(policy: Any) -> str:
     for name, head in policy.model.heads.items():
         lines.append(f"  {name:<42}(B, {head.action_horizon}, {head.action_dim}) float32, {type(head).__name__}")
     lines += [f"statistics: {', '.join(sorted(policy.statistics)) or 'none'}"]
+    for name, entry in sorted(policy.statistics.items()):
+        for part in (part for part in PARTS if entry.get(part) is not None):
+            lines.append(f"  {name + ' ' + part:<42}{', '.join(of_statistics(entry, part).labels)}")
     report = token_report(policy.model, spec)
     lines += [f"tokens: {report.total} for a window of {spec.window_size}"]
     for name, size in report.sizes().items():

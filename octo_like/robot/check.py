@@ -14,6 +14,7 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.common.demo import Demo
+from octo_like.common.dimensions import of_robot, of_statistics
 from octo_like.common.pages import Finding
 from octo_like.common.robot import Description
 from octo_like.robot.history import History
@@ -238,7 +239,7 @@ def check_policy(
     Args:
       demos: held-out ones.
       dataset: of the policy's statistics.
-      description: what the numbers mean; None: limits are the demonstrations' own, names are numbers.
+      description: what the numbers mean; None: limits are the demonstrations' own, names those of the statistics.
       hz: control rate; None: the description's.
       exec_horizon: actions executed of each chunk; None: half of it, at least one.
 
@@ -260,11 +261,9 @@ def check_policy(
         raise ValueError(
             f"the description has {len(description.actions)} action dimensions, the policy's dataset {width}"
         )
-    names = tuple(f"action[{d}]" for d in range(width))
-    units = ("",) * width
+    named = of_statistics(policy.statistics[dataset], "action", width)
     if description is not None:
-        names = tuple(action.name for action in description.actions)
-        units = tuple("" if action.unit == "1" else action.unit for action in description.actions)
+        named = of_robot(description.to_json()) or named
     limits = action_limits(stats, description)
     executed = np.concatenate([one.executed(exec_horizon) for one in replays])
     span = limits[1] - limits[0]
@@ -274,8 +273,8 @@ def check_policy(
         replays=replays,
         errors=action_errors(replays, np.asarray(stats["mean"])),
         latency=measure_latency(policy, demos[0], dataset, calls=calls),
-        names=names,
-        units=units,
+        names=named.names,
+        units=named.shown_units,
         hz=hz or (description.control_hz if description else None),
         exec_horizon=exec_horizon,
         limits=limits,

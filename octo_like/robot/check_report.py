@@ -8,8 +8,6 @@ from octo_like.common import pages
 from octo_like.robot.check import PolicyCheck
 from octo_like.robot.prediction import Prediction, plot_prediction
 
-PLOT_STEPS = 200  # of an episode that a replay shows
-
 
 def error_rows(check: PolicyCheck) -> list[list[str]]:
     """Header, and for each dimension its errors: over the chunk, at its ends, and of answers that need no policy."""
@@ -66,12 +64,11 @@ def write_page(check: PolicyCheck, folder: str, *, episodes: int = 3) -> str:
     replays = []
     for number, one in enumerate(check.replays[:episodes]):
         path = os.path.join(folder, f"replay_{number}.png")
-        shown = slice(0, PLOT_STEPS)
         prediction = Prediction(
-            predicted=one.predicted[None, shown],
-            true=one.true[shown, 0],
-            mask=np.ones_like(one.true[shown, 0], bool),
-            timestep=np.arange(len(one.true[shown])),
+            predicted=one.predicted[None],
+            true=one.true[:, 0],
+            mask=np.ones_like(one.true[:, 0], bool),
+            timestep=np.arange(len(one.true)),
         )
         plot_prediction(prediction, check.names, units=check.units, path=path)
         replays.append(f"<p>{one.demo.instruction or '(no instruction)'}" + pages.html_picture(path))
@@ -106,9 +103,9 @@ def _plot_errors(check: PolicyCheck, path: str) -> None:
     from matplotlib.figure import Figure
 
     width = len(check.names)
-    columns = min(4, width)
+    columns = min(2, width)
     rows = -(-width // columns)
-    figure = Figure(figsize=(3 * columns, 0.4 + 2 * rows), layout="constrained")
+    figure = Figure(figsize=(6.4, 0.6 + 1.8 * rows), layout="constrained")  # legible in a narrow window
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     steps = np.arange(check.errors.policy.shape[0])
     for d, axis in enumerate(axes):
@@ -119,13 +116,15 @@ def _plot_errors(check: PolicyCheck, path: str) -> None:
         axis.plot(steps, check.errors.repeat[:, d], color="#c8743c", lw=1, label="repeat last")
         axis.plot(steps, check.errors.mean[:, d], color="#8c959f", lw=1, ls="--", label="mean action")
         unit = f" [{check.units[d]}]" if check.units[d] else ""
-        axis.set_title(f"{check.names[d]}{unit}", fontsize=8)
+        axis.set_title(f"{check.names[d]}{unit}", fontsize=9)
         axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=6)
-    figure.supxlabel("step of the chunk", fontsize=8)
-    figure.savefig(path, dpi=90)
+        if d + columns >= width:
+            axis.set_xlabel("step of the chunk", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def _plot_latency(check: PolicyCheck, path: str) -> None:

@@ -38,7 +38,8 @@ class PolicyClient:
 
     Attributes:
       metadata: what the server says of its policy: `spec` (text), `batch_spec`, `statistics` (names), `action_names`,
-        `expects` (observation keys) and `actions` (limits, names and units) of each dataset.
+        `expects` (observation keys), `actions` (limits, names and units) and `dimensions` (names and units of actions
+        and proprioception) of each dataset.
       filter: the `ActionFilter` of the dataset in use, with its `counts`; None before the first `act`, and with
         limits=False.
       late_replies: answers that came after their request had timed out, and were dropped.

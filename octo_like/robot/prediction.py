@@ -4,11 +4,15 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from octo_like.common.dimensions import Dimensions, check_width
+
 PLOT_COLOUR, TRUE_COLOUR = "#1f6feb", "#24292f"
+CHUNKS = 60  # that a picture shows of an episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Prediction:
       predicted: (S, T, H, D) physical units.
       true: (T, D) the action taken at each step.
       mask: (T, D) False: not an action of this dataset.
-      timestep: (T,) step within the episode.
+      timestep: (T,) step within the episode; rising where the rows follow an episode.
     """
 
     predicted: np.ndarray
@@ -36,68 +40,99 @@ def plot_prediction(
     units: Sequence[str] | None = None,
     path: str | Path | None = None,
 ) -> np.ndarray:
-    """One row per dimension: left the actions over time (true, and every sample), right predicted against true.
+    """One panel per dimension, with its name and unit.
+
+    Of steps in the order of time: the action that was taken over the episode, and along it the chunks that every sample
+    would have begun, at most `CHUNKS` of them, evenly spread. Of other steps: predicted over true.
+
+    Args:
+      names: of the dimensions; None: a0, a1, ...
+      units: of them, "" where there is none.
+      path: also written there, as a PNG.
 
     Returns:
-      The picture (h, w, 3) uint8, also written to `path` as a PNG when that is given.
+      The picture (h, w, 3) uint8, 640 wide.
+
+    Raises:
+      ValueError: another number of names or units than of dimensions.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    samples, steps, horizon, width = prediction.predicted.shape
-    names = dimension_names(names, width)
-    units = [""] * width if units is None else list(units)
-    # The object-oriented interface: no global state, no display, safe in a process that plots elsewhere.
-    figure = Figure(figsize=(9, 0.5 + 1.45 * width), layout="constrained")
+    steps, width = prediction.true.shape
+    named = dimensions_of(names, width, units)
+    along = steps > 1 and bool((np.diff(prediction.timestep) > 0).all())
+    columns = 1 if along else min(2, width)
+    rows = -(-width // columns)
+    # The object-oriented interface: no global state, no display, safe in a process that plots elsewhere. Small in
+    # inches, so that its text is legible in a narrow window.
+    figure = Figure(figsize=(6.4, 0.8 + (1.35 if along else 2.6) * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(width, 2, squeeze=False, width_ratios=(4, 1))
-    for row in axes[:-1]:
-        row[0].sharex(axes[-1, 0])
-        row[0].tick_params(labelbottom=False)
-    consecutive = steps > 1 and (np.diff(prediction.timestep) == 1).all()
-    x = prediction.timestep if consecutive else np.arange(steps)
-    for d in range(width):
-        over_time, scatter = axes[d]
-        valid = prediction.mask[:, d]
-        for s in range(samples):
-            if consecutive and horizon > 1:
-                # All chunks as one line with gaps: thousands of line objects would take seconds to draw.
-                gap = np.full((steps, 1), np.nan)
-                chunks = np.concatenate([prediction.predicted[s, :, :, d], gap], axis=1)
-                when = np.concatenate([x[:, None] + np.arange(horizon), gap], axis=1)
-                over_time.plot(when.ravel(), chunks.ravel(), color=PLOT_COLOUR, lw=0.6, alpha=0.25)
-            first = prediction.predicted[s, :, 0, d]
-            label = f"predicted, {samples} samples" if s == 0 else None
-            over_time.plot(x, first, ".", color=PLOT_COLOUR, ms=4, alpha=0.8, label=label)
-            scatter.plot(prediction.true[valid, d], first[valid], ".", color=PLOT_COLOUR, ms=3, alpha=0.5)
-        style = "-" if consecutive else "_"
-        over_time.plot(x[valid], prediction.true[valid, d], style, color=TRUE_COLOUR, lw=1.6, label="true")
-        unit = f"\n[{units[d]}]" if units[d] else ""
-        over_time.set_ylabel(f"{names[d]}{unit}", fontsize=8)
-        limits = _limits(prediction.true[valid, d], prediction.predicted[:, valid, 0, d])
-        scatter.plot(limits, limits, color="#8c959f", lw=0.8)
-        scatter.set(xlim=limits, ylim=limits)
-        for axis in (over_time, scatter):
-            axis.tick_params(labelsize=7)
-            axis.grid(alpha=0.25)
-    axes[0, 0].legend(fontsize=7, loc="best")
-    axes[-1, 0].set_xlabel("step of the episode" if consecutive else "sample", fontsize=8)
-    axes[-1, 1].set_xlabel("predicted over true", fontsize=8)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=along).reshape(-1)
+    for d, axis in enumerate(axes):
+        if d >= width:
+            axis.set_visible(False)
+            continue
+        (_draw_along if along else _draw_scattered)(axis, prediction, d)
+        axis.set_title(named.labels[d], fontsize=9, loc="left", pad=3)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.margins(x=0.01)
+        # Labels of axes, since those of a figure would share their place with the legend.
+        if d + columns >= width:
+            axis.set_xlabel("step of the episode" if along else "true", fontsize=9)
+        if not along and d % columns == 0:
+            axis.set_ylabel("predicted", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), fontsize=8, frameon=False)
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(title, fontsize=10, wrap=True)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
+    figure.savefig(buffer, format="png", dpi=100)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(buffer.getvalue())
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def dimension_names(names: Sequence[str] | None, width: int) -> tuple[str, ...]:
-    names = tuple(f"dim{i}" for i in range(width)) if names is None else tuple(names)
-    if len(names) != width:
-        raise ValueError(f"{len(names)} names for {width} action dimensions: {', '.join(names)}")
-    return names
+def _draw_along(axis: Any, prediction: Prediction, d: int) -> None:
+    """Dimension `d` over the steps of an episode."""
+    samples, steps, horizon, _ = prediction.predicted.shape
+    x, valid = prediction.timestep, prediction.mask[:, d]
+    begun = np.unique(np.linspace(0, steps - 1, min(steps, CHUNKS)).astype(int)) if horizon > 1 else np.zeros(0, int)
+    when = x[begun, None] + np.arange(horizon)
+    gap = np.full((len(begun), 1), np.nan)
+    for s in range(samples):
+        # All chunks as one line with gaps: thousands of line objects would take seconds to draw.
+        chunks = np.where(when <= x[-1], prediction.predicted[s, begun, :, d], np.nan)
+        line = (np.concatenate([values, gap], axis=1).ravel() for values in (when, chunks))
+        axis.plot(*line, color=PLOT_COLOUR, lw=0.8, alpha=0.45, label="predicted chunks" if s == 0 else None)
+        label = f"their first actions, {samples} samples" if samples > 1 else "their first actions"
+        axis.plot(
+            x, prediction.predicted[s, :, 0, d], ".", color=PLOT_COLOUR, ms=3, alpha=0.7, label=None if s else label
+        )
+    axis.plot(x[valid], prediction.true[valid, d], color=TRUE_COLOUR, lw=1.5, label="true")
+
+
+def _draw_scattered(axis: Any, prediction: Prediction, d: int) -> None:
+    """Dimension `d` of single steps."""
+    valid = prediction.mask[:, d]
+    true = prediction.true[valid, d]
+    for s, first in enumerate(prediction.predicted[:, valid, 0, d]):
+        label = f"first actions, {len(prediction.predicted)} samples" if s == 0 else None
+        axis.plot(true, first, ".", color=PLOT_COLOUR, ms=4, alpha=0.6, label=label)
+    limits = _limits(true, prediction.predicted[:, valid, 0, d])
+    axis.plot(limits, limits, color="#8c959f", lw=0.8, label="equal")
+    axis.set(xlim=limits, ylim=limits)
+
+
+def dimensions_of(names: Sequence[str] | None, width: int, units: Sequence[str] | None = None) -> Dimensions:
+    """Names and units of `width` action dimensions; a0, a1, ... without names. Raises ValueError for another number."""
+    if names is None:
+        return Dimensions.unnamed(width)
+    named = Dimensions(tuple(names), tuple(units or ()))
+    check_width(named, width)
+    return named
 
 
 def _limits(*arrays: np.ndarray) -> tuple[float, float]:

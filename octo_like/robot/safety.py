@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.dimensions import Dimensions, of_statistics
 from octo_like.common.words import suggest
 
 # A policy may leave the demonstrated range by this share of its width before it is clipped: demonstrations end where
@@ -97,6 +98,7 @@ def action_limits(statistics: Mapping[str, Any]) -> dict[str, list]:
     """
     action, robot = statistics["action"], statistics.get("robot") or {}
     width = len(np.asarray(action["mean"]))
+    named = of_statistics(statistics, "action", width)
     low, high = (_bounds(action, field, width) for field in ("min", "max"))
     for d, origin in enumerate(statistics.get("relative_to") or ()):
         if origin is not None:
@@ -115,8 +117,8 @@ def action_limits(statistics: Mapping[str, Any]) -> dict[str, list]:
         "high": [float(x) if np.isfinite(x) else None for x in high],
         "declared": declared,
         "kinds": list(robot.get("action_kind") or ["other"] * width),
-        "names": list(robot.get("action_name") or [f"action {d}" for d in range(width)]),
-        "units": list(robot.get("action_unit") or [""] * width),
+        "names": list(named.names),
+        "units": list(named.units),
     }
 
 
@@ -159,7 +161,7 @@ class ActionFilter:
         change = list(max_change) if isinstance(max_change, Sequence | np.ndarray) else [max_change] * width
         self.max_change = np.array([np.inf if x is None else x for x in change], np.float64)
         self.kinds = ["other"] * width if kinds is None else list(kinds)
-        self.names = [f"action {d}" for d in range(width)] if names is None else list(names)
+        self.names = list(Dimensions.unnamed(width).names) if names is None else list(names)
         lengths = {len(self.high), len(self.max_change), len(self.kinds), len(self.names), width}
         if len(lengths) > 1:
             raise ValueError(f"low, high, max_change, kinds and names must have one length, got {sorted(lengths)}")

@@ -22,9 +22,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from octo_like.common.dimensions import PARTS, of_statistics
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
+from octo_like.robot.prediction import dimensions_of
 from octo_like.robot.safety import action_limits, check_allowed, check_observation, expected_keys
 
 # Of an observation, what says which of its frames are there.
@@ -62,7 +64,7 @@ class PolicyServer:
     Args:
       policy: see `ServedPolicy`.
       unnormalize: statistics used when a request names none; None sends normalised actions.
-      action_names: of the action dimensions, told to clients; None: those of the robot's description.
+      action_names: of the action dimensions, told to clients; None: those of the statistics `unnormalize`.
       rng_seed: of the sampling noise.
       host, port: where to listen; port 0 takes a free one, see `port` in `running()`.
       token: clients must know it; None: whoever reaches the port may use the policy.
@@ -70,7 +72,7 @@ class PolicyServer:
       max_connections: clients at a time; more are refused with HTTP 503.
 
     Raises:
-      ValueError: `unnormalize` names no statistics of the policy.
+      ValueError: `unnormalize` names no statistics of the policy; `action_names` of another number than its actions.
       ImportError: the package websockets is missing.
     """
 
@@ -99,7 +101,9 @@ class PolicyServer:
         self.errors: collections.Counter[str] = collections.Counter()
         self._tasks = _TaskCache(policy)
         limits = {name: action_limits(entry) for name, entry in policy.statistics.items()}
-        if action_names is None and unnormalize is not None and (policy.statistics[unnormalize].get("robot") or {}):
+        if action_names is not None:
+            dimensions_of(action_names, len(limits[unnormalize]["names"] if unnormalize else action_names))
+        elif unnormalize is not None:
             action_names = limits[unnormalize]["names"]
         batch_spec = policy.batch_spec.to_json()
         # What requests have to bring, by the dataset in whose units they come; "": normalised numbers.
@@ -113,6 +117,10 @@ class PolicyServer:
             "unnormalize": unnormalize,
             "action_names": None if action_names is None else list(action_names),
             "actions": limits,
+            "dimensions": {
+                name: {part: of_statistics(entry, part).to_json() for part in PARTS if entry.get(part) is not None}
+                for name, entry in policy.statistics.items()
+            },
             "expects": {name: expected_keys(batch_spec, entry) for name, entry in of_datasets.items()},
         }
 

@@ -162,6 +162,22 @@ def from_main(name: str, value: str | None, *, seconds: float = 600.0) -> str:
     return coordination_client().blocking_key_value_get(name, int(1000 * seconds))
 
 
+def from_all(name: str, value: Any, *, seconds: float = 3600.0) -> list[Any]:
+    """The JSON-able values that all processes pass, in their order; each waits for the others, without a device.
+
+    Args:
+      name: unique in the life of the run's processes.
+
+    Raises:
+      jax.errors.JaxRuntimeError: one did not come within so many seconds.
+    """
+    if process_count() == 1:
+        return [value]
+    coordination_client().key_value_set(f"{name}/{process_id()}", json.dumps(value))
+    names = [f"{name}/{process}" for process in range(process_count())]
+    return [json.loads(coordination_client().blocking_key_value_get(one, int(1000 * seconds))) for one in names]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -6,15 +6,17 @@ measure is the one place where training looks into the robot's room: success in 
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from octo_like.common.normalization import unnormalize
+from octo_like.common.dimensions import grippers, of_statistics
+from octo_like.common.normalization import CONSTANT, to_absolute, unnormalize
 from octo_like.robot.intervals import success_interval
-from octo_like.robot.prediction import Prediction, dimension_names
+from octo_like.robot.prediction import Prediction, dimensions_of
 from octo_like.robot.record import annotate
 from octo_like.robot.rollout import Episode, PolicyLike, evaluate, gym_env_maker
 
@@ -59,27 +61,46 @@ class ActionError:
     """Errors of predicted actions per dimension, in the units of the dataset; entries that no mask admits are NaN.
 
     Attributes:
-      names: of the dimensions.
+      names, tags: of the dimensions; tags are safe in names of metrics and hold the unit, see
+        `octo_like.common.dimensions`.
       mae, rmse: (A,) mean absolute and root mean squared error over all steps of the chunks.
       first_mae: (A,) mean absolute error of the first action of the chunks alone.
       mean_mae: (A,) error of always answering with the dataset's mean: what a policy must beat.
       count: (A,) entries compared.
+      std: (A,) deviation of the actions that the policy learned from.
+      gripper_accuracy: share of the entries of grippers at which the predicted command opens or closes as the true one
+        does: both are on one side of the middle between open and closed. NaN without a known gripper.
     """
 
     names: tuple[str, ...]
+    tags: tuple[str, ...]
     mae: np.ndarray
     rmse: np.ndarray
     first_mae: np.ndarray
     mean_mae: np.ndarray
     count: np.ndarray
+    std: np.ndarray
+    gripper_accuracy: float
+
+    def in_std(self, errors: np.ndarray) -> float:
+        """The mean over the dimensions of errors (A,) in standard deviations; those that are constant are left out.
+
+        Metres and radians have no mean of their own; in standard deviations, always answering with the mean of a
+        normal distribution has 0.8.
+        """
+        counted = (self.std > CONSTANT) & np.isfinite(errors)
+        return float(np.mean(errors[counted] / self.std[counted])) if counted.any() else math.nan
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """Flat finite numbers for a metrics writer: "<prefix>mae/<dimension>", ..."""
+        """Flat finite numbers for a metrics writer: "<prefix>mae/<tag of a dimension>", ..., and over all dimensions
+        "<prefix>mae_in_std", "<prefix>mean_mae_in_std" and "<prefix>gripper_accuracy"."""
         values = {
-            f"{prefix}{measure}/{name}": float(value)
+            f"{prefix}{measure}/{tag}": float(value)
             for measure in ("mae", "rmse", "first_mae", "mean_mae")
-            for name, value in zip(self.names, getattr(self, measure), strict=True)
+            for tag, value in zip(self.tags, getattr(self, measure), strict=True)
         }
+        values |= {f"{prefix}{measure}_in_std": self.in_std(getattr(self, measure)) for measure in ("mae", "mean_mae")}
+        values[f"{prefix}gripper_accuracy"] = self.gripper_accuracy
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -98,14 +119,17 @@ def action_error(
       batches: of one dataset; finite.
       statistics: of that dataset.
       kind: its normalisation, "normal" or "bounds"; None: what statistics["normalization"] says, else "normal".
-      names: of its action dimensions.
+      names: of its action dimensions; None: the statistics', with their units.
 
     Raises:
       ValueError: no batches, or another number of names than of dimensions.
     """
     stats, kind = statistics["action"], kind or statistics.get("normalization", "normal")
-    names = dimension_names(names, len(np.asarray(stats["mean"])))
-    sums = {key: np.zeros(len(names)) for key in ("absolute", "squared", "first", "constant", "count", "first_count")}
+    width = len(np.asarray(stats["mean"]))
+    named = of_statistics(statistics, "action", width) if names is None else dimensions_of(names, width)
+    opening = grippers(statistics, width)
+    sums = {key: np.zeros(width) for key in ("absolute", "squared", "first", "constant", "count", "first_count")}
+    agree = pairs = 0
     for batch in batches:
         predicted, true, mask = compare(sample_fn, batch, stats, kind)
         difference = np.where(mask, predicted - true, 0.0).astype(np.float64)
@@ -116,17 +140,23 @@ def action_error(
         sums["count"] += mask.sum((0, 1))
         sums["first"] += np.abs(difference[:, 0]).sum(0)
         sums["first_count"] += mask[:, 0].sum(0)
+        for d, ends in opening.items():
+            same = (predicted[..., d] > np.mean(ends)) == (true[..., d] > np.mean(ends))
+            agree, pairs = agree + int(same[mask[..., d]].sum()), pairs + int(mask[..., d].sum())
     if not sums["count"].any():
         raise ValueError("no action to compare with: no validation batches, or every entry is masked")
     count = np.where(sums["count"] > 0, sums["count"], np.nan)
     first_count = np.where(sums["first_count"] > 0, sums["first_count"], np.nan)
     return ActionError(
-        names=names,
+        names=named.names,
+        tags=named.tags,
         mae=sums["absolute"] / count,
         rmse=np.sqrt(sums["squared"] / count),
         first_mae=sums["first"] / first_count,
         mean_mae=sums["constant"] / count,
         count=sums["count"].astype(np.int64),
+        std=np.asarray(stats["std"], np.float64),
+        gripper_accuracy=agree / pairs if pairs else math.nan,
     )
 
 
@@ -151,19 +181,26 @@ def predict_rows(
     statistics: Mapping[str, Any],
     *,
     kind: str | None = None,
-    limit: int = 64,
+    limit: int | None = 64,
 ) -> Prediction:
     """Predictions for the first rows of the batches, one sample per function (e.g. one sampler with several seeds).
 
-    Rows are taken in order up to `limit`, and no further than the first episode when the batches hold whole episodes
-    one after the other (the timestep falls where the next one begins, and the second row follows the first).
+    Rows are taken in order up to `limit` (None: all), and no further than the first episode when the batches hold whole
+    episodes one after the other (the second row follows the first, and the timestep does not rise where the next one
+    begins, or where a last batch is filled up). Actions that are learned relative to the proprioception
+    (`statistics["relative_to"]`) are made absolute, so that a chunk lies along the actions that it predicts.
     """
     stats, kind = statistics["action"], kind or statistics.get("normalization", "normal")
+    limit = sys.maxsize if limit is None else limit
     parts, taken = [], 0
     for batch in batches:
         compared = [compare(fn, batch, stats, kind) for fn in sample_fns]
         timestep = np.asarray(batch["observation"]["timestep"])[:, -1]
-        parts.append((np.stack([one[0] for one in compared]), compared[0][1][:, 0], compared[0][2][:, 0], timestep))
+        predicted, true, mask = np.stack([one[0] for one in compared]), compared[0][1], compared[0][2]
+        if statistics.get("relative_to") is not None:
+            place = _physical_proprio(batch, statistics, kind)[:, None]
+            predicted, true = (to_absolute(x, place, statistics["relative_to"]) for x in (predicted, true))
+        parts.append((predicted, true[:, 0], mask[:, 0], timestep))
         taken += len(timestep)
         if taken >= limit:
             break
@@ -172,10 +209,17 @@ def predict_rows(
     predicted = np.concatenate([part[0] for part in parts], axis=1)
     true, mask, timestep = (np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))
     end = min(limit, len(timestep))
-    if end > 1 and timestep[1] == timestep[0] + 1:
-        breaks = np.flatnonzero(np.diff(timestep[:end]) != 1)
+    if end > 1 and timestep[1] > timestep[0]:
+        breaks = np.flatnonzero(np.diff(timestep[:end]) <= 0)
         end = int(breaks[0]) + 1 if len(breaks) else end
     return Prediction(predicted[:, :end], true[:end], mask[:end], timestep[:end])
+
+
+def _physical_proprio(batch: Mapping[str, Any], statistics: Mapping[str, Any], kind: str) -> np.ndarray:
+    """(B, P) of the last window position, without padding; values that normalisation has clipped stay clipped."""
+    width = len(np.asarray(statistics["proprio"]["mean"]))
+    normalised = np.asarray(batch["observation"]["proprio"], np.float32)[:, -1, :width]
+    return unnormalize(normalised, statistics["proprio"], kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,22 +255,15 @@ def closed_loop(
       env: id of the environment ("module:id" imports a module first).
       dataset: name of the statistics that give actions their units.
     """
-    seeds = range(seed, seed + episodes)
     outcomes = evaluate(
         policy,
         gym_env_maker(env),
-        seeds,
+        range(seed, seed + episodes),
         unnormalize=dataset,
         exec_horizon=exec_horizon,
         batch_size=min(batch_size, episodes),
         record=record,
     )
-    successes = [episode.success for episode in outcomes]
-    low, high = success_interval(successes)
-    scalars = {"success": float(np.mean(successes)), "success_low": low, "success_high": high}
-    scalars["steps"] = float(np.mean([episode.steps for episode in outcomes]))
-    for task in sorted({episode.task for episode in outcomes} - {""}):
-        scalars[f"success/{task}"] = float(np.mean([episode.success for episode in outcomes if episode.task == task]))
     videos = {
         f"{episode.seed - seed}": np.stack(
             [np.asarray(annotate(frame, episode.instruction, episode.success, scale=2)) for frame in episode.frames]
@@ -234,4 +271,20 @@ def closed_loop(
         for episode in outcomes
         if episode.frames is not None
     }
-    return ClosedLoop(outcomes, scalars, videos)
+    return ClosedLoop(outcomes, success_scalars([episode.summary() for episode in outcomes]), videos)
+
+
+def success_scalars(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The scalars of `ClosedLoop` from `Episode.summary` of all its episodes, on whichever host they ran."""
+    successes = [one["success"] for one in outcomes]
+    low, high = success_interval(successes)
+    scalars = {"success": float(np.mean(successes)), "success_low": low, "success_high": high}
+    scalars["steps"] = float(np.mean([one["steps"] for one in outcomes]))
+    for task in sorted({one["task"] for one in outcomes} - {""}):
+        scalars[f"success/{task}"] = float(np.mean([one["success"] for one in outcomes if one["task"] == task]))
+    return scalars
+
+
+def share(episodes: int, index: int, count: int) -> range:
+    """Numbers of the episodes that process `index` of `count` runs: consecutive ones, equal parts but for one."""
+    return range(index * episodes // count, (index + 1) * episodes // count)

@@ -2,14 +2,24 @@
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from octo_like.common.dimensions import of_statistics
 from octo_like.robot.prediction import plot_prediction
-from octo_like.training import sharding
-from octo_like.training.evaluation import action_error, closed_loop, predict_rows, validation_loss
+from octo_like.training import distributed, sharding
+from octo_like.training.evaluation import (
+    EVALUATION_SEEDS,
+    action_error,
+    closed_loop,
+    predict_rows,
+    share,
+    success_scalars,
+    validation_loss,
+)
 from octo_like.training.metrics import MetricsWriter
 from octo_like.training.run import Run
 from octo_like.training.state import TrainState
@@ -17,15 +27,24 @@ from octo_like.training.step import make_eval_step, sample_keys
 
 log = logging.getLogger(__name__)
 
+PLOTTED_SAMPLES = 3  # of each step that a picture shows
+PLOTTED_ROWS = 32  # of data without episodes that could be followed
+RECORDED = 2  # rollouts of which there are videos
+
 
 class Evaluator:
-    """Validation loss, action error in physical units, plots and rollouts, of the averaged parameters."""
+    """Validation loss, action error in physical units, plots and rollouts, of the averaged parameters.
+
+    Every process calls it at the same steps: batches are spread over all of them, and they share the rollouts. All of
+    them get the same scalars; process 0 writes them and draws.
+    """
 
     def __init__(self, run: Run, writer: MetricsWriter):
         self.run, self.writer = run, writer
         seed = run.config.seed
         self.terms = jax.jit(sharding.traced_on(run.mesh, make_eval_step(run.model, seed)))
         self.head_of = functools.partial(_head_of_batch, heads=list(run.model.heads))
+        whole = sharding.replicated(run.mesh)  # so that every process can read them
 
         def sample(params, batch, draw, head):
             keys = sample_keys(seed + 1, draw, batch["sample_id"])
@@ -33,7 +52,8 @@ class Evaluator:
                 {"params": params}, batch["observation"], batch["task"], keys, head=head, method="sample"
             )
 
-        self.sample = jax.jit(sharding.traced_on(run.mesh, sample), static_argnames="head")
+        self.sample = jax.jit(sharding.traced_on(run.mesh, sample), static_argnames="head", out_shardings=whole)
+        self.numbers = jax.jit(_numbers_of, out_shardings=whole)
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """Writes and returns everything that could be measured."""
@@ -45,33 +65,78 @@ class Evaluator:
             placed = [sharding.put_batch(batch, run.mesh) for batch in batches]
             losses = validation_loss(lambda batch: self.terms(params, batch), placed)
             scalars |= {f"val/{name}/{key}": value for key, value in losses.items()}
-            if jax.process_count() > 1:
-                continue  # the rows of other hosts are not here; losses above are global
-            samplers = [self._sampler(params, draw) for draw in range(3)]
-            error = action_error(samplers[0], placed, statistics)
+            seen = [self._predicted(params, batch) for batch in placed]
+            error = action_error(lambda batch: batch["predicted"][0], seen, statistics)
             scalars |= error.scalars(f"val/{name}/")
-            prediction = predict_rows(samplers, placed, statistics, limit=32)
-            self.writer.images(step, {f"predictions/{name}": plot_prediction(prediction, title=f"{name}, step {step}")})
-        if run.config.eval.rollouts and jax.process_count() == 1:
-            policy = run.make_policy(params)
-            for name, env in run.inputs.environments.items():
-                result = closed_loop(
-                    policy, env, name, episodes=run.config.eval.rollouts, exec_horizon=run.config.eval.exec_horizon
-                )
-                scalars |= {f"rollout/{name}/{key}": value for key, value in result.scalars.items()}
-                for number, frames in result.videos.items():
-                    self.writer.video(step, f"rollouts/{name}/{number}", frames)
+            self._plot(step, name, params, placed)
+        if run.config.eval.rollouts:
+            scalars |= self._rollouts(step, params)
         self.writer.scalars(step, scalars)
         for key, value in scalars.items():
             if key.endswith(("/loss", "/success")):
                 log.info("step %d  %s %.4f", step, key, value)
         return scalars
 
-    def _sampler(self, params, draw: int):
-        return lambda batch: self.sample(params, batch, draw, self.head_of(batch))
+    def _predicted(self, params: Any, batch: Mapping[str, Any], samples: int = 1) -> dict[str, Any]:
+        """The numbers of a placed batch on this host, all rows, and in "predicted" (samples, B, H, A) actions."""
+        seen = jax.device_get(self.numbers(batch))
+        head = self.head_of(seen)
+        # One after the other: on CPUs, programs in flight that exchange data may wait for each other's threads.
+        draws = [jax.device_get(self.sample(params, batch, draw, head=head)) for draw in range(samples)]
+        return {**seen, "predicted": np.stack(draws)}
+
+    def _plot(self, step: int, name: str, params: Any, placed: Sequence[Mapping[str, Any]]) -> None:
+        """Draws what is predicted along one held-out episode; where none can be followed, for some rows."""
+        run, episode = self.run, self.run.inputs.episodes.get(name)
+        shown: Iterable[Mapping[str, Any]] = placed[: -(-PLOTTED_ROWS // len(placed[0]["sample_id"]))]
+        if episode is not None:
+            shown = (sharding.put_batch(batch, run.mesh) for batch in episode())
+        seen = [self._predicted(params, batch, PLOTTED_SAMPLES) for batch in shown]
+        if not distributed.is_main():
+            return
+        statistics = run.inputs.statistics[name]
+        samplers = [lambda batch, draw=draw: batch["predicted"][draw] for draw in range(PLOTTED_SAMPLES)]
+        prediction = predict_rows(samplers, seen, statistics, limit=PLOTTED_ROWS if episode is None else None)
+        named = of_statistics(statistics, "action", prediction.true.shape[1])
+        picture = plot_prediction(prediction, named.names, units=named.units, title=f"{name}, step {step}")
+        self.writer.images(step, {f"predictions/{name}": picture})
+
+    def _rollouts(self, step: int, params: Any) -> dict[str, float]:
+        """Every process runs its share of the episodes, by itself; process 0 writes the videos of its own."""
+        run, scalars = self.run, dict[str, float]()
+        if not run.inputs.environments:
+            return scalars
+        policy = run.make_policy(sharding.to_local(params, run.mesh))
+        for name, env in run.inputs.environments.items():
+            mine = share(run.config.eval.rollouts, jax.process_index(), jax.process_count())
+            outcomes: list[dict[str, Any]] = []
+            if mine:
+                result = closed_loop(
+                    policy,
+                    env,
+                    name,
+                    episodes=len(mine),
+                    exec_horizon=run.config.eval.exec_horizon,
+                    seed=EVALUATION_SEEDS + mine.start,
+                    record=RECORDED if distributed.is_main() else 0,
+                )
+                outcomes = [episode.summary() for episode in result.episodes]
+                for number, frames in result.videos.items():
+                    self.writer.video(step, f"rollouts/{name}/{number}", frames)
+            everyone = distributed.from_all(f"octo_like/rollouts/{step}/{name}", outcomes)
+            found = success_scalars([one for of_process in everyone for one in of_process])
+            scalars |= {f"rollout/{name}/{key}": value for key, value in found.items()}
+        return scalars
 
 
-def _head_of_batch(batch, heads: Iterable[str]) -> str:
-    """The head that learns from a validation batch (all of one dataset)."""
-    learns = jax.device_get(batch["action_head_mask"])
+def _numbers_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What errors and plots need of a batch, besides the predictions."""
+    observation = {key: batch["observation"][key] for key in ("timestep", "proprio") if key in batch["observation"]}
+    chosen = {key: batch[key] for key in ("action", "action_pad_mask", "action_head_mask")}
+    return {**chosen, "observation": observation}
+
+
+def _head_of_batch(batch: Mapping[str, Any], heads: Iterable[str]) -> str:
+    """The head that learns from a validation batch (all of one dataset), on this host."""
+    learns = batch["action_head_mask"]
     return next((head for head in heads if np.any(learns.get(head, True))), list(heads)[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.common.robot import Description
+from octo_like.common.dimensions import of_statistics
 from octo_like.common.words import suggest
 
 TASKS = ("text", "goal", "both", "embedding")
@@ -115,10 +115,8 @@ class Frames:
         """(name, unit) of the action dimensions, as far as they are known."""
         if dataset in self.action_names:
             return list(self.action_names[dataset])[:dims]
-        robot = policy.statistics.get(dataset, {}).get("robot")
-        if robot is None:
-            return [(f"action[{d}]", "") for d in range(dims)]
-        return [(a.name, "" if a.unit == "1" else a.unit) for a in Description.from_json(robot).actions]
+        named = of_statistics(policy.statistics.get(dataset, {}), "action", dims)
+        return list(zip(named.names, named.shown_units, strict=True))
 
 
 def batches(rows_n: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -215,7 +215,8 @@ def _draw_errors(probed: Probed):
             axis.bar(left, [_mean(column) for column in part.normalised.T], width, label=part.phase)
             constant = [_mean(column) for column in part.mean_normalised.T]
             axis.hlines(constant, left - width / 2, left + width / 2, color="black", lw=1)
-        axis.set_xticks(range(len(names)), names, fontsize=7)
+        slanted = dict(rotation=30, ha="right") if len(" ".join(names)) > 70 else {}
+        axis.set_xticks(range(len(names)), names, fontsize=7, **slanted)
         axis.set_ylabel("normalised error")
         axis.set_title(f"{dataset} (line: always the mean action)", fontsize=9)
         axis.legend(fontsize=6)

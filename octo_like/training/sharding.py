@@ -217,12 +217,20 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
+def to_local(tree: Any, mesh: Mesh) -> Any:
+    """The tree as whole arrays on the first device of every process, wherever its shards are; alone, as it is.
+
+    Every process has to call it.
+    """
+    if jax.process_count() == 1:
+        return tree
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+
 def to_host(tree: Any, mesh: Mesh) -> Any:
     """The tree as NumPy arrays on every process, wherever its shards are. Every process has to call it."""
-    if jax.process_count() > 1:
-        whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
-        tree = jax.tree.map(lambda x: x.addressable_data(0), whole)
-    return jax.device_get(tree)
+    return jax.device_get(to_local(tree, mesh))
 
 
 def traced_on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

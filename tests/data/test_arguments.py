@@ -54,3 +54,54 @@ def test_the_benchmark_of_the_input_takes_such_a_config(repository):
     config, batch = module.run_config(args, {}, {})
     assert (config.batch_size, config.data.data_dir, config.data.host_threads) == (8, "data", 3)
     assert batch.window_size == load_config(path).window_size
+
+
+def test_names_choose_among_the_datasets_of_a_config(repository, tmp_path):
+    config = str(repository / "configs" / "tabletop.py")
+    every = arguments.specs_from_arguments(parsed("--config", config))
+    some = arguments.specs_from_arguments(parsed("tabletop_arm", "--config", config))
+    assert list(some) == ["tabletop_arm"] and some["tabletop_arm"] == every["tabletop_arm"] and len(every) == 3
+    with pytest.raises(DataError, match="no dataset 'tabletop_arn' in .*tabletop.py; did you mean 'tabletop_arm'"):
+        arguments.specs_from_arguments(parsed("tabletop_arn", "--config", config))
+    with pytest.raises(DataError, match="named twice"):
+        arguments.specs_from_arguments(parsed("tabletop_arm", "tabletop_arm", "--config", config))
+    with pytest.raises(DataError, match="exactly one of them"):
+        arguments.specs_from_arguments(parsed("tabletop_arm", "--robot", "y.py"))
+    # Demonstrations that the run leaves out are left out here as well.
+    (tmp_path / "few.py").write_text(
+        "from configs import tabletop\n"
+        "def get_config(words=''):\n"
+        "    config = tabletop.get_config()\n"
+        "    config.data.num_demos = 7\n"
+        "    config.data.datasets.tabletop_arm.num_demos = 3\n"
+        "    return config\n"
+    )
+    few = arguments.specs_from_arguments(parsed("--config", tmp_path / "few.py"))
+    assert {name: spec.num_demos for name, spec in few.items()} == dict.fromkeys(few, 7) | {"tabletop_arm": 3}
+
+
+@pytest.mark.parametrize("script", ["show_data", "check_demos", "check_policy"])
+def test_every_script_reads_the_same_command(script, repository, monkeypatch, tmp_path, capsys):
+    """A config, options, then a name: no script reads other data than the others, or refuses it."""
+    from octo_like.data.rlds import prepare
+    from octo_like.policy.policy import Policy
+
+    asked = []
+
+    def note(name, *args, **kwargs):
+        asked.append(name)
+        raise DataError("that is enough")
+
+    monkeypatch.setattr(prepare, "prepare_dataset", note)
+    statistics = {"tabletop_arm": {"action": {"mean": [0.0] * 3}}}
+    policy = type("Policy", (), {"statistics": statistics})()
+    monkeypatch.setattr(Policy, "load_pretrained", lambda *args, **kwargs: policy)
+    config = str(repository / "configs" / "tabletop.py")
+    words = ["--data_dir", str(tmp_path), "--config", config, "tabletop_arm"]
+    words = [*(["export"] if script == "check_policy" else []), *words, "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *words])
+    spec = importlib.util.spec_from_file_location(script, repository / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main() == 1
+    assert asked == ["tabletop_arm"] and "that is enough" in capsys.readouterr().err

@@ -8,9 +8,12 @@ from octo_like.common.normalization import compute_statistics, normalize
 from octo_like.common.schema import BatchSpec, synthetic_batch
 from octo_like.robot.prediction import plot_prediction
 from octo_like.training.evaluation import (
+    EVALUATION_SEEDS,
     action_error,
     closed_loop,
     predict_rows,
+    share,
+    success_scalars,
     validation_loss,
 )
 from tests.robot.toy import LineEnv, LinePolicy
@@ -71,7 +74,30 @@ def test_errors_are_in_physical_units_and_masked():
     np.testing.assert_allclose(error.mean_mae, expected, rtol=1e-4)
     scalars = error.scalars("val/bridge/")
     assert scalars["val/bridge/mae/x"] == pytest.approx(std[0], rel=1e-4)
-    assert len(scalars) == 4 * WIDTH
+    in_std = [1.0, 2 * later / n, 0.25 / std[2]]
+    assert scalars["val/bridge/mae_in_std"] == pytest.approx(np.mean(in_std), rel=1e-4)
+    assert scalars["val/bridge/mean_mae_in_std"] == pytest.approx(np.mean(error.mean_mae / std), rel=1e-6)
+    assert len(scalars) == 4 * WIDTH + 2, "no gripper is known, so it has no accuracy"
+
+
+def test_tags_hold_units_and_grippers_are_counted():
+    """Names and units of the statistics; the share of gripper commands on the right side, padding left out."""
+    batch, physical, statistics = made_batch(1)
+    named = {"names": ["x", "turn", "grip"], "units": ["m", "rad/s", "open fraction"]}
+    statistics["dimensions"] = {"action": named}
+    wrong = batch["action"][:, -1].copy()
+    wrong[1, :2, 2] = np.where(physical[1, -1, :2, 2] > 0.5, 0.0, 1.0)  # two commands turned round
+    wrong[0, 2, 2] = np.where(physical[0, -1, 2, 2] > 0.5, 0.0, 1.0)  # past the end: nobody looks
+    scalars = action_error(lambda b: wrong, [batch], statistics).scalars("val/d/")
+    assert {"val/d/mae/x_m", "val/d/first_mae/turn_rad_per_s", "val/d/mae/grip_open_fraction"} <= scalars.keys()
+    assert scalars["val/d/gripper_accuracy"] == pytest.approx(12 / 14)
+    assert action_error(lambda b: batch["action"][:, -1], [batch], statistics).gripper_accuracy == 1.0
+    # A dimension that never changes has no deviation to measure its error in.
+    statistics["action"]["std"][0] = 0.0
+    assert np.isfinite(action_error(lambda b: wrong, [batch], statistics).in_std(np.ones(3)))
+    statistics["dimensions"] = {"action": {"names": ["x"], "units": ["m"]}}
+    with pytest.raises(ValueError, match="1 names for 3 action dimensions: x"):
+        action_error(lambda b: wrong, [batch], statistics)
 
 
 def test_a_longer_predicted_chunk_is_compared_where_both_exist():
@@ -122,6 +148,59 @@ def test_predictions_follow_one_episode():
     shift = (prediction.predicted[1, :, 0] - prediction.true).mean(0)
     np.testing.assert_allclose(shift, [*statistics["action"]["std"][:2], 1.0], rtol=1e-3)
     assert predict_rows(sample_fns, [batches[0][0]], statistics, limit=4).timestep.tolist() == [0, 1, 2, 3]
+
+
+def test_relative_actions_are_drawn_where_they_lead():
+    """A chunk lies along the actions that it predicts, which are relative to another place at every step."""
+    steps, horizon = 7, 3
+    rng = np.random.default_rng(0)
+    place, target = rng.normal(size=(steps, 1)), rng.normal(size=(steps + horizon, 2))
+    index = np.arange(steps)[:, None] + np.arange(horizon)
+    chunks = target[index].copy()
+    chunks[..., 0] -= place
+    stats = {
+        "action": compute_statistics(chunks.reshape(-1, 2).astype(np.float32)),
+        "proprio": compute_statistics(place.astype(np.float32)),
+        "relative_to": [0, None],
+    }
+    batch = {
+        "action": normalize(chunks[:, None].astype(np.float32), stats["action"]),
+        "action_pad_mask": np.ones((steps, 1, horizon, 2), bool),
+        "observation": {
+            "timestep": np.arange(steps)[:, None],
+            "proprio": np.concatenate([normalize(place.astype(np.float32), stats["proprio"]), place], 1)[:, None],
+        },
+    }
+    prediction = predict_rows([lambda b: b["action"][:, -1]], [batch], stats, limit=None)
+    np.testing.assert_allclose(prediction.true, target[:steps], atol=1e-5)
+    np.testing.assert_allclose(prediction.predicted[0], target[index], atol=1e-5)
+
+
+def test_an_episode_ends_where_its_batches_are_filled_up():
+    """Steps that a filter left out are no end; a row that comes again is one."""
+    batch, _, statistics = made_batch(1)
+    batch["observation"]["timestep"][:, -1] = [0, 1, 4, 5, 5]
+    prediction = predict_rows([lambda b: b["action"][:, -1]], [batch], statistics, limit=None)
+    assert prediction.timestep.tolist() == [0, 1, 4, 5]
+    assert plot_prediction(prediction).shape[2] == 3
+
+
+def test_shares_of_rollouts_are_all_of_them():
+    """What processes find in their shares is what one finds in all episodes."""
+    for episodes, count in ((5, 7), (20, 3), (4, 4), (1, 2)):
+        parts = [share(episodes, index, count) for index in range(count)]
+        assert [number for part in parts for number in part] == list(range(episodes))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    name = "octo_like_tests/Line-v0"
+    if name not in gym.registry:
+        gym.register(name, entry_point=LineEnv)
+    whole = closed_loop(LinePolicy(), name, "line", episodes=5, batch_size=4, record=0)
+    found = []
+    for index in range(2):
+        mine = share(5, index, 2)
+        part = closed_loop(LinePolicy(), name, "line", episodes=len(mine), seed=EVALUATION_SEEDS + mine.start, record=0)
+        found += [episode.summary() for episode in part.episodes]
+    assert success_scalars(found) == whole.scalars and found == [one.summary() for one in whole.episodes]
 
 
 def test_plots_show_truth_and_samples_for_every_dimension(tmp_path):

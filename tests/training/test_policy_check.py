@@ -117,8 +117,8 @@ def test_findings():
     limited = check_policy(KnownPolicy(demo), [demo], "d", calls=3, description=description)
     assert "x (" in codes(limited)["limits"] and "y (" not in codes(limited)["limits"]
     errors = dataclasses.replace(good.errors, policy=good.errors.mean * [2, 0.5])
-    assert codes(dataclasses.replace(good, errors=errors))["not_learned"].startswith("action[0]: ")
-    assert "action[1] (4.0 times)" in codes(dataclasses.replace(good, roughness=np.array([1.0, 4.0])))["rough"]
+    assert codes(dataclasses.replace(good, errors=errors))["not_learned"].startswith("a0: ")
+    assert "a1 (4.0 times)" in codes(dataclasses.replace(good, roughness=np.array([1.0, 4.0])))["rough"]
     # At 10 Hz a step is 100 ms; 2 of 4 actions are executed.
     for milliseconds, word, warning in (
         (80, "within one step", False),
@@ -161,7 +161,7 @@ def test_a_policy_that_only_goes_on_is_told_by_its_first_action():
         codes[looks] = {f.code: f.message for f in check.findings if f.warning}
         # Half of the first actions are 1, half -1: their mean is off by 1.
         np.testing.assert_allclose(check.start, [[0.0 if looks else 1.0, 0.0 if looks else 0.5], [1.0, 0.0]], atol=1e-6)
-    assert codes[False]["start"].startswith("action[0]: the first action") and "start" not in codes[True]
+    assert codes[False]["start"].startswith("a0: the first action") and "start" not in codes[True]
     assert "not_learned" not in codes[False], "over whole episodes it looks good"
     few = check_policy(Copycat(demos, False), demos[:2], "d", calls=1)
     assert np.isnan(few.start).all() and "start" not in {f.code for f in few.findings}
@@ -283,7 +283,7 @@ def test_command(tmp_path, repository, monkeypatch, capsys):
             "language_key=task_text", "val_fraction=0.2")  # fmt: skip
     assert main(*common, "toy", "--control_hz", 5, "--set", *keys) == 0
     printed = capsys.readouterr().out
-    assert "2 held-out demonstrations" in printed and "note latency" in printed and "action[3]" in printed
+    assert "2 held-out demonstrations" in printed and "note latency" in printed and "a3 " in printed
     assert (tmp_path / "out" / "toy" / "index.html").exists()
     for arguments, message in (
         (("toy", "--set", *keys[:-1], "val_fraction=0"), "no episodes are held out"),

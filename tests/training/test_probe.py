@@ -115,7 +115,7 @@ def test_a_file_holds_what_the_world_gives(arrays, frames, policy, tmp_path):
         if field.name not in ("where", "action_names"):
             want = getattr(frames, field.name)
             jax.tree.map(np.testing.assert_array_equal, getattr(got, field.name), want)
-    assert got.where.endswith("frames.npz") and got.names(policy, "tabletop_pusher", 2)[1] == ("action[1]", "")
+    assert got.where.endswith("frames.npz") and got.names(policy, "tabletop_pusher", 2)[1] == ("a1", "")
 
 
 # name: (key, what becomes of it (None: it is left out), what is said)
@@ -331,7 +331,7 @@ def test_the_script_on_an_exported_policy(policy, tmp_path, capsys):
         "readout_action",
         "obs_primary:mean",
         "phase switch",
-        "1 open, 0 closed",
+        "open fraction",
         "task_language",
         "heads_action",
     ):

@@ -1,7 +1,7 @@
 """A config for tests, as a user would write one: own dataset, own keys, own sizes.
 
 The argument is a comma-separated list of words: "synthetic" needs no data, "finetune" adds the fields of finetune.py,
-"smallest" leaves little to trace and to compile, for tests that start many processes.
+"smallest" leaves little to trace and to compile, for tests that start many processes; "tabletop" has an environment.
 """
 
 from octo_like.common.defaults import adaptation_config, default_config
@@ -84,6 +84,19 @@ def get_config(words: str = ""):
             config.model.observation_tokenizers = dict(proprio=dict(kind="lowdim", obs_keys=("proprio",)))
             config.model.transformer.update(num_layers=1)
             config.model.heads.action.update(hidden_dim=16)
+        elif word == "tabletop":
+            # Made in memory by the built-in world, where the policy also acts; it reads joints and words, no pictures.
+            from configs import tabletop
+
+            config.image_sizes, config.goal_images, config.augmentation = dict(), (), dict()
+            config.model.observation_tokenizers = dict(proprio=dict(kind="lowdim", obs_keys=("proprio",)))
+            config.model.transformer.update(num_layers=1)
+            config.text.max_length = 16
+            config.model.task_tokenizers.language.update(max_length=16)
+            config.data.update(kind="memory", episodes="tabletop_arm=8+2", workers=0)
+            config.data.datasets = dict(
+                tabletop_arm=tabletop.dataset("tabletop_arm") | dict(image_keys={}, point_keys={})
+            )
         else:
             raise ValueError(word)
     return config

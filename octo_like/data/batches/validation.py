@@ -47,11 +47,23 @@ class ValIterator:
 
     def __iter__(self) -> Iterator[Tree]:
         for number in range(self._num_batches):
-            position = number * self._batch_size + self._rows
-            rows = position % len(self._episode)
-            dataset = np.full(len(rows), self._dataset_id, np.int32)
-            request = Request(position, dataset, self._episode[rows], self._frame[rows], self._key[rows])
-            yield self._reader.assemble(request, self._substitute(position))
+            yield self._at(number * self._batch_size + self._rows)
+
+    def _at(self, position: np.ndarray) -> Tree:
+        rows = position % len(self._episode)
+        dataset = np.full(len(rows), self._dataset_id, np.int32)
+        request = Request(position, dataset, self._episode[rows], self._frame[rows], self._key[rows])
+        return self._reader.assemble(request, self._substitute(position))
+
+    def whole_episode(self) -> Iterator[Tree]:
+        """Full batches of the frames of one episode in the order of time: always the same one, that of the first frame.
+
+        The last batch is filled up with the episode's last frame. A frame's sample_id is what it is in validation.
+        """
+        positions = np.flatnonzero(self._episode == self._episode[0])
+        positions = positions[np.argsort(self._frame[positions])]
+        for start in range(0, len(positions), self._batch_size):
+            yield self._at(positions[np.minimum(start + self._rows, len(positions) - 1)])
 
     def _substitute(self, position: np.ndarray) -> Substitute:
         """Keyed substitutes from all validation frames of the dataset."""

@@ -77,7 +77,8 @@ def check_dataset(
         for number, action, proprio in values_of(prepared, prepared.val, val_whole):
             digests.append(((prepared.val, number), mixups.digest(action, proprio)))
     mask = np.asarray(prepared.statistics["action"]["mask"], bool)
-    numbers = Numbers(actions, proprios if proprios[0].shape[1] else None, mask, description, hz, horizon)
+    names = prepared.dimensions["action"].names
+    numbers = Numbers(actions, proprios if proprios[0].shape[1] else None, mask, description, hz, horizon, names)
     findings, relations = check(numbers)
     findings += mixups.check_pairing(numbers) + mixups.check_short(whole.index.raw_steps)
     cameras = [slot for slot, key in spec.image_keys.items() if key is not None]

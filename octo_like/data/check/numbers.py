@@ -34,6 +34,7 @@ class Numbers:
       description: what the dimensions mean, or None: unknown.
       hz: steps per second, or None.
       horizon: actions in a chunk, or None.
+      names: of the action dimensions where there is no description; empty: none.
     """
 
     actions: Sequence[np.ndarray]
@@ -42,10 +43,12 @@ class Numbers:
     description: Description | None = None
     hz: float | None = None
     horizon: int | None = None
+    names: Sequence[str] = ()
 
     def name(self, d: int) -> str:
         """ "action[2] dz"."""
-        return f"action[{d}]" + (f" {self.description.actions[d].name}" if self.description else "")
+        names = [action.name for action in self.description.actions] if self.description else self.names
+        return f"action[{d}]" + (f" {names[d]}" if names and names[d] != f"a{d}" else "")
 
     def kind(self, d: int) -> str | None:
         return self.description.actions[d].kind if self.description else None

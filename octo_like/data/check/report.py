@@ -83,10 +83,12 @@ def range_table(prepared: PreparedDataset) -> str:
     for key, stats in of.items():
         if stats is None:
             continue
-        for d in range(len(stats["mean"])):
+        named = prepared.dimensions.get(key)
+        labels = [f"{key}[{d}]" for d in range(len(stats["mean"]))] if named is None else named.numbered(key)
+        for d, label in enumerate(labels):
             how = prepared.spec.normalization if stats["mask"][d] else "no"
             how = "constant" if stats["mask"][d] and stats["min"][d] == stats["max"][d] else how
-            rows.append([f"{key}[{d}]", *(f"{stats[c][d]:.4g}" for c in COLUMNS), how])
+            rows.append([label, *(f"{stats[c][d]:.4g}" for c in COLUMNS), how])
     return text_table(rows)
 
 
@@ -165,8 +167,8 @@ def contact_sheet(
             (physical, raw, "action, physical units"),
             (seen, normalised, "action, normalised"),
         ):
-            for d in range(values.shape[1]):
-                axis.plot(values[:, d], lw=1, label=str(d))
+            for d, label in enumerate(prepared.dimensions["action"].labels):
+                axis.plot(values[:, d], lw=1, label=label)
             axis.tick_params(labelsize=7)
             axis.set_title(title, fontsize=8)
         physical.legend(fontsize=6, ncols=4, loc="upper right", framealpha=0.4)
@@ -200,7 +202,8 @@ def action_histograms(prepared: PreparedDataset, index: Index, path: str, *, epi
             axis.tick_params(labelsize=6)
             axis.set_yticks([])
             if row == 0:
-                axis.set_title(f"action[{d}]" + ("" if statistics["mask"][d] else " (not normalised)"), fontsize=7)
+                title = prepared.dimensions["action"].numbered("action")[d].replace(" ", "\n", 1)
+                axis.set_title(title + ("" if statistics["mask"][d] else "\n(not normalised)"), fontsize=7)
         axes[row, 0].set_ylabel(label, fontsize=8)
     figure.suptitle(f"{prepared.key}: {len(normalised):,} actions of {len(chosen)} episodes", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.97))

@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from octo_like.common.dimensions import Dimensions
 from octo_like.data.errors import DataError
+from octo_like.data.oxe import columns
 from octo_like.data.oxe import vocabulary as s
 
 # Where most datasets keep these.
@@ -76,6 +78,8 @@ class Entry:
       text: the instruction, a string per step.
       blank: the instructions are not used (Octo's choice for datasets with one or a few uninformative texts).
       action_mask: False for action dimensions that are not normalised.
+      action_columns, proprio_columns: names and units of what `action` and `proprio` give. None: of the action's
+        encoding, which `action_mask` tells (see `columns.action_of`); of proprioception none.
       extra: further leaves that are computed, by path; `removes`: leaves that go.
       before: step operations on everything, before anything is computed.
       shorter: the action has one step less than the rest, which loses its last.
@@ -98,6 +102,8 @@ class Entry:
     text: s.Expression = TEXT
     blank: bool = False
     action_mask: tuple[bool, ...] = ARM
+    action_columns: Dimensions | None = None
+    proprio_columns: Dimensions | None = None
     extra: Mapping[str, s.Expression] = dataclasses.field(default_factory=dict)
     removes: tuple[str, ...] = ()
     before: tuple[tuple[str, int], ...] = ()
@@ -131,7 +137,8 @@ class Entry:
         if compat is None:
             return self
         # Neither project swaps channels when it loads: their copies were repaired before.
-        upstream = dataclasses.replace(self, bgr=(), **self.upstream)
+        unnamed = {"proprio_columns": None} if "proprio" in self.upstream else {}  # it joins other columns
+        upstream = dataclasses.replace(self, bgr=(), **unnamed | dict(self.upstream))
         if compat == "octo" and not self.only_openvla:
             return upstream
         if self.openvla is None:
@@ -141,9 +148,14 @@ class Entry:
             upstream,
             blank=False,
             proprio=self.openvla.proprio(),
+            proprio_columns=None,
             extra={**upstream.extra, **computed},
             **self.openvla.changes,
         )
+
+    def columns(self) -> dict[str, Dimensions | None]:
+        """Names and units of {"action", "proprio"}, as far as they are known."""
+        return {"action": self.action_columns or columns.action_of(self.action_mask), "proprio": self.proprio_columns}
 
     def standardize(self, blank: bool | None = None) -> s.Standardize:
         """The trajectory function of this reading. `blank`: overrides the entry's.

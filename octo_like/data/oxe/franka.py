@@ -1,5 +1,6 @@
 """Franka arms, real and simulated."""
 
+from octo_like.data.oxe import columns as c
 from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import (
     ACTION,
@@ -39,6 +40,8 @@ def _tdroid() -> Entry:
         depth={"primary": "static_depth_image"},
         action=BINARIZED,
         proprio=s.concat(CARTESIAN[0:6], GRIPPER[-1:]),
+        action_columns=c.eef("", "", last=""),
+        proprio_columns=c.POSE_EULER,
         version="1.0.0",
         only_openvla=True,
         openvla=DROID_STATE,
@@ -52,6 +55,8 @@ def _ppgm() -> Entry:
         images={},
         action=BINARIZED,
         proprio=s.concat(CARTESIAN[0:6], GRIPPER[-1:]),
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.POSE_EULER,
         version="1.0.0",
         only_openvla=True,
         openvla=OpenVLA((), DROID_STATE.leaves),
@@ -64,6 +69,8 @@ def _libero() -> Entry:
     return Entry(
         images={"primary": "image", "wrist": "wrist_image"},
         action=ROBOSUITE,
+        action_columns=c.COMMANDS,
+        proprio_columns=c.pose(c.ROTATION_VECTOR, (("finger_1", "finger_2"), "m")),
         version="1.0.0",
         only_openvla=True,
         openvla=OpenVLA(("EEF_state", None, "gripper_state"), {"EEF_state": STATE[0:6], "gripper_state": STATE[-2:]}),
@@ -78,6 +85,7 @@ ENTRIES: dict[str, Entry] = {
         bgr=("image", "wrist_image"),
         action=s.concat(ACTION[0:6], s.invert_gripper(ACTION[-1:])),
         proprio=s.concat(HYDRA_EEF, HYDRA_GRIPPER),
+        proprio_columns=c.POSE_EULER,
         blank=True,
         openvla=OpenVLA(("eef_state", None, "gripper_state"), {"eef_state": HYDRA_EEF, "gripper_state": HYDRA_GRIPPER}),
     ),
@@ -85,6 +93,8 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image", "wrist": "wrist_image"},
         action=ROBOSUITE,
         proprio=STATE[0:8],
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.JOINTS_AND_GRIPPER,
         blank=True,
         openvla=JOINTS_AND_GRIPPER,
     ),
@@ -94,6 +104,7 @@ ENTRIES: dict[str, Entry] = {
         depth={"primary": "depth", "secondary": "depth_additional_view"},
         action=s.concat(ACTION[-8:-2], s.clip(ACTION[-2:-1], 0.0, 1.0)),
         proprio=STATE[-6:],
+        proprio_columns=c.pose(c.RPY),
         blank=True,
         extra={
             f"observation/{key}": s.cast(s.field(f"observation/{key}")[0], "float32")
@@ -109,29 +120,46 @@ ENTRIES: dict[str, Entry] = {
         depth_scale=1 / 1024,
         action=s.concat(ACTION[0:6], from_signed(ACTION[6:7], opens=1)),
         proprio=s.concat(s.field("observation/tcp_pose"), STATE[7:8]),
-        upstream=dict(action=ACTION, depth_scale=1 / 65535),
+        action_columns=c.eef("1", "1", turns=c.ROTATION_VECTOR),
+        proprio_columns=c.pose(c.QUATERNION_W_FIRST, (c.GRIPPER, "")),
+        upstream=dict(
+            action_columns=c.eef("1", "1", turns=c.ROTATION_VECTOR, last=""), action=ACTION, depth_scale=1 / 65535
+        ),
         openvla=OpenVLA(("tcp_pose", "gripper_state"), {"gripper_state": STATE[7:8]}),
     ),
     "furniture_bench_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "image", "wrist": "wrist_image"},
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7]), from_closedness(ACTION[-1:])),
         proprio=FURNITURE_STATE,
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.pose(c.QUATERNION, (c.GRIPPER, "m")),
         openvla=OpenVLA(("state",), {"state": FURNITURE_STATE}),
     ),
     "cmu_franka_exploration_dataset_converted_externally_to_rlds": oxe(
         images={"primary": "highres_image"},
         action=ACTION[:-1],
         proprio=None,
+        action_columns=c.NO_UNITS,
         upstream=dict(proprio=s.zeros(1)),
         openvla=NO_STATE,
         caution="its documentation calls the actions absolute poses, not changes; look at their magnitudes",
     ),
     "austin_sailor_dataset_converted_externally_to_rlds": oxe(
-        images={"primary": "image", "wrist": "wrist_image"}, action=ROBOSUITE, blank=True, openvla=OpenVLA(("state",))
+        images={"primary": "image", "wrist": "wrist_image"},
+        action=ROBOSUITE,
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.POSE_QUATERNION,
+        blank=True,
+        openvla=OpenVLA(("state",)),
     ),
     # The state is seven joints and the gripper.
     "austin_sirius_dataset_converted_externally_to_rlds": oxe(
-        images={"primary": "image", "wrist": "wrist_image"}, action=ROBOSUITE, blank=True, openvla=OpenVLA(("state",))
+        images={"primary": "image", "wrist": "wrist_image"},
+        action=ROBOSUITE,
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.JOINTS_AND_GRIPPER,
+        blank=True,
+        openvla=OpenVLA(("state",)),
     ),
     # Joint changes over three steps: 30 Hz to 10 Hz.
     "berkeley_rpt_converted_externally_to_rlds": oxe(
@@ -140,22 +168,27 @@ ENTRIES: dict[str, Entry] = {
             s.delta(s.field("observation/joint_pos")[0:7]), s.invert_gripper(s.drop_last_step(ACTION[-1:]))
         ),
         proprio=s.concat(s.field("observation/joint_pos"), s.cast(s.expand(s.field("observation/gripper")), "float32")),
+        proprio_columns=c.JOINTS_AND_GRIPPER,
         action_mask=JOINTS,
         before=(("subsample", 3),),
         shorter=True,
-        openvla=OpenVLA(changes=dict(action=ACTION, before=(), shorter=False)),
+        openvla=OpenVLA(changes=dict(action=ACTION, action_columns=c.JOINTS_AND_GRIPPER, before=(), shorter=False)),
     ),
     # Pose changes with axis-angle rotations; no gripper: 0.
     "kaist_nonprehensile_converted_externally_to_rlds": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:6], s.zeros(1)),
         proprio=STATE[-7:],
+        action_columns=c.eef(turns=c.ROTATION_VECTOR, last=""),
+        proprio_columns=c.pose(c.QUATERNION),
         openvla=OpenVLA(("state", None), {"state": STATE[-7:]}),
     ),
     # Velocities, the gripper's too.
     "stanford_robocook_converted_externally_to_rlds": oxe(
         images={"primary": "image_1", "secondary": "image_2"},
         depth={"primary": "depth_1", "secondary": "depth_2"},
+        action_columns=c.columns((c.XYZ, "m/s"), (c.RPY, "rad/s"), ("gripper_velocity", "")),
+        proprio_columns=c.POSE_EULER,
         openvla=EEF_AND_GRIPPER,
         caution="the last action is the gripper's velocity, not its opening",
     ),
@@ -164,6 +197,7 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image", "wrist": "wrist_image"},
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "wxyz"), ACTION[7:8]),
         proprio=STATE[0:8],
+        proprio_columns=c.JOINTS_AND_GRIPPER,
         upstream=dict(action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "xyzw"), ACTION[7:8])),
         openvla=OpenVLA(("joint_state", "gripper_state"), {"joint_state": STATE[0:7], "gripper_state": STATE[7:8]}),
         caution="actions are the absolute pose of the next step, not a change",
@@ -173,6 +207,8 @@ ENTRIES: dict[str, Entry] = {
         bgr=("image", "wrist_image"),
         action=ROBOSUITE,
         proprio=STATE[0:8],
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.JOINTS_AND_GRIPPER,
         blank=True,
         openvla=JOINTS_AND_GRIPPER,
     ),
@@ -181,6 +217,8 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image", "wrist": "finger_vision_1"},
         bgr=("image", "finger_vision_1", "finger_vision_2"),
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "wxyz"), ACTION[-1:]),
+        action_columns=c.eef(last=""),
+        proprio_columns=c.columns((("fx", "fy", "fz"), "N"), (("tx", "ty", "tz"), "Nm")),
         upstream=dict(action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "xyzw"), ACTION[-1:])),
         version="1.0.0",
         openvla=OpenVLA(("state", None, None)),
@@ -190,7 +228,8 @@ ENTRIES: dict[str, Entry] = {
     "cmu_play_fusion": oxe(
         images={"primary": "image"},
         action=s.concat(ACTION[0:3], s.euler_from_quat(ACTION[3:7], "xyzw"), ACTION[7:8]),
-        upstream=dict(action=s.concat(ACTION[0:3], ACTION[-4:])),
+        proprio_columns=c.JOINTS_AND_GRIPPER,
+        upstream=dict(action_columns=c.Dimensions.unnamed(7), action=s.concat(ACTION[0:3], ACTION[-4:])),
         openvla=OpenVLA(("state",)),
         caution="the order of its quaternions is not documented; x, y, z, w is assumed",
     ),
@@ -202,12 +241,15 @@ ENTRIES: dict[str, Entry] = {
             "wrist": "image_wrist_1_depth",
         },
         proprio=FMB_STATE,
+        action_columns=c.eef("", "", last=""),
+        proprio_columns=c.POSE_QUATERNION,
         openvla=OpenVLA(("proprio",), {"proprio": FMB_STATE}),
         caution="the copy called `fmb` in the Open X-Embodiment bucket was a partial upload (name='fmb' reads it)",
     ),
     "roboset": oxe(
         images={"primary": "image_left", "secondary": "image_right", "wrist": "image_wrist"},
         action=s.concat(ACTION[0:7], from_closedness(ACTION[-1:])),
+        proprio_columns=c.JOINTS_AND_GRIPPER,
         action_mask=JOINTS,
         openvla=OpenVLA(("proprio",), {"proprio": STATE}),
         caution="it is called `robo_set` in the Open X-Embodiment bucket (name='robo_set' reads it)",
@@ -230,6 +272,8 @@ ENTRIES: dict[str, Entry] = {
         },
         action=DROID_ACTION,
         proprio=DROID_PROPRIO,
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.POSE_EULER,
         upstream=dict(swap=("observation/exterior_image_1_left", "observation/exterior_image_2_left", 0.5)),
         version="1.0.0",
         only_openvla=True,
@@ -240,6 +284,8 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "exterior_image_2_left", "wrist": "wrist_image_left"},
         action=DROID_ACTION,
         proprio=DROID_PROPRIO,
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.POSE_EULER,
         version="1.0.0",
         only_openvla=True,
         openvla=OpenVLA(("proprio",), {"proprio": DROID_PROPRIO}),

@@ -1,5 +1,6 @@
 """Robots that drive (actions are way-points in the plane) and bimanual ones."""
 
+from octo_like.data.oxe import columns as c
 from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import ACTION, ARM, BIMANUAL, BIMANUAL_BASE, PLANAR, Entry, OpenVLA, oxe
 
@@ -12,14 +13,18 @@ FIRST_STEP = (
 DRIVEN = s.rotate_by_heading(s.delta(POSITION), s.drop_last_step(YAW))
 
 
+FILLED_UP = c.columns((("x", "y"), ""), (tuple(f"unused_{i}" for i in range(1, 6)), ""))
+
+
 def _gnm() -> Entry:
     """Way-points in the robot's frame, as OpenVLA's copies have them; it fills them up to an arm's seven columns."""
     padded = [s.zeros(width, "float64") for width in (2, 2, 1)]
     return oxe(
         images={"wrist": "image"},
         proprio=s.concat(POSITION, YAW),
+        proprio_columns=c.POSE_2D,
         action_mask=PLANAR,
-        upstream=dict(action=s.concat(ACTION, *padded), action_mask=ARM),
+        upstream=dict(action=s.concat(ACTION, *padded), action_mask=ARM, action_columns=FILLED_UP),
         only_openvla=True,
         openvla=OpenVLA(("state", None, None), {"state": s.concat(POSITION, s.zeros(3, "float64"), YAW)}),
     )
@@ -29,6 +34,7 @@ def _aloha(**changes) -> Entry:
     """Absolute joint targets of two arms, 50 Hz to 10 Hz."""
     fields = dict(
         images={"primary": "cam_high", "secondary": "cam_low", "wrist": "cam_right_wrist"},
+        proprio_columns=c.columns(*c.two_arms("")),
         action_mask=BIMANUAL,
         before=(("subsample", 5),),
         version="1.0.0",
@@ -41,6 +47,7 @@ ENTRIES: dict[str, Entry] = {
     "gnm_dataset": oxe(
         images={"primary": "image"},
         action=s.multiply(DRIVEN, s.first_step_norm_ratio(*FIRST_STEP, moving=True)),
+        proprio_columns=c.POSE_2D,
         action_mask=PLANAR,
         before=(("empty_if_fewer_than", 2), ("subsample", 3)),
         shorter=True,

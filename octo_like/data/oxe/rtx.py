@@ -1,5 +1,6 @@
 """Datasets of the first RT-X release: mostly an action dictionary, and the instruction inside the observation."""
 
+from octo_like.data.oxe import columns as c
 from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import ACTION, NO_STATE, STATE, Entry, OpenVLA, from_closedness, oxe
 
@@ -21,6 +22,7 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image"},
         action=s.concat(WORLD, ROTATION, RELATIVE_GRIPPER),
         proprio=s.concat(s.field("observation/base_pose_tool_reached"), s.field("observation/gripper_closed")),
+        proprio_columns=c.POSE_QUATERNION,
         text=TEXT,
         openvla=OpenVLA(("base_pose_tool_reached", "gripper_closed")),
     ),
@@ -29,6 +31,7 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image"},
         action=s.concat(WORLD, ROTATION, RELATIVE_GRIPPER),
         proprio=s.concat(KUKA_POSE, KUKA_GRIPPER),
+        proprio_columns=c.POSE_QUATERNION,
         text=TEXT,
         blank=True,
         unfiltered=580_392,
@@ -42,6 +45,7 @@ ENTRIES: dict[str, Entry] = {
     "bridge_dataset": oxe(
         images={"primary": "image_0", "secondary": "image_1"},
         action=s.concat(s.delta(STATE[0:6]), s.drop_last_step(s.expand(s.binarize_gripper(ACTION[-1])))),
+        proprio_columns=c.POSE_EULER,
         shorter=True,
         version="1.0.0",
         beware="; the copy in the Open X-Embodiment bucket is standardize='bridge_oxe'",
@@ -55,6 +59,7 @@ ENTRIES: dict[str, Entry] = {
     "bridge_orig": oxe(
         images={"primary": "image_0", "secondary": "image_1"},
         action=s.concat(s.delta(STATE[0:6]), s.drop_last_step(s.expand(s.binarize_gripper(ACTION[-1])))),
+        proprio_columns=c.POSE_EULER,
         before=(("drop_first_steps", 1),),
         shorter=True,
         version="1.0.0",
@@ -69,6 +74,7 @@ ENTRIES: dict[str, Entry] = {
         action=s.concat(
             s.delta(STATE[0:6]), s.drop_last_step(s.cast(s.expand(s.field("action/open_gripper")), "float32"))
         ),
+        proprio_columns=c.POSE_EULER,
         text=TEXT,
         before=(("drop_first_steps", 1),),
         shorter=True,
@@ -86,6 +92,8 @@ ENTRIES: dict[str, Entry] = {
             s.field("action/rel_actions_world")[0:6], s.clip(s.field("action/rel_actions_world")[-1:], 0.0, 1.0)
         ),
         proprio=TACO_STATE[0:7],
+        action_columns=c.eef("", "", turns=c.YPR, last=""),
+        proprio_columns=c.pose(c.RPY, (c.GRIPPER, "m")),
         text=TEXT,
         upstream=dict(proprio=s.concat(TACO_STATE[0:6], TACO_STATE[7:8])),  # the first joint in place of the gripper
         openvla=OpenVLA(
@@ -98,6 +106,7 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image", "wrist": "image_wrist"},
         action=s.concat(WORLD, s.zeros(3), RELATIVE_GRIPPER),
         proprio=JACO_POSE,
+        proprio_columns=c.pose(c.QUATERNION),
         text=TEXT,
         openvla=OpenVLA(
             ("state_eef", None, "state_gripper"), {"state_eef": JACO_POSE[0:6], "state_gripper": JACO_POSE[-1:]}
@@ -108,6 +117,7 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image", "secondary": "top_image", "wrist": "wrist45_image"},
         action=s.concat(WORLD, ROTATION, s.zeros(1)),
         proprio=s.field("observation/robot_state"),
+        action_columns=c.eef("m/s", "rad/s", last=""),
         text=TEXT,
         blank=True,
         openvla=OpenVLA(("robot_state", None)),
@@ -126,6 +136,7 @@ ENTRIES: dict[str, Entry] = {
         images={"wrist": "image"},
         action=s.concat(WORLD, ROTATION, RELATIVE_GRIPPER),
         proprio=None,
+        action_columns=c.EEF_VELOCITY,
         text=TEXT,
         blank=True,
         upstream=dict(proprio=s.zeros(1)),
@@ -135,6 +146,8 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "agentview_rgb", "wrist": "eye_in_hand_rgb"},
         action=s.concat(WORLD, ROTATION, from_closedness(s.expand(CLOSEDNESS))),
         proprio=s.concat(s.field("observation/joint_states"), s.field("observation/gripper_states")),
+        action_columns=c.NO_UNITS,
+        proprio_columns=c.columns((c.joints(7), "rad"), (c.GRIPPER, "m")),
         text=TEXT,
         blank=True,
         openvla=OpenVLA(("joint_states", "gripper_states")),
@@ -146,6 +159,7 @@ ENTRIES: dict[str, Entry] = {
         bgr=("hand_image",),
         action=s.concat(WORLD, ROTATION, s.expand(s.rel_to_abs_gripper(CLOSEDNESS))),
         proprio=UR5_STATE,
+        proprio_columns=c.POSE_QUATERNION,
         text=TEXT,
         extra={"observation/depth": s.field("observation/image_with_depth")},
         removes=("observation/image_with_depth",),
@@ -155,6 +169,7 @@ ENTRIES: dict[str, Entry] = {
     "toto": oxe(
         images={"primary": "image"},
         action=s.concat(WORLD, ROTATION, s.cast(s.expand(s.field("action/open_gripper")), "float32")),
+        proprio_columns=c.JOINTS_7,
         text=TEXT,
         blank=True,
         openvla=OpenVLA(("state", None)),
@@ -164,6 +179,8 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "rgb"},
         action=s.concat(ACTION, s.zeros(2), s.zeros(2), s.ones(1)),
         proprio=s.field("observation/effector_translation"),
+        action_columns=c.eef(last=""),
+        proprio_columns=c.columns((("x", "y"), "m")),
         text=s.codepoints_to_text(s.field("observation/instruction")),
         version=None,
         openvla=OpenVLA(("effector_translation", *(None,) * 6)),
@@ -173,6 +190,8 @@ ENTRIES: dict[str, Entry] = {
         images={"primary": "image", "wrist": "wrist_image"},
         action=s.concat(WORLD, ROTATION, s.expand(CLOSEDNESS)),
         proprio=s.field("observation/robot_state"),
+        action_columns=c.eef(last=""),
+        proprio_columns=c.columns((("x", "y"), "m")),
         text=TEXT,
         openvla=OpenVLA(("robot_state", *(None,) * 6)),
     ),
@@ -185,6 +204,8 @@ ENTRIES: dict[str, Entry] = {
             s.invert_gripper(s.cast(s.field("action/future/target_close")[0:1], "float32")),
         ),
         proprio=s.concat(*(s.field(f"observation/present/{key}") for key in ("xyz", "axis_angle", "sensed_close"))),
+        action_columns=c.eef(turns=c.ROTATION_VECTOR),
+        proprio_columns=c.pose(c.ROTATION_VECTOR, (c.GRIPPER, "")),
         text=TEXT,
         openvla=OpenVLA(("present/xyz", "present/axis_angle", None, "present/sensed_close")),
         caution="versions after 0.1.0 are reported broken",

@@ -13,7 +13,7 @@ import numpy as np
 from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.data.order import order
 from octo_like.data.oxe import registry
-from octo_like.data.prepared import PreparedDataset, check_mask
+from octo_like.data.prepared import PreparedDataset, check_mask, check_names
 from octo_like.data.rlds import beam_pass, columns, filters, records, shared_pass
 from octo_like.data.rlds.bad_records import TooManyBadRecords
 from octo_like.data.rlds.cache import cache_folder, cached, can_hold_caches, default_workers, load_index
@@ -106,7 +106,7 @@ class _Opened:
         split = opened(spec.split)
         _caution(key, spec, split)
         function = EpisodeFunction(spec, split.features)
-        _check_robot(key, spec, function)
+        check_names(key, spec, function)
         function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
         if cache_dir is None and options.pod_dir is not None and not can_hold_caches(split.directory):
             cache_dir = options.pod_dir
@@ -262,21 +262,6 @@ def _caution(key: str, spec: DatasetSpec, split: RldsSplit) -> None:
             spec.standardize, spec.compat, split.version, sum(split.shard_lengths), spec.bgr_slots, spec.image_keys
         ):
             log.warning("%s: %s", key, caution)
-
-
-def _check_robot(key: str, spec: DatasetSpec, function: EpisodeFunction) -> None:
-    """Raises DataError when the robot's description has other dimensions than the data."""
-    if spec.robot is None:
-        return
-    for part, names, width in (
-        ("action", spec.robot["action_name"], function.action_dim),
-        ("proprio", spec.robot["proprio_names"], function.proprio_dim or 0),
-    ):
-        if names and len(names) != width:
-            raise DataError(
-                f"{key}: the robot's description has {len(names)} {part} dimensions ({', '.join(names)}), the data has "
-                f"{width}"
-            )
 
 
 def whole_split(prepared: PreparedDataset, split: str, data_dir: str, cache_dir: str | None = None) -> SplitIndex:
