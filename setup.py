@@ -45,7 +45,7 @@ EXTRAS = {
     "aot": ["jax[tpu]>=0.10,<0.12"],
     # Physics simulators for closed-loop evaluation; newer MuJoCo does not work with them yet.
     "sim": ["gymnasium-robotics>=1.4", "metaworld>=3.0", "mujoco>=3.3,<4"],
-    "serve": ["websockets>=14"],
+    "serve": ["websockets>=15"],
     "hub": ["huggingface_hub"],
     "wandb": ["wandb"],
     "notebook": ["ipykernel", "nbclient", "nbformat"],
