@@ -96,6 +96,6 @@ def overview() -> str:
     lines = ["usage: octo_like COMMAND ARGUMENTS...     (octo_like COMMAND --help, octo_like --version)", ""]
     for name in COMMANDS:
         docstring = ast.get_docstring(ast.parse(path(name).read_text(encoding="utf-8"))) or ""
-        first = re.split(r"[.:;](?:\s|$)", docstring.replace("\n", " "), maxsplit=1)[0]
+        first = re.split(r"[.:;?](?:\s|$)", docstring.replace("\n", " "), maxsplit=1)[0]
         lines.append(f"  {name:18} {first}")
     return "\n".join(lines)

@@ -96,9 +96,9 @@ def dist(tmp_path_factory) -> pathlib.Path:
         if name and (ROOT / name).is_file():
             (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "tree" / name)
-    tools = environment(folder / "tools", "build")
+    tools = environment(folder / "tools", "build", "setuptools", "wheel")
     for source in (folder / "tree", folder / "tree" / "client"):
-        quiet(tools / "python", "-m", "build", "--outdir", folder / "dist", source, cwd=folder)
+        quiet(tools / "python", "-m", "build", "--no-isolation", "--outdir", folder / "dist", source, cwd=folder)
     return folder / "dist"
 
 
