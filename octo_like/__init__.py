@@ -3,6 +3,8 @@
     from octo_like import Policy
     policy = Policy.load_pretrained("runs/demo/pretrain/export")
 
+`OctoModel` is the same with the names that Octo's users know.
+
 The rooms: `common` (what a batch is), `model` (what is learned), `policy` (what is exported, loaded and carried over),
 `data` (how demonstrations become batches; the only room that imports TensorFlow), `training` (how it is trained), `aot`
 (proof before the pod), `robot` (how it acts), `envs` (the built-in tabletop world). docs/architecture.md shows them.
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octo_like.common.schema import BatchSpec
-    from octo_like.model.octo import OctoModel
+    from octo_like.policy.octo_names import OctoModel
     from octo_like.policy.policy import Policy
 
 __all__ = ["BatchSpec", "OctoModel", "Policy", "__version__"]
@@ -24,7 +26,7 @@ __version__ = "0.1.0"
 # Imported when they are first used: `import octo_like` itself takes no time and needs no JAX.
 _PLACES = {
     "BatchSpec": "octo_like.common.schema",
-    "OctoModel": "octo_like.model.octo",
+    "OctoModel": "octo_like.policy.octo_names",
     "Policy": "octo_like.policy.policy",
 }
 

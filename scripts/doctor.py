@@ -456,10 +456,10 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, object]:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     try:
         from octo_like.common.config import parse_command_line
-        from octo_like.training import distributed
+        from octo_like.training.arguments import add_arguments
     except ImportError:  # reported by check_versions
         return parser.parse_known_args(argv)[0], None
-    distributed.add_arguments(parser)
+    add_arguments(parser)
     if any(word.split("=")[0].split(".")[0] == "--config" for word in argv):
         return parse_command_line(parser, argv)
     parser.add_argument("--config", help="experiment file and overrides, as for train.py: measures its input stream")

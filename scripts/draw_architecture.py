@@ -180,7 +180,8 @@ def panel(title: str, notes: str, stairs: Staircase, texts: dict[str, list[str]]
 
 def draw() -> str:
     """The whole picture, as SVG."""
-    rooms, said = groups(PACKAGE), descriptions()
+    rooms = {name: paths for name, paths in groups(PACKAGE).items() if not name.endswith(".py")}
+    said = descriptions()
     upper = Staircase(arrows_between(rooms), step=(104, 84), size=(262, 70))
     room_texts = {name: [*textwrap.wrap(said[name], 44)[:2], counted(paths)] for name, paths in rooms.items()}
     parts = groups(PACKAGE / LARGEST)

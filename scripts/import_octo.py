@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from octo_like import Policy
+import octo_like
 from octo_like.policy.locations import LocationError
 from octo_like.policy.pretrained import PretrainedError, read_json
 
@@ -27,7 +27,7 @@ def main(argv=None) -> int:
     parser.add_argument("--t5-config", type=Path, help="JSON with the fields of T5Config, for a T5 of unusual sizes")
     flags = parser.parse_args(argv)
     t5 = read_json(flags.t5_config) if flags.t5_config else None
-    policy = Policy.load_pretrained(flags.source, step=flags.step, text_model=flags.text_model, t5=t5)
+    policy = octo_like.Policy.load_pretrained(flags.source, step=flags.step, text_model=flags.text_model, t5=t5)
     policy.push(flags.target, message=f"Import {flags.source}")
     print(policy.get_pretty_spec())
     if policy.batch_spec.language_length is not None and policy.text_tokenizer is None:

@@ -13,10 +13,8 @@ import os
 import signal
 import sys
 
-from octo_like import Policy
+import octo_like
 from octo_like.policy.pretrained import PretrainedError
-from octo_like.robot.openpi import PRESETS, Keys, OpenpiServer
-from octo_like.robot.server import PolicyServer
 
 
 def main() -> int:
@@ -30,15 +28,19 @@ def main() -> int:
     parser.add_argument(
         "--openpi",
         metavar="KEYS",
-        help=f"speak openpi's protocol, for its clients: {', '.join(PRESETS)}, or a JSON file with their keys",
+        help="speak openpi's protocol, for its clients: droid, libero, aloha, or a JSON file with their keys",
     )
     parser.add_argument("--max_batch", type=int, default=8, help="robots whose requests are computed together")
     parser.add_argument("--max_connections", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     args = parser.parse_args()
+
+    from octo_like.robot.openpi import Keys, OpenpiServer
+    from octo_like.robot.server import PolicyServer
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        policy = Policy.load_pretrained(args.checkpoint, modules=args.modules)
+        policy = octo_like.Policy.load_pretrained(args.checkpoint, modules=args.modules)
         kind, keys = (PolicyServer, {}) if args.openpi is None else (OpenpiServer, {"keys": Keys.load(args.openpi)})
         server = kind(
             policy,

@@ -14,8 +14,6 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # verifying needs no accelerator, and one may be busy training
 
-from octo_like.training.checkpoint import Checkpointer, CheckpointError, CheckpointUnreadable  # noqa: E402
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,6 +22,9 @@ def main() -> int:
     which.add_argument("--step", type=int, help="this step only")
     which.add_argument("--all", action="store_true", help="every step, not only the newest")
     flags = parser.parse_args()
+
+    from octo_like.training.checkpoint import Checkpointer, CheckpointError, CheckpointUnreadable
+
     try:
         checkpointer = Checkpointer(flags.path, read_only=True)
         steps = checkpointer.all_steps()

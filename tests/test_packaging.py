@@ -375,8 +375,9 @@ def test_assets_are_packaged():
     assets = [p for p in (PACKAGE / "common" / "assets").iterdir() if p.is_file()]
     assert assets
     data_files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
-    assert {p.parent for p in data_files} == {PACKAGE / "common" / "assets"}
-    assert '"octo_like.common": ["assets/*"]' in (ROOT / "setup.py").read_text()
+    assert {p.parent for p in data_files if p != PACKAGE / "py.typed"} == {PACKAGE / "common" / "assets"}
+    text = (ROOT / "setup.py").read_text()
+    assert '"octo_like": ["py.typed"], "octo_like.common": ["assets/*"]' in text
 
 
 def test_readme_names_only_what_exists():

@@ -9,9 +9,32 @@ from types import ModuleType
 
 from octo_like.common.words import suggest
 
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+
 
 class ConfigError(ValueError):
     """A mistake in a config file or in an override. The message says what is wrong and what would be valid."""
+
+
+def beside_package() -> pathlib.Path:
+    """The folder with train.py, configs/, scripts/ and data/: that of the checkout, or the wheel's copy of it."""
+    bundled = PACKAGE / "bundled"
+    return bundled if bundled.is_dir() else PACKAGE.parent
+
+
+def find_file(text: str) -> pathlib.Path | None:
+    """A file that a user named: as it stands, or among those of the project, "configs/x.py" or "x" for short.
+
+    What is in the working directory comes first.
+    """
+    path = pathlib.Path(text)
+    if path.is_file():
+        return path
+    if path.is_absolute() or not text:
+        return None
+    short = [pathlib.Path("configs") / f"{text}.py"] if path.suffix != ".py" and len(path.parts) == 1 else []
+    names = [*short, *(beside_package() / name for name in (path, *short))]
+    return next((name for name in names if name.is_file()), None)
 
 
 @contextlib.contextmanager
@@ -19,7 +42,8 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
     """The module of "path/to/file.py:arg", which is run, and the text after the colon.
 
     Files build on each other (`from configs import octo_small`), whatever folder the program lies in that loads them:
-    until the end of the block, what is in the folder above the file's and in the working directory can be imported.
+    until the end of the block, what is in the folder above the file's, in the working directory and beside the package
+    can be imported. The project's own configs are also found by their name alone (`find_file`).
 
     Args:
       what: the file is, for messages.
@@ -28,16 +52,14 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
       ConfigError: there is no such file, or it is no Python file; the message names the nearest.
     """
     text, _, argument = spec.partition(":")
-    path = pathlib.Path(text)
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
-        files = [str(file) for file in folder.glob("*.py") if file.name != "__init__.py"]
-        raise ConfigError(f"{what} {text!r} does not exist; {suggest(text, files)}")
+    path = find_file(text)
+    if path is None:
+        raise ConfigError(f"{what} {text!r} does not exist; {suggest(text, _files_near(pathlib.Path(text)))}")
     module_spec = importlib.util.spec_from_file_location(f"_file_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"{what} {text!r} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
-    folders = (str(path.resolve().parent.parent), str(pathlib.Path.cwd()))
+    folders = (str(path.resolve().parent.parent), str(pathlib.Path.cwd()), str(beside_package()))
     added = [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
     sys.path.extend(added)
     try:
@@ -46,3 +68,12 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
     finally:
         for entry in added:
             sys.path.remove(entry)
+
+
+def _files_near(path: pathlib.Path) -> list[str]:
+    """Files in the folder of one that does not exist; the project's configs when there is no such folder."""
+    folder = path.parent if path.parent.is_dir() and path.parent != pathlib.Path() else pathlib.Path("configs")
+    if not folder.is_dir():
+        folder = beside_package() / "configs"
+        return [f"configs/{file.name}" for file in folder.glob("*.py")]
+    return [str(file) for file in folder.glob("*.py") if file.name != "__init__.py"]

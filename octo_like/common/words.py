@@ -1,5 +1,7 @@
 """What an error says about a word that is not one of the valid ones."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
 from typing import Any

@@ -12,6 +12,8 @@ What is sent is complete, finite and spelled as the policy spells it; what comes
 (`octo_like.robot.safety`). When `act` fails, `hold()` is the action that keeps the robot where it is.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import logging
@@ -79,7 +81,8 @@ class PolicyClient:
         self._chunk: np.ndarray | None = None
         self._limits, self._max_change = limits, max_change
         self._filters: dict[str | None, ActionFilter] = {}
-        self._ids, self._warned = itertools.count(1), set[str]()
+        self._ids = itertools.count(1)
+        self._warned: set[str] = set()
         self._open = contextlib.ExitStack()
         headers = None if token is None else {"Authorization": f"Bearer {token}"}
         wire: dict[str, Any] = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None)
@@ -213,7 +216,7 @@ class PolicyClient:
     def close(self) -> None:
         self._open.close()
 
-    def __enter__(self) -> "PolicyClient":
+    def __enter__(self) -> PolicyClient:
         return self
 
     def __exit__(self, *_) -> None:

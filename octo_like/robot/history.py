@@ -1,5 +1,7 @@
 """The window of past observations that a policy reads. NumPy only: a robot's own computer needs no more."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Mapping
 from typing import Any

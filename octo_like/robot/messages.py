@@ -15,6 +15,8 @@ nothing that is received is ever executed.
 A reply has the id of its request: an answer that comes after its client has given up is recognised and dropped.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import msgpack

@@ -4,6 +4,8 @@ An observation is complete, finite and spelled as the policy spells it, or it is
 action is finite and within limits, or it is replaced by one that is, and counted (`ActionFilter`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +160,7 @@ class ActionFilter:
         self.low = np.array([-np.inf if x is None else x for x in low], np.float64)
         self.high = np.array([np.inf if x is None else x for x in high], np.float64)
         width = len(self.low)
-        change = list(max_change) if isinstance(max_change, Sequence | np.ndarray) else [max_change] * width
+        change = list(max_change) if isinstance(max_change, (Sequence, np.ndarray)) else [max_change] * width
         self.max_change = np.array([np.inf if x is None else x for x in change], np.float64)
         self.kinds = ["other"] * width if kinds is None else list(kinds)
         self.names = list(Dimensions.unnamed(width).names) if names is None else list(names)
@@ -177,7 +179,7 @@ class ActionFilter:
         self._last: np.ndarray | None = None
 
     @classmethod
-    def of(cls, limits: Mapping[str, Any], **options: Any) -> "ActionFilter":
+    def of(cls, limits: Mapping[str, Any], **options: Any) -> ActionFilter:
         """The filter of a dataset's `action_limits`; options as in the constructor."""
         return cls(limits["low"], limits["high"], **{"kinds": limits["kinds"], "names": limits["names"], **options})
 

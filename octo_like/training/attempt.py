@@ -50,7 +50,7 @@ class Attempt:
     """What holds for one process of a run from its start to its end.
 
     Args:
-      flags: of `distributed.add_arguments`, and `workdir`.
+      flags: of `arguments.add_arguments`, and `workdir`.
       config: the run's config.
 
     Attributes:

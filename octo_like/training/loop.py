@@ -107,7 +107,7 @@ def _train(
             with steps.meter.waiting():
                 batch = sharding.put_batch(next(stream), run.mesh)
             profile.before(step + 1)
-            with jax.transfer_guard("disallow"):
+            with steps.compiling(step == start), jax.transfer_guard("disallow"):
                 state, metrics = program.step(state, batch)
             if step == start:
                 attempt.begun = True

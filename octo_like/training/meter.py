@@ -94,7 +94,16 @@ class StepLog:
         self._finished = FinishedSteps(
             writer.workdir, run.inputs.stream.dataset_names, max_bad=config.max_bad_steps, on_step=self._on_step
         )
-        self._progress = Progress(config.num_steps, initial=start, samples_per_step=config.batch_size)
+        self._progress = Progress(
+            config.num_steps,
+            initial=start,
+            samples_per_step=config.batch_size,
+            working=lambda: clock.seconds("train"),  # neither evaluations nor checkpoints
+        )
+
+    def compiling(self, first: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the start of a step: tells that the `first` one is being compiled."""
+        return self._progress.compiling() if first else contextlib.nullcontext()
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step that was started. Raises TooManyBadSteps as `FinishedSteps`."""

@@ -1,12 +1,19 @@
 """A progress bar on a terminal, lines elsewhere."""
 
+import collections
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
 import jax
 import tqdm
+
+# Of a bar. What tqdm itself says of rate and ETA would count evaluations and checkpoints.
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+WINDOW, MARKS = 60.0, 100  # seconds that rate and ETA are taken over, and how finely
 
 
 class Progress:
@@ -20,6 +27,8 @@ class Progress:
       stream: where to write; default stderr.
       interval: seconds between lines when `stream` is no terminal.
       clock: seconds that only grow.
+      working: seconds that only grow, and stand still while something else than steps is done (evaluation,
+        checkpoints); rate and ETA are of these. Default: `clock`.
     """
 
     def __init__(
@@ -28,25 +37,63 @@ class Progress:
         *,
         initial: int = 0,
         samples_per_step: int = 1,
-        label: str = "step",
         enabled: bool | None = None,
         stream: TextIO | None = None,
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        working: Callable[[], float] | None = None,
     ):
-        self._total, self._samples, self._label = total, samples_per_step, label
+        self._total, self._samples = total, samples_per_step
         self._enabled = jax.process_index() == 0 if enabled is None else enabled
         self._stream = stream or sys.stderr
         self._interval, self._clock = interval, clock
-        self._begun: tuple[float, int] | None = None
-        self._last: tuple[float, int] | None = None
+        self._working = working or clock
+        self._marks: collections.deque[tuple[float, int]] = collections.deque()
+        self._printed: float | None = None
         self._step = initial
         self._metrics: dict[str, float] = {}
         self._bar = None
         if self._enabled and self._stream.isatty():
             self._bar = tqdm.tqdm(
-                total=total, initial=initial, file=self._stream, dynamic_ncols=True, unit=label, smoothing=0.1
+                total=total, initial=initial, file=self._stream, dynamic_ncols=True, unit="step", bar_format=BAR
             )
+
+    @contextlib.contextmanager
+    def compiling(self, every: float = 1.0, line_every: float = 60.0) -> Iterator[None]:
+        """Says that the first step is being compiled, and for how long, while what is inside runs.
+
+        Args:
+          every: seconds between updates of a bar. line_every: seconds between lines elsewhere.
+        """
+        if not self._enabled:
+            yield
+            return
+        begin, done = self._clock(), threading.Event()
+
+        def tell() -> None:
+            while not done.wait(every if self._bar is not None else line_every):
+                self._say(f"compiling... {format_seconds(self._clock() - begin)}")
+
+        self._say("compiling...")
+        teller = threading.Thread(target=tell, name="octo_like-compiling", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            done.set()
+            teller.join()
+            if self._bar is not None:
+                self._bar.set_description_str("", refresh=True)
+        self._say(f"compiled in {format_seconds(self._clock() - begin)}", keep=True)
+
+    def _say(self, text: str, *, keep: bool = False) -> None:
+        """`text` in front of the bar, or above it (`keep`); a line where there is no bar."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        elif keep:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._bar.set_description_str(f"{text} ", refresh=True)
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Reports that `step` steps are done. `metrics`: a few numbers to show beside it; the last ones given stay."""
@@ -54,41 +101,42 @@ class Progress:
         done, self._step = step - self._step, step
         if metrics is not None:
             self._metrics = dict(metrics)
-        if self._begun is None:
-            # The first step compiles: it would spoil the rate.
-            self._begun = self._last = (now, step)
-        assert self._last is not None  # set together with _begun
+        self._mark(self._working(), step)
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.set_postfix_str(self._tail(now), refresh=False)
+            self._bar.set_postfix_str(self._tail(), refresh=False)
             self._bar.update(done)
-        elif now - self._last[0] >= self._interval or step >= self._total or self._begun == (now, step):
-            self._print(now)
-            self._last = (now, step)
+        elif self._printed is None or now - self._printed >= self._interval or step >= self._total:
+            percent = 100 * step / max(self._total, 1)
+            tail = self._tail()
+            line = f"step {step}/{self._total} ({percent:.0f}%)" + (f"  {tail}" if tail else "")
+            print(line, file=self._stream, flush=True)
+            self._printed = now
+
+    def _mark(self, seconds: float, step: int) -> None:
+        """Keeps where the window begins. The first mark is that of the first step, whose compilation it leaves out."""
+        marks = self._marks
+        if len(marks) > 1 and seconds - marks[-2][0] < WINDOW / MARKS:
+            marks.pop()  # the last one moves along until it is far enough from the one before
+        marks.append((seconds, step))
+        while len(marks) > 2 and seconds - marks[1][0] >= WINDOW:
+            marks.popleft()
 
     def samples_per_second(self) -> float | None:
-        """Mean rate since the first step of this process, or None before the second."""
-        if self._begun is None or self._step <= self._begun[1]:
+        """Mean rate in the window, or None before the second step of this process."""
+        if len(self._marks) < 2:
             return None
-        seconds = self._clock() - self._begun[0]
-        return (self._step - self._begun[1]) * self._samples / seconds if seconds > 0 else None
+        (begin, first), (end, last) = self._marks[0], self._marks[-1]
+        return (last - first) * self._samples / (end - begin) if end > begin else None
 
-    def _tail(self, now: float) -> str:
+    def _tail(self) -> str:
         parts = []
         if (rate := self.samples_per_second()) is not None:
-            parts.append(f"{rate:.4g} samples/s")
+            left = (self._total - self._step) * self._samples / rate
+            parts += [f"ETA {format_seconds(left)}", f"{rate:.4g} samples/s"]
         parts += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
         return "  ".join(parts)
-
-    def _print(self, now: float) -> None:
-        percent = 100 * self._step / max(self._total, 1)
-        line = f"{self._label} {self._step}/{self._total} ({percent:.0f}%)"
-        if (rate := self.samples_per_second()) is not None:
-            left = (self._total - self._step) * self._samples / rate
-            line += f"  ETA {format_seconds(left)}"
-        tail = self._tail(now)
-        print(line + (f"  {tail}" if tail else ""), file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it is and ends its line."""

@@ -10,7 +10,8 @@ import pytest
 
 from octo_like.common.config import ConfigError
 from octo_like.training import attempt as module
-from octo_like.training import distributed, exits
+from octo_like.training import exits
+from octo_like.training.arguments import add_arguments
 from octo_like.training.attempt import Attempt, TrainingFailed, status_of
 from octo_like.training.checkpoint import CheckpointError, NonFiniteState
 from octo_like.training.lease import Lease, WorkdirInUse
@@ -25,7 +26,7 @@ def attempt(tmp_path):
     def make(**watchdog):
         parser = argparse.ArgumentParser()
         parser.add_argument("--workdir")
-        distributed.add_arguments(parser)
+        add_arguments(parser)
         config = tiny_config.get_config("synthetic")
         config.watchdog.update(watchdog)
         return Attempt(parser.parse_args([f"--workdir={tmp_path / 'run'}", "--distributed=off"]), config)
@@ -125,6 +126,7 @@ def test_what_hangs_before_the_first_step_is_ended(tmp_path, repository, phase):
 LEAVES = """
 import sys, types
 from octo_like.training import attempt
+from octo_like.training.arguments import add_arguments
 from octo_like.training.attempt import Attempt
 
 one = Attempt.__new__(Attempt)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from octo_like.training import distributed
+from octo_like.training.arguments import add_arguments
 from octo_like.training.distributed import check_hosts
 
 
 def test_flags_fit_initialize():
     parser = argparse.ArgumentParser()
-    distributed.add_arguments(parser)
+    add_arguments(parser)
     assert distributed.initialize(**vars(parser.parse_args(["--distributed=off"]))) is False
 
 
@@ -83,6 +84,7 @@ COMPILE = """
 import sys
 import jax, jax.numpy as jnp
 from octo_like.training import distributed
+from octo_like.training.arguments import add_arguments
 
 print(distributed.setup_compilation_cache(sys.argv[1], min_seconds=0))
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))

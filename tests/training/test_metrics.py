@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -14,7 +15,7 @@ from PIL import Image
 
 from octo_like.training import hardware, metrics
 from octo_like.training.clock import Clock
-from octo_like.training.progress import Progress, format_seconds
+from octo_like.training.progress import MARKS, Progress, format_seconds
 
 
 class FakeTime:
@@ -269,9 +270,63 @@ class TestProgress:
             assert progress.samples_per_second() == pytest.approx(4.0)
         assert "10/10" in stream.getvalue() and "\r" in stream.getvalue()
 
+    def test_rate_and_eta_are_those_of_the_last_minute(self):
+        time = FakeTime()
+        progress = Progress(10_000, samples_per_step=2, stream=io.StringIO(), clock=time)
+        rates = []
+        for step in range(1, 2001):
+            time.now += 1.0 if step <= 1000 else 0.25
+            progress.update(step)
+            rates.append(progress.samples_per_second())
+        assert rates[0] is None and rates[999] == pytest.approx(2.0)
+        assert 2.0 < rates[1100] < 8.0 and rates[-1] == pytest.approx(8.0)
+        assert len(progress._marks) <= 2 * MARKS + 2  # however many steps there are
+
+    def test_evaluation_and_checkpoints_do_not_count(self):
+        time, working, stream = FakeTime(), FakeTime(), io.StringIO()
+        progress = Progress(100, stream=stream, clock=time, working=working)
+        for step in range(1, 51):
+            time.now, working.now = time.now + 1, working.now + 1
+            if step % 10 == 0:
+                time.now += 500  # an evaluation
+            progress.update(step)
+        assert progress.samples_per_second() == pytest.approx(1.0)
+        assert "50/100 (50%)  ETA 0:50  1 samples/s" in stream.getvalue()
+
+    def test_compiling_is_told_with_its_time(self):
+        time, stream = FakeTime(), io.StringIO()
+        progress = Progress(2, stream=stream, clock=time)
+        with progress.compiling():
+            time.now += 95
+        progress.update(1)
+        lines = stream.getvalue().splitlines()
+        assert lines[:2] == ["compiling...", "compiled in 1:35"] and lines[2].startswith("step 1/2")
+
+    @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+    def test_a_long_compilation_goes_on_telling(self, kind):
+        told = threading.Event()
+
+        class Stream(kind):
+            def write(self, text):
+                if "compiling... 0:07" in text:
+                    told.set()
+                return super().write(text)
+
+        time, stream = FakeTime(), Stream()
+        with Progress(2, stream=stream, clock=time) as progress:
+            with progress.compiling(every=0.001, line_every=0.001):
+                time.now += 7
+                assert told.wait(60)
+            with pytest.raises(RuntimeError, match="does not compile"), progress.compiling():
+                raise RuntimeError("does not compile")
+        assert stream.getvalue().count("compiled in 0:07") == 1
+        assert not [thread for thread in threading.enumerate() if thread.name == "octo_like-compiling"]
+
     def test_silent_when_disabled(self):
         stream = io.StringIO()
         progress = Progress(2, stream=stream, enabled=False)
+        with progress.compiling():
+            pass
         progress.update(1)
         progress.update(2)
         assert stream.getvalue() == ""
