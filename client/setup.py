@@ -18,6 +18,8 @@ MODULES = {
     "images": "robot/images.py",
     "messages": "robot/messages.py",
     "safety": "robot/safety.py",
+    "dimensions": "common/dimensions.py",
+    "errors": "common/errors.py",
     "words": "common/words.py",
 }
 NAMES = re.compile(r"\bocto_like\.(?:robot|common)\.(?=(?:{})\b)".format("|".join(MODULES)))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from octo_like.common.files import ConfigError
+from octo_like.common.errors import ConfigError
 from octo_like.common.words import suggest
 
 # Units, and the magnitude beyond which a number is more likely in another unit: (limit, what it may be).

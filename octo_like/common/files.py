@@ -7,13 +7,10 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+from octo_like.common.errors import ConfigError
 from octo_like.common.words import suggest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
-
-
-class ConfigError(ValueError):
-    """A mistake in a config file or in an override. The message says what is wrong and what would be valid."""
 
 
 def beside_package() -> pathlib.Path:

@@ -1,0 +1,5 @@
+"""Errors that several rooms raise."""
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or in an override. The message says what is wrong and what would be valid."""
