@@ -37,7 +37,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from octo_like.common.files import ConfigError, python_file
+from octo_like.common.errors import ConfigError
+from octo_like.common.files import python_file
 from octo_like.common.words import nearest
 
 # Groups whose keys the user chooses (datasets, cameras, parts of a model); everything below them is free as well.

@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octo_like.common.dimensions import UNITS, DimensionError, Dimensions
-from octo_like.common.files import ConfigError, python_file
+from octo_like.common.errors import ConfigError
+from octo_like.common.files import python_file
 from octo_like.common.words import suggest
 
 KINDS = {

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from octo_like.common.config import load_config
-from octo_like.common.files import ConfigError, python_file
+from octo_like.common.errors import ConfigError
+from octo_like.common.files import python_file
 from octo_like.common.robot import RobotError, load_robot
 from octo_like.common.words import nearest, suggest
 
