@@ -154,7 +154,8 @@ def ddim_sample(
       clip: "x0": clip the estimate of the action to [-max_action, max_action]; "sample": clip x after every step.
       min_signal: x0 is asked for at no later time than the last whose sqrt(alpha_hat) is at least this, as if x were of
         that time; 0 asks at the time of x, as the paper.
-      Others: as in `ddpm_sample`. Padding carries the level's share of the initial noise.
+
+    The others are those of `ddpm_sample`. Padding carries the level's share of the initial noise.
     """
     _check_clip(clip)
     if eta and step_noise is None:
