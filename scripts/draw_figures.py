@@ -4,13 +4,12 @@
     python scripts/draw_figures.py --gif runs/tabletop/export             # docs/figures/tabletop.gif
 
 The block mask is computed by the rule that the model uses, lanes by the functions that the data uses. The GIF shows
-one episode of each robot and task, the first of the evaluation's seeds, whether it succeeds or not.
+the first episodes of the evaluation's seeds, tasks in turns, whether they succeed or not.
 """
 
 import argparse
-import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,8 @@ COLOURS = {
     "loss": "#cf222e",
     "now": "#bf8700",
 }
-GIF_EPISODES = (
-    ("pusher", "reach"),
-    ("pusher", "push"),
-    ("gripper", "reach"),
-    ("gripper", "pick_and_place"),
-    ("arm", "reach"),
-    ("arm", "pick_and_place"),
-)
+GIF_ROBOTS = {"pusher": ("reach", "push"), "gripper": ("reach", "pick_and_place"), "arm": ("reach", "pick_and_place")}
+HELD = 4  # frames for which the end of an episode is shown
 
 
 class Drawing:
@@ -67,9 +60,10 @@ class Drawing:
         )
 
     def svg(self) -> str:
+        size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
         return "\n".join(
             [
-                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}">',
+                f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
                 "<style>text{font-family:Helvetica,Arial,sans-serif}</style>",
                 '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
                 f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{GREY}"/></marker></defs>',
@@ -255,15 +249,18 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 
-def tabletop_gif(export: str, output: pathlib.Path, *, size: int, first_seed: int | None = None) -> list[Any]:
-    """A GIF of one episode of each robot and task side by side, framed by its outcome; returns the episodes."""
+def tabletop_gif(export: str, output: pathlib.Path, *, size: int, count: int) -> list[Any]:
+    """A GIF of the robots side by side, `count` episodes of each one after the other, framed by their outcome.
+
+    Returns:
+      The episodes, robot by robot.
+    """
     import gymnasium
     from PIL import Image
 
     from octo_like import Policy
     from octo_like.envs import EVALUATION_SEEDS, TabletopEnv
     from octo_like.robot import rollout
-    from octo_like.robot.record import annotate
 
     class Filmed(gymnasium.ObservationWrapper):
         """Also shows the scene as people see it; the policy does not read that."""
@@ -277,64 +274,70 @@ def tabletop_gif(export: str, output: pathlib.Path, *, size: int, first_seed: in
             return {**observation, "image_film": self.env.render()}
 
     policy = Policy.load_pretrained(export)
-    seed = EVALUATION_SEEDS if first_seed is None else first_seed
-    episodes = []
-    for robot, task in GIF_EPISODES:
-        make = functools.partial(TabletopEnv, robot, render_mode="rgb_array")
-        episodes += rollout.evaluate(
+    films, episodes = [], []
+    for robot, tasks in GIF_ROBOTS.items():
+        of_robot = rollout.evaluate(
             policy,
-            lambda make=make: Filmed(make()),
-            [seed],
-            options={"task": task},
+            lambda robot=robot: Filmed(TabletopEnv(robot, render_mode="rgb_array")),
+            [EVALUATION_SEEDS + len(films) * count + i for i in range(count)],
+            options=[{"task": tasks[i % len(tasks)]} for i in range(count)],
             unnormalize=f"tabletop_{robot}",
             exec_horizon=2,
-            batch_size=1,
-            record=1,
+            batch_size=count,
+            record=count,
         )
-    pictures = [_tiles(episodes, frame, size, annotate) for frame in range(0, max(len(e.frames) for e in episodes), 2)]
-    palette = pictures[len(pictures) // 2].quantize(96, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        films.append([tile for episode in of_robot for tile in _tiles(episode, size)])
+        episodes += of_robot
+    length = max(len(film) for film in films)
+    films = [film + film[-1:] * (length - len(film)) for film in films]
+    pictures = []
+    for tiles in zip(*films, strict=True):
+        whole = Image.new("RGB", (sum(tile.width + 4 for tile in tiles) - 4, tiles[0].height), "white")
+        for i, tile in enumerate(tiles):
+            whole.paste(tile, (i * (tile.width + 4), 0))
+        pictures.append(whole)
+    # One palette of all scenes: the colours of blocks are what the words are about.
+    some = pictures[:: max(1, length // 24)]
+    all_scenes = Image.new("RGB", (pictures[0].width, pictures[0].height * len(some)))
+    for i, picture in enumerate(some):
+        all_scenes.paste(picture, (0, i * picture.height))
+    palette = all_scenes.quantize(200, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    duration = [160] * len(small)
-    duration[-1] = 2000
-    small[0].save(
-        output, "GIF", save_all=True, append_images=small[1:], duration=duration, loop=0, disposal=1, optimize=True
-    )
+    duration = [170] * (length - 1) + [2000]
+    small[0].save(output, "GIF", save_all=True, append_images=small[1:], duration=duration, loop=0, disposal=1)
     return episodes
 
 
-def _tiles(episodes: Sequence[Any], frame: int, size: int, annotate: Callable[..., Any]) -> Any:
-    """The frame of every episode (its last one, when it is over), three in a row."""
+def _tiles(episode: Any, size: int) -> list[Any]:
+    """Pictures of an episode, below two lines of words; the border of the last ones says how it ended."""
     from PIL import Image
 
-    tiles = []
-    for episode in episodes:
-        over = frame >= len(episode.frames) - 1
-        picture = np.asarray(episode.frames[min(frame, len(episode.frames) - 1)])[:, :256]
-        reduced = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))
-        tile = annotate(reduced, "", episode.success if over else None, 1)
-        words = annotate(np.full((1, size, 3), 255, np.uint8), episode.instruction, None, 1).crop((0, 4, size + 8, 40))
-        both = Image.new("RGB", (size + 8, tile.height + 34), "white")
-        both.paste(words, (0, 0))
-        both.paste(tile, (0, 34))
-        tiles.append(both)
-    width, height = tiles[0].size
-    whole = Image.new("RGB", (3 * width + 8, -(-len(tiles) // 3) * height + 4), "white")
-    for i, tile in enumerate(tiles):
-        whole.paste(tile, ((i % 3) * (width + 4), (i // 3) * (height + 4)))
-    return whole
+    from octo_like.robot.record import BORDER, FONT_SIZE, annotate
+
+    top = 2 * (FONT_SIZE + 3) + 4
+    pictures = []
+    for frame in episode.frames:
+        reduced = Image.fromarray(np.asarray(frame)[:, :256]).resize((size, size), Image.Resampling.LANCZOS)
+        for outcome in (None, episode.success):
+            tile = annotate(np.asarray(reduced), episode.instruction, outcome, 1)
+            whole = Image.new("RGB", (tile.width, size + top + 2 * BORDER), tile.getpixel((0, 0)))
+            whole.paste(tile, (0, whole.height - tile.height))
+            whole.paste("white", (BORDER, BORDER, tile.width - BORDER, whole.height - tile.height + BORDER))
+            pictures.append(whole)
+    return pictures[::2] + pictures[-1:] * HELD
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gif", metavar="EXPORT", help="an exported policy of the tabletop; draws the GIF alone")
-    parser.add_argument("--seed", type=int, help="of the episodes (default: the first one of the evaluation)")
-    parser.add_argument("--size", type=int, default=180, help="of each episode's picture, in pixels (default: 180)")
+    parser.add_argument("--count", type=int, default=6, help="episodes of each robot in it (default: 6)")
+    parser.add_argument("--size", type=int, default=224, help="of the pictures in it, in pixels (default: 224)")
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER, help="the folder to write to")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.gif:
         output = arguments.output / "tabletop.gif"
-        for e in tabletop_gif(arguments.gif, output, size=arguments.size, first_seed=arguments.seed):
+        for e in tabletop_gif(arguments.gif, output, size=arguments.size, count=arguments.count):
             print(f"{'success' if e.success else 'failure'}  {e.steps:3d} steps  {e.instruction}")
         print(f"wrote {output} ({output.stat().st_size / 1e3:.0f} kB)")
         return

@@ -19,7 +19,8 @@ import sys
 import pytest
 
 from octo_like.common.config import OPEN_GROUPS, ConfigError, load_config
-from octo_like.common.defaults import adaptation_config
+from octo_like.common.defaults import adaptation_config, default_config
+from octo_like.common.schema import flatten
 from octo_like.data.spec import DatasetSpec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,6 +31,12 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rgl
 # Configs that show every group of a config and every kind of model.
 KNOWN = ("octo_small", "tabletop", "metaworld", "bridge_debug")
 PLACEHOLDER = re.compile(r"^(\.\.\.|\[.*\]?|[A-Z][A-Z_/:.]*|\$.*|<.*>)$")
+
+
+def text_of(page: str) -> str:
+    """The text of a page; of docs/octo.md without the first columns, which name what is Octo's."""
+    text = (ROOT / page).read_text("utf-8")
+    return re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE) if page == "docs/octo.md" else text
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -187,13 +194,14 @@ def wrong_command(words: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_keys_of_the_page_exist(page):
-    text = (ROOT / page).read_text("utf-8")
+    text = text_of(page)
     wrong = [f"{shlex.join(words)}: {problem}" for words in command_lines(text) if (problem := wrong_command(words))]
     # Keys that stand alone in a sentence, `checkpoint.keep_best`: a group of every config, a dot, a field.
     groups = "|".join(key for key in known_configs()[0] if hasattr(known_configs()[0][key], "keys"))
     for code in inline(text):
-        found = re.fullmatch(rf"(?:config\.)?((?:{groups})(?:\.\w+)+)(?:=.*)?", code)
-        if found and not found[1].endswith((".py", ".json", ".md")) and (problem := wrong_key(found[1])):
+        found = re.fullmatch(rf"(?:config\.)?((?:{groups})(?:\.\w+)+)(?:=.*)?|config\.(\w+)", code)
+        key = found and (found[1] or found[2])
+        if key and key.rpartition(".")[2] not in ("py", "json", "md") and (problem := wrong_key(key)):
             wrong.append(f"`{code}`: {problem}")
     assert not wrong, f"{page}:\n" + "\n".join(wrong)
 
@@ -244,7 +252,7 @@ def missing(name: str) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_of_the_page_compiles_and_names_what_is_there(page):
-    text = (ROOT / page).read_text("utf-8")
+    text = text_of(page)
     names = set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
     names |= {code.rstrip("().") for code in inline(text) if re.fullmatch(r"octo_like(\.\w+)+(\(\))?", code)}
     for code in python_blocks(text):
@@ -262,3 +270,40 @@ def test_names_that_are_gone_are_seen():
     assert missing("octo_like.robot.safety.ActionFilter") is None
     assert "has no Polizy" in missing("octo_like.policy.policy.Polizy")
     assert missing("octo_like.nowhere.Policy") is not None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_the_page_names_exist(page):
+    """docs/reliability.md: every promise has a test, which may not lose its name."""
+    wrong = []
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / page).read_text("utf-8")):
+        there = (ROOT / file).is_file() and (
+            not name or re.search(rf"^def {name}\(", (ROOT / file).read_text("utf-8"), re.M)
+        )
+        wrong += [] if there else [f"{file}::{name}"]
+    assert not wrong, f"{page}: {wrong}"
+
+
+def test_the_site_has_every_page():
+    """mkdocs.yml names every page, and every page of its navigation is there or made of a file of the root."""
+    text = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
+    named = re.findall(r"([\w/]+\.md)$", text, re.MULTILINE)
+    hooks = runpy.run_path(str(ROOT / "scripts" / "site_hooks.py"))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} | set(hooks["PAGES"])
+    assert sorted(named) == sorted(pages), "a page in the navigation is missing, or twice, or not there"
+
+
+def test_tables_of_the_site_are_made_from_the_code():
+    hooks = runpy.run_path(str(ROOT / "scripts" / "site_hooks.py"))
+    keys = {key: (default, comment) for key, default, comment in hooks["config_keys"]("default_config")}
+    assert keys["data.keep_goal_prob"] == ("0.5", "") and keys["seed"] == ("0", "")
+    assert keys["mesh.fsdp"] == ("1", "devices over which parameters and optimizer state are spread as well")
+    real = {path for path, _ in flatten(default_config().to_dict())}
+    assert real <= set(keys)
+    assert "recipe.passes" in {key for key, *_ in hooks["config_keys"]("adaptation_config")}
+    assert "| `--output` | `'runs/show_data'` |" in hooks["commands"]()
+    linked = hooks["linked"](
+        "See docs/data.md, `docs/tpu.md` and [x](data.md).\n```sh\ncat docs/data.md\n```\n", "api/a.md"
+    )
+    assert linked.startswith("See [docs/data.md](../data.md), [docs/tpu.md](../tpu.md) and [x](data.md).")
+    assert "cat docs/data.md\n" in linked
