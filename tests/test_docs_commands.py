@@ -298,7 +298,7 @@ def test_tables_of_the_site_are_made_from_the_code():
     keys = {key: (default, comment) for key, default, comment in hooks["config_keys"]("default_config")}
     assert keys["data.keep_goal_prob"] == ("0.5", "") and keys["seed"] == ("0", "")
     assert keys["mesh.fsdp"] == ("1", "devices over which parameters and optimizer state are spread as well")
-    real = {path for path, _ in flatten(default_config().to_dict())}
+    real = {path for path, _ in flatten(default_config().to_dict(), sep=".")}
     assert real <= set(keys)
     assert "recipe.passes" in {key for key, *_ in hooks["config_keys"]("adaptation_config")}
     assert "| `--output` | `'runs/show_data'` |" in hooks["commands"]()
