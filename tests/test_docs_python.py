@@ -1,4 +1,4 @@
-"""Python of the docs that is cheap to run is run as it stands, with a tiny policy in the place of the one it speaks of."""
+"""Python of the docs that is cheap to run is run as it stands, with a tiny policy in place of the one it speaks of."""
 
 import re
 import types

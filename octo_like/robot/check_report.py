@@ -106,9 +106,9 @@ def _plot_errors(check: PolicyCheck, path: str) -> None:
     from matplotlib.figure import Figure
 
     width = len(check.names)
-    columns = min(4, width)
+    columns = min(2, width)  # readable on a phone
     rows = -(-width // columns)
-    figure = Figure(figsize=(3 * columns, 0.4 + 2 * rows), layout="constrained")
+    figure = Figure(figsize=(3.4 * columns, 0.4 + 2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     steps = np.arange(check.errors.policy.shape[0])
     for d, axis in enumerate(axes):
