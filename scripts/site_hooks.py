@@ -15,8 +15,8 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 DEFAULTS = ROOT / "octo_like" / "common" / "defaults.py"
-# A page named in running text or inline code, not as the target of a link: those are followed by ")".
-NAMED = re.compile(r"(?<![\w/\[(.])`?(docs/([\w/]+)\.md|README\.md|CONTRIBUTING\.md|CHANGELOG\.md)`?(?![\w\])])")
+# A page named in running text or inline code, but not as the text or the target of a link.
+NAMED = re.compile(r"(?<![\w/\[.])(?<!\]\()`?(docs/([\w/]+)\.md|README\.md|CONTRIBUTING\.md|CHANGELOG\.md)`?(?![\w\]])")
 
 
 def on_files(files, config):

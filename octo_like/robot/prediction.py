@@ -77,6 +77,7 @@ def plot_prediction(
         limits = _limits(prediction.true[valid, d], prediction.predicted[:, valid, 0, d])
         scatter.plot(limits, limits, color="#8c959f", lw=0.8)
         scatter.set(xlim=limits, ylim=limits)
+        scatter.locator_params(axis="x", nbins=3)  # it is narrow, and its labels are not to overlap
         for axis in (over_time, scatter):
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.25)
