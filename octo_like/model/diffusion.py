@@ -273,7 +273,7 @@ class ScoreNetwork(nn.Module):
     def __call__(
         self, embedding: jax.Array, x: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
-        """embedding (..., D), x (..., H*A), time (..., 1) to the predicted noise (..., H*A), float32."""
+        """embedding (..., D), x `(..., H*A)`, time (..., 1) to the predicted noise `(..., H*A)`, float32."""
         c = FourierFeatures(self.time_dim, name="time_preprocess")(time)
         c = _CondEncoder(self.time_dim, self.dtype, name="cond_encoder")(c)
         lead = jnp.broadcast_shapes(c.shape[:-1], embedding.shape[:-1], x.shape[:-1])
