@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-package test-sim demo lint lock doctor clean
+.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-package test-sim demo docs lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -125,6 +125,18 @@ test-sim: $(SIM_READY) ## the tests of the simulators; installs the extra `sim` 
 demo: $(READY) $(CUDA_READY) ## data, pretraining, adaptation, evaluation, report (runs/demo/report.html)
 	@$(if $(OCTO_CPU),JAX_PLATFORMS=cpu )$(PY) scripts/demo.py $(ARGS)
 
+DOCS := .venv-docs
+DOCS_LOCK := requirements/docs.lock
+DOCS_READY := $(DOCS)/.ready-$(shell cksum < $(DOCS_LOCK) | cut -d' ' -f1)
+
+$(DOCS_READY):
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r $(DOCS_LOCK)
+	@touch $@
+
+docs: $(DOCS_READY) ## the docs as a site, build/site/index.html; a warning is an error (ARGS=serve: at localhost:8000)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs $(if $(ARGS),$(ARGS),build --strict --quiet)
+
 lint: $(READY) ## ruff, mypy and shellcheck
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check --quiet .
@@ -139,6 +151,9 @@ lock: ## renews the lock from setup.py (needs uv)
 		--python-version 3.11 --universal --fork-strategy fewest --no-annotate --no-header --output-file $(LOCK).tmp
 	@{ echo "# Exact versions of the CPU set-up: the core and the extras data, demos, serve, notebook, dev. Renewed by \`make lock\`."; \
 		cat $(LOCK).tmp; } > $(LOCK) && rm $(LOCK).tmp
+	@{ echo "# Exact versions of what \`make docs\` needs: the extra docs. Renewed by \`make lock\`."; \
+		$(PY) -c 'import runpy, setuptools; setuptools.setup = lambda **k: print(*k["extras_require"]["docs"], sep="\n"); runpy.run_path("setup.py")' \
+		| $(UV) pip compile - --upgrade --quiet --python-version 3.11 --universal --no-annotate --no-header; } > $(DOCS_LOCK)
 
 clean: ## removes the environment and caches; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

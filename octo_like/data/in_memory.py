@@ -263,7 +263,9 @@ def datasets_in_memory(
 
     Args:
       requests: "NAME=TRAIN[+VAL] ..." of the datasets that `generator` makes; the others are in `data_dir`.
-      generator, seed, workers: see `make_episodes`.
+      generator: see `make_episodes`.
+      seed: see `make_episodes`.
+      workers: see `make_episodes`.
 
     Raises:
       DataError: as `prepare_in_memory` and `load_episodes`; also for a requested dataset that the mixture has not.

@@ -154,7 +154,8 @@ def ddim_sample(
       clip: "x0": clip the estimate of the action to [-max_action, max_action]; "sample": clip x after every step.
       min_signal: x0 is asked for at no later time than the last whose sqrt(alpha_hat) is at least this, as if x were of
         that time; 0 asks at the time of x, as the paper.
-      Others: as in `ddpm_sample`. Padding carries the level's share of the initial noise.
+
+    The others are those of `ddpm_sample`. Padding carries the level's share of the initial noise.
     """
     _check_clip(clip)
     if eta and step_noise is None:
@@ -272,7 +273,7 @@ class ScoreNetwork(nn.Module):
     def __call__(
         self, embedding: jax.Array, x: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
-        """embedding (..., D), x (..., H*A), time (..., 1) to the predicted noise (..., H*A), float32."""
+        """embedding (..., D), x `(..., H*A)`, time (..., 1) to the predicted noise `(..., H*A)`, float32."""
         c = FourierFeatures(self.time_dim, name="time_preprocess")(time)
         c = _CondEncoder(self.time_dim, self.dtype, name="cond_encoder")(c)
         lead = jnp.broadcast_shapes(c.shape[:-1], embedding.shape[:-1], x.shape[:-1])

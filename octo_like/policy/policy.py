@@ -90,7 +90,7 @@ class Policy:
         """Loads an exported policy (what `save_pretrained` and `push` write) or a released Octo checkpoint.
 
         Args:
-          path: a folder, gs://bucket/path or hf://owner/name[@revision][/subfolder].
+          path: a folder, `gs://bucket/path` or `hf://owner/name[@revision][/subfolder]`.
           step: of a release that holds several; the newest when None.
           text_model: sentencepiece model of a release (T5's spiece.model), which does not bring its own. A release
             without it acts on goals and on token ids, and refuses texts.

@@ -47,7 +47,8 @@ class PolicyClient:
       late_replies: answers that came after their request had timed out, and were dropped.
 
     Args:
-      host, port: of the server.
+      host: of the server.
+      port: of the server.
       timeout: seconds to wait for the connection and for each answer (TimeoutError after that).
       token: what the server was started with (PermissionError without it).
       allow_missing: observation keys that the policy reads and this robot does not have: the policy masks them. Any

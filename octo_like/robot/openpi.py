@@ -237,7 +237,8 @@ class OpenpiPolicy:
     Args:
       keys: of the robot.
       image_size: (height, width) in which pictures are sent.
-      action_horizon, action_dim: of the server's chunks.
+      action_horizon: length H of the server's chunks.
+      action_dim: their width A.
       api_key: sent as `Authorization: Api-Key`.
       timeout: seconds to wait for the connection and each answer.
     """

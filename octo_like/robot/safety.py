@@ -141,7 +141,8 @@ class ActionFilter:
         changed for that reason, since the filter was made.
 
     Args:
-      low, high: (A,) limits; None entries are unlimited.
+      low: (A,) lower limits; None entries are unlimited.
+      high: (A,) upper limits, likewise.
       max_change: (A,) or one number: largest change from one action to the next, None entries unlimited; of absolute
         actions and grippers, the largest step.
       kinds: of the dimensions, see `octo_like.common.robot.KINDS`; "other" holds its last value.

@@ -66,7 +66,8 @@ class PolicyServer:
       unnormalize: statistics used when a request names none; None sends normalised actions.
       action_names: of the action dimensions, told to clients; None: those of the statistics `unnormalize`.
       rng_seed: of the sampling noise.
-      host, port: where to listen; port 0 takes a free one, see `port` in `running()`.
+      host: where to listen.
+      port: where to listen; 0 takes a free one, see `port` in `running()`.
       token: clients must know it; None: whoever reaches the port may use the policy.
       max_batch: requests computed at a time.
       max_connections: clients at a time; more are refused with HTTP 503.

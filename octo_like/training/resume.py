@@ -100,6 +100,9 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     config = {**default_config().to_dict(), **config}
     for group in ("checkpoint", "early_stopping", "eval", "optimizer", "watchdog", "data", "mesh"):
         config[group] = {**default_config()[group].to_dict(), **config[group]}
+    model = config.get("model") or {}
+    if "transformer" in model:
+        config["model"] = {**model, "transformer": {"attention": "xla", **model["transformer"]}}
     opt = config["optimizer"]
     decay = (opt["decay_steps"] or config["num_steps"]) if opt["schedule"] == "cosine" else None
     return {**config, "optimizer": {**opt, "decay_steps": decay}}

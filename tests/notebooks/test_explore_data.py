@@ -1,16 +1,9 @@
 """The notebook about data runs from top to bottom on datasets that the test writes."""
 
 import os
-from pathlib import Path
-
-import pytest
 
 from octo_like.data import bench
-
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+from tests.notebooks.kernels import run
 
 CONFIG = """
 from octo_like.common.defaults import default_config
@@ -31,18 +24,8 @@ def get_config():
 def test_the_notebook_runs(tmp_path, monkeypatch):
     bench.make_datasets(str(tmp_path / "data"), 2, size=(32, 32), episodes=3, steps=6)
     (tmp_path / "look.py").write_text(CONFIG)
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
-    monkeypatch.setenv("OCTO_CONFIG", str(tmp_path / "look.py"))
-    monkeypatch.setenv("OCTO_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("OCTO_OUTPUT", str(tmp_path / "out"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(NOTEBOOKS / "explore_data.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "the notebook is kept without outputs"
-    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}})
-    client.execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    text = "".join(output.get("text", "") for output in outputs)
-    kinds = [kind for output in outputs for kind in output.get("data", {})]
+    settings = {"OCTO_CONFIG": tmp_path / "look.py", "OCTO_DATA": tmp_path / "data", "OCTO_OUTPUT": tmp_path / "out"}
+    text, kinds = run("explore_data", tmp_path, monkeypatch, tensorflow=True, **settings)
     assert kinds.count("image/png") == 5, "two sheets, two pairs of histograms, one batch"
     assert "bench_32x32_0" in text and "passes" in text and "put block 1" in text
     assert "observation/image_primary" in text and "(8, 2, 32, 32, 3)" in text and "action (8, 2, 4, 7)" in text

@@ -1,8 +1,10 @@
 """What a resumed run may change, which checkpoints are the best, what a run says about its code."""
 
+import copy
+
 import pytest
 
-from octo_like.common.config import ConfigError, ConfigMismatch, check_resume
+from octo_like.common.config import ConfigError, ConfigMismatch, check_resume, load_config
 from octo_like.training import provenance
 from octo_like.training.program import optimizer_from_config
 from octo_like.training.ranking import Ranking
@@ -86,6 +88,16 @@ def test_a_checkpoint_older_than_a_key_has_its_default():
     assert check_resume(comparable(old), comparable(config().to_dict())) == []
     with pytest.raises(ConfigMismatch, match="init_from"):
         check_resume(comparable(old), comparable(config(init_from="x").to_dict()))
+
+
+def test_a_model_older_than_the_choice_of_an_attention_has_the_one_that_was(repository):
+    new = load_config(str(repository / "configs" / "octo_base.py"), [("model.transformer.attention", "xla")]).to_dict()
+    old = copy.deepcopy(new)
+    del old["model"]["transformer"]["attention"]
+    assert check_resume(comparable(old), comparable(new)) == []
+    new["model"]["transformer"]["attention"] = "splash"
+    with pytest.raises(ConfigMismatch, match="model.transformer.attention: 'xla' -> 'splash'"):
+        check_resume(comparable(old), comparable(new))
 
 
 def test_ranking():

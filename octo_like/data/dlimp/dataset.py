@@ -93,7 +93,8 @@ class TrajectoryDataset(tf.data.Dataset):
 
         Args:
           dir_or_paths: a folder with *.tfrecord files, or paths. The first file says what the features are.
-          shuffle, num_parallel_reads: see `from_rlds`.
+          shuffle: see `from_rlds`.
+          num_parallel_reads: see `from_rlds`.
 
         Each trajectory also has `_len`, `_frame_index` and `_traj_index`.
 

@@ -23,8 +23,8 @@ def selective_tree_map(x: Mapping[str, Any], match: Match, map_fn: Callable[[Any
     """`map_fn` of the leaves of a nested dict that match; the others as they are.
 
     Args:
-      match: a pattern of the leaf's whole path: "image" is the leaf of that name at the top, "*image" every path that
-        ends so, "*image*" every path that has it anywhere. Several: any of them. Or a function of path and leaf.
+      match: a pattern of the leaf's whole path: `"image"` is the leaf of that name at the top, `"*image"` every path
+        that ends so, `"*image*"` every path that has it anywhere. Several: any of them. Or a function of path and leaf.
     """
     matches: Callable[[str, Any], bool]
     if callable(match):
