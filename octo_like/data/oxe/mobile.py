@@ -1,5 +1,7 @@
 """Robots that drive (actions are way-points in the plane) and bimanual ones."""
 
+from typing import Any
+
 from octo_like.data.oxe import columns as c
 from octo_like.data.oxe import vocabulary as s
 from octo_like.data.oxe.entry import ACTION, ARM, BIMANUAL, BIMANUAL_BASE, PLANAR, Entry, OpenVLA, oxe
@@ -32,7 +34,7 @@ def _gnm() -> Entry:
 
 def _aloha(**changes) -> Entry:
     """Absolute joint targets of two arms, 50 Hz to 10 Hz."""
-    fields = dict(
+    fields: dict[str, Any] = dict(
         images={"primary": "cam_high", "secondary": "cam_low", "wrist": "cam_right_wrist"},
         proprio_columns=c.columns(*c.two_arms("")),
         action_mask=BIMANUAL,
