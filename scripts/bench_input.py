@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     """Runs stream and floors in turns and prints what they did; the numbers of the last line."""
     from octo_like.common.text import TextTokenizer
     from octo_like.data import bench, inputs
-    from octo_like.data.rlds.prepare import prepare_datasets
+    from octo_like.data.prepare import prepare_datasets
 
     # Indexing is done once per dataset, not once per run: it is not part of what is measured.
     prepared = prepare_datasets(specs, args.data_dir, args.cache_dir)

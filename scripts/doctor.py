@@ -394,7 +394,7 @@ def check_loader(report: Report, config, seconds: float) -> None:
     from octo_like.common.text import TextTokenizer
     from octo_like.data import bench
     from octo_like.data.inputs import inputs_from_config
-    from octo_like.data.rlds.prepare import prepare_datasets
+    from octo_like.data.prepare import prepare_datasets
     from octo_like.data.spec import specs_from_config
 
     def rate(config, spec, **processes) -> tuple[float, float]:

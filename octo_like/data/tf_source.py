@@ -7,9 +7,9 @@ tensors whose first axis is the step, as RLDS has them. A `standardize` function
 they do to other datasets.
 
 Such a dataset cannot be sought: which trajectory comes next is its own affair. So samples that the order gives to it
-are filled from a pool of trajectories (`PooledEpisodes`), each of which leaves when all of its steps have been used.
-Which samples these are, their goals and everything else drawn by key remain exact, and so do the samples of all other
-datasets. After a resume the source begins anew. `order_spec["approximate"]` and the log name it.
+are filled from a pool of trajectories (`octo_like.data.batches.pooled`), each of which leaves when all of its steps
+have been used. Which samples these are, their goals and everything else drawn by key remain exact, and so do the
+samples of all other datasets. After a resume the source begins anew. `order_spec["approximate"]` and the log name it.
 
 Statistics come from its first `STATISTICS_TRAJECTORIES` trajectories, once at each start (they may differ between
 starts when the source shuffles; give it a seed). Hosts of a run compare them at its start, and refuse to normalise the
@@ -23,17 +23,12 @@ import dataclasses
 import hashlib
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from octo_like.common.lanes import Processes
-from octo_like.data.batches.episodes import Episode, EpisodeSet, Located, normalised
-from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
-from octo_like.data.batches.texts import Texts
-from octo_like.data.order.order import permutation
+from octo_like.data.episode import RawEpisode, as_points, stored_bytes, stored_frames
 from octo_like.data.oxe import registry
 from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
 from octo_like.data.rlds.index import Index
@@ -122,7 +117,7 @@ def _trajectories(make: Callable[..., Any], spec: DatasetSpec) -> tf.data.Datase
     return dataset
 
 
-def _raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
+def raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
     """A trajectory with all of its pictures. Raises DataError when it cannot be used; `where` names it."""
     texts = None
     if "language" in item:
@@ -137,11 +132,11 @@ def _raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
     return raw
 
 
-def _where(key: str, spec: DatasetSpec, number: int) -> str:
+def trajectory_name(key: str, spec: DatasetSpec, number: int) -> str:
     return f"{key}: trajectory {number} of source={spec.source!r}"
 
 
-def _with_stored_frames(raw: RawEpisode, slots: Collection[str], depth_slots: Collection[str]) -> RawEpisode:
+def with_stored_frames(raw: RawEpisode, slots: Collection[str], depth_slots: Collection[str]) -> RawEpisode:
     """The same with the pictures of some cameras only, encoded ones as frames."""
     images, depths = stored_frames(raw.images, slots), stored_frames(raw.depths, depth_slots)
     return dataclasses.replace(raw, images=images, depths=depths)
@@ -158,11 +153,11 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
     instructions: collections.Counter = collections.Counter()
     size = 0
     for number, item in enumerate(function.dataset.take(STATISTICS_TRAJECTORIES).as_numpy_iterator()):
-        raw = _raw_episode(item, _where(key, spec, number))
+        raw = raw_episode(item, trajectory_name(key, spec, number))
         instructions.update(set(raw.texts or ()))
-        stored = _with_stored_frames(raw, raw.images, raw.depths)
-        numbers = (raw.action, raw.proprio, np.zeros(0, np.int32))
-        size += Episode(*numbers, stored.images, stored.depths, extras=raw.extras).nbytes
+        stored = with_stored_frames(raw, raw.images, raw.depths)
+        size += raw.action.nbytes + (0 if raw.proprio is None else raw.proprio.nbytes)
+        size += stored_bytes(*stored.images.values(), *stored.depths.values(), *raw.extras.values())
         episodes.append(dataclasses.replace(raw, images={}, depths={}))
     if not episodes:
         raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")
@@ -197,68 +192,3 @@ def _index(function: TrajectoryFunction, steps: np.ndarray, size: int) -> Index:
         bits=None,
         definition_hash=definition,
     )
-
-
-class PooledEpisodes(EpisodeSet):
-    """The pool of trajectories of one source in one process; their order is the source's. Safe to use from several
-    threads."""
-
-    seekable = False
-
-    def __init__(
-        self,
-        prepared: PreparedDataset,
-        index: Index,
-        texts: Texts,
-        slots: Collection[str],
-        depth_slots: Collection[str],
-        processes: Processes,
-    ):
-        super().__init__(prepared, index, texts, slots, depth_slots)
-        self._lock = threading.Lock()
-        self._numbers = iter(range(processes.index, 1 << 62, processes.count))
-        self._items = self._endless(processes)
-        # (number of the trajectory, trajectory, steps that have not been used)
-        self._pool: list[tuple[int, Episode, list[int]]] = []
-
-    def _endless(self, processes: Processes) -> Iterator[Mapping[str, Any]]:
-        function = self.prepared.function
-        assert isinstance(function, TrajectoryFunction)  # of a source
-        share = function.dataset.shard(processes.count, processes.index)
-        while True:
-            empty = True
-            for item in share.as_numpy_iterator():
-                empty = False
-                yield item
-            if empty:
-                spec = self.prepared.spec
-                raise DataError(
-                    f"{spec.name}: source={spec.source!r} has no trajectory for process {processes.index} of "
-                    f"{processes.count}; it needs at least one for each"
-                )
-
-    def locate(self, episode: np.ndarray, frame: np.ndarray, key: np.ndarray) -> Located:
-        """Draws, by the samples' keys, steps that were not used before. Which `episode` and `frame` the order gives
-        means nothing here."""
-        with self._lock:
-            drawn = [self._draw(one) for one in key.tolist()]
-        numbers, episodes, steps = zip(*drawn, strict=True)
-        return Located(np.array(numbers, np.int64), np.array(steps, np.int64), episodes)
-
-    def where(self, episode: int) -> str:
-        return _where(self.prepared.key, self.prepared.spec, episode)
-
-    def _draw(self, key: int) -> tuple[int, Episode, int]:
-        """(number of a trajectory, the trajectory, a step that was not used before), by a sample's 64-bit key."""
-        while len(self._pool) < POOL:
-            number = next(self._numbers)
-            raw = _raw_episode(next(self._items), self.where(number))
-            raw = _with_stored_frames(raw, self._slots, self._depth_slots)
-            episode = normalised(raw, self.prepared, self._texts)
-            self._pool.append((number, episode, permutation(len(episode.action), "live", number).tolist()))
-        place = key % POOL
-        number, episode, steps = self._pool[place]
-        step = steps.pop()
-        if not steps:
-            del self._pool[place]
-        return number, episode, step

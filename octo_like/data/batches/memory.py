@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from octo_like.data.batches.frames import EncodedFrame
+from octo_like.data.episode import EncodedFrame
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds.index import Index
 from octo_like.data.spec import DataError

@@ -7,6 +7,7 @@ from octo_like.common.demo import Demo
 from octo_like.data.batches import frames
 from octo_like.data.check.numbers import spread
 from octo_like.data.check.pictures import function_of, pictures, present
+from octo_like.data.episode import stored_frames
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
@@ -34,7 +35,7 @@ def load_demos(
             raise records.damaged(path, int(index.record[number]), offset, error) from error
         if len(raw["action"]) == 0:
             continue
-        stored, images = frames.stored_frames(raw["images"], slots), {}
+        stored, images = stored_frames(raw["images"], slots), {}
         for slot, contents in stored.items():
             try:
                 images[slot] = pictures(prepared, slot, contents, range(len(contents)), sizes[slot])

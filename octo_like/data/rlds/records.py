@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
+from octo_like.data.episode import RawEpisode, as_points, stored_frames
 from octo_like.data.oxe import registry, vocabulary
 from octo_like.data.rlds.leaves import picture_bytes, select, text_keys, texts_of
 from octo_like.data.spec import DataError, DatasetSpec, suggest
