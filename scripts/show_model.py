@@ -95,10 +95,10 @@ def attention_over_image(policy: Policy, observation, instruction: str, camera: 
 
 def _keypoints(policy: Policy, observation, tasks, camera: str) -> np.ndarray | None:
     """(keypoints, rows, columns) softmax weights of the last frame; None when the camera has no keypoint stem."""
-    _, seen = policy.model.apply(
+    _, variables = policy.model.apply(
         {"params": policy.params}, observation, tasks, method="groups", mutable=["intermediates"]
     )
-    for path, leaf in flatten(seen.get("intermediates", {})):
+    for path, leaf in flatten(variables.get("intermediates", {})):
         if path.split("/")[1] == f"observation_tokenizers_{camera}" and path.endswith("keypoint_weights"):
             return np.moveaxis(np.asarray(leaf[0][-1]), -1, 0)
     return None

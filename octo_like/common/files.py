@@ -1,7 +1,8 @@
-"""Python files that a user names on a command line: experiments' configs and descriptions of robots."""
+"""Files of a user: Python files named on a command line (configs, robots), and files written whole or not at all."""
 
 import contextlib
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -46,3 +47,11 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
     finally:
         for entry in added:
             sys.path.remove(entry)
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes a file on this machine so that a reader sees all of it, or what was there before."""
+    target = pathlib.Path(path)
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -109,3 +110,26 @@ def as_points(values: np.ndarray) -> np.ndarray:
         points = (points[:, :2] + points[:, 2:]) / 2
     seen = ((points >= 0) & (points <= 1)).all(-1, keepdims=True)  # NaN is neither
     return np.where(seen, points, np.float32(np.nan))
+
+
+def raw_episode(
+    chosen: Mapping[str, Any], number: int, slots: Collection[str], depth_slots: Collection[str] = ()
+) -> RawEpisode:
+    """An episode with the pictures of some cameras, of what `octo_like.data.rlds.leaves.select` chose, as values.
+
+    Args:
+      number: the record's hash.
+    """
+    texts = None
+    if "language" in chosen:
+        texts = [text.decode("utf-8", "replace").strip() for text in np.asarray(chosen["language"]).tolist()]
+    return RawEpisode(
+        hash=number,
+        action=np.asarray(chosen["action"]),
+        proprio=np.asarray(chosen["proprio"]) if "proprio" in chosen else None,
+        texts=texts,
+        images=stored_frames(chosen["images"], slots),
+        depths=stored_frames(chosen["depths"], depth_slots),
+        points={name: as_points(np.asarray(values)) for name, values in chosen["points"].items()},
+        extras={name: np.asarray(values) for name, values in chosen["extras"].items()},
+    )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import inspect
 import logging
@@ -28,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data.episode import RawEpisode, as_points, stored_bytes, stored_frames
+from octo_like.data.episode import RawEpisode, raw_episode, stored_bytes
 from octo_like.data.oxe import registry
 from octo_like.data.prepared import PreparedDataset, problem_of, statistics_of
 from octo_like.data.rlds.index import Index
-from octo_like.data.rlds.leaves import select
+from octo_like.data.rlds.leaves import Selected, select
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 
@@ -44,7 +45,7 @@ _STEPS = 1 << 14
 log = logging.getLogger(__name__)
 
 
-class TrajectoryFunction:
+class TrajectoryFunction(Selected):
     """Spec and source as a dataset of selected trajectories. A `octo_like.data.prepared.EpisodeFunction`.
 
     Raises:
@@ -73,33 +74,13 @@ class TrajectoryFunction:
             return select(trajectory if transform is None else transform(trajectory), spec)
 
         self.dataset = self._dataset.map(chosen, num_parallel_calls=2, deterministic=True)
-        self.output = self.dataset.element_spec
 
-    @property
-    def action_dim(self) -> int:
-        return self._width("action")
-
-    @property
-    def proprio_dim(self) -> int | None:
-        return self._width("proprio") if "proprio" in self.output else None
-
-    @property
-    def action_chunk(self) -> int | None:
-        shape = self.output["action"].shape
-        return None if shape.rank == 2 else int(shape[1])
-
-    @property
-    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
+    @functools.cached_property
+    def output(self) -> Any:
+        return self.dataset.element_spec
 
     def read(self, path: str, offset: int, slots: Collection[str], depth_slots: Collection[str] = ()) -> RawEpisode:
         raise DataError(f"{self.spec.name}: trajectory {offset} of source={path!r} cannot be read again")
-
-    def _width(self, key: str) -> int:
-        width = self.output[key].shape[-1]
-        if width is None:
-            raise DataError(f"{self.spec.name}: the width of {key!r} is not known beforehand (use tf.ensure_shape)")
-        return int(width)
 
 
 def _trajectories(make: Callable[..., Any], spec: DatasetSpec) -> tf.data.Dataset:
@@ -117,14 +98,11 @@ def _trajectories(make: Callable[..., Any], spec: DatasetSpec) -> tf.data.Datase
     return dataset
 
 
-def raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
-    """A trajectory with all of its pictures. Raises DataError when it cannot be used; `where` names it."""
-    texts = None
-    if "language" in item:
-        texts = [text.decode("utf-8", "replace").strip() for text in item["language"].tolist()]
-    points = {name: as_points(values) for name, values in item["points"].items()}
-    pictures = (item["images"], item["depths"])
-    raw = RawEpisode(0, item["action"], item.get("proprio"), texts, *pictures, points, item["extras"])
+def checked_episode(
+    item: Mapping[str, Any], where: str, slots: Collection[str], depth_slots: Collection[str]
+) -> RawEpisode:
+    """A trajectory with the pictures of some cameras. Raises DataError when it cannot be used; `where` names it."""
+    raw = raw_episode(item, 0, slots, depth_slots)
     if not len(raw.action):
         raise DataError(f"{where} has no steps; leave such out with .filter(...)")
     if (problem := problem_of(raw)) is not None:
@@ -134,12 +112,6 @@ def raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
 
 def trajectory_name(key: str, spec: DatasetSpec, number: int) -> str:
     return f"{key}: trajectory {number} of source={spec.source!r}"
-
-
-def with_stored_frames(raw: RawEpisode, slots: Collection[str], depth_slots: Collection[str]) -> RawEpisode:
-    """The same with the pictures of some cameras only, encoded ones as frames."""
-    images, depths = stored_frames(raw.images, slots), stored_frames(raw.depths, depth_slots)
-    return dataclasses.replace(raw, images=images, depths=depths)
 
 
 def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
@@ -153,11 +125,10 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
     instructions: collections.Counter = collections.Counter()
     size = 0
     for number, item in enumerate(function.dataset.take(STATISTICS_TRAJECTORIES).as_numpy_iterator()):
-        raw = raw_episode(item, trajectory_name(key, spec, number))
+        raw = checked_episode(item, trajectory_name(key, spec, number), item["images"], item["depths"])
         instructions.update(set(raw.texts or ()))
-        stored = with_stored_frames(raw, raw.images, raw.depths)
         size += raw.action.nbytes + (0 if raw.proprio is None else raw.proprio.nbytes)
-        size += stored_bytes(*stored.images.values(), *stored.depths.values(), *raw.extras.values())
+        size += stored_bytes(*raw.images.values(), *raw.depths.values(), *raw.extras.values())
         episodes.append(dataclasses.replace(raw, images={}, depths={}))
     if not episodes:
         raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")

@@ -14,7 +14,7 @@ from octo_like.data.order.order import permutation
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds.index import Index
 from octo_like.data.spec import DataError
-from octo_like.data.tf_source import TrajectoryFunction, raw_episode, trajectory_name, with_stored_frames
+from octo_like.data.tf_source import TrajectoryFunction, checked_episode, trajectory_name
 
 
 class PooledEpisodes(EpisodeSet):
@@ -70,8 +70,7 @@ class PooledEpisodes(EpisodeSet):
         """(number of a trajectory, the trajectory, a step that was not used before), by a sample's 64-bit key."""
         while len(self._pool) < tf_source.POOL:
             number = next(self._numbers)
-            raw = raw_episode(next(self._items), self.where(number))
-            raw = with_stored_frames(raw, self._slots, self._depth_slots)
+            raw = checked_episode(next(self._items), self.where(number), self._slots, self._depth_slots)
             episode = normalised(raw, self.prepared, self._texts)
             self._pool.append((number, episode, permutation(len(episode.action), "live", number).tolist()))
         place = key % tf_source.POOL
