@@ -94,8 +94,8 @@ class Cell:
         seed = f" seed {self.seed}" if self.seed else ""
         return f"{self.group} n{self.demos} {self.mode}{rate}{steps} {self.purpose}{seed}"
 
-    def asked(self) -> dict[str, Any]:
-        """All that was asked for; the first seed is not said, so that results from before there were others count."""
+    def request(self) -> dict[str, Any]:
+        """The fields that decide a result; the first seed is none of them: older results did not name it."""
         fields = dataclasses.asdict(self)
         return fields if self.seed else {key: value for key, value in fields.items() if key != "seed"}
 

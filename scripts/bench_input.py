@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     """Runs stream and floors in turns and prints what they did; the numbers of the last line."""
     from octo_like.common.text import TextTokenizer
     from octo_like.data import bench, inputs
-    from octo_like.data.rlds.prepare import prepare_datasets
+    from octo_like.data.prepare import prepare_datasets
 
     # Indexing is done once per dataset, not once per run: it is not part of what is measured.
     prepared = prepare_datasets(specs, args.data_dir, args.cache_dir)
@@ -99,11 +99,13 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     ratio = {kind: [s / f for s, f in zip(rates["decodes"], rates[kind], strict=True)] for kind in FLOORS}
     # Far from the start, where neither a buffer nor the order is fresh.
     later = 3 * bench.frames_held(order) // order.batch_size * order.batch_size
-    held = bench.frames_held(order, later)
+    memory_frames = bench.frames_held(order, later)
     distinct = bench.distinct_in_order(order, start=later)
-    buffered = bench.distinct_in_buffer(order, held, start=later)
+    buffered = bench.distinct_in_buffer(order, memory_frames, start=later)
     # A buffer's sample carries its window and its goal: as many frames in memory are fewer samples.
-    in_memory = bench.distinct_in_buffer(order, held // (spec.window_size + bool(spec.goal_images)), start=later)
+    in_memory = bench.distinct_in_buffer(
+        order, memory_frames // (spec.window_size + bool(spec.goal_images)), start=later
+    )
     result = {
         "decode": args.decode,
         "datasets": len(specs),
@@ -118,7 +120,7 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
         "rss_base_gb": base / 2**30,
         "rss_declared_gb": args.memory_gb,
         "rss_peak_gb": memory.peak / 2**30,
-        "frames_held": held,
+        "frames_held": memory_frames,
         "distinct_episodes_per_1000": distinct,
         "distinct_in_shuffle_buffer": buffered,
         "distinct_ratio": distinct / buffered,
@@ -140,7 +142,7 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
         f"mixing      {distinct:.0f} distinct episodes per 1,000 samples; a shuffle buffer of as many samples as ",
         end="",
     )
-    print(f"{held:,} frames gives {buffered:.0f} (ratio {distinct / buffered:.3f}),")
+    print(f"{memory_frames:,} frames gives {buffered:.0f} (ratio {distinct / buffered:.3f}),")
     print(f"            one of as many frames, windows and goals included, {in_memory:.0f} ", end="")
     print(f"(ratio {distinct / in_memory:.3f}); up to {max(result['visits'])} visits per pass")
     return result

@@ -42,18 +42,18 @@ def main() -> None:
         order = Order(datasets, seed=0, batch_size=args.batch_size, num_lanes=args.lanes)
         order.samples(order.batch_rows(position, 0, args.processes))
         first = time.process_time() - start
-        taken = []
+        times = []
         for batch in range(position + 1, position + 1 + args.batches):
             start = time.process_time()
             order.samples(order.batch_rows(batch, 0, args.processes))
-            taken.append(time.process_time() - start)
+            times.append(time.process_time() - start)
         start = time.process_time()
         live = len(order.live(position, 0, args.processes))
-        held = time.process_time() - start
-        taken = 1000 * np.array(taken)
+        live_seconds = time.process_time() - start
+        times = 1000 * np.array(times)
         print(
-            f"batch {position:,}: first {first:.2f} s, then {np.median(taken):.1f} ms a batch (slowest "
-            f"{taken.max():.0f}); {live:,} live episodes in {1000 * held:.0f} ms"
+            f"batch {position:,}: first {first:.2f} s, then {np.median(times):.1f} ms a batch (slowest "
+            f"{times.max():.0f}); {live:,} live episodes in {1000 * live_seconds:.0f} ms"
         )
 
 

@@ -24,7 +24,8 @@ from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
 
 def scan(args: argparse.Namespace) -> dict:
     """Seconds, bytes, episodes and a hash of the parts of one pass, with no index there before."""
-    from octo_like.data.rlds import prepare, shared_pass
+    from octo_like.data import prepare
+    from octo_like.data.rlds import shared_pass
 
     with tempfile.TemporaryDirectory() as cache:
         jobs = prepare.unindexed(specs_from_arguments(args), args.data_dir, cache)

@@ -54,6 +54,7 @@ from adaptation_cells import (  # noqa: E402
     success,
 )
 
+from octo_like.common.files import write_whole  # noqa: E402
 from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs.sims import GROUPS  # noqa: E402
 from octo_like.policy.surgery import MODES  # noqa: E402
@@ -81,12 +82,12 @@ class Benchmark:
 
     def key(self, cell: Cell, *, training_only: bool = False) -> str:
         """Hash of all that decides a cell's result, or its training."""
-        asked = cell.asked()
+        request = cell.request()
         if training_only:
             for field in ("purpose", "episodes"):
-                del asked[field]
+                del request[field]
         pretrained = None if cell.mode == "scratch" else self.pretrain_key
-        return digest([asked, pretrained, list(self.settings.overrides)])
+        return digest([request, pretrained, list(self.settings.overrides)])
 
     def result_path(self, cell: Cell) -> Path:
         seed = f"-seed{cell.seed}" if cell.seed else ""
@@ -121,7 +122,7 @@ class Benchmark:
         trained = time.monotonic()
         episodes = self.evaluate(export, cell)
         seconds = {"train": round(trained - begun, 1), "evaluate": round(time.monotonic() - trained, 1)}
-        result = {"cell": cell.asked(), "seconds": seconds, "episodes": episodes}
+        result = {"cell": cell.request(), "seconds": seconds, "episodes": episodes}
         write_json(self.result_path(cell), result)
         return result
 
@@ -234,9 +235,7 @@ def execute(command: Sequence[str], log: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(value, indent=1))
-    staging.replace(path)
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:

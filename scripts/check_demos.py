@@ -31,7 +31,7 @@ def main() -> int:
     from octo_like.common.config import ConfigError, load_config
     from octo_like.common.robot import load_robot
     from octo_like.data.check.dataset import check_dataset, summary, write_page
-    from octo_like.data.rlds.prepare import prepare_dataset
+    from octo_like.data.prepare import prepare_dataset
     from octo_like.data.spec import DataError
 
     warnings = 0

@@ -36,7 +36,7 @@ def main() -> int:
     from octo_like import Policy
     from octo_like.common.robot import Description
     from octo_like.data.check.replay import load_demos
-    from octo_like.data.rlds.prepare import prepare_dataset
+    from octo_like.data.prepare import prepare_dataset
     from octo_like.data.spec import DataError, suggest
     from octo_like.policy.locations import LocationError
     from octo_like.policy.pretrained import PretrainedError

@@ -24,6 +24,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from octo_like.common.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 STAMPS = "stages"
 BAR_MISSED = 3
@@ -256,10 +258,7 @@ class Runner:
         return 0
 
     def write_stamp(self, stage: Stage, stamp: dict) -> None:
-        path = self.workdir / STAMPS / f"{stage.name}.json"
-        staging = path.with_suffix(".tmp")
-        staging.write_text(json.dumps(stamp))
-        staging.replace(path)
+        write_whole(self.workdir / STAMPS / f"{stage.name}.json", json.dumps(stamp))
 
     def write_seconds(self) -> None:
         """seconds.json: of the stages finished so far, for the report."""

@@ -33,6 +33,7 @@ import jax
 import numpy as np
 
 from octo_like import Policy
+from octo_like.common.files import write_whole
 from octo_like.envs import EMBODIMENTS, EVALUATION_SEEDS, TabletopEnv
 from octo_like.policy.pretrained import PretrainedError
 from octo_like.robot import rollout
@@ -229,9 +230,7 @@ def main() -> int:
                 record["gif"] = file
     write_plots(policies, args.out)
     ordered = {evaluation.name: results[evaluation.name] for evaluation in evaluations}
-    staging = args.out / "episodes.json.tmp"
-    staging.write_text(json.dumps(ordered, indent=1))
-    staging.rename(args.out / "episodes.json")
+    write_whole(args.out / "episodes.json", json.dumps(ordered, indent=1))
     print(f"  {sum(map(len, ordered.values()))} episodes in {time.monotonic() - begun:.0f} s")
     return 0
 

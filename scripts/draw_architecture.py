@@ -181,9 +181,9 @@ def panel(title: str, notes: str, stairs: Staircase, texts: dict[str, list[str]]
 def draw() -> str:
     """The whole picture, as SVG."""
     rooms = {name: paths for name, paths in groups(PACKAGE).items() if not name.endswith(".py")}
-    said = descriptions()
+    summaries = descriptions()
     upper = Staircase(arrows_between(rooms), step=(104, 84), size=(262, 70))
-    room_texts = {name: [*textwrap.wrap(said[name], 44)[:2], counted(paths)] for name, paths in rooms.items()}
+    room_texts = {name: [*textwrap.wrap(summaries[name], 44)[:2], counted(paths)] for name, paths in rooms.items()}
     parts = groups(PACKAGE / LARGEST)
     lower = Staircase(without_implied(arrows_between(parts)), step=(64, 54), size=(150, 44))
     part_texts = {name: [counted(paths)] for name, paths in parts.items()}

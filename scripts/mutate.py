@@ -190,15 +190,15 @@ def mutants(path: str) -> list[Mutant]:
     lines = [0]
     for line in source.splitlines(keepends=True):
         lines.append(lines[-1] + len(line))
-    found, seen = [], collections.Counter()
+    found, counts = [], collections.Counter()
     for node, where in places(ast.parse(source)):
         for new in variants(node):
             old = node.test if isinstance(node, ast.If) else node
             start, end = lines[old.lineno - 1] + old.col_offset, lines[old.end_lineno - 1] + old.end_col_offset
             after = "pass" if isinstance(new, ast.Pass) else f"({ast.unparse(new)})"
             key = f"{path}::{where or 'module'}: {ast.unparse(old)} -> {after}"
-            seen[key] += 1
-            found.append(Mutant(path, key if seen[key] == 1 else f"{key} #{seen[key]}", start, end, after))
+            counts[key] += 1
+            found.append(Mutant(path, key if counts[key] == 1 else f"{key} #{counts[key]}", start, end, after))
     return found
 
 

@@ -63,7 +63,7 @@ def main() -> int:
     from octo_like.data.arguments import specs_from_arguments
     from octo_like.data.check import report
     from octo_like.data.check.images import check_images
-    from octo_like.data.rlds.prepare import prepare_datasets
+    from octo_like.data.prepare import prepare_datasets
     from octo_like.data.settings import IndexOptions
     from octo_like.data.spec import DataError
 

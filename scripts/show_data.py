@@ -28,7 +28,7 @@ def main() -> int:
 
     from octo_like.common.config import ConfigError, load_config
     from octo_like.data.check import report
-    from octo_like.data.rlds.prepare import prepare_dataset
+    from octo_like.data.prepare import prepare_dataset
     from octo_like.data.spec import DataError
 
     os.makedirs(args.output, exist_ok=True)

@@ -33,21 +33,16 @@ DATA_ARROWS = {
     "order": set(),
     "oxe": {"errors", "tf"},
     "spec": {"errors", "oxe"},
-    "rlds": {"errors", "tf", "order", "oxe", "spec"},
-    "settings": {"errors", "spec", "rlds", "batches"},
-    "prepared": {"errors", "spec", "rlds", "batches"},
-    "batches": {"errors", "tf", "order", "oxe", "spec", "rlds", "prepared", "settings"},
-    "check": {"errors", "tf", "order", "spec", "rlds", "batches", "prepared", "settings"},
+    "episode": {"tf"},
+    "rlds": {"errors", "tf", "order", "oxe", "spec", "episode"},
+    "settings": {"errors", "spec", "rlds"},
+    "prepared": {"errors", "spec", "episode", "rlds"},
+    "tf_source": {"errors", "tf", "oxe", "spec", "episode", "rlds", "prepared"},
+    "prepare": {"errors", "order", "oxe", "spec", "rlds", "prepared", "settings", "tf_source"},
+    "batches": {"errors", "tf", "order", "oxe", "spec", "episode", "rlds", "prepared", "settings", "tf_source"},
+    "check": {"errors", "tf", "order", "spec", "episode", "rlds", "batches", "prepare", "prepared", "settings"},
     "convert": {"errors", "tf", "spec"},
     "dlimp": {"errors", "tf", "order", "oxe", "spec", "rlds", "batches"},
-}
-DATA_ARROW_EXCEPTIONS = {
-    ("rlds/records.py", "batches"),  # reading an episode gives its frames, which batches/frames.py decodes
-    # What a dataset is read from is found out above all of this.
-    ("rlds/prepare.py", "prepared"),
-    ("rlds/prepare.py", "settings"),
-    ("rlds/prepare.py", "tf_source"),
-    ("batches/reader.py", "tf_source"),
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 80, 8
 LONG_FUNCTIONS = {"common/defaults.py default_config": "one dict literal with a comment for each key"}
@@ -221,8 +216,7 @@ def test_arrows_between_parts_of_data_go_one_way():
             parts = name.split(".")
             if parts[:2] != ["octo_like", "data"] or len(parts) < 3 or parts[2] == part or part not in DATA_ARROWS:
                 continue
-            exception = (relative.as_posix(), parts[2]) in DATA_ARROW_EXCEPTIONS
-            if parts[2] not in DATA_ARROWS[part] and not exception:
+            if parts[2] not in DATA_ARROWS[part]:
                 wrong.append(f"data/{relative.as_posix()} imports {name}")
     assert not sorted(wrong)
 

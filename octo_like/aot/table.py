@@ -13,6 +13,7 @@ from octo_like.aot.chips import parse_topology
 from octo_like.aot.proof import prove_training
 from octo_like.aot.report import GIB, Report
 from octo_like.common.config import load_config
+from octo_like.common.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,7 @@ def prove(rows: Sequence[Row], path: str | os.PathLike) -> list[Report]:
         reports.append(report)
         kept = read(path)
         kept[row.key] = {"row": dataclasses.asdict(row), "report": report.to_dict()}
-        temporary = pathlib.Path(f"{os.fspath(path)}.{os.getpid()}")
-        temporary.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
     return reports
 
 

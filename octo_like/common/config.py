@@ -30,7 +30,6 @@ import fnmatch
 import inspect
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from octo_like.common.errors import ConfigError
-from octo_like.common.files import python_file
+from octo_like.common.files import python_file, write_whole
 from octo_like.common.words import nearest
 
 # Groups whose keys the user chooses (datasets, cameras, parts of a model); everything below them is free as well.
@@ -452,7 +451,4 @@ def _flatten(node: ConfigDict, prefix: str = "", *, groups: bool = False):
 
 def save(config: ConfigDict, path: str | os.PathLike) -> None:
     """Writes JSON so that a reader never sees half a file."""
-    target = pathlib.Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(to_json(config) + "\n")
-    os.replace(temporary, target)
+    write_whole(path, to_json(config) + "\n")

@@ -1,7 +1,8 @@
-"""Python files that a user names on a command line: experiments' configs and descriptions of robots."""
+"""Files of a user: Python files named on a command line (configs, robots), and files written whole or not at all."""
 
 import contextlib
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -74,3 +75,11 @@ def _files_near(path: pathlib.Path) -> list[str]:
         folder = beside_package() / "configs"
         return [f"configs/{file.name}" for file in folder.glob("*.py")]
     return [str(file) for file in folder.glob("*.py") if file.name != "__init__.py"]
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes a file on this machine so that a reader sees all of it, or what was there before."""
+    target = pathlib.Path(path)
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, target)

@@ -48,8 +48,8 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def describe(self, batch_dims: str = "B") -> str:
-        return f"({', '.join([batch_dims, *map(str, self.shape)])}) {self.dtype}"
+    def describe(self) -> str:
+        return f"({', '.join(['B', *map(str, self.shape)])}) {self.dtype}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,9 +240,7 @@ def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language
     return unflatten({path: fill(path, leaf) for path, leaf in flatten(spec.batch())})
 
 
-def check_tree(
-    tree: Mapping[str, Any], expected: Mapping[str, Any], *, where: str = "batch", batch_dims: int = 1
-) -> None:
+def check_tree(tree: Mapping[str, Any], expected: Mapping[str, Any], *, where: str = "batch") -> None:
     """Compares a nested dict of arrays with a tree of `Leaf`.
 
     Raises:
@@ -250,15 +248,14 @@ def check_tree(
     """
     got, want = dict(flatten(tree)), dict(flatten(expected))
     problems = []
-    letters = "B" if batch_dims == 1 else "..."
     for path, leaf in want.items():
         if path not in got:
             continue
         shape, dtype = tuple(np.shape(got[path])), np.dtype(got[path].dtype)
         # int64 ids become int32 on devices without 64-bit integers.
         same_dtype = dtype == leaf.dtype or (leaf.dtype.kind == dtype.kind == "i")
-        if shape[batch_dims:] != leaf.shape or len(shape) != batch_dims + len(leaf.shape) or not same_dtype:
-            problems.append(f"{path}: expected {leaf.describe(letters)}, got ({', '.join(map(str, shape))}) {dtype}")
+        if shape[1:] != leaf.shape or len(shape) != 1 + len(leaf.shape) or not same_dtype:
+            problems.append(f"{path}: expected {leaf.describe()}, got ({', '.join(map(str, shape))}) {dtype}")
     missing, extra = [p for p in want if p not in got], [p for p in got if p not in want]
     if missing:
         problems.append(f"missing: {', '.join(missing)}")

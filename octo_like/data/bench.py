@@ -11,6 +11,7 @@ import numpy as np
 
 from octo_like.data.batches import frames
 from octo_like.data.batches.memory import resident_bytes
+from octo_like.data.episode import encoded_size
 from octo_like.data.order.order import Order
 from octo_like.data.tf import tf
 
@@ -168,7 +169,7 @@ def floor(kept: Sequence[tuple[bytes, tuple[int, int]]], kind: str, mode: str, t
     """
     groups: dict[tuple, list[bytes]] = {}
     for frame, size in kept:
-        raw = frames.encoded_size(frame)
+        raw = encoded_size(frame)
         reduced = mode == "fast" and kind != "plain" and frame[:2] == b"\xff\xd8"
         ratio = frames.reduction(raw, size) if reduced else 1
         scaled = raw is None or tuple(-(-side // ratio) for side in raw) != size

@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from octo_like.common.schema import flatten, unflatten
-from octo_like.data.batches.frames import RawEpisode, as_points
+from octo_like.data.episode import RawEpisode, as_points
+from octo_like.data.prepare import choose_episodes
 from octo_like.data.prepared import PreparedDataset, check_names, problem_of, statistics_of
 from octo_like.data.rlds import filters
 from octo_like.data.rlds.index import Index, digest_of, with_usable
-from octo_like.data.rlds.prepare import choose_episodes
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 
 NEEDS_TENSORFLOW = ("standardize", "filter", "relative_to", "source")
@@ -212,7 +212,7 @@ def _index(function: MemoryFunction, split: str) -> Index:
 def prepare_in_memory(
     key: str, spec: DatasetSpec, episodes: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> PreparedDataset:
-    """Splits, filters and normalises as `octo_like.data.rlds.prepare.prepare_dataset` does.
+    """Splits, filters and normalises as `octo_like.data.prepare.prepare_dataset` does.
 
     Args:
       episodes: split -> episodes; `spec.split` must be there, and `spec.val_split` where it names one.

@@ -16,8 +16,8 @@ from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.in_memory import datasets_in_memory
 from octo_like.data.order.order import spec_differences
 from octo_like.data.oxe.mixes import datasets_from_config
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.prepared import PreparedDataset
-from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.settings import KNOBS, IndexOptions, Settings
 from octo_like.data.spec import DatasetSpec, specs_from_config
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from octo_like.common.dimensions import PARTS, Dimensions
-from octo_like.data.batches.frames import RawEpisode
+from octo_like.data.episode import RawEpisode
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import non_finite
 from octo_like.data.rlds.statistics import streamed_statistics

@@ -12,10 +12,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from octo_like.data.batches.frames import MODES
 from octo_like.data.rlds.bad_records import MAX_BAD_FRACTION
 from octo_like.data.spec import DataError, suggest
 
+MODES = ("parity", "fast")  # of decoding, see `octo_like.data.batches.frames`
 VALIDATION_MEMORY = 0.1  # of host_memory_gb: what validation keeps beside it
 
 

@@ -47,8 +47,8 @@ def _load() -> Any:
         # The program has already used TensorFlow: its settings stand.
         pass
     # Every dataset has a function of its own; TensorFlow takes them for one that is traced again and again.
-    told_often = "triggered tf.function retracing"
-    logging.getLogger("tensorflow").addFilter(lambda record: told_often not in record.getMessage())
+    retracing = "triggered tf.function retracing"
+    logging.getLogger("tensorflow").addFilter(lambda record: retracing not in record.getMessage())
     return module
 
 

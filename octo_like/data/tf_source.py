@@ -7,9 +7,9 @@ tensors whose first axis is the step, as RLDS has them. A `standardize` function
 they do to other datasets.
 
 Such a dataset cannot be sought: which trajectory comes next is its own affair. So samples that the order gives to it
-are filled from a pool of trajectories (`PooledEpisodes`), each of which leaves when all of its steps have been used.
-Which samples these are, their goals and everything else drawn by key remain exact, and so do the samples of all other
-datasets. After a resume the source begins anew. `order_spec["approximate"]` and the log name it.
+are filled from a pool of trajectories (`octo_like.data.batches.pooled`), each of which leaves when all of its steps
+have been used. Which samples these are, their goals and everything else drawn by key remain exact, and so do the
+samples of all other datasets. After a resume the source begins anew. `order_spec["approximate"]` and the log name it.
 
 Statistics come from its first `STATISTICS_TRAJECTORIES` trajectories, once at each start (they may differ between
 starts when the source shuffles; give it a seed). Hosts of a run compare them at its start, and refuse to normalise the
@@ -20,24 +20,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from octo_like.common.lanes import Processes
-from octo_like.data.batches.episodes import Episode, EpisodeSet, Located, normalised
-from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
-from octo_like.data.batches.texts import Texts
-from octo_like.data.order.order import permutation
+from octo_like.data.episode import RawEpisode, raw_episode, stored_bytes
 from octo_like.data.oxe import registry
 from octo_like.data.prepared import PreparedDataset, check_names, problem_of, statistics_of
 from octo_like.data.rlds.index import Index
-from octo_like.data.rlds.leaves import select
+from octo_like.data.rlds.leaves import Selected, select
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 
@@ -49,7 +45,7 @@ _STEPS = 1 << 14
 log = logging.getLogger(__name__)
 
 
-class TrajectoryFunction:
+class TrajectoryFunction(Selected):
     """Spec and source as a dataset of selected trajectories. A `octo_like.data.prepared.EpisodeFunction`.
 
     Raises:
@@ -78,33 +74,13 @@ class TrajectoryFunction:
             return select(trajectory if transform is None else transform(trajectory), spec)
 
         self.dataset = self._dataset.map(chosen, num_parallel_calls=2, deterministic=True)
-        self.output = self.dataset.element_spec
 
-    @property
-    def action_dim(self) -> int:
-        return self._width("action")
-
-    @property
-    def proprio_dim(self) -> int | None:
-        return self._width("proprio") if "proprio" in self.output else None
-
-    @property
-    def action_chunk(self) -> int | None:
-        shape = self.output["action"].shape
-        return None if shape.rank == 2 else int(shape[1])
-
-    @property
-    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
+    @functools.cached_property
+    def output(self) -> Any:
+        return self.dataset.element_spec
 
     def read(self, path: str, offset: int, slots: Collection[str], depth_slots: Collection[str] = ()) -> RawEpisode:
         raise DataError(f"{self.spec.name}: trajectory {offset} of source={path!r} cannot be read again")
-
-    def _width(self, key: str) -> int:
-        width = self.output[key].shape[-1]
-        if width is None:
-            raise DataError(f"{self.spec.name}: the width of {key!r} is not known beforehand (use tf.ensure_shape)")
-        return int(width)
 
 
 def _trajectories(make: Callable[..., Any], spec: DatasetSpec) -> tf.data.Dataset:
@@ -122,14 +98,11 @@ def _trajectories(make: Callable[..., Any], spec: DatasetSpec) -> tf.data.Datase
     return dataset
 
 
-def _raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
-    """A trajectory with all of its pictures. Raises DataError when it cannot be used; `where` names it."""
-    texts = None
-    if "language" in item:
-        texts = [text.decode("utf-8", "replace").strip() for text in item["language"].tolist()]
-    points = {name: as_points(values) for name, values in item["points"].items()}
-    pictures = (item["images"], item["depths"])
-    raw = RawEpisode(0, item["action"], item.get("proprio"), texts, *pictures, points, item["extras"])
+def checked_episode(
+    item: Mapping[str, Any], where: str, slots: Collection[str], depth_slots: Collection[str]
+) -> RawEpisode:
+    """A trajectory with the pictures of some cameras. Raises DataError when it cannot be used; `where` names it."""
+    raw = raw_episode(item, 0, slots, depth_slots)
     if not len(raw.action):
         raise DataError(f"{where} has no steps; leave such out with .filter(...)")
     if (problem := problem_of(raw)) is not None:
@@ -137,14 +110,8 @@ def _raw_episode(item: Mapping[str, Any], where: str) -> RawEpisode:
     return raw
 
 
-def _where(key: str, spec: DatasetSpec, number: int) -> str:
+def trajectory_name(key: str, spec: DatasetSpec, number: int) -> str:
     return f"{key}: trajectory {number} of source={spec.source!r}"
-
-
-def _with_stored_frames(raw: RawEpisode, slots: Collection[str], depth_slots: Collection[str]) -> RawEpisode:
-    """The same with the pictures of some cameras only, encoded ones as frames."""
-    images, depths = stored_frames(raw.images, slots), stored_frames(raw.depths, depth_slots)
-    return dataclasses.replace(raw, images=images, depths=depths)
 
 
 def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
@@ -159,11 +126,10 @@ def prepare_source(key: str, spec: DatasetSpec) -> PreparedDataset:
     instructions: collections.Counter = collections.Counter()
     size = 0
     for number, item in enumerate(function.dataset.take(STATISTICS_TRAJECTORIES).as_numpy_iterator()):
-        raw = _raw_episode(item, _where(key, spec, number))
+        raw = checked_episode(item, trajectory_name(key, spec, number), item["images"], item["depths"])
         instructions.update(set(raw.texts or ()))
-        stored = _with_stored_frames(raw, raw.images, raw.depths)
-        numbers = (raw.action, raw.proprio, np.zeros(0, np.int32))
-        size += Episode(*numbers, stored.images, stored.depths, extras=raw.extras).nbytes
+        size += raw.action.nbytes + (0 if raw.proprio is None else raw.proprio.nbytes)
+        size += stored_bytes(*raw.images.values(), *raw.depths.values(), *raw.extras.values())
         episodes.append(dataclasses.replace(raw, images={}, depths={}))
     if not episodes:
         raise DataError(f"{spec.name}: source={spec.source!r} gives no trajectories")
@@ -198,68 +164,3 @@ def _index(function: TrajectoryFunction, steps: np.ndarray, size: int) -> Index:
         bits=None,
         definition_hash=definition,
     )
-
-
-class PooledEpisodes(EpisodeSet):
-    """The pool of trajectories of one source in one process; their order is the source's. Safe to use from several
-    threads."""
-
-    seekable = False
-
-    def __init__(
-        self,
-        prepared: PreparedDataset,
-        index: Index,
-        texts: Texts,
-        slots: Collection[str],
-        depth_slots: Collection[str],
-        processes: Processes,
-    ):
-        super().__init__(prepared, index, texts, slots, depth_slots)
-        self._lock = threading.Lock()
-        self._numbers = iter(range(processes.index, 1 << 62, processes.count))
-        self._items = self._endless(processes)
-        # (number of the trajectory, trajectory, steps that have not been used)
-        self._pool: list[tuple[int, Episode, list[int]]] = []
-
-    def _endless(self, processes: Processes) -> Iterator[Mapping[str, Any]]:
-        function = self.prepared.function
-        assert isinstance(function, TrajectoryFunction)  # of a source
-        share = function.dataset.shard(processes.count, processes.index)
-        while True:
-            empty = True
-            for item in share.as_numpy_iterator():
-                empty = False
-                yield item
-            if empty:
-                spec = self.prepared.spec
-                raise DataError(
-                    f"{spec.name}: source={spec.source!r} has no trajectory for process {processes.index} of "
-                    f"{processes.count}; it needs at least one for each"
-                )
-
-    def locate(self, episode: np.ndarray, frame: np.ndarray, key: np.ndarray) -> Located:
-        """Draws, by the samples' keys, steps that were not used before. Which `episode` and `frame` the order gives
-        means nothing here."""
-        with self._lock:
-            drawn = [self._draw(one) for one in key.tolist()]
-        numbers, episodes, steps = zip(*drawn, strict=True)
-        return Located(np.array(numbers, np.int64), np.array(steps, np.int64), episodes)
-
-    def where(self, episode: int) -> str:
-        return _where(self.prepared.key, self.prepared.spec, episode)
-
-    def _draw(self, key: int) -> tuple[int, Episode, int]:
-        """(number of a trajectory, the trajectory, a step that was not used before), by a sample's 64-bit key."""
-        while len(self._pool) < POOL:
-            number = next(self._numbers)
-            raw = _raw_episode(next(self._items), self.where(number))
-            raw = _with_stored_frames(raw, self._slots, self._depth_slots)
-            episode = normalised(raw, self.prepared, self._texts)
-            self._pool.append((number, episode, permutation(len(episode.action), "live", number).tolist()))
-        place = key % POOL
-        number, episode, steps = self._pool[place]
-        step = steps.pop()
-        if not steps:
-            del self._pool[place]
-        return number, episode, step

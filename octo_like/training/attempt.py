@@ -254,9 +254,9 @@ def check_same_workdir(workdir: str | os.PathLike, identity: str, *, seconds: fl
     if jax.process_count() == 1:
         return
     path, end = lease_path(workdir, identity), time.monotonic() + seconds
-    while not (seen := path.exists()) and time.monotonic() < end:
+    while not (visible := path.exists()) and time.monotonic() < end:
         time.sleep(0.2)
-    everyone = np.asarray(multihost_utils.process_allgather(np.array(seen))).reshape(-1)
+    everyone = np.asarray(multihost_utils.process_allgather(np.array(visible))).reshape(-1)
     if not everyone.all():
         raise ConfigError(
             f"--workdir {workdir} is not the same folder for all processes: {np.flatnonzero(~everyone).tolist()} do "

@@ -90,14 +90,31 @@ class Augmentation:
         return augment_images(images, key, self)
 
     def depth(self, depth: jax.Array, key: jax.Array) -> jax.Array:
-        """See `augment_depth`."""
-        return augment_depth(depth, key, self)
+        """The shift, the crop and the flips of the images that are drawn by the same key."""
+        draws = _Draws(key, self)
+        depth = draws.shifted(depth)
+        if self.crop_scale is not None:
+            depth = crop_nearest(depth, draws.box())
+        return draws.flipped(depth)
 
     def points(
         self, points: jax.Array, known: jax.Array, key: jax.Array, size: tuple[int, int]
     ) -> tuple[jax.Array, jax.Array]:
-        """See `augment_points`."""
-        return augment_points(points, known, key, self, size)
+        """The same of points: one that leaves the picture is not known any more."""
+        draws = _Draws(key, self)
+        points, sides = jnp.asarray(points), jnp.array([size[1], size[0]], jnp.float32)
+        if self.shift is not None:
+            down, right = draws.moved(size)
+            points = points - jnp.stack([right, down]) / sides
+        if self.crop_scale is not None:
+            top, left, bottom, right = draws.box()
+            low, high = jnp.stack([left, top]), jnp.stack([right, bottom])
+            # Of indices of pixels, whose first and last are at 0 and 1 of the box (`crop_resize`).
+            points = ((points * sides - 0.5 - low * (sides - 1)) / (high - low) + 0.5) / sides
+        for axis, flips in draws.flips():
+            coordinate = 0 if axis == 2 else 1
+            points = jnp.where(flips, points.at[..., coordinate].set(1 - points[..., coordinate]), points)
+        return points, known & ((points >= 0) & (points <= 1)).all(-1)
 
 
 def augmentation_from_config(slot: str, entry: Mapping[str, Any]) -> Augmenter:
@@ -249,36 +266,6 @@ def augment_images(images: jax.Array, key: jax.Array, config: Augmentation) -> j
             hsv = hsv.at[..., 0].set((hsv[..., 0] + draws.uniform(7, -config.hue, config.hue)) % 1.0)
         x = jnp.clip(hsv_to_rgb(hsv), 0, 1)
     return draws.flipped(jnp.floor(x * 255.5).clip(0, 255).astype(jnp.uint8))
-
-
-def augment_depth(depth: jax.Array, key: jax.Array, config: Augmentation) -> jax.Array:
-    """Depth maps (n, h, w, 1) of the same sample and camera: the shift, the crop and the flips of its images."""
-    draws = _Draws(key, config)
-    depth = draws.shifted(depth)
-    if config.crop_scale is not None:
-        depth = crop_nearest(depth, draws.box())
-    return draws.flipped(depth)
-
-
-def augment_points(
-    points: jax.Array, known: jax.Array, key: jax.Array, config: Augmentation, size: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
-    """Points (..., 2), columns and rows as fractions of a picture of `size`, and whether they are known (...): moved as
-    its pixels are. A point that leaves the picture is not known any more."""
-    draws = _Draws(key, config)
-    points, sides = jnp.asarray(points), jnp.array([size[1], size[0]], jnp.float32)
-    if config.shift is not None:
-        down, right = draws.moved(size)
-        points = points - jnp.stack([right, down]) / sides
-    if config.crop_scale is not None:
-        top, left, bottom, right = draws.box()
-        low, high = jnp.stack([left, top]), jnp.stack([right, bottom])
-        # Of indices of pixels, whose first and last are at 0 and 1 of the box (`crop_resize`).
-        points = ((points * sides - 0.5 - low * (sides - 1)) / (high - low) + 0.5) / sides
-    for axis, flips in draws.flips():
-        coordinate = 0 if axis == 2 else 1
-        points = jnp.where(flips, points.at[..., coordinate].set(1 - points[..., coordinate]), points)
-    return points, known & ((points >= 0) & (points <= 1)).all(-1)
 
 
 def augment_batch(batch: Mapping[str, Any], augmentation: Mapping[str, Augmenter], keys_b: jax.Array) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Checkpointer:
             self.directory, self._only_step = find_checkpoints(workdir)
             self._best = BestSteps(self.directory, best_mode, keep_best)
             return
-        root = _absolute(workdir)
+        root = storage.absolute(workdir)
         if root.exists() and not root.is_dir():
             raise CheckpointError(f"workdir {root} is a file, expected a directory")
         self.directory = root / FOLDER
@@ -380,14 +380,9 @@ class Checkpointer:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def _absolute(path: str | os.PathLike) -> epath.Path:
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(text))
-
-
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Whether a run in this directory would resume."""
-    folder = _absolute(workdir) / FOLDER
+    folder = storage.absolute(workdir) / FOLDER
     return folder.is_dir() and bool(_listed_steps(folder))
 
 
@@ -420,7 +415,7 @@ def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     Raises:
       CheckpointNotFound: naming what is there instead.
     """
-    root = _absolute(path)
+    root = storage.absolute(path)
     expected = f"expected a run's directory with {FOLDER}/<step>/{MANIFEST}, as written by train.py or finetune.py"
     if not root.exists():
         raise CheckpointNotFound(f"{root} does not exist; {expected}")

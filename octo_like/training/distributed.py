@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -92,15 +93,7 @@ def initialize(
 
 def initialize_from_flags(flags: argparse.Namespace) -> bool:
     """`initialize` with the flags of `octo_like.training.arguments`."""
-    return initialize(
-        flags.distributed,
-        coordinator_address=flags.coordinator_address,
-        num_processes=flags.num_processes,
-        process_id=flags.process_id,
-        heartbeat_timeout=flags.heartbeat_timeout,
-        init_timeout=flags.init_timeout,
-        shutdown_timeout=flags.shutdown_timeout,
-    )
+    return initialize(**{name: getattr(flags, name) for name in inspect.signature(initialize).parameters})
 
 
 def coordination_client() -> Any:

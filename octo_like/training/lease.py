@@ -31,6 +31,9 @@ from typing import Any
 
 from etils import epath
 
+from octo_like.common.files import write_whole
+from octo_like.training.storage import absolute
+
 FOLDER = "lease"
 STALE_SECONDS = 90.0
 PULSE_SECONDS = 15.0
@@ -43,7 +46,7 @@ class WorkdirInUse(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class _Record:
     """Another claimant's file as it was last read, and since when it has looked like this."""
 
     text: str
@@ -82,9 +85,8 @@ class Lease:
         stale: float = STALE_SECONDS,
         pulse: float = PULSE_SECONDS,
     ):
-        text = os.fspath(workdir)
-        self._remote = "://" in text
-        self.workdir = epath.Path(text if self._remote else os.path.abspath(text))
+        self._remote = "://" in os.fspath(workdir)
+        self.workdir = absolute(workdir)
         self.id = uuid.uuid4().hex
         self.path = lease_path(workdir, self.id)
         self._folder = self.path.parent
@@ -113,18 +115,18 @@ class Lease:
         self._thread.start()
 
     def _wait_for_others(self) -> None:
-        seen: dict[str, _Seen] = {}
-        said, claimed, last_pulse = False, True, time.monotonic()
+        records: dict[str, _Record] = {}
+        logged, claimed, last_pulse = False, True, time.monotonic()
         while True:
-            alive = self._alive(seen)
+            alive = self._alive(records)
             if not alive and claimed:
                 break
             if not alive:
                 self._write()  # and look again: another one may have come in between
                 claimed = True
                 continue
-            if not said:
-                said = True
+            if not logged:
+                logged = True
                 names = ", ".join(_who(other.fields) for other in alive.values())
                 log.warning("%s: waiting up to %.0f s for a sign of life of %s", self.workdir, self._stale, names)
             if claimed and any(name < self.id and not other.fields.get("held") for name, other in alive.items()):
@@ -137,20 +139,20 @@ class Lease:
         self._fields["held"] = True
         self._write()
 
-    def _alive(self, seen: dict[str, _Seen]) -> dict[str, _Seen]:
-        """Claims that are not known to be stale; removes those that are. `seen`: what earlier calls saw, kept here.
+    def _alive(self, records: dict[str, _Record]) -> dict[str, _Record]:
+        """Claims that are not known to be stale; removes those that are. `records`: of earlier calls, renewed here.
 
         Raises:
           WorkdirInUse: one is held by a process that is known to live.
         """
         alive, now = {}, time.monotonic()
         for name, text in self._others().items():
-            before, other = seen.get(name), _Seen(text, now)
+            before, other = records.get(name), _Record(text, now)
             if before is not None and before.text == text:
                 other = before
             elif before is not None and before.fields.get("held") and other.fields.get("held"):
                 raise WorkdirInUse(self._describe(other.fields))  # it has just shown that it lives
-            seen[name] = other
+            records[name] = other
             if _is_dead(other.fields) or now - other.since > self._stale:
                 log.warning("%s: took over from %s, which is no more", self.workdir, _who(other.fields))
                 self._fields["overtaken"].append(name)
@@ -238,9 +240,7 @@ class Lease:
                 if self._remote:
                     self.path.write_text(text)  # an object appears whole
                 else:
-                    temporary = self._folder / f"{self.id}.tmp"
-                    temporary.write_text(text)
-                    os.replace(temporary, self.path)
+                    write_whole(self.path, text)
                 return
             except FileNotFoundError:  # somebody who released removed the empty folder
                 if attempt == 4:
@@ -267,8 +267,7 @@ class Lease:
 
 def lease_path(workdir: str | os.PathLike, identity: str) -> epath.Path:
     """The file of the claimant with this id."""
-    text = os.fspath(workdir)
-    return epath.Path(text if "://" in text else os.path.abspath(text)) / FOLDER / f"{identity}.json"
+    return absolute(workdir) / FOLDER / f"{identity}.json"
 
 
 def _identity() -> dict[str, Any]:
@@ -310,7 +309,7 @@ def _is_dead(fields: Mapping[str, Any]) -> bool:
 
 
 def _fields_of(text: str) -> Mapping[str, Any]:
-    return _Seen(text, 0.0).fields
+    return _Record(text, 0.0).fields
 
 
 def _who(fields: Mapping[str, Any]) -> str:

@@ -108,8 +108,8 @@ class Frames:
         text = policy.text_tokenizer is not None and spec.language_length is not None and self.instruction is not None
         goal = any(f"image_{slot}" in self.goals for slot in spec.goal_images)
         embedding = spec.language_embedding is not None and self.embedding is not None
-        there = {"text": text, "goal": goal, "both": text and goal, "embedding": embedding}
-        return [name for name in TASKS if there[name]]
+        available = {"text": text, "goal": goal, "both": text and goal, "embedding": embedding}
+        return [name for name in TASKS if available[name]]
 
     def names(self, policy: Any, dataset: str, dims: int) -> list[tuple[str, str]]:
         """(name, unit) of the action dimensions, as far as they are known."""

@@ -6,6 +6,7 @@ three cases of it: what was read, a mismatch that two looks in a row have found,
 """
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 PAUSES = (0.5, 2.0, 8.0, 16.0)  # seconds before the second, third, ... look
@@ -38,6 +40,12 @@ class CheckpointDamaged(CheckpointError):
 
 class CheckpointUnreadable(CheckpointError):
     """The storage does not answer, or not twice the same: nothing is known about what was saved."""
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """A location on any file system; one on this machine does not depend on the working directory."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
 def is_gone(error: Exception) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like.common.files import write_whole
 from octo_like.training import distributed, exits
 from octo_like.training.metrics import tolerated
 
@@ -320,7 +321,5 @@ def parse_steps(steps: Sequence[int] | str | None) -> tuple[int, int] | None:
 def report_progress(start: int, saved: int | None) -> None:
     """Tells the supervisor, if there is one, where this process started and what is saved."""
     if path := os.environ.get(exits.PROGRESS_VARIABLE):
-        temporary = f"{path}.tmp"
         with tolerated("the note to the supervisor"):
-            pathlib.Path(temporary).write_text(json.dumps({"start": start, "saved": saved}))
-            os.replace(temporary, path)
+            write_whole(path, json.dumps({"start": start, "saved": saved}))

@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 
 import jax
-from etils import epath
+
+from octo_like.training.storage import absolute
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,8 @@ class Workdir:
         continued: Sequence[str] = (),
         interval: float = 60.0,
     ):
-        text = os.fspath(path)
-        remote = "://" in text
-        self.path = epath.Path(text if remote else os.path.abspath(text))
+        remote = "://" in os.fspath(path)
+        self.path = absolute(path)
         if local is None:
             local = tempfile.mkdtemp(prefix="octo_like-") if remote else self.path
         self.local = pathlib.Path(local)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec, flatten
+from octo_like.data.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.rlds import bad_records, cache
-from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
 from tests.data.streams import make_train_stream

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.data.batches.buffers import Buffers
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.spec import specs_from_config
 from tests.data.streams import make_train_stream
 

@@ -13,7 +13,7 @@ from octo_like.data.check.dataset import check_dataset, summary, write_page
 from octo_like.data.check.numbers import LAGS, Numbers, check, relation
 from octo_like.data.convert.npz import Npz
 from octo_like.data.convert.write import Options, write_rlds
-from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 
 HZ = 10

@@ -13,7 +13,7 @@ from octo_like.data.check.mixups import check_pairing, exchanged_episodes, find_
 from octo_like.data.check.numbers import Numbers
 from octo_like.data.convert.npz import Npz
 from octo_like.data.convert.write import write_rlds
-from octo_like.data.rlds.prepare import prepare_dataset, values_of, whole_split
+from octo_like.data.prepare import prepare_dataset, values_of, whole_split
 from octo_like.data.spec import DatasetSpec
 from tests.data.test_check import HZ, ROBOT, check_toy, describe, recordings, simulate
 

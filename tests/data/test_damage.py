@@ -16,8 +16,8 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import episodes as episodes_module
 from octo_like.data.batches.frames import decode_frames
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.rlds import records, scan
-from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import error_text, tf

@@ -9,7 +9,7 @@ from octo_like.data import dlimp as dl
 from octo_like.data.batches.frames import decode_frames
 from octo_like.data.dlimp import functions
 from octo_like.data.order.keys import uniform
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 from tests.data.streams import make_train_stream

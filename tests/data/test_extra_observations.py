@@ -11,7 +11,7 @@ from octo_like.common.synthetic import SyntheticStream
 from octo_like.data.check.report import range_table
 from octo_like.data.dlimp import functions
 from octo_like.data.in_memory import prepare_in_memory
-from octo_like.data.rlds.prepare import prepare_dataset, prepare_datasets
+from octo_like.data.prepare import prepare_dataset, prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 from tests.data import sensors
 from tests.data.streams import make_train_stream

@@ -7,8 +7,8 @@ import pytest
 
 from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.rlds import filters
-from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 from tests.data.streams import make_train_stream, make_val_iterators
 

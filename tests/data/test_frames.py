@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from octo_like.data.batches import frames, resample
+from octo_like.data.settings import MODES
 from octo_like.data.spec import DataError
 
 EXCERPT = pathlib.Path(__file__).resolve().parent.parent / "golden" / "pipeline_excerpt.npz"
@@ -45,7 +46,7 @@ def test_decoding_matches_the_reference(shared):
     assert np.abs(small - want).max() <= 1
 
 
-@pytest.mark.parametrize("mode", frames.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_png_is_exact_and_formats_mix_in_one_call(mode):
     a, b = smooth_image(30, 50), smooth_image(64, 48, 1)
     grey = a[..., 0]
@@ -185,7 +186,7 @@ def test_no_frames():
     assert frames.decode_frames([], (8, 9)).shape == (0, 8, 9, 3)
 
 
-@pytest.mark.parametrize("mode", frames.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("garbage", [b"", b"garbage", b"\xff\xd8\xff\xe0 cut"])
 def test_garbage_is_found(mode, garbage):
     good = encode(smooth_image(16, 16), "jpeg")

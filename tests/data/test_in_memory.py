@@ -11,7 +11,7 @@ import pytest
 from octo_like.common.schema import BatchSpec, check_batch, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data import in_memory
-from octo_like.data.batches.frames import as_points
+from octo_like.data.episode import as_points
 from octo_like.data.spec import DataError, DatasetSpec
 from tests.data.streams import make_train_stream, make_val_iterators
 

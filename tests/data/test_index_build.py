@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from octo_like.data import arguments
+from octo_like.data import prepare as index_module
 from octo_like.data.check import report
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.rlds import cache, lock, records, scan, stall
-from octo_like.data.rlds import prepare as index_module
 from octo_like.data.rlds.cache import cache_folder, load_index
-from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.rlds.records import EpisodeFunction
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec
@@ -63,7 +63,7 @@ def test_any_number_of_workers_builds_the_same(toy, tmp_path):
 KILLED = """
 import os, signal, sys, json
 from octo_like.data.rlds import cache
-from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DatasetSpec
 
@@ -189,7 +189,7 @@ def test_one_builds_and_the_others_wait(tmp_path, monkeypatch):
 SEVERAL = """
 import json, os, signal, sys, time
 from octo_like.data.rlds import cache
-from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DatasetSpec
 

@@ -11,9 +11,9 @@ import pytest
 
 from octo_like.common import sources
 from octo_like.data.batches.episodes import load_episode
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.rlds import records, spot_check
 from octo_like.data.rlds.cache import cache_folder, load_index
-from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.rlds.records import EpisodeFunction
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec

@@ -8,8 +8,8 @@ import pytest
 from octo_like.common.config import ConfigError
 from octo_like.common.schema import BatchSpec
 from octo_like.data.inputs import Inputs
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.rlds import cache
-from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
 from tests.data.streams import make_train_stream
 

@@ -17,7 +17,7 @@ from octo_like.data.batches.episodes import EpisodeSet, EpisodeStore
 from octo_like.data.batches.texts import Texts
 from octo_like.data.inputs import Inputs
 from octo_like.data.order.order import DatasetFrames, Order
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
 from tests.data.streams import make_train_stream
 
@@ -296,7 +296,7 @@ import json, sys
 import numpy as np
 from octo_like.common.schema import BatchSpec
 from octo_like.data.batches import memory
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.spec import specs_from_config
 from tests.data.streams import make_train_stream
 

@@ -9,7 +9,7 @@ import pytest
 
 from octo_like.common.defaults import batch_spec, default_config
 from octo_like.data.inputs import inputs_from_config
-from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 from tests.data.streams import make_train_stream
 

@@ -18,7 +18,7 @@ from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import assemble
 from octo_like.data.order.keys import uniform
 from octo_like.data.oxe import vocabulary as s
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.data.tf import tf
 from tests.data.streams import make_train_stream

@@ -7,7 +7,7 @@ import pytest
 from etils.epath import gpath, register
 
 from octo_like.common.schema import BatchSpec, flatten
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
 from octo_like.data.tf import tf
 from tests.data.streams import make_train_stream

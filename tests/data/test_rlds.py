@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from octo_like.common import normalization
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.rlds import cache, records
-from octo_like.data.rlds.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 
 

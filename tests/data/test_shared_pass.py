@@ -11,9 +11,9 @@ import time
 import pytest
 
 from octo_like.common.lanes import Processes
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.rlds import cache, lock, records, shared_pass
 from octo_like.data.rlds.cache import cache_folder
-from octo_like.data.rlds.prepare import prepare_datasets
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 

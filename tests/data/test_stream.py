@@ -14,7 +14,7 @@ from octo_like.common import normalization
 from octo_like.common.schema import BatchSpec, check_batch, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data.order import order
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.spec import DataError, specs_from_config
 from tests.data.streams import make_train_stream, make_val_iterators
 

@@ -12,7 +12,7 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.data.check.replay import load_demos
 from octo_like.data.order import order as order_lib
-from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 from tests.data.streams import make_train_stream
 

@@ -53,10 +53,11 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def modules(monkeypatch):
-    """(doctor, doctor_report) as modules."""
+    """The doctor's files as modules, by what follows "doctor_"; "" is doctor.py itself."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    yield importlib.import_module("doctor"), importlib.import_module("doctor_report")
-    for name in ("doctor", "doctor_report"):
+    names = ("doctor", "doctor_machine", "doctor_report")
+    yield {name.removeprefix("doctor").strip("_"): importlib.import_module(name) for name in names}
+    for name in (*names, "doctor_devices"):
         sys.modules.pop(name, None)
 
 
@@ -150,7 +151,7 @@ def test_a_mistake_in_the_config_is_one_line():
 
 
 def test_clock_that_is_off(modules, monkeypatch, tmp_path):
-    doctor, report = modules
+    doctor, report = modules["machine"], modules["report"]
     found = report.Report()
     doctor.check_workdir(found, str(tmp_path))
     assert [(row.check, row.status) for row in found.rows] == [("workdir", "OK"), ("clock", "OK")]
@@ -164,7 +165,7 @@ def test_clock_that_is_off(modules, monkeypatch, tmp_path):
 
 
 def test_storage_that_loses_or_refuses(modules, monkeypatch, tmp_path):
-    doctor, report = modules
+    doctor, report = modules["machine"], modules["report"]
     from etils import epath
 
     path = type(epath.Path(tmp_path))
@@ -183,7 +184,7 @@ def test_storage_that_loses_or_refuses(modules, monkeypatch, tmp_path):
 
 
 def test_a_check_that_raises_is_a_finding(modules):
-    _, report = modules
+    report = modules["report"]
 
     def check(report):
         raise RuntimeError("the chip\nis on fire")
@@ -194,7 +195,7 @@ def test_a_check_that_raises_is_a_finding(modules):
 
 
 def test_merging_hosts(modules):
-    _, report = modules
+    report = modules["report"]
     good, bad = ["disk", "OK", "9 GB", ""], ["disk", "FAIL", "0 GB", "make room"]
     hosts = [{"host": f"h{i}", "rows": [["cpu", "OK", f"c{i}", ""], bad if i == 2 else good]} for i in range(4)]
     assert report.merge(hosts) == [
@@ -205,7 +206,7 @@ def test_merging_hosts(modules):
 
 
 def test_compile_cache_in_a_bucket_is_not_looked_for_on_disk(modules, monkeypatch):
-    doctor, report = modules
+    doctor, report = modules["machine"], modules["report"]
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
     found = report.Report()
     doctor.check_machine(found, None)
@@ -213,7 +214,7 @@ def test_compile_cache_in_a_bucket_is_not_looked_for_on_disk(modules, monkeypatc
 
 
 def test_hosts_that_cannot_share_the_lanes(modules):
-    doctor, doctor_report = modules
+    doctor, doctor_report = modules[""], modules["report"]
     config = load_config(CONFIG, [("batch_size", "48")])
     report = doctor_report.Report()
     for processes in (12, 5):

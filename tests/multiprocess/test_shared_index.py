@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import specs_from_config
 from tests.data.conftest import build, make_episodes
@@ -20,7 +20,7 @@ HOST = """
 import json, os, signal, sys, time
 from octo_like.common.lanes import Processes
 from octo_like.data.rlds import lock, scan, shared_pass
-from octo_like.data.rlds.prepare import prepare_datasets
+from octo_like.data.prepare import prepare_datasets
 from octo_like.data.settings import IndexOptions
 from octo_like.data.spec import specs_from_config
 

@@ -257,7 +257,7 @@ def test_the_report_states_the_spread_between_trainings(bench, made_up):
             {"seed": s, "task": t, "success": i < round(rate * len(seeds)), "steps": 5}
             for i, (s, t) in enumerate(seeds)
         ]
-        bench.write_json(benchmark.result_path(cell), {"cell": cell.asked(), "seconds": {}, "episodes": episodes})
+        bench.write_json(benchmark.result_path(cell), {"cell": cell.request(), "seconds": {}, "episodes": episodes})
     text = adaptation_report.table(bench.collect(benchmark, ["fetch"]))
     assert "### (b) Fetch, another robot: other training seeds" in text
     adapted, scratch = (line for line in text.split("other training seeds")[1].splitlines() if line.startswith("| 50"))

@@ -12,9 +12,7 @@ from octo_like.training.augment import (
     Augmentation,
     adjust_contrast,
     augment_batch,
-    augment_depth,
     augment_images,
-    augment_points,
     crop_nearest,
     crop_resize,
     hsv_to_rgb,
@@ -132,7 +130,7 @@ def test_shifts_against_brute_force():
     keys = jax.random.split(jax.random.key(1), 400)
     config = Augmentation(shift=0.1)
     out = np.asarray(jax.vmap(lambda k: augment_images(jnp.asarray(x), k, config))(keys))
-    depth = np.asarray(jax.vmap(lambda k: augment_depth(jnp.asarray(x[..., :1], jnp.float32), k, config))(keys))
+    depth = np.asarray(jax.vmap(lambda k: config.depth(jnp.asarray(x[..., :1], jnp.float32), k))(keys))
     wide = np.pad(x, ((0, 0), (1, 1), (2, 2), (0, 0)), mode="edge")
     expected = {(i, j): wide[:, i : i + 10, j : j + 20] for i in range(3) for j in range(5)}
     counts = dict.fromkeys(expected, 0)
@@ -179,7 +177,7 @@ def test_a_batch_is_one_scene_per_sample():
 
 def test_depth_only_takes_values_it_had():
     depth = jnp.asarray(np.random.default_rng(0).uniform(0.3, 3, (2, 10, 12, 1)), jnp.float32)
-    out = np.asarray(augment_depth(depth, jax.random.key(5), FULL))
+    out = np.asarray(FULL.depth(depth, jax.random.key(5)))
     assert set(out.ravel().tolist()) <= set(np.asarray(depth).ravel().tolist())
     assert out.shape == depth.shape and (out != depth).any()
 
@@ -213,7 +211,7 @@ def test_points_move_with_the_pixels(options):
         image[0, row - 1 : row + 2, column - 1 : column + 2] = 255
         point = np.array([[(column + 0.5) / width, (row + 0.5) / height]], np.float32)
         key = jax.random.key(number)
-        moved, known = augment_points(point, np.array([True]), key, config, (height, width))
+        moved, known = config.points(point, np.array([True]), key, (height, width))
         after = np.asarray(augment_images(image, key, config))[0, ..., 0].astype(np.float64)
         x, y = float(moved[0, 0]) * width - 0.5, float(moved[0, 1]) * height - 0.5
         if 3 < x < width - 4 and 3 < y < height - 4:

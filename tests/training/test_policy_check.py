@@ -11,7 +11,7 @@ from octo_like.common.demo import Demo
 from octo_like.common.robot import Description, absolute, gripper
 from octo_like.common.schema import BatchSpec
 from octo_like.data.check.replay import load_demos
-from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.spec import DatasetSpec
 from octo_like.robot import check, check_report
 from octo_like.robot.check import Latency, check_policy, findings_of, observations, replay

@@ -13,7 +13,7 @@ import numpy as np
 
 from octo_like.common import normalization
 from octo_like.data.batches import memory
-from octo_like.data.batches.frames import EncodedFrame, RawEpisode
+from octo_like.data.episode import EncodedFrame, RawEpisode, stored_bytes
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
@@ -51,14 +51,8 @@ class Episode:
 
     @property
     def nbytes(self) -> int:
-        total = self.action.nbytes + self.text.nbytes + (0 if self.proprio is None else self.proprio.nbytes)
-        total += sum(values.nbytes for values in self.extras.values())
-        for frames in [*self.images.values(), *self.depths.values()]:
-            if isinstance(frames, np.ndarray):
-                total += frames.nbytes
-            else:
-                total += sum(map(len, frames)) + EncodedFrame.OVERHEAD * len(frames)
-        return total
+        numbers = self.action.nbytes + self.text.nbytes + (0 if self.proprio is None else self.proprio.nbytes)
+        return numbers + stored_bytes(*self.extras.values(), *self.images.values(), *self.depths.values())
 
 
 def normalised(raw: RawEpisode, prepared: PreparedDataset, texts: Any) -> Episode:
@@ -125,7 +119,7 @@ class Located(NamedTuple):
 
 class EpisodeSet:
     """Those episodes of a dataset that batches are made of, those of training or those of validation. They are read by
-    their places in an index; `octo_like.data.tf_source.PooledEpisodes` are not.
+    their places in an index; `pooled.PooledEpisodes` are not.
 
     Attributes:
       seekable: any episode can be loaded at any time, so what the order needs next is read ahead.

@@ -11,6 +11,7 @@ from octo_like.common.schema import BatchSpec, Tree
 from octo_like.data.batches import frames
 from octo_like.data.batches.buffers import Buffers
 from octo_like.data.batches.episodes import Episode, EpisodeSet
+from octo_like.data.episode import EncodedFrame
 from octo_like.data.settings import Settings
 
 
@@ -23,7 +24,7 @@ class _Job:
     dataset: int
     episode: int
     step: int
-    stored: frames.EncodedFrame | np.ndarray
+    stored: EncodedFrame | np.ndarray
     targets: list[np.ndarray]  # (h, w, 3) uint8, or (h, w, 1) float32 metres
     rows: list[int]  # of the batch
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from octo_like.data.batches.frames import EncodedFrame
+from octo_like.data.episode import EncodedFrame
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds.index import Index
 from octo_like.data.spec import DataError
@@ -44,6 +44,12 @@ def each_bytes(
     return frames + overhead + 4 * numbers * index.steps.astype(np.int64)
 
 
+def _shown(prepared: PreparedDataset) -> np.ndarray:
+    """Frames of each training episode that a pass shows, where it shows any, (N,) float64."""
+    frames, most = prepared.train.frames, prepared.spec.subsample_length
+    return np.minimum(frames[frames > 0], np.inf if most is None else most).astype(np.float64)
+
+
 def _each_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: Collection[str]) -> np.ndarray:
     """Bytes of each training episode with usable frames."""
     return each_bytes(prepared, prepared.train, slots, depth_slots)[prepared.train.frames > 0]
@@ -59,10 +65,7 @@ def track_bytes(prepared: PreparedDataset, slots: Collection[str], depth_slots: 
     """Mean bytes that a walk holds per track: an episode with u times the mean number of frames is live for a share
     u - u^2/4 of the time that its track's unit lasts (for u = 1, from half of the unit to all of it; see `walk.py`),
     and one with more than twice the mean for all of it."""
-    usable = prepared.train.frames > 0
-    shown = prepared.train.frames[usable].astype(np.float64)
-    if prepared.spec.subsample_length is not None:
-        shown = np.minimum(shown, prepared.spec.subsample_length)
+    shown = _shown(prepared)
     if not len(shown):
         return 0.0
     u = np.minimum(shown / shown.mean(), 2.0)
@@ -136,9 +139,7 @@ def plan_visits(
     """
     visits = {}
     for name, prepared in datasets.items():
-        shown = prepared.train.frames[prepared.train.frames > 0].astype(np.float64)
-        if prepared.spec.subsample_length is not None:
-            shown = np.minimum(shown, prepared.spec.subsample_length)
+        shown = _shown(prepared)
         visits[name] = 1
         if weights[name] <= 0 or not len(shown) or mixed[name] >= len(shown):
             continue

@@ -3,7 +3,6 @@
 import concurrent.futures
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from octo_like.common.lanes import Processes
 from octo_like.common.schema import BatchSpec
@@ -12,26 +11,14 @@ from octo_like.data.batches.assemble import Assembler, check_spec
 from octo_like.data.batches.damage import DamageLog
 from octo_like.data.batches.episodes import EpisodeSet, EpisodeStore
 from octo_like.data.batches.gather import FrameGatherer
+from octo_like.data.batches.pooled import PooledEpisodes
 from octo_like.data.batches.texts import Texts
 from octo_like.data.prepared import PreparedDataset
-from octo_like.data.rlds.prepare import prepare_datasets
-from octo_like.data.settings import IndexOptions, Settings
-from octo_like.data.spec import specs_from_config
-from octo_like.data.tf_source import PooledEpisodes
+from octo_like.data.settings import Settings
 
 REMOTE_READERS = 16  # threads that read from a bucket: they wait for the network most of the time
 
 log = logging.getLogger(__name__)
-
-
-def prepare_mixture(
-    specs: Mapping[str, Any], data_dir: str | None, cache_dir: str | None, settings: Settings, processes: Processes
-) -> dict[str, PreparedDataset]:
-    """The datasets of a mixture; those that are prepared already stay as they are."""
-    if specs and all(isinstance(value, PreparedDataset) for value in specs.values()):
-        return dict(specs)
-    options = IndexOptions(max_bad_fraction=settings.host.max_bad_fraction)
-    return prepare_datasets(specs_from_config(specs), data_dir, cache_dir, options=options, hosts=processes)
 
 
 class Reader:

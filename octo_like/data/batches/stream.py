@@ -22,14 +22,14 @@ from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import memory
 from octo_like.data.batches.assemble import Request
 from octo_like.data.batches.plan import OrderPlan
-from octo_like.data.batches.reader import Reader, prepare_mixture
+from octo_like.data.batches.reader import Reader
 from octo_like.data.batches.texts import Texts, load_paraphrases
 from octo_like.data.batches.validation import ValIterator, make_val_iterators
 from octo_like.data.order import order as order_lib
 from octo_like.data.order.walk import Cache
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.settings import Settings
-from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.spec import DataError
 
 __all__ = ["Settings", "Stream", "ValIterator", "make_train_stream", "make_val_iterators"]
 
@@ -53,7 +53,7 @@ class Stream:
       batch_spec: schema of the batches.
     """
 
-    def __init__(self, plan: OrderPlan, texts: Texts, rest_of_spec: dict[str, Any], start: int):
+    def __init__(self, plan: OrderPlan, texts: Texts, rest_of_spec: dict[str, Any]):
         self.batch_spec, self.datasets = plan.batch_spec, dict(plan.datasets)
         self.dataset_names = tuple(self.datasets)
         self.statistics = {name: prepared.statistics for name, prepared in self.datasets.items()}
@@ -67,7 +67,6 @@ class Stream:
             self.datasets, "train", plan.batch_spec, texts, plan.settings, plan.processes, self._batch_bytes
         )
         self._batch = 0
-        self.seek(start)
 
     def _use_order(self, order: order_lib.Order) -> None:
         self.order = order
@@ -247,32 +246,25 @@ class _Worker:
 
 
 def make_train_stream(
-    specs: Mapping[str, DatasetSpec | PreparedDataset | Mapping[str, Any]],
+    datasets: Mapping[str, PreparedDataset],
     batch_spec: BatchSpec,
     text_tokenizer: TextTokenizer | None,
     settings: Settings,
     *,
     processes: Processes = ONE_PROCESS,
-    start: int = 0,
-    data_dir: str | None = None,
-    cache_dir: str | None = None,
 ) -> Stream:
     """The training stream of a run.
 
     Args:
-      specs: the mixture, {name: DatasetSpec | its dict | PreparedDataset}; the order gives the dataset ids.
+      datasets: the mixture, by name; the order gives the dataset ids.
       batch_spec: schema of the batches.
       text_tokenizer: needed when the batches have language.
       settings: of the order, the tasks and this machine, e.g. `Settings.of(seed=0, batch_size=256)`.
       processes: whose rows of each batch to make.
-      start: global sample number to begin at.
-      data_dir: folder of the TFDS datasets (not needed for prepared ones).
-      cache_dir: where indices are kept; default beside the data.
 
     Raises:
       DataError (a ValueError): whatever is wrong with data or settings, with the valid choices.
     """
-    datasets = prepare_mixture(specs, data_dir, cache_dir, settings, processes)
     named = {name for d in datasets.values() for name, key in d.spec.point_keys.items() if key is not None}
     for name in batch_spec.points:
         if name not in named:
@@ -299,4 +291,4 @@ def make_train_stream(
             for name, d in datasets.items()
         },
     }
-    return Stream(plan, texts, order_spec, start)
+    return Stream(plan, texts, order_spec)

@@ -1,7 +1,6 @@
 """Finite batches of the episodes that are held out for validation."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -9,12 +8,12 @@ from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.text import TextTokenizer
 from octo_like.data.batches.assemble import Request, Substitute
-from octo_like.data.batches.reader import Reader, prepare_mixture
+from octo_like.data.batches.reader import Reader
 from octo_like.data.batches.texts import Texts
 from octo_like.data.order import order as order_lib
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.settings import Settings
-from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.spec import DataError
 
 
 class ValIterator:
@@ -77,15 +76,13 @@ class ValIterator:
 
 
 def make_val_iterators(
-    specs: Mapping[str, DatasetSpec | PreparedDataset | Mapping[str, Any]],
+    datasets: Mapping[str, PreparedDataset],
     batch_spec: BatchSpec,
     text_tokenizer: TextTokenizer | None,
     settings: Settings,
     *,
     max_batches: int | None = None,
     processes: Processes = ONE_PROCESS,
-    data_dir: str | None = None,
-    cache_dir: str | None = None,
 ) -> dict[str, ValIterator]:
     """Validation data per dataset, {name: ValIterator}; datasets without validation episodes are left out.
 
@@ -95,10 +92,9 @@ def make_val_iterators(
     Args:
       settings: as for training (see `Settings.for_validation`); its `batch_size` is that of validation.
       max_batches: of each dataset; None: all.
-      others: as in `make_train_stream`; dataset ids are those of `specs`.
+      others: as in `make_train_stream`; dataset ids are those of `datasets`.
     """
     settings = settings.for_validation()
-    datasets = prepare_mixture(specs, data_dir, cache_dir, settings, processes)
     reader = Reader(datasets, "val", batch_spec, Texts(text_tokenizer), settings, processes)
     return {
         name: ValIterator(number, reader, settings.order.batch_size, max_batches, processes)

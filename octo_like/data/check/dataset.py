@@ -11,10 +11,10 @@ from octo_like.common.pages import Finding, findings_text
 from octo_like.common.robot import Description
 from octo_like.data.check import frames, mixups, report
 from octo_like.data.check.numbers import LAGS, Numbers, Relation, check, idle_steps
+from octo_like.data.prepare import values_of, whole_split
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
-from octo_like.data.rlds.prepare import values_of, whole_split
 from octo_like.data.spec import DataError
 
 

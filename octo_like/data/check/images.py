@@ -18,8 +18,9 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from octo_like.data.batches.frames import EncodedFrame, decode_reduced
+from octo_like.data.batches.frames import decode_reduced
 from octo_like.data.check.pictures import function_of
+from octo_like.data.episode import EncodedFrame
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index

@@ -29,28 +29,25 @@ def load_demos(
     for number in spread(len(index), limit):
         path, offset = index.files[index.file[number]], int(index.offset[number])
         try:
-            raw = function.from_file(path, offset)
+            raw = function.read(path, offset, slots)
         except records.damage_errors() as error:
             raise records.damaged(path, int(index.record[number]), offset, error) from error
-        if len(raw["action"]) == 0:
+        if len(raw.action) == 0:
             continue
-        stored, images = frames.stored_frames(raw["images"], slots), {}
-        for slot, contents in stored.items():
+        action, images = raw.action, {}
+        for slot, contents in raw.images.items():
             try:
                 images[slot] = pictures(prepared, slot, contents, range(len(contents)), sizes[slot])
             except frames.FrameError as error:
                 raise DataError(f"{index.where(number)}, camera {slot!r}: {error}") from error
-        proprio = raw["proprio"].numpy() if "proprio" in raw else None
-        action = raw["action"].numpy()
         if prepared.spec.relative_to is not None:
-            action = normalization.to_absolute(action[:, 0], proprio, prepared.spec.relative_to)
-        texts = raw["language"].numpy().tolist() if "language" in raw else [b""]
+            action = normalization.to_absolute(action[:, 0], raw.proprio, prepared.spec.relative_to)
         yield Demo(
             where=index.where(number),
             images=images,
-            present={slot: present(contents) for slot, contents in stored.items()},
-            proprio=proprio,
+            present={slot: present(contents) for slot, contents in raw.images.items()},
+            proprio=raw.proprio,
             action=action,
-            instruction=texts[0].decode("utf-8", "replace").strip(),
-            extras={name: values.numpy() for name, values in raw["extras"].items()},
+            instruction=raw.texts[0] if raw.texts else "",
+            extras=raw.extras,
         )

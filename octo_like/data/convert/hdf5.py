@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data.convert.recording import Frame, Recording, as_rows, check_lengths, natural
+from octo_like.data.convert.recording import Frame, Recording, as_rows, check_lengths, natural, reader
 from octo_like.data.spec import DataError, suggest
 
 ENDINGS = (".hdf5", ".h5")
@@ -16,14 +16,6 @@ OBSERVATIONS = ("observations", "obs", "observation")
 ACTIONS = ("action", "actions")
 TEXTS = ("language_instruction", "instruction", "language_raw", "task", "lang")
 REWARDS = ("rewards", "reward")
-
-
-def _h5py():
-    try:
-        import h5py
-    except ImportError as error:
-        raise DataError("reading HDF5 needs h5py: pip install 'octo_like[demos]'") from error
-    return h5py
 
 
 class Hdf5:
@@ -42,7 +34,7 @@ class Hdf5:
     """
 
     def __init__(self, root: str, *, action_key: str | None = None, instruction: str = ""):
-        _h5py()
+        self._h5py = reader("h5py", "HDF5")
         path = pathlib.Path(root)
         if path.is_dir():
             files = sorted((p for p in path.rglob("*") if p.suffix in ENDINGS), key=lambda p: natural(str(p)))
@@ -74,10 +66,9 @@ class Hdf5:
     def _is_collection(content: Any) -> bool:
         return "data" in content and hasattr(content["data"], "keys")
 
-    @staticmethod
-    def _open(path: pathlib.Path) -> Any:
+    def _open(self, path: pathlib.Path) -> Any:
         try:
-            return _h5py().File(path, "r")
+            return self._h5py.File(path, "r")
         except OSError as error:
             raise DataError(f"{path}: cannot be read as HDF5: {error}") from error
 

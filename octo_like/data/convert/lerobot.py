@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.data.convert import video
-from octo_like.data.convert.recording import Frame, Recording, as_rows, check_lengths
+from octo_like.data.convert.recording import Frame, Recording, as_rows, check_lengths, reader
 from octo_like.data.spec import DataError, suggest
 
 # Columns that say where a row belongs.
@@ -20,12 +20,8 @@ INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_ind
 REWARD = "next.reward"
 
 
-def _parquet():
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError("reading LeRobot datasets needs pyarrow: pip install 'octo_like[demos]'") from error
-    return pyarrow.parquet
+def _parquet() -> Any:
+    return reader("pyarrow.parquet", "LeRobot datasets")
 
 
 class LeRobot:

@@ -1,9 +1,10 @@
 """What every source of demonstrations is read as: one `Recording` per episode, frames only when they are asked for."""
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,6 +56,15 @@ class Source(Protocol):
 
     def read(self, number: int) -> Recording:
         """Episode `number` of `len(self)`. Raises DataError naming what is wrong with it."""
+
+
+def reader(module: str, what: str) -> Any:
+    """A module of the extra `demos`. Raises DataError, which says what reads `what`, when it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        needed = {"av": "PyAV"}.get(module, module.partition(".")[0])
+        raise DataError(f"reading {what} needs {needed}: pip install 'octo_like[demos]'") from error
 
 
 def as_rows(values: np.ndarray, where: str, key: str) -> np.ndarray:

@@ -3,21 +3,19 @@
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from octo_like.data.convert.recording import reader
 from octo_like.data.spec import DataError
 
 # Presentation times and timestamps of a table may differ by the rounding of a container's clock and of float32.
 TOLERANCE_S = 1e-3
 
 
-def _av():
-    try:
-        import av
-    except ImportError as error:
-        raise DataError("reading videos needs PyAV: pip install 'octo_like[demos]'") from error
-    return av
+def _av() -> Any:
+    return reader("av", "videos")
 
 
 @functools.lru_cache(maxsize=16)

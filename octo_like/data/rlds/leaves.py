@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,52 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
                     values = tf.cast(values[:, None] if values.shape.rank == 1 else values, tf.float32)
                 chosen[group][name] = values
     return chosen
+
+
+class Selected(abc.ABC):
+    """What is known of the results of `select` before a trajectory is read."""
+
+    spec: DatasetSpec
+
+    @property
+    @abc.abstractmethod
+    def output(self) -> Any:
+        """The structure that `select` gives, with shapes and dtypes in place of tensors."""
+
+    @property
+    def action_dim(self) -> int:
+        return self._width("action")
+
+    @property
+    def action_chunk(self) -> int | None:
+        """N, when each step has a chunk of N actions; None when it has one action."""
+        shape = self.output["action"].shape
+        if shape.rank == 2:
+            return None
+        if shape[1] is None:
+            raise DataError(
+                f"{self.spec.name}: the number of actions in each chunk of {self.spec.action_key!r} is not known "
+                "before reading; give it a static shape in the standardize function (tf.ensure_shape)"
+            )
+        return int(shape[1])
+
+    @property
+    def proprio_dim(self) -> int | None:
+        return self._width("proprio") if "proprio" in self.output else None
+
+    @property
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one step's values of each other sensor."""
+        return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
+
+    def _width(self, key: str) -> int:
+        width = self.output[key].shape[-1]
+        if width is None:
+            raise DataError(
+                f"{self.spec.name}: the width of {key!r} is not known before reading; give it a static shape "
+                "in the standardize function (tf.ensure_shape)"
+            )
+        return int(width)
 
 
 def text_keys(features: Any) -> set[str]:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.data.batches.frames import RawEpisode, as_points, stored_frames
+from octo_like.data.episode import RawEpisode, raw_episode
 from octo_like.data.oxe import registry, vocabulary
-from octo_like.data.rlds.leaves import picture_bytes, select, text_keys, texts_of
+from octo_like.data.rlds.leaves import Selected, picture_bytes, select, text_keys, texts_of
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import error_text, tf
 
@@ -296,7 +296,7 @@ def _user_function(function: Callable) -> Callable:
     return tf.function(lambda trajectory: function(tf.nest.map_structure(tf.identity, trajectory)))
 
 
-class EpisodeFunction:
+class EpisodeFunction(Selected):
     """record -> standardised, selected episode, as one traced function per dataset.
 
     Attributes:
@@ -391,58 +391,11 @@ class EpisodeFunction:
         found = {node.op for part in nodes for node in part}
         return tuple(sorted(op for op in found if _STATEFUL_RANDOM.match(op)))
 
-    @property
-    def action_dim(self) -> int:
-        return self._width("action")
-
-    @property
-    def action_chunk(self) -> int | None:
-        """N, when each step has a chunk of N actions; None when it has one action."""
-        shape = self.output["action"].shape
-        if shape.rank == 2:
-            return None
-        if shape[1] is None:
-            raise DataError(
-                f"{self.spec.name}: the number of actions in each chunk of {self.spec.action_key!r} is not known "
-                "before reading; give it a static shape in the standardize function (tf.ensure_shape)"
-            )
-        return int(shape[1])
-
-    @property
-    def proprio_dim(self) -> int | None:
-        return self._width("proprio") if "proprio" in self.output else None
-
-    @property
-    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one step's values of each other sensor."""
-        return {name: tuple(spec.shape[1:]) for name, spec in self.output["extras"].items()}
-
-    def _width(self, key: str) -> int:
-        width = self.output[key].shape[-1]
-        if width is None:
-            raise DataError(
-                f"{self.spec.name}: the width of {key!r} is not known before reading; give it a static shape "
-                "in the standardize function (tf.ensure_shape)"
-            )
-        return int(width)
-
     def read(self, path: str, offset: int, slots: Collection[str], depth_slots: Collection[str] = ()) -> RawEpisode:
         """The record at a byte offset, with images of the cameras in `slots` and depth of those in `depth_slots`.
         Raises tf.errors.* for damaged records."""
-        raw = self.from_file(path, offset)
-        texts = None
-        if "language" in raw:
-            texts = [text.decode("utf-8", "replace").strip() for text in raw["language"].numpy().tolist()]
-        return RawEpisode(
-            hash=int(raw["hash"]),
-            action=raw["action"].numpy(),
-            proprio=raw["proprio"].numpy() if "proprio" in raw else None,
-            texts=texts,
-            images=stored_frames(raw["images"], slots),
-            depths=stored_frames(raw["depths"], depth_slots),
-            points={name: as_points(values.numpy()) for name, values in raw["points"].items()},
-            extras={name: values.numpy() for name, values in raw["extras"].items()},
-        )
+        chosen = self.from_file(path, offset)
+        return raw_episode(chosen, int(chosen["hash"]), slots, depth_slots)
 
     def from_file(self, path: str, offset: int) -> dict[str, Any]:
         """Reads and standardises the record at a byte offset. Raises tf.errors.* for damaged records."""
