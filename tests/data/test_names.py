@@ -11,7 +11,7 @@ from octo_like.common.robot import Description, absolute
 from octo_like.data.check.report import range_table
 from octo_like.data.in_memory import prepare_in_memory
 from octo_like.data.oxe import columns, registry
-from octo_like.data.rlds.prepare import prepare_dataset
+from octo_like.data.prepare import prepare_dataset
 from octo_like.data.spec import DataError, DatasetSpec
 from tests.data import oxe_golden
 from tests.data.conftest import build, make_episodes
