@@ -10,6 +10,11 @@ import numpy as np
 from octo_like.common.schema import Leaf
 
 
+def array_module(like: Any) -> Any:
+    """NumPy, or while a program is traced jax.numpy: the batch size may then be a symbol, which NumPy cannot handle."""
+    return jnp if isinstance(like, jax.core.Tracer) else np
+
+
 def check_finite(key: str, values: Any, timestep_pad_mask: Any, pad_mask: Any) -> None:
     """Raises ValueError for a sensor that says NaN or infinity at a timestep that counts."""
     if isinstance(values, jax.core.Tracer) or not np.issubdtype(np.asarray(values).dtype, np.floating):

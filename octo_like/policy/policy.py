@@ -26,7 +26,7 @@ from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.tokenizers import match_keys
 from octo_like.policy import locations
 from octo_like.policy.describe import model_card, pretty_spec
-from octo_like.policy.observations import check_finite, last_proprio, with_window
+from octo_like.policy.observations import array_module, check_finite, last_proprio, with_window
 from octo_like.policy.octo_release import (
     EXAMPLE,
     is_release,
@@ -284,12 +284,13 @@ class Policy:
                 "observation = jax.tree.map(lambda x: x[None], window)"
             )
         b, w = np.shape(observations["timestep_pad_mask"])
+        xp = array_module(observations["timestep_pad_mask"])
         pads = dict(observations.get("pad_mask_dict", {}))
         for key in known["pad_mask_dict"]:
             if key in observations:
                 check_finite(key, observations[key], observations["timestep_pad_mask"], pads.get(key))
         out: dict[str, Any] = {"timestep_pad_mask": observations["timestep_pad_mask"], "pad_mask_dict": {}}
-        out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
+        out["timestep"] = observations.get("timestep", xp.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
             observations.update(self._proprio(observations, unnormalize))
         observations.update(self._extras(observations, unnormalize))
@@ -297,7 +298,7 @@ class Policy:
             leaf = known[key]
             if key in observations:
                 out[key] = observations[key]
-                out["pad_mask_dict"][key] = pads.get(key, np.ones((b, w), bool))
+                out["pad_mask_dict"][key] = pads.get(key, xp.ones((b, w), bool))
             elif self._is_left_out(key, observations):
                 if key not in self._warned:
                     log.warning("observation/%s is missing: its tokens are left out", key)
@@ -308,11 +309,11 @@ class Policy:
                 if key not in self._warned:
                     log.warning("observation/%s is missing: it is marked as such and masked out", key)
                     self._warned.add(key)
-                out[key] = np.zeros((b, w, *leaf.shape[1:]), leaf.dtype)
-                out["pad_mask_dict"][key] = np.zeros((b, w), bool)
+                out[key] = xp.zeros((b, w, *leaf.shape[1:]), leaf.dtype)
+                out["pad_mask_dict"][key] = xp.zeros((b, w), bool)
         if "proprio" in known:
             assert spec.proprio_dim is not None
-            default = np.broadcast_to(np.asarray(out["pad_mask_dict"]["proprio"])[..., None], (b, w, spec.proprio_dim))
+            default = xp.broadcast_to(xp.asarray(out["pad_mask_dict"]["proprio"])[..., None], (b, w, spec.proprio_dim))
             out["proprio_pad_mask"] = observations.get("proprio_pad_mask", default)
         images = [key for key in known if key.startswith("image_")]
         if images and not any(key in observations for key in images):
@@ -351,7 +352,7 @@ class Policy:
         pad = [(0, 0)] * (proprio.ndim - 1) + [(0, want - width)]
         valid = observations.get("proprio_pad_mask")
         if valid is None:
-            valid = np.broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
+            valid = array_module(proprio).broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
         return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
 
     def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:

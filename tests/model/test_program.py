@@ -1,0 +1,336 @@
+"""Programs for machines without this package: the same actions, what they refuse, a process that has JAX alone."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from octo_like.common.normalization import compute_statistics
+from octo_like.common.robot import Description, absolute, gripper
+from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.common.text import TextTokenizer
+from octo_like.model.octo import build_model
+from octo_like.policy.policy import Policy
+from octo_like.policy.pretrained import PretrainedError
+from octo_like.policy.program import Program
+from octo_like.policy.program_export import export_program
+from tests.model import light, tiny
+from tests.robot.tiny import tiny_policy
+
+TEXTS = ["reach the red block", "push it left"]
+T5 = dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+
+
+def make_policy(config, spec, statistics):
+    tokenizer = TextTokenizer.load("builtin", spec.language_length) if spec.language_length else None
+    model = build_model(config, vocab_size=tokenizer.vocab_size if tokenizer else 0)
+    params = tiny.random_params(model, spec)
+    return Policy({"model": config, "batch_spec": spec.to_json()}, params, statistics, tokenizer)
+
+
+def numbers(dims, mean=1.0):
+    return compute_statistics(np.random.default_rng(dims).normal(mean, 2.0, (100, dims)))
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """Two cameras of which one is conditioned on words and goals, a window of two, diffusion, a head for another robot,
+    a third dataset without proprioception, actions relative to it."""
+    config = tiny.config()
+    config["task_tokenizers"]["language"]["vocab_size"] = 0
+    config["heads"] |= {
+        "other": light.FLOW | {"action_dim": 2},
+        "disc": {
+            "kind": "discrete",
+            "readout": "readout_action",
+            "action_horizon": 3,
+            "action_dim": 2,
+            "num_bins": 8,
+            "token_per": "",
+        },
+    }
+    statistics = {
+        "arm": {
+            "action": numbers(4),
+            "proprio": numbers(5),
+            "relative_to": [0, 2, None, None],
+            "robot": Description(
+                10.0,
+                (*(absolute(f"joint{i}", "rad") for i in range(3)), gripper()),
+                tuple(f"q{i}" for i in range(5)),
+            ).to_json(),
+        },
+        "small": {"action": numbers(2), "proprio": numbers(3), "normalization": "bounds", "head": "other"},
+        "blind": {"action": numbers(2), "head": "disc"},
+    }
+    return make_policy(config, tiny.SPEC, statistics)
+
+
+@pytest.fixture(scope="module")
+def with_encoder():
+    """A frozen language encoder, which is a program of its own."""
+    config = light.config()
+    config["task_tokenizers"]["language"] = dict(kind="language", encoder="t5", t5=T5, encoder_dtype="bfloat16")
+    return make_policy(config, light.SPEC, {"arm": {"action": numbers(4), "proprio": numbers(5)}})
+
+
+def given(policy, rows, dataset=None, seed=0):
+    """Observations and goals of `rows` robots, with gaps in the history."""
+    batch = synthetic_batch(policy.batch_spec, rows, seed=seed)
+    observation = batch["observation"]
+    del observation["proprio_pad_mask"], observation["pad_mask_dict"]
+    entry = policy.statistics.get(dataset, {})
+    if dataset is not None and "proprio" not in entry:
+        del observation["proprio"]
+    elif dataset is not None:
+        observation["proprio"] = observation["proprio"][..., : len(entry["proprio"]["mean"])]
+    observation["timestep_pad_mask"][0, 0] = False
+    return observation, {key: value for key, value in batch["task"].items() if key.startswith("image_")}
+
+
+@pytest.mark.parametrize("dataset", [None, "arm", "small", "blind"])
+def test_actions_are_those_of_the_policy(everything, dataset, tmp_path):
+    """For any number of rows, with words, goals and both, one key or many, and a camera that drops out."""
+    policy = everything
+    folder = export_program(policy, tmp_path / "program", unnormalize=dataset, instructions=TEXTS)
+    program = Program(folder)
+    for rows in (1, 3):
+        observation, goals = given(policy, rows, dataset)
+        texts = [*TEXTS, ""][:rows]
+        for asked in (dict(texts=texts), dict(goals=goals), dict(texts=texts, goals=goals)):
+            rng = jax.random.key(rows)
+            want = policy.sample_actions(observation, policy.create_tasks(**asked), rng=rng, unnormalize=dataset)
+            got = program.sample_actions(observation, program.create_tasks(**asked), rng=rng)
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+            assert list(got.shape[1:]) == program.spec["outputs"]["actions"]["shape"][1:]
+        assert np.abs(np.asarray(want)).max() > 0.1
+    out = np.ones((3, 2), bool)
+    out[1] = False
+    observation["pad_mask_dict"] = {"image_wrist": out}
+    keys, tasks = jax.random.split(jax.random.key(5), 3), policy.create_tasks(texts=texts)
+    want = policy.sample_actions(observation, tasks, rng=keys, unnormalize=dataset)
+    np.testing.assert_allclose(program.sample_actions(observation, tasks, rng=keys), want, rtol=1e-6, atol=1e-6)
+    legacy = program.sample_actions(observation, tasks, rng=jax.random.key_data(keys))
+    np.testing.assert_array_equal(legacy, program.sample_actions(observation, tasks, rng=keys))
+
+
+def test_a_frozen_encoder_is_a_program_of_its_own(with_encoder, tmp_path):
+    policy = with_encoder
+    program = Program(export_program(policy, tmp_path / "p", unnormalize="arm", instructions=TEXTS))
+    observation, _ = given(policy, 2, "arm")
+    want = policy.sample_actions(observation, policy.create_tasks(TEXTS), rng=jax.random.key(0), unnormalize="arm")
+    got = program.sample_actions(observation, program.create_tasks(TEXTS), rng=jax.random.key(0))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    assert set(program.spec["programs"]) == {"sample_actions", "encode_language"}
+    # Tokens that were made elsewhere, from the tokenizer in the folder.
+    ids = TextTokenizer.load(str(tmp_path / "p" / "text")).encode(["something new", "push it left"])["input_ids"]
+    other = policy.create_tasks(["something new", "push it left"])
+    want = policy.sample_actions(observation, other, rng=jax.random.key(0), unnormalize="arm")
+    got = program.sample_actions(observation, program.create_tasks(tokens=ids), rng=jax.random.key(0))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_embeddings_in_place_of_words(tmp_path):
+    spec = BatchSpec(1, 3, 4, image_sizes={}, proprio_dim=5, language_embedding=(7,))
+    config = light.config(max_window=1)
+    config["task_tokenizers"] = dict(language=dict(kind="language", encoder="embedding"))
+    policy = make_policy(config, spec, {})
+    program = Program(export_program(policy, tmp_path / "p"))
+    observation, _ = given(policy, 2)
+    embeddings = np.random.default_rng(0).normal(size=(2, 7)).astype(np.float32)
+    rng = jax.random.key(0)
+    want = policy.sample_actions(observation, policy.create_tasks(embeddings=embeddings), rng=rng)
+    got = program.sample_actions(observation, program.create_tasks(embeddings=embeddings), rng=rng)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_robot_does_not_have_is_masked_and_only_that(everything, tmp_path):
+    program = Program(export_program(everything, tmp_path / "p", unnormalize="arm", missing=["image_wrist"]))
+    observation, _ = given(everything, 2, "arm")
+    del observation["image_wrist"]
+    tasks, rng = everything.create_tasks(TEXTS), jax.random.key(0)
+    want = everything.sample_actions(observation, tasks, rng=rng, unnormalize="arm")
+    np.testing.assert_allclose(program.sample_actions(observation, tasks, rng=rng), want, rtol=1e-6, atol=1e-6)
+    # Heads of other robots stay behind.
+    assert set(program._params) < {name for name, _ in _flat(everything.params)}
+    assert not [name for name in program._params if "heads_other" in name or "heads_disc" in name]
+    with pytest.raises(ValueError, match="unknown: image_wrist"):
+        program.sample_actions({**observation, "image_wrist": np.zeros((2, 2, 16, 16, 3), np.uint8)}, tasks, rng=rng)
+
+
+def _flat(tree):
+    from octo_like.common.schema import flatten
+
+    return flatten(tree)
+
+
+def test_the_description_says_what_goes_in_and_out(everything, tmp_path):
+    folder = export_program(everything, tmp_path / "p", unnormalize="arm", instructions=TEXTS, platforms=["cpu"])
+    spec = json.loads((folder / "program.json").read_text())
+    assert spec["inputs"]["observation/image_primary"]["shape"] == ["B", 2, 32, 32, 3]
+    assert spec["inputs"]["observation/proprio"]["names"] == [f"q{i}" for i in range(5)]
+    assert spec["outputs"]["actions"]["names"] == ["joint0", "joint1", "joint2", "gripper"]
+    assert spec["outputs"]["actions"]["units"] == ["rad", "rad", "rad", "1"]
+    assert set(spec["statistics"]) == {"arm"} and set(spec["instructions"]) == {"", *TEXTS}
+    assert "observation/pad_mask_dict/proprio" not in spec["inputs"]  # the actions are relative to it
+    assert folder.stat().st_mode & 0o777 == 0o755
+    modes = {file.stat().st_mode & 0o777 for file in folder.iterdir() if file.is_file()}
+    assert len(modes) == 1
+
+
+def test_sizes_and_devices(everything, tmp_path):
+    folder = export_program(everything, tmp_path / "p", unnormalize="arm", batch_sizes=[1, 2], platforms=["cpu"])
+    program = Program(folder)
+    for rows in (1, 2):
+        observation, goals = given(everything, rows, "arm")
+        tasks = program.create_tasks(goals=goals)
+        want = everything.sample_actions(observation, tasks_of(everything, goals), rng=KEY, unnormalize="arm")
+        np.testing.assert_allclose(program.sample_actions(observation, tasks, rng=KEY), want, rtol=1e-6, atol=1e-6)
+    observation, goals = given(everything, 3, "arm")
+    with pytest.raises(ValueError, match=r"\[3\]; expected one number of \['1', '2'\]"):
+        program.sample_actions(observation, program.create_tasks(goals=goals), rng=KEY)
+    with pytest.raises(ValueError, match=r"keys: \[1, 3\]"):
+        program.sample_actions(observation, program.create_tasks([""]), rng=KEY)
+    elsewhere = export_program(everything, tmp_path / "tpu", platforms=["tpu", "cuda"])
+    with pytest.raises(ValueError, match="is for tpu, cuda; JAX runs on cpu"):
+        Program(elsewhere)
+
+
+KEY = jax.random.key(3)
+
+
+def tasks_of(policy, goals):
+    return policy.create_tasks(goals=goals)
+
+
+def test_bad_inputs_are_named(everything, tmp_path):
+    program = Program(export_program(everything, tmp_path / "p", unnormalize="arm", instructions=TEXTS))
+    observation, goals = given(everything, 2, "arm")
+    tasks = program.create_tasks(TEXTS)
+
+    def refused(message, tasks=tasks, rng=KEY, **changes):
+        changed = {key: value for key, value in {**observation, **changes}.items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            program.sample_actions(changed, tasks, rng=rng)
+
+    refused("missing: image_wrist", image_wrist=None)
+    refused("missing: timestep_pad_mask", timestep_pad_mask=None)
+    refused("unknown: image_wrst", image_wrst=observation["image_wrist"])
+    refused(
+        r"image_primary: expected \(B, 2, 32, 32, 3\) uint8, got \(2, 32, 32, 3\) uint8",
+        image_primary=observation["image_primary"][:, 0],
+    )
+    refused("image_primary: expected .* got .* float64", image_primary=observation["image_primary"] / 255.0)
+    refused("proprio: NaN", proprio=observation["proprio"] * np.nan)
+    refused("rng must be a threefry key", rng=0)
+    refused("rng must be a threefry key", rng=jax.random.key(0, impl="rbg"))
+    refused("missing: timestep", tasks={})
+    for message, arguments in {
+        "no tokens of 'dance'; give tokens=.*'push it left'": dict(texts=["dance"]),
+        "texts must be a list": dict(texts="push it left"),
+        "a task needs": {},
+        "unknown: image_wrist": dict(goals={"image_wrist": goals["image_primary"]}),
+        r"input_ids: expected \(B, 6\) int32, got \(1, 3\)": dict(tokens=[[3, 1, 0]]),
+        "input_ids: expected .* float64": dict(tokens=np.ones((1, 6))),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            program.create_tasks(**arguments)
+
+
+def test_bad_exports_are_named(everything, tmp_path):
+    def refused(message, **arguments):
+        with pytest.raises(ValueError, match=message):
+            export_program(everything, tmp_path / "p", **arguments)
+
+    refused("unknown platform 'gpu'; did you mean|valid", platforms=["gpu"])
+    refused("platforms must be a list", platforms="cpu")
+    refused("at least one", platforms=[])
+    refused("whole numbers from 1", batch_sizes=[0])
+    refused("unknown unnormalisation 'amr'", unnormalize="amr")
+    refused("unknown head 'acton'", head="acton")
+    refused("no observation 'image_wrst'", missing=["image_wrst"])
+    refused("are relative to proprio", unnormalize="arm", missing=["proprio"])
+    refused("instructions must be a list", instructions="push it")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "mine.txt").write_text("precious")
+    with pytest.raises(PretrainedError, match="is not an exported program; it is not overwritten"):
+        export_program(everything, tmp_path / "p")
+
+
+def test_a_damaged_program_is_refused(tmp_path):
+    folder = export_program(tiny_policy("arm", 3, 4), tmp_path / "p", platforms=["cpu"])
+    data = bytearray((folder / "params.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "params.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="params.safetensors is damaged"):
+        Program(folder)
+    document = json.loads((folder / "program.json").read_text())
+    (folder / "program.json").write_text(json.dumps({**document, "format_version": 2}))
+    with pytest.raises(ValueError, match="format version 2, this file reads 1"):
+        Program(folder)
+
+
+ALONE = """
+    import sys
+
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in ("flax", "octo_like", "tensorflow", "orbax", "safetensors", "sentencepiece"):
+                raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
+
+    sys.meta_path.insert(0, Blocker())
+    folder, data = sys.argv[1:]
+    sys.path.insert(0, folder)
+    import jax, numpy as np
+    from program import Program
+
+    given = dict(np.load(data))
+    program = Program(folder)
+    tasks = program.create_tasks(texts=["push it left", "reach the red block"])
+    actions = program.sample_actions(given, tasks, rng=jax.random.key(7))
+    np.save(data.replace("given.npz", "actions.npy"), actions)
+    known = {name.split(".")[0] for name in sys.modules}
+    assert not known & {"flax", "octo_like", "tensorflow", "orbax", "safetensors"}, known
+"""
+
+
+def test_a_process_with_jax_alone(everything, tmp_path, repository):
+    """The script writes the program of an exported policy; a process that has no other package of ours runs it."""
+    everything.save_pretrained(tmp_path / "export")
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    command = [
+        sys.executable,
+        str(repository / "scripts" / "export_program.py"),
+        "--checkpoint",
+        str(tmp_path / "export"),
+    ]
+    command += ["--output", str(tmp_path / "program")]
+    wrong = subprocess.run(
+        [*command, "--unnormalize", "amr"], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert wrong.returncode == 2 and "did you mean" in wrong.stderr and "Traceback" not in wrong.stderr
+    command += ["--unnormalize", "arm", "--instructions", *TEXTS, "--platforms", "cpu", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "actions" in done.stdout and "joint0" in done.stdout
+    observation, _ = given(everything, 2, "arm")
+    np.savez(tmp_path / "given.npz", **observation)
+    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ALONE), str(tmp_path / "program"), str(tmp_path / "given.npz")],
+        capture_output=True,
+        text=True,
+        env=alone,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    tasks = everything.create_tasks(texts=["push it left", "reach the red block"])
+    want = everything.sample_actions(observation, tasks, rng=jax.random.key(7), unnormalize="arm")
+    np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), want, rtol=1e-6, atol=1e-6)
