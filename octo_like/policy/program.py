@@ -17,7 +17,7 @@ class Program:
     for what is damaged, of another format, or made for other devices, and for inputs that do not fit."""
 
     def __init__(self, folder):
-        folder = pathlib.Path(folder)
+        self.folder = folder = pathlib.Path(folder)
         self.spec = json.loads((folder / "program.json").read_text())
         if self.spec["format_version"] != 1:
             raise ValueError(f"{folder}: format version {self.spec['format_version']}, this file reads 1")

@@ -85,8 +85,7 @@ def export_program(
     functions = _functions(policy, unnormalize, head, inputs)
     with whole_directory(folder, PROGRAM_FILE, "an exported program") as staging:
         params = dict(flatten(jax.device_get(policy.params)))
-        read = _read_by(functions, params)
-        arrays = {name: np.ascontiguousarray(params[name]) for name in sorted(read)}
+        arrays = {name: np.ascontiguousarray(params[name]) for name in sorted(_read_by(functions, params))}
         shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in arrays.items()}
         safetensors.numpy.save_file(arrays, staging / PARAMS_FILE)
         programs: dict[str, dict[str, str]] = {name: {} for name in functions}

@@ -1,5 +1,7 @@
 """openpi's dialect: their real client on our server (`make test-openpi`), our rollouts on a server that speaks it."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import textwrap
@@ -7,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from octo_like.common.robot import Camera, OpenpiKeys, Robot, RobotError, delta
 from octo_like.robot import openpi
 from octo_like.robot.client import PolicyClient
 from octo_like.robot.openpi import PRESETS, Keys, OpenpiPolicy, OpenpiServer, as_image
@@ -121,6 +124,34 @@ def test_tables_of_keys(tmp_path):
             Keys.load(name)
     with pytest.raises(ValueError, match="name none: wrist"):
         OpenpiServer(LinePolicy(), Keys({"cam": "wrist"}, ()), port=0)
+
+
+def test_the_table_of_a_robots_description():
+    """A policy keeps it with its statistics: the server needs no file."""
+    robot = Robot(
+        name="line",
+        cameras={"primary": Camera("front", (SIZE, SIZE))},
+        proprio=("state",),
+        proprio_names=("x",),
+        actions=(delta("dx", "1", proprio=0),),
+        control_hz=5,
+        action_horizon=3,
+        openpi=OpenpiKeys({"cams/front": "primary"}, ("q",), "task"),
+    )
+    policy = LinePolicy()
+    policy.statistics["line"]["robot"] = json.loads(json.dumps(robot.dataset_fields()["robot"]))
+    keys = Keys.of(policy.statistics, "line")
+    with OpenpiServer(policy, keys, unnormalize="line", port=0).running() as running:
+        sent = message(7)
+        theirs = {"cams": {"front": sent["observation/image"]}, "q": sent["observation/state"], "task": "go left"}
+        assert Wire(running).infer(theirs)["actions"].shape == (3, 1)
+    for statistics, dataset in ((policy.statistics, None), (LinePolicy().statistics, "line")):
+        with pytest.raises(ValueError, match="valid: droid, libero, aloha, or a JSON file"):
+            Keys.of(statistics, dataset)
+    with pytest.raises(RobotError, match="openpi names a camera 'wrst'; "):
+        dataclasses.replace(robot, openpi=OpenpiKeys({"cam": "wrst"}))
+    with pytest.raises(RobotError, match="image_keys"):
+        OpenpiKeys.from_json({"images": {}})
 
 
 def test_our_rollouts_drive_a_server_of_that_dialect(server):
