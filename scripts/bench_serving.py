@@ -170,7 +170,7 @@ class Nuisance:
         from websockets.sync.client import connect
 
         wire: dict[str, Any] = dict(compression=None, max_size=None, open_timeout=60, close_timeout=1, proxy=None)
-        connection = connect(f"ws://127.0.0.1:{self.port}", **wire)
+        connection = connect(f"ws://127.0.0.1:{self.port}", **wire).__enter__()
         connection.recv(60)
         return connection
 
