@@ -78,7 +78,10 @@ class _Hub(_Handler):
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, path, query, body):
-        files, commit = self.server.objects, self.server.commit
+        files = self.server.objects
+        if "/commit/" in path:  # what belongs to a commit stays as it was, and clients remember it
+            self.server.commit = hashlib.sha1(self.server.commit.encode()).hexdigest()
+        commit = self.server.commit
         if path == "/api/repos/create":
             return self._reply(200, {"url": f"{self.own_url}/me/policy", "id": "me/policy"})
         if path == "/api/validate-yaml":
