@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-package test-sim demo docs lint lock doctor clean
+.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-hub test-package soak test-sim demo docs lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -112,6 +112,23 @@ test-openpi: $(OPENPI_READY) ## openpi's published client drives our server (in 
 
 test-package: $(READY) ## builds wheels and source distributions, installs them in bare environments, acts, serves, drives
 	@$(PY) -m pytest -v tests/package $(ARGS)
+
+# Beside the environment too: the core does not need the Hub.
+HUB := $(VENV)/hub
+HUB_READY := $(HUB)/.ready
+
+$(HUB_READY): $(READY)
+	@rm -rf $(HUB)
+	@$(INSTALL) --quiet --target $(HUB) "huggingface_hub>=1"
+	@touch $@
+
+test-hub: $(HUB_READY) ## pushes policies to a local server of the Hub's protocol and pulls them (installs huggingface_hub beside the environment)
+	@PYTHONPATH=$(CURDIR)/$(HUB) $(PY) -m pytest tests/model/test_loading.py -k hugging_face $(ARGS)
+
+CHECKPOINT ?= runs/demo/pretrain/export
+
+soak: $(READY) ## 20 robots and worse clients on one server for 5 minutes (CHECKPOINT=, default: the demo's policy)
+	@$(PY) scripts/bench_serving.py soak --checkpoint $(CHECKPOINT) $(ARGS)
 
 SIM_READY := $(READY)-sim
 

@@ -28,7 +28,10 @@ def main() -> int:
     parser.add_argument(
         "--openpi",
         metavar="KEYS",
-        help="speak openpi's protocol, for its clients: droid, libero, aloha, or a JSON file with their keys",
+        nargs="?",
+        const="",
+        help="speak openpi's protocol, for its clients; their keys are those of droid, libero, aloha, of a JSON file, "
+        "or, without a value, of the robot's description",
     )
     parser.add_argument("--max_batch", type=int, default=8, help="robots whose requests are computed together")
     parser.add_argument("--max_connections", type=int, default=64)
@@ -41,10 +44,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         policy = octo_like.Policy.load_pretrained(args.checkpoint, modules=args.modules)
-        kind, keys = (PolicyServer, {}) if args.openpi is None else (OpenpiServer, {"keys": Keys.load(args.openpi)})
+        kind, table = PolicyServer, {}
+        if args.openpi is not None:
+            kind, keys = OpenpiServer, Keys.load(args.openpi) if args.openpi else None
+            table = {"keys": keys or Keys.of(policy.statistics, args.unnormalize)}
         server = kind(
             policy,
-            **keys,
+            **table,
             unnormalize=args.unnormalize,
             action_names=args.action_names,
             rng_seed=args.seed,

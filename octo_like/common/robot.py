@@ -109,6 +109,34 @@ class Camera:
 
 
 @dataclasses.dataclass(frozen=True)
+class OpenpiKeys:
+    """Which keys of its openpi client are what to a policy, for robots that are driven by one.
+
+    Attributes:
+      images: key to camera slot. state: keys whose values, one after the other, are the proprioception.
+      prompt: key of the instruction.
+    """
+
+    images: Mapping[str, str]
+    state: Sequence[str] = ()
+    prompt: str = "prompt"
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists, because keys may have characters that configs do not take in names."""
+        images = {"image_keys": list(self.images), "image_slots": list(self.images.values())}
+        return {**images, "state": list(self.state), "prompt": self.prompt}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "OpenpiKeys":
+        """Inverse of `to_json`. Raises RobotError for anything else."""
+        try:
+            images = dict(zip(data["image_keys"], data["image_slots"], strict=True))
+            return cls(images, tuple(data["state"]), str(data["prompt"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RobotError(f"robot: openpi needs image_keys, image_slots, state and prompt: {error!r}") from error
+
+
+@dataclasses.dataclass(frozen=True)
 class Description:
     """What numbers of a robot mean: the part of `Robot` that travels with statistics and exported policies.
 
@@ -117,12 +145,14 @@ class Description:
       actions: one entry per dimension.
       proprio_names: one name per dimension of the proprioception; may be empty.
       proprio_units: one unit for each of them ("" where it is not known), or none at all.
+      openpi: keys of its openpi client, or None.
     """
 
     control_hz: float
     actions: tuple[Action, ...]
     proprio_names: tuple[str, ...] = ()
     proprio_units: tuple[str, ...] = ()
+    openpi: OpenpiKeys | None = None
 
     def __post_init__(self):
         if not self.control_hz > 0:
@@ -147,13 +177,15 @@ class Description:
         }
         columns["action_limits"] = [None if pair is None else list(pair) for pair in columns["action_limits"]]
         units = {"proprio_units": list(self.proprio_units)} if self.proprio_units else {}
-        return {"control_hz": self.control_hz, "proprio_names": list(self.proprio_names), **units, **columns}
+        openpi = {} if self.openpi is None else {"openpi": self.openpi.to_json()}
+        names = {"proprio_names": list(self.proprio_names)}
+        return {"control_hz": self.control_hz, **names, **units, **columns, **openpi}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Description":
         """Inverse of `to_json`. Raises RobotError for unknown keys and lists of unequal length."""
         fields = [field.name for field in dataclasses.fields(Action)]
-        known = {"control_hz", "proprio_names", "proprio_units", *(f"action_{field}" for field in fields)}
+        known = {"control_hz", "proprio_names", "proprio_units", "openpi", *(f"action_{field}" for field in fields)}
         for key in data:
             if key not in known:
                 raise RobotError(f"robot: unknown key {key!r}; {suggest(key, known)}")
@@ -167,7 +199,8 @@ class Description:
         for row in rows:
             row["limits"] = None if row.get("limits") is None else tuple(row["limits"])
         proprio = (tuple(data.get(f"proprio_{what}") or ()) for what in ("names", "units"))
-        return cls(float(data["control_hz"]), tuple(Action(**row) for row in rows), *proprio)
+        openpi = None if data.get("openpi") is None else OpenpiKeys.from_json(data["openpi"])
+        return cls(float(data["control_hz"]), tuple(Action(**row) for row in rows), *proprio, openpi)
 
     def describe(self) -> str:
         """One line per action dimension."""
@@ -207,6 +240,7 @@ class Robot:
       dataset: any other field of `octo_like.data.spec.DatasetSpec`, e.g. dict(num_demos=50, standardize="mine:f").
       surgery: parts of the pretrained model to change, replace or add, as `config.surgery`. Unless it says
         otherwise the head `action` is resized to this robot's actions and keeps everything else.
+      openpi: keys of its openpi client, if it is driven by one: `scripts/serve.py --openpi` then needs no table.
     """
 
     name: str
@@ -222,6 +256,7 @@ class Robot:
     language: str | None = "language_instruction"
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     surgery: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    openpi: OpenpiKeys | None = None
 
     def __post_init__(self):
         if bool(self.proprio) != bool(self.proprio_names):
@@ -229,13 +264,16 @@ class Robot:
         for field in ("action_horizon", "window_size"):
             if getattr(self, field) < 1:
                 raise RobotError(f"{self.name}: {field} must be at least 1, got {getattr(self, field)}")
+        for slot in self.openpi.images.values() if self.openpi else ():
+            if slot not in self.cameras:
+                raise RobotError(f"{self.name}: openpi names a camera {slot!r}; {suggest(slot, self.cameras)}")
         self.description()
 
     def description(self) -> Description:
         """What its numbers mean. Raises RobotError when that is not consistent."""
         try:
             names, units = tuple(self.proprio_names), tuple(self.proprio_units)
-            return Description(float(self.control_hz), tuple(self.actions), names, units)
+            return Description(float(self.control_hz), tuple(self.actions), names, units, self.openpi)
         except RobotError as error:
             raise RobotError(f"{self.name}: {error}") from None
 

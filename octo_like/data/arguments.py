@@ -1,7 +1,9 @@
 """Datasets named on a command line: by a config file, a mixture, a registry entry, or key by key."""
 
 import argparse
+import ast
 import collections
+import contextlib
 import json
 from typing import Any
 
@@ -33,7 +35,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",  # given twice, both count
         default=[],
         metavar="FIELD=VALUE",
-        help='fields of their spec, values in JSON or plain: image_keys=\'{"primary": "image"}\' action_key=action',
+        help='fields of their spec, in JSON, Python or plain: image_keys=\'{"primary": "image"}\' action_key=action',
     )
 
 
@@ -77,4 +79,6 @@ def _field(item: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
+        with contextlib.suppress(SyntaxError, ValueError):
+            return name, ast.literal_eval(value)  # ("state",), as one writes it in a config
         return name, value  # a plain word

@@ -1,4 +1,4 @@
-"""Looks at observations before a policy reads them."""
+"""Looks at what a policy is given before it reads it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octo_like.common.schema import Leaf
+from octo_like.common.schema import Leaf, flatten
+
+
+def array_module(like: Any) -> Any:
+    """NumPy, or while a program is traced jax.numpy: the batch size may then be a symbol, which NumPy cannot handle."""
+    return jnp if isinstance(like, jax.core.Tracer) else np
 
 
 def check_finite(key: str, values: Any, timestep_pad_mask: Any, pad_mask: Any) -> None:
@@ -40,3 +45,29 @@ def last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
             "where the robot should go without knowing where it is"
         )
     return jnp.asarray(observations["proprio"], jnp.float32)[:, -1]
+
+
+def check_rows(tasks: Any, b: int) -> None:
+    """Raises ValueError for what is no task, or has another number of rows than the observations."""
+    leaves = list(flatten(tasks)) if isinstance(tasks, Mapping) else []
+    if not leaves:
+        raise ValueError(f"tasks must be what create_tasks gives, got {tasks!r:.60}")
+    rows = leaves[0][1].shape[0]
+    if rows != b:
+        raise ValueError(f"{b} observations but {rows} tasks; create one task per row")
+
+
+def row_keys(rng: Any, b: int) -> jax.Array:
+    """Keys (B,): B of them as they are, one folded with the number of the row. Raises ValueError for what is none."""
+    valid = "rng must be a key, jax.random.key(0), or one per row"
+    if not isinstance(rng, jax.Array | np.ndarray):
+        raise ValueError(f"{valid}; got {rng!r:.60}")
+    rng = jnp.asarray(rng)
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    if not (typed or rng.dtype == jnp.uint32):
+        raise ValueError(f"{valid}; got an array of {rng.dtype}")
+    if rng.ndim == (0 if typed else 1):
+        return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(b))
+    if rng.shape[0] != b:
+        raise ValueError(f"{valid}; got {rng.shape[0]} keys for {b} observations")
+    return rng

@@ -26,7 +26,15 @@ from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.tokenizers import match_keys
 from octo_like.policy import locations
 from octo_like.policy.describe import model_card, pretty_spec
-from octo_like.policy.observations import check_finite, last_proprio, with_window
+from octo_like.policy.devices import find_devices
+from octo_like.policy.observations import (
+    array_module,
+    check_finite,
+    check_rows,
+    last_proprio,
+    row_keys,
+    with_window,
+)
 from octo_like.policy.octo_release import (
     EXAMPLE,
     is_release,
@@ -103,6 +111,7 @@ class Policy:
           PartError: a named module cannot be imported, or has no such part.
           LocationError: when a remote location cannot be read.
         """
+        find_devices()  # before anything is downloaded
         folder = locations.fetch(path, select=functools.partial(release_files, step=step))
         if is_release(folder):
             policy = cls._from_release(folder, step, text_model, t5)
@@ -204,10 +213,10 @@ class Policy:
           Schema `task`; whatever was not given is marked missing in its pad_mask_dict.
         """
         spec = self.batch_spec
-        if texts is None and goals is None and embeddings is None:
+        if texts is None and not goals and embeddings is None:
             raise ValueError("a task needs texts, goals or both")
-        if isinstance(texts, str):
-            raise ValueError("texts must be a list of instructions, one per row of the batch, not a single string")
+        if isinstance(texts, str) or not (texts is None or hasattr(texts, "__len__")):
+            raise ValueError(f"texts must be a list of instructions, one per row of the batch, not {texts!r:.40}")
         if texts is not None and not (len(texts) and all(isinstance(text, str) for text in texts)):
             raise ValueError(f"texts must be strings, at least one, got {list(texts)!r}")
         goals = {key: np.asarray(g)[None] if np.ndim(g) == 3 else np.asarray(g) for key, g in (goals or {}).items()}
@@ -284,12 +293,13 @@ class Policy:
                 "observation = jax.tree.map(lambda x: x[None], window)"
             )
         b, w = np.shape(observations["timestep_pad_mask"])
+        xp = array_module(observations["timestep_pad_mask"])
         pads = dict(observations.get("pad_mask_dict", {}))
         for key in known["pad_mask_dict"]:
             if key in observations:
                 check_finite(key, observations[key], observations["timestep_pad_mask"], pads.get(key))
         out: dict[str, Any] = {"timestep_pad_mask": observations["timestep_pad_mask"], "pad_mask_dict": {}}
-        out["timestep"] = observations.get("timestep", np.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
+        out["timestep"] = observations.get("timestep", xp.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
             observations.update(self._proprio(observations, unnormalize))
         observations.update(self._extras(observations, unnormalize))
@@ -297,7 +307,7 @@ class Policy:
             leaf = known[key]
             if key in observations:
                 out[key] = observations[key]
-                out["pad_mask_dict"][key] = pads.get(key, np.ones((b, w), bool))
+                out["pad_mask_dict"][key] = pads.get(key, xp.ones((b, w), bool))
             elif self._is_left_out(key, observations):
                 if key not in self._warned:
                     log.warning("observation/%s is missing: its tokens are left out", key)
@@ -308,11 +318,11 @@ class Policy:
                 if key not in self._warned:
                     log.warning("observation/%s is missing: it is marked as such and masked out", key)
                     self._warned.add(key)
-                out[key] = np.zeros((b, w, *leaf.shape[1:]), leaf.dtype)
-                out["pad_mask_dict"][key] = np.zeros((b, w), bool)
+                out[key] = xp.zeros((b, w, *leaf.shape[1:]), leaf.dtype)
+                out["pad_mask_dict"][key] = xp.zeros((b, w), bool)
         if "proprio" in known:
             assert spec.proprio_dim is not None
-            default = np.broadcast_to(np.asarray(out["pad_mask_dict"]["proprio"])[..., None], (b, w, spec.proprio_dim))
+            default = xp.broadcast_to(xp.asarray(out["pad_mask_dict"]["proprio"])[..., None], (b, w, spec.proprio_dim))
             out["proprio_pad_mask"] = observations.get("proprio_pad_mask", default)
         images = [key for key in known if key.startswith("image_")]
         if images and not any(key in observations for key in images):
@@ -351,7 +361,7 @@ class Policy:
         pad = [(0, 0)] * (proprio.ndim - 1) + [(0, want - width)]
         valid = observations.get("proprio_pad_mask")
         if valid is None:
-            valid = np.broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
+            valid = array_module(proprio).broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
         return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
 
     def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:
@@ -413,14 +423,8 @@ class Policy:
             origin_bp = last_proprio(observations, unnormalize)
         observations = self.prepare_observations(observations, unnormalize)
         b = observations["timestep_pad_mask"].shape[0]
-        rows = next(leaf.shape[0] for _, leaf in flatten(tasks))
-        if rows != b:
-            raise ValueError(f"{b} observations but {rows} tasks; create one task per row")
-        rng = jnp.asarray(rng)
-        if not (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.dtype == jnp.uint32):
-            raise ValueError(f"rng must be a key, jax.random.key(0), or one per row; got an array of {rng.dtype}")
-        single = rng.ndim == (0 if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else 1)
-        keys_b = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(b)) if single else rng
+        check_rows(tasks, b)
+        keys_b = row_keys(rng, b)
         dim = self.model.heads[head].action_dim
         if unnormalize is not None:
             entry = self._entry(unnormalize)

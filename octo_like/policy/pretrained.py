@@ -9,6 +9,7 @@ An exported policy is a directory:
     text/                     the sentencepiece model, when the policy takes language
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +82,40 @@ def save_directory(
       save_text: called with the path of the text/ directory to fill it.
       card: contents of the model card, Markdown.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (path / CONFIG_FILE).exists() and any(path.iterdir()):
-        raise PretrainedError(f"{path} exists and is not an exported policy; it is not overwritten")
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with whole_directory(path, CONFIG_FILE, "an exported policy") as staging:
         arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(params)}
         safetensors.numpy.save_file(arrays, staging / PARAMS_FILE)
         digest = hashlib.sha256((staging / PARAMS_FILE).read_bytes()).hexdigest()
         document = {"format_version": FORMAT_VERSION, "params_sha256": digest, **config}
         (staging / CONFIG_FILE).write_text(json.dumps(document, indent=2))
         (staging / STATISTICS_FILE).write_text(json.dumps(statistics, indent=2))
-        # safetensors writes for the owner alone; the mode of the other files is what the user's umask allows.
-        (staging / PARAMS_FILE).chmod((staging / CONFIG_FILE).stat().st_mode & 0o666)
         if card:
             (staging / CARD_FILE).write_text(card)
         if save_text is not None:
             (staging / TEXT_DIR).mkdir()
             save_text(staging / TEXT_DIR)
+
+
+@contextlib.contextmanager
+def whole_directory(path: str | os.PathLike, marker: str, what: str) -> Iterator[Path]:
+    """A folder to be filled, which becomes `path` when the context ends well, in place of an earlier one of its kind.
+
+    Args:
+      marker: a file that every folder of this kind has, `what`: its name for the error.
+
+    Raises:
+      PretrainedError: there is something else at `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path / marker).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise PretrainedError(f"{path} exists and is not {what}; it is not overwritten")
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staging
+        # safetensors writes for the owner alone; the mode of the other files is what the user's umask allows.
+        for file in staging.glob("*.safetensors"):
+            file.chmod((staging / marker).stat().st_mode & 0o666)
         staging.chmod(0o755)
         previous = None
         if path.exists():

@@ -114,16 +114,22 @@ class Batcher:
                     return
                 batch = self._next()
                 self._busy = True
-            try:
-                actions = self.compute(batch)
-            except Exception as error:
-                for request in batch:
-                    request.done.set_exception(error)
-                continue
-            self.batches[len(batch)] += 1
-            for request, each in zip(batch, actions, strict=True):
-                self.latencies.append(time.monotonic() - request.arrived)
-                request.done.set_result(each)
+            self._answer(batch)
+
+    def _answer(self, batch: Sequence[Request]) -> None:
+        try:
+            actions = self.compute(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].done.set_exception(error)
+                return
+            for request in batch:  # one may be to blame: the others must not pay for it
+                self._answer([request])
+            return
+        self.batches[len(batch)] += 1
+        for request, each in zip(batch, actions, strict=True):
+            self.latencies.append(time.monotonic() - request.arrived)
+            request.done.set_result(each)
 
     def _next(self) -> list[Request]:
         """The oldest request, and those behind it that fit into its batch."""

@@ -17,6 +17,7 @@ import jax
 import msgpack
 import numpy as np
 
+from octo_like.common.robot import Description, OpenpiKeys
 from octo_like.common.schema import BatchSpec
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
@@ -27,18 +28,18 @@ _KINDS = "biuf"
 INTERNAL_ERROR = 1011
 
 
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """Which of a robot's openpi keys is what to a policy.
+class Keys(OpenpiKeys):
+    """A robot's table, see `octo_like.common.robot.OpenpiKeys`, from where it can come."""
 
-    Attributes:
-      images: key to camera slot. state: keys whose values, one after the other, are the proprioception.
-      prompt: of the instruction.
-    """
-
-    images: Mapping[str, str]
-    state: Sequence[str]
-    prompt: str = "prompt"
+    @classmethod
+    def of(cls, statistics: Mapping[str, Any], dataset: str | None) -> "Keys":
+        """That of the description that a policy keeps of a dataset's robot. Raises ValueError when it has none."""
+        robot = None if dataset is None else statistics.get(dataset, {}).get("robot")
+        table = Description.from_json(robot).openpi if robot else None
+        if table is None:
+            which = "no dataset is named" if dataset is None else f"the robot of {dataset!r} has no openpi table"
+            raise ValueError(f"{which} (Robot(openpi=OpenpiKeys(...))); valid: {', '.join(PRESETS)}, or a JSON file")
+        return cls(table.images, table.state, table.prompt)
 
     @classmethod
     def load(cls, name: str) -> "Keys":

@@ -349,8 +349,9 @@ def _knows_token(headers: Mapping[str, str], token: str) -> bool:
 
 
 def _whole(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{key!r} must be a whole number from 0 on, got {value!r}")
+    limit = 2**32 if key == "step" else 2**63
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+        raise ValueError(f"{key!r} must be a whole number from 0 to {limit - 1}, got {value!r}")
     return value
 
 

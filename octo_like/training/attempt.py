@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from octo_like.common.config import ConfigError, to_dict
+from octo_like.policy.devices import find_devices
 from octo_like.training import distributed, exits
 from octo_like.training.checkpoint import CheckpointError, NonFiniteState, has_checkpoint
 from octo_like.training.lease import Lease, WorkdirInUse, lease_path
@@ -103,7 +104,7 @@ class Attempt:
 
     def _agree(self) -> None:
         self.watchdog.enter("startup")  # the devices are found when they are needed first
-        _find_devices()
+        find_devices()
         distributed.setup_compilation_cache()
         self.watchdog.enter("agreement")
         distributed.fingerprint_across_hosts(to_dict(self._config))
@@ -284,18 +285,6 @@ def print_error(error: BaseException, status: int) -> None:
 
 def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _find_devices() -> None:
-    """Raises ConfigError when JAX finds no device of the kind that it was told to use."""
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is one when the only kind failed
-        wanted = os.environ.get("JAX_PLATFORMS") or "any kind"
-        reason = f": {error}" if str(error) else ""
-        raise ConfigError(
-            f"JAX finds no device of {wanted} (JAX_PLATFORMS){reason}; JAX_PLATFORMS=cpu trains here"
-        ) from error
 
 
 def command(main: Callable[[], int]) -> NoReturn:

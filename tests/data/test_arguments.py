@@ -28,6 +28,13 @@ def test_a_config_with_an_argument_is_what_training_reads(config, repository, mo
     assert {spec.val_fraction for spec in changed.values()} == {0.25} and changed.keys() == specs.keys()
 
 
+def test_values_are_json_python_or_words():
+    words = ('proprio_keys=("state",)', 'image_keys={"primary": "image"}', "action_key=act", "num_demos=5")
+    spec = arguments.specs_from_arguments(parsed("mine", "--set", *words))["mine"]
+    assert tuple(spec.proprio_keys) == ("state",) and dict(spec.image_keys) == {"primary": "image"}
+    assert spec.action_key == "act" and spec.num_demos == 5
+
+
 def test_mistakes_in_files_are_named(repository, tmp_path):
     for words, message in (
         (

@@ -78,20 +78,38 @@ class _Hub(_Handler):
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, path, query, body):
-        files, commit = self.server.objects, self.server.commit
+        files = self.server.objects
+        if "/commit/" in path:  # what belongs to a commit stays as it was, and clients remember it
+            self.server.commit = hashlib.sha1(self.server.commit.encode()).hexdigest()
+        commit = self.server.commit
         if path == "/api/repos/create":
             return self._reply(200, {"url": f"{self.own_url}/me/policy", "id": "me/policy"})
         if path == "/api/validate-yaml":
             return self._reply(200, {"errors": [], "warnings": []})
         if path.endswith("/preupload/main"):
             asked = json.loads(body)["files"]
-            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
+            # As the real one does it: weights are large files, which are uploaded before the commit names them.
+            mode = lambda path: "lfs" if path.endswith(".safetensors") else "regular"  # noqa: E731
+            modes = [{"path": f["path"], "uploadMode": mode(f["path"]), "shouldIgnore": False} for f in asked]
             return self._reply(200, {"files": modes})
+        if path.endswith("/info/lfs/objects/batch"):
+            found = []
+            for one in json.loads(body)["objects"]:
+                action = {"href": f"{self.own_url}/lfs/{one['oid']}", "header": {}}
+                found.append({"oid": one["oid"], "size": one["size"], "actions": {"upload": action}})
+            return self._reply(200, {"transfer": "basic", "objects": found})
+        if path.startswith("/lfs/"):
+            if hashlib.sha256(body).hexdigest() != path.removeprefix("/lfs/"):
+                return self._reply(400, {})
+            self.server.large[path.removeprefix("/lfs/")] = body
+            return self._reply(200)
         if "/commit/" in path:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                if entry["key"] == "lfsFile":
+                    files[entry["value"]["path"]] = self.server.large[entry["value"]["oid"]]
             return self._reply(
                 200, {"commitUrl": f"{self.own_url}/me/policy/commit/{commit}", "commitOid": commit, "success": True}
             )
@@ -121,7 +139,7 @@ class _Hub(_Handler):
 def serve(handler):
     """Yields (server, url); `server.objects` holds the files, `server.requests` what was asked."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.objects, server.requests, server.commit = {}, [], "c" * 40
+    server.objects, server.requests, server.commit, server.large = {}, [], "c" * 40, {}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

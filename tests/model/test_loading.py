@@ -343,17 +343,14 @@ def test_google_cloud_storage(shared, tmp_path):
 
 
 def test_hugging_face_hub(shared, tmp_path):
-    pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
+    pytest.importorskip("huggingface_hub", reason="the extra hub is not installed; run make test-hub")
     with remote.hub() as (server, url):
-        run_remote(
-            shared / "golden" / "octo_tiny_film_map",
-            "hf://me/policy",
-            HF_ENDPOINT=url,
-            HF_HOME=str(tmp_path),
-            HF_TOKEN="hf_none",
-            HF_HUB_DISABLE_XET="1",
-        )
+        hub = dict(HF_ENDPOINT=url, HF_HOME=str(tmp_path), HF_TOKEN="hf_none", HF_HUB_DISABLE_XET="1")
+        run_remote(shared / "golden" / "octo_tiny_film_map", "hf://me/policy", **hub)
         assert "params.safetensors" in server.objects and server.objects["README.md"].startswith(b"---\nlibrary_name")
+        assert [*server.large.values()] == [server.objects["params.safetensors"]]  # weights do not travel in a commit
+        run_remote(shared / "golden" / "octo_tiny_film_map", "hf://me/policy@main/arms/left", **hub)
+        assert "arms/left/config.json" in server.objects
 
 
 def test_locations_that_are_none(tmp_path):

@@ -164,8 +164,17 @@ def test_what_is_easily_got_wrong_is_said(policy, observation):
     single = jax.tree.map(lambda leaf: leaf[0], observation)
     with pytest.raises(ValueError, match=r"expected \(B, W\), got .* a single window needs a batch of one"):
         policy.sample_actions(single, task, rng=rng)
-    with pytest.raises(ValueError, match=r"rng must be a key, jax.random.key\(0\)"):
-        policy.sample_actions(observation, task, rng=0)
+    three = jax.random.split(rng, 3)
+    for wrong, got in ((0, "got 0"), (None, "got None"), ("a", "got 'a'"), (np.zeros(2), "float"), (three, "3 keys")):
+        with pytest.raises(ValueError, match=rf"rng must be a key, jax.random.key\(0\).*{got}"):
+            policy.sample_actions(observation, task, rng=wrong)
+    for wrong in ({}, "put it down", None):
+        with pytest.raises(ValueError, match="tasks must be what create_tasks gives"):
+            policy.sample_actions(observation, wrong, rng=rng)
+    with pytest.raises(ValueError, match="texts must be a list of instructions"):
+        policy.create_tasks(texts=5)
+    with pytest.raises(ValueError, match="a task needs texts, goals or both"):
+        policy.create_tasks(goals={})
     for texts in ([], [None], [5]):
         with pytest.raises(ValueError, match="texts must be strings, at least one"):
             policy.create_tasks(texts=texts)

@@ -1,17 +1,23 @@
 """openpi's dialect: their real client on our server (`make test-openpi`), our rollouts on a server that speaks it."""
 
+import dataclasses
+import json
 import os
 import subprocess
+import sys
 import textwrap
 
 import numpy as np
 import pytest
 
+from octo_like.common.robot import Camera, OpenpiKeys, Robot, RobotError, delta
+from octo_like.envs import EMBODIMENTS
 from octo_like.robot import openpi
 from octo_like.robot.client import PolicyClient
 from octo_like.robot.openpi import PRESETS, Keys, OpenpiPolicy, OpenpiServer, as_image
 from octo_like.robot.rollout import evaluate
 from octo_like.robot.server import PolicyServer
+from tests.robot.tiny import tiny_policy
 from tests.robot.toy import SIZE, LineEnv, LinePolicy
 
 pytest.importorskip("websockets")
@@ -123,6 +129,34 @@ def test_tables_of_keys(tmp_path):
         OpenpiServer(LinePolicy(), Keys({"cam": "wrist"}, ()), port=0)
 
 
+def test_the_table_of_a_robots_description():
+    """A policy keeps it with its statistics: the server needs no file."""
+    robot = Robot(
+        name="line",
+        cameras={"primary": Camera("front", (SIZE, SIZE))},
+        proprio=("state",),
+        proprio_names=("x",),
+        actions=(delta("dx", "1", proprio=0),),
+        control_hz=5,
+        action_horizon=3,
+        openpi=OpenpiKeys({"cams/front": "primary"}, ("q",), "task"),
+    )
+    policy = LinePolicy()
+    policy.statistics["line"]["robot"] = json.loads(json.dumps(robot.dataset_fields()["robot"]))
+    keys = Keys.of(policy.statistics, "line")
+    with OpenpiServer(policy, keys, unnormalize="line", port=0).running() as running:
+        sent = message(7)
+        theirs = {"cams": {"front": sent["observation/image"]}, "q": sent["observation/state"], "task": "go left"}
+        assert Wire(running).infer(theirs)["actions"].shape == (3, 1)
+    for statistics, dataset in ((policy.statistics, None), (LinePolicy().statistics, "line")):
+        with pytest.raises(ValueError, match="valid: droid, libero, aloha, or a JSON file"):
+            Keys.of(statistics, dataset)
+    with pytest.raises(RobotError, match="openpi names a camera 'wrst'; "):
+        dataclasses.replace(robot, openpi=OpenpiKeys({"cam": "wrst"}))
+    with pytest.raises(RobotError, match="image_keys"):
+        OpenpiKeys.from_json({"images": {}})
+
+
 def test_our_rollouts_drive_a_server_of_that_dialect(server):
     """The world is solved over their wire as in this process: the toy policy decides by what it sees."""
     address = f"127.0.0.1:{server.port}"
@@ -221,3 +255,19 @@ def test_nothing_but_plain_arrays_travels():
         openpi.unpack(b"\xc1")
     back = openpi.unpack(openpi.pack({"a": np.arange(6.0).reshape(2, 3), "n": np.float32(2), "s": "x"}))
     assert back["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and back["n"] == 2 and back["s"] == "x"
+
+
+@needs_client
+def test_the_published_client_drives_the_tabletop_as_this_process_does(tmp_path, repository):
+    """A real network: the same actions, bit by bit, for the same seeds. (docs/deployment.md: with a trained one.)"""
+    robot = EMBODIMENTS["gripper"]
+    tiny_policy("tabletop_gripper", robot.action_dim, robot.proprio_dim).save_pretrained(tmp_path / "export")
+    command = [sys.executable, str(repository / "scripts" / "bench_serving.py"), "openpi", "--python", PYTHON]
+    command += ["--checkpoint", str(tmp_path / "export"), "--robots", "gripper", "--per_task", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "found.json")], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["gripper"]
+    assert found["episodes"] == found["same_outcome"] == 2 and found["largest_difference"] <= 1e-6

@@ -65,6 +65,10 @@ def test_the_serve_script_serves_an_exported_policy(policy, tmp_path, repository
         [*command, "--unnormalize", "bridge"], capture_output=True, text=True, env=environment, timeout=300
     )
     assert wrong.returncode == 2 and "valid: tabletop_arm3" in wrong.stderr and "Traceback" not in wrong.stderr
+    nowhere = {**environment, "JAX_PLATFORMS": "rocm"}
+    wrong = subprocess.run(command, capture_output=True, text=True, env=nowhere, timeout=300)
+    assert wrong.returncode == 2 and "JAX finds no device of rocm" in wrong.stderr, wrong.stderr
+    assert "Traceback" not in wrong.stderr
     names = ["--action_names", *ROBOT.action_names]
     process = subprocess.Popen(
         [*command, "--unnormalize", "tabletop_arm3", "--port", "0", *names],

@@ -113,6 +113,45 @@ def test_an_error_of_a_batch_reaches_all_its_askers_and_the_next_one_works():
     batcher.close()
 
 
+def test_a_request_that_cannot_be_computed_costs_its_company_nothing():
+    policy = Gated()
+    works = policy.sample_actions
+
+    def fails_on_thirteen(observations, tasks, **arguments):
+        actions = works(observations, tasks, **arguments)
+        if (actions[:, 0, 0] == 13).any():
+            raise OverflowError("thirteen")
+        return actions
+
+    policy.sample_actions = fails_on_thirteen
+    batcher = Batcher(policy, max_batch=4)
+    futures = [batcher.submit(request(policy, x, "go left")) for x in (1, 13, 3)]  # before the start: one batch
+    for _ in range(4):
+        policy.let.release()
+    batcher.start()
+    assert [futures[i].result(60)[0, 0] for i in (0, 2)] == [1, 3]
+    with pytest.raises(OverflowError, match="thirteen"):
+        futures[1].result(60)
+    assert policy.sizes == [4, 1, 1, 1]
+    batcher.close()
+
+
+def test_numbers_of_the_noise_have_limits():
+    """A step that does not fit would fail where the batch is computed."""
+    policy = tiny_policy("arm", 3, 4)
+    with (
+        PolicyServer(policy, unnormalize="arm", port=0, max_batch=1).running() as server,
+        PolicyClient(port=server.port) as client,
+    ):
+        example = {"image_primary": np.zeros((32, 32, 3), np.uint8), "proprio": np.zeros(4, np.float32)}
+        client.observe(example)
+        asked = {"type": "act", "observation": dict(client._window), "instruction": "go", "seed": 2**63 - 1}
+        for wrong in ({"step": 2**32}, {"step": -1}, {"step": True}, {"seed": 2**63}):
+            with pytest.raises(PolicyServerError, match="must be a whole number from 0 to"):
+                client._request({**asked, **wrong})
+        assert client._request({**asked, "step": 2**32 - 1})["actions"].shape == (4, 3)
+
+
 # ---------------------------------------------------------------- robots at once
 
 

@@ -1,0 +1,123 @@
+"""Runs a policy that was exported as a program, with JAX and NumPy alone. Every program brings a copy of this file."""
+
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+
+
+class Program:
+    """The policy in `folder`; `spec`, read from program.json, says what goes in and what comes out. Raises ValueError
+    for what is damaged, of another format, or made for other devices, and for inputs that do not fit."""
+
+    def __init__(self, folder):
+        self.folder = folder = pathlib.Path(folder)
+        self.spec = json.loads((folder / "program.json").read_text())
+        if self.spec["format_version"] != 1:
+            raise ValueError(f"{folder}: format version {self.spec['format_version']}, this file reads 1")
+        self._files, self._calls = {name: (folder / name).read_bytes() for name in self.spec["files"]}, {}
+        for name, data in self._files.items():
+            if hashlib.sha256(data).hexdigest() != self.spec["files"][name]:
+                raise ValueError(f"{folder / name} is damaged: its SHA-256 differs from the one in program.json")
+        here = {"gpu": {"cuda", "rocm"}}.get(jax.default_backend(), {jax.default_backend()})
+        if not here & set(self.spec["platforms"]):
+            raise ValueError(f"{folder} is for {', '.join(self.spec['platforms'])}; JAX runs on {' or '.join(here)}")
+        self._params = jax.device_put(read_safetensors(self._files.pop("params.safetensors")))
+
+    def create_tasks(self, texts=None, goals=None, *, tokens=None, embeddings=None):
+        """Tasks of B instructions, of goals {"image_...": (B, h, w, 3)}, or of both; what is not given is marked so.
+        In place of texts: `tokens`, ids (B, L), or `embeddings`, for policies that read those."""
+        given, inputs = {key: np.asarray(goal) for key, goal in (goals or {}).items()}, self._part("task")
+        if embeddings is not None:
+            given["language_instruction"] = np.asarray(embeddings)
+        tokens = self._tokens(texts) if texts is not None else tokens
+        if tokens is None and not given:
+            raise ValueError("a task needs texts, goals, tokens or embeddings")
+        b = len(next(iter(given.values())) if tokens is None else tokens)
+        task = {key: np.zeros((b, *entry["shape"][1:]), entry["dtype"]) for key, entry in inputs.items()}
+        task |= {f"pad_mask_dict/{key}": np.ones(b, bool) for key in given} | given
+        if tokens is not None or "language_instruction/input_ids" in inputs:
+            ids = self._tokens([""] * b) if tokens is None else np.asarray(tokens)
+            words = {"language_instruction/input_ids": ids, "language_instruction/attention_mask": ids != 0}
+            task |= {**words, "pad_mask_dict/language_instruction": (ids != 0).sum(-1) > 1}  # 1: no more than the end
+        task = self._checked("task", task)
+        if "encode_language" in self.spec["programs"]:
+            task |= self._call("encode_language", {f"task/{key}": task[f"task/{key}"] for key in words})
+        return {key.removeprefix("task/"): value for key, value in task.items()}
+
+    def sample_actions(self, observations, tasks, *, rng):
+        """Actions (B, H, A); `observations`: arrays (B, W, ...), nested or by path; `rng`: one key, or one per row."""
+        mask = np.asarray(observations.get("timestep_pad_mask", np.ones((1, 1), bool)))
+        defaults = {key: np.ones(mask.shape, bool) for key in self._part("observation") if "pad_mask_dict/" in key}
+        defaults["timestep"] = np.broadcast_to(np.arange(mask.shape[-1], dtype=np.int32), mask.shape)
+        inputs = self._checked("observation", {**defaults, **dict(flat(observations))})
+        inputs |= self._checked("task", dict(flat(tasks)))
+        rng = jnp.asarray(rng)
+        data = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
+        if data.dtype != jnp.uint32 or data.shape[-1:] != (2,):
+            raise ValueError(
+                f"rng must be a threefry key, jax.random.key(0), or one per row; got {rng.dtype}{rng.shape}"
+            )
+        if data.ndim == 1:
+            data = jax.vmap(jax.random.fold_in, (None, 0))(data, jnp.arange(len(mask)))
+        return self._call("sample_actions", {**inputs, "keys": data})
+
+    def _part(self, part):
+        inputs = self.spec["inputs"].items()
+        return {key.removeprefix(f"{part}/"): entry for key, entry in inputs if key.startswith(f"{part}/")}
+
+    def _tokens(self, texts):
+        known = self.spec["instructions"]
+        if isinstance(texts, str) or (unknown := [text for text in texts if text not in known]):
+            what = "texts must be a list" if isinstance(texts, str) else f"no tokens of {unknown[0]!r}; give tokens="
+            raise ValueError(f"{what}; texts that were exported with the program: {', '.join(map(repr, known))}")
+        return np.array([known[text] for text in texts], np.int32)
+
+    def _checked(self, part, given):
+        given, want, wrong = {key: np.asarray(value) for key, value in given.items()}, self._part(part), []
+        wrong = [f"missing: {key}" for key in want if key not in given]
+        wrong += [f"unknown: {key}" for key in given if key not in want]
+        for key in want.keys() & given.keys():
+            value, shape, dtype = given[key], want[key]["shape"], want[key]["dtype"]
+            if (
+                value.ndim != len(shape)
+                or [*value.shape[1:]] != shape[1:]
+                or not np.can_cast(value.dtype, dtype, "same_kind")
+            ):
+                wrong.append(f"{key}: expected ({', '.join(map(str, shape))}) {dtype}, got {value.shape} {value.dtype}")
+            elif value.dtype.kind == "f" and not np.isfinite(value).all():
+                wrong.append(f"{key}: NaN or infinite values")
+        if wrong:
+            raise ValueError(f"{part} does not fit program.json:\n  " + "\n  ".join(sorted(wrong)))
+        return {f"{part}/{key}": given[key].astype(entry["dtype"]) for key, entry in want.items()}
+
+    def _call(self, name, inputs):
+        sizes, programs = sorted({len(value) for value in inputs.values()}), self.spec["programs"][name]
+        size = "any" if "any" in programs else str(sizes[-1])
+        if len(sizes) > 1 or size not in programs:
+            raise ValueError(f"rows of observations, tasks and keys: {sizes}; expected one number of {list(programs)}")
+        if (file := programs[size]) not in self._calls:
+            self._calls[file] = jax.jit(export.deserialize(bytearray(self._files[file])).call)
+        return self._calls[file](self._params, inputs)
+
+
+def flat(tree, prefix=""):
+    """("a/b", leaf) of nested dicts."""
+    for key, value in tree.items():
+        yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+
+
+def read_safetensors(data):
+    """{name: array}: a header of JSON says dtype, shape and place of each."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {name: entry for name, entry in json.loads(data[8:start]).items() if name != "__metadata__"}
+    for name, entry in header.items():
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        header[name] = np.frombuffer(data[begin:end], jnp.dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
+    return header
