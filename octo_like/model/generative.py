@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from octo_like.common.chunks import METHODS
 from octo_like.model import flow
 from octo_like.model.diffusion import (
     ScoreNetwork,
@@ -17,7 +18,7 @@ from octo_like.model.diffusion import (
     noise_from_velocity,
     velocity,
 )
-from octo_like.model.guidance import METHODS, Guidance, Pull, flat_pull
+from octo_like.model.guidance import Guidance, Pull, flat_pull
 from octo_like.model.heads import ActionHead
 from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import fold_in_all
@@ -74,6 +75,10 @@ class GenerativeHead(ActionHead):
             raise ValueError(
                 "guidance 'trained' needs a head that was trained with max_delay > 0; valid: jacobian_free, vjp"
             )
+
+    @property
+    def draws_mask(self) -> bool:
+        return self.max_delay > 0
 
     def learned_mask(self, mask: jax.Array, keys_b: jax.Array | None) -> jax.Array:
         """`mask` (B, W, H, A) without the actions that are given, see `max_delay`."""

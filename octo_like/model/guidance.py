@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-METHODS = ("jacobian_free", "vjp", "trained")
+from octo_like.common.chunks import METHODS
 
 
 @struct.dataclass

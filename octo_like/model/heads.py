@@ -109,6 +109,11 @@ class ActionHead(nn.Module):
             return tokens
         return tokens.mean(axis=-2)
 
+    @property
+    def draws_mask(self) -> bool:
+        """Whether `learned_mask` leaves something out."""
+        return False
+
     def learned_mask(self, mask: jax.Array, keys_b: jax.Array | None) -> jax.Array:
         """Which entries of `mask` (B, W, H, A) the loss is of, when `keys_b` are those of `loss_terms`; here all."""
         del keys_b

@@ -79,8 +79,8 @@ class OctoModel(nn.Module):
         terms = {}
         for i, (name, head) in enumerate(self.heads.items()):
             action, mask = head_batch(batch, name, head)
-            keys = fold_in_all(keys_b, i + 1)
-            sums = head.loss_terms(groups, action, mask.astype(jnp.float32), keys)
+            weight, keys = mask.astype(jnp.float32), fold_in_all(keys_b, i + 1)
+            sums = head.loss_terms(groups, action, weight, keys)
             parts.check_terms(sums, head, f"head {name!r}", counted=False)
             terms[name] = {**sums, "count": jnp.sum(head.learned_mask(mask, keys), dtype=jnp.float32)}
         for name, part in self.auxiliaries.items():
@@ -96,7 +96,8 @@ class OctoModel(nn.Module):
         entries = {}
         for i, (name, head) in enumerate(self.heads.items()):
             mask = action_mask(batch, name, head.action_horizon, head.action_dim)
-            mask = head.learned_mask(mask, fold_in_all(keys_b, i + 1))
+            if head.draws_mask:
+                mask = head.learned_mask(mask, fold_in_all(keys_b, i + 1))
             entries[name] = jnp.sum(mask, dtype=jnp.float32)
         return entries | {name: jnp.sum(part.mask(batch), dtype=jnp.float32) for name, part in self.auxiliaries.items()}
 
