@@ -56,7 +56,9 @@ class Continuation:
             raise ValueError("the previous chunk holds values that are not finite")
         executed, delay = self.counts()
         if (executed < 0).any() or (delay < 0).any() or (executed > shape[1]).any():
-            raise ValueError(f"executed must be in 0..{shape[1]} and delay at least 0, got {self.executed}, {self.delay}")
+            raise ValueError(
+                f"executed must be in 0..{shape[1]} and delay at least 0, got {self.executed}, {self.delay}"
+            )
         short = (executed < shape[1]) & (executed + delay > shape[1])
         if short.any():
             row = int(np.argmax(short))
