@@ -8,7 +8,7 @@ Every chunk of actions arrives a given number of control steps after its observa
 on this machine's speed. The same scenes and noise for all modes and delays. Cells that are in OUT/delay.jsonl are not
 repeated; OUT/delay.md is the table and OUT/delay.png the plot. `--quick` sees whether everything works.
 
-The time limit of the tabletop's tasks is `--time_factor` times the usual one: holding still costs time, not the episode.
+The time limit of the tasks is `--time_factor` times the usual one: holding still costs time, not the episode.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def mean_of(episodes: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown; success with its 90% interval, and the difference to the same robots with no delay and no new method."""
+    """Markdown; success with its 90% interval, and the difference to the same scenes without delay and guidance."""
     base = next((row for row in rows if row["mode"] == "wait" and row["delay"] == 0), None)
     lines = ["| mode | delay | success | against wait, 0 | steps | held | jump at the seam | inside | seam / inside |"]
     lines += ["|---" * 9 + "|"]

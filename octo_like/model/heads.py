@@ -123,7 +123,7 @@ class ActionHead(nn.Module):
         """Raises ValueError when `sample` cannot continue a previous chunk as a `Guidance` wants it; here never can."""
         raise ValueError(
             f"a {name_of(self)} cannot continue a previous chunk: it does not draw its actions from noise step by "
-            "step. Valid: diffusion and flow heads; without them, executors wait, switch or average (docs/deployment.md)"
+            "step. Valid: diffusion and flow heads; executors of others wait, switch or average (docs/deployment.md)"
         )
 
     def report_by_sample(self, loss: jax.Array, mask: jax.Array, batch_axis: int = 0) -> None:

@@ -120,6 +120,7 @@ class Chunks:
         """A new episode. What was measured is kept; what is under way is forgotten."""
         self._tick = -1
         self._asked: Ask | None = None
+        self._asked_at = -1
         self._consumed = 0  # commands since the request that is under way
         self._current: _Chunk | None = None
         self._older: collections.deque[_Chunk] = collections.deque(maxlen=self.plan.ensemble_size)
@@ -151,7 +152,7 @@ class Chunks:
 
     def wants_chunk(self) -> bool:
         """Whether a chunk is to be asked for now."""
-        if self._asked is not None or not self.takes_observation:
+        if self._asked is not None or self._asked_at == self._tick or not self.takes_observation:
             return False
         if self._current is None or self.plan.mode == "ensemble":
             return True
@@ -171,6 +172,7 @@ class Chunks:
         method = self.plan.method if current is not None and left else None
         previous = current.actions if current is not None and method else None
         self._asked, self._consumed = Ask(self._tick, previous, executed, delay, method), 0
+        self._asked_at = self._tick
         return self._asked
 
     def accept(self, actions: np.ndarray) -> None:

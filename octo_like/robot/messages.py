@@ -14,8 +14,8 @@ nothing that is received is ever executed.
                             {"type": "error", "id": int | None, "error": "ValueError", "message": "..."}
 
 "continuing" (or nothing) is the chunk that the new one goes on from, see `octo_like.common.chunks.Continuation`; a
-server that can do it says so in its metadata ("chunks": {dataset: {"horizon": H, "continues": {method: largest delay}}}),
-which is not there in those that cannot. Without it, old and new ones understand each other.
+server that can do it says so in its metadata, "chunks": {dataset: {"horizon": H, "continues": {method: max delay}}};
+those that never could do not have it. Without it, old and new ones understand each other.
 
 A reply has the id of its request: an answer that comes after its client has given up is recognised and dropped.
 """

@@ -1,4 +1,4 @@
-"""Chunks that continue the previous one: weights and corrections against closed forms, and a toy whose denoiser is exact.
+"""Chunks that continue the previous one: corrections against closed forms, and a toy whose denoiser is exact.
 
 The toy is a chunk of 16 correlated normal numbers; what it is, given its first steps, is known in closed form.
 """
