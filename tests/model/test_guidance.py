@@ -87,14 +87,11 @@ def test_on_the_toy_frozen_steps_are_kept_and_the_seam_is_natural(sampler):
 @pytest.mark.parametrize("method", METHODS)
 def test_on_the_toy_free_steps_follow_from_the_frozen_ones(method):
     """The mean of the step behind the frozen ones, given them, by the formula of conditional normals."""
-    target, _ = toy(method)
-    hard = Pull(jnp.asarray(target), jnp.asarray(np.tile(STEPS < DELAY, (400, 1)), jnp.float32), method=method)
+    target, pull = toy(method)
     given = COVARIANCE[DELAY, :DELAY] @ np.linalg.inv(COVARIANCE[:DELAY, :DELAY])
     expected = target[:, :DELAY] @ given
-    free, _ = toy(None)
-    del free
     without = np.abs(drawn("ddim", None)[:, DELAY] - expected).mean()
-    assert np.abs(drawn("ddim", hard)[:, DELAY] - expected).mean() < 0.35 * without
+    assert np.abs(drawn("ddim", pull)[:, DELAY] - expected).mean() < 0.3 * without
 
 
 @pytest.mark.parametrize("std", [0.3, 1.0])
@@ -146,7 +143,7 @@ def test_heads_keep_what_is_frozen_and_leave_the_rest_free(name):
         # Nothing to continue: as without guidance.
         np.testing.assert_allclose(sample(Guidance(y, 0 * weights, method=method))[..., :3], plain[..., :3], atol=2e-3)
         sample(Guidance(-y, weights[:, ::-1], 3.0, 0.5, method))
-    assert sample._cache_size() == 4  # two methods, Python numbers and arrays; never for other weights
+    assert sample._cache_size() == 2  # one for each method, whatever the weights
     vjp = Guidance(y, weights, method="vjp")
     assert np.isfinite(head.apply(head.groups, keys, valid=valid, guidance=vjp, method="sample")).all()
 
