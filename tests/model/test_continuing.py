@@ -21,6 +21,7 @@ HEAD = dict(kind="flow", readout="readout_action", action_horizon=H, action_dim=
 def policy():
     tokenizer = TextTokenizer.load("builtin", 6)
     model = light.config(heads={"action": HEAD | dict(max_delay=2)})
+    model["task_tokenizers"]["language"]["vocab_size"] = tokenizer.vocab_size
     spec = dataclasses.replace(light.SPEC, action_horizon=H)
     rng = np.random.default_rng(0)
     built = build_model(model, vocab_size=tokenizer.vocab_size)
@@ -43,10 +44,11 @@ def policy():
     return Policy({"model": model, "batch_spec": spec.to_json()}, params, named, tokenizer)
 
 
-def observations(rows=3, seed=0):
-    rng = np.random.default_rng(seed)
-    proprio = rng.normal(size=(rows, 2, P)).astype(np.float32)
-    return {"proprio": proprio, "timestep_pad_mask": np.ones((rows, 2), bool)}
+def observations(rows=3, moved=0.0):
+    """`moved`: how far the robot is from where it was, physical units."""
+    rng = np.random.default_rng(0)
+    proprio = rng.normal(size=(rows, 2, P)) + moved * rng.normal(size=(rows, 2, P))
+    return {"proprio": proprio.astype(np.float32), "timestep_pad_mask": np.ones((rows, 2), bool)}
 
 
 @pytest.mark.parametrize("dataset", ["plain", "bounds", "relative", None])
@@ -56,9 +58,9 @@ def test_the_given_actions_come_back_in_the_robots_units(policy, dataset, method
     tasks, rng = policy.create_tasks(texts=["go"] * 3), jax.random.key(0)
     arguments = dict(rng=rng, unnormalize=dataset)
     before = np.asarray(policy.sample_actions(observations(), tasks, **arguments))
-    plain = np.asarray(policy.sample_actions(observations(seed=1), tasks, **arguments))
+    plain = np.asarray(policy.sample_actions(observations(moved=0.03), tasks, **arguments))
     how = Continuation(before, [1, 2, H], [2, 1, 0], method)
-    after = np.asarray(policy.sample_actions(observations(seed=1), tasks, continuing=how, **arguments))
+    after = np.asarray(policy.sample_actions(observations(moved=0.03), tasks, continuing=how, **arguments))
     np.testing.assert_allclose(after[0, :2], before[0, 1:3], atol=2e-5)
     np.testing.assert_allclose(after[1, :1], before[1, 2:3], atol=2e-5)
     np.testing.assert_allclose(after[2], plain[2], atol=2e-4)  # nothing to continue
