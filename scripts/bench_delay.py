@@ -160,6 +160,12 @@ def mean_of(episodes: Sequence[dict[str, Any]], name: str) -> float:
     return float(np.mean(chosen)) if chosen else float("nan")
 
 
+def ratio(episodes: Sequence[dict[str, Any]]) -> float:
+    """How much larger the jump at a seam is than inside a chunk; NaN where nothing changes inside."""
+    seam, inside = (mean_of(episodes, name) for name in ("seam_jump", "inside_jump"))
+    return seam / inside if inside else float("nan")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown; success with its 90% interval, and the difference to the same scenes without delay and guidance."""
     base = next((row for row in rows if row["mode"] == "wait" and row["delay"] == 0), None)
@@ -176,7 +182,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         steps, seam, inside, held = (mean_of(row["episodes"], name) for name in SHOWN)
         lines.append(
             f"| {row['mode']} | {row['delay']} | {success_rate(won):.0%} ({low:.0%} to {high:.0%}) | {against} "
-            f"| {steps:.1f} | {held:.1f} | {seam:.2f} | {inside:.2f} | {seam / inside:.2f} |"
+            f"| {steps:.1f} | {held:.1f} | {seam:.2f} | {inside:.2f} | {ratio(row['episodes']):.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -198,7 +204,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         bounds = np.array([success_interval(one) for one in won])
         error = np.abs(bounds.T - rates) * 100
         left.errorbar(delays, 100 * rates, error, marker="o", capsize=2, label=mode.replace("_", ", "))
-        ratios = [mean_of(r["episodes"], "seam_jump") / mean_of(r["episodes"], "inside_jump") for r in mine]
+        ratios = [ratio(row["episodes"]) for row in mine]
         if mode != "ensemble":  # there another chunk joins at almost every step
             right.plot(delays, ratios, marker="o", label=mode.replace("_", ", "))
     right.axhline(1, color="grey", linewidth=0.8)
