@@ -19,6 +19,7 @@ they are, with a mask, instead of pulling (arXiv 2512.05964).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,12 @@ class Pull:
     prior_std: jax.Array | float = 1.0
     method: str = struct.field(pytree_node=False, default="jacobian_free")
 
-    def clean(self, estimate: Callable[[jax.Array], jax.Array], x: jax.Array, alpha, sigma) -> jax.Array:
+    def clean(self, estimate: Callable[[jax.Array], jax.Array], x: jax.Array, alpha: Any, sigma: Any) -> jax.Array:
         """The guided estimate of the clean chunk at x = alpha action + sigma noise."""
         gamma = (alpha**2 * self.prior_std**2 + sigma**2) / (alpha * self.prior_std**2)
         return self.corrected(estimate, x, jnp.minimum(gamma, self.max_weight))
 
-    def corrected(self, estimate: Callable[[jax.Array], jax.Array], x: jax.Array, gamma) -> jax.Array:
+    def corrected(self, estimate: Callable[[jax.Array], jax.Array], x: jax.Array, gamma: Any) -> jax.Array:
         """`estimate` of x, corrected; "vjp" scales the correction by `gamma`."""
         if self.method == "jacobian_free":
             found = estimate(x)

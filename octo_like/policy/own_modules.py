@@ -1,6 +1,7 @@
 """The modules of a policy's own parts: only named ones are imported, and a changed one is told."""
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from octo_like.policy.pretrained import PretrainedError
 log = logging.getLogger(__name__)
 
 
-def check_modules(path, config: Mapping[str, Any], modules: Modules) -> None:
+def check_modules(path: str | os.PathLike, config: Mapping[str, Any], modules: Modules) -> None:
     """Raises PretrainedError when a policy has parts of modules that its user has not named."""
     unknown = {where: kind for where, kind in parts.own_kinds(config["model"]).items() if not is_named(kind, modules)}
     if unknown:
@@ -20,7 +21,7 @@ def check_modules(path, config: Mapping[str, Any], modules: Modules) -> None:
         raise PretrainedError(f"{path} has parts of its own ({listed}), and {unnamed(*needed)}")
 
 
-def compare_sources(path, config: Mapping[str, Any]) -> None:
+def compare_sources(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Logs which modules of a policy's own parts are not those that it was exported with."""
     for module, now in parts.hashes(config["model"]).items():
         was = config.get("modules", {}).get(module)

@@ -474,15 +474,7 @@ class Policy:
         return pretty_spec(self)
 
 
-def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, head, sample_shape, guidance=None):
-    return model.apply(
-        {"params": params},
-        observations,
-        tasks,
-        keys_b,
-        head=head,
-        sample_shape=sample_shape,
-        valid=valid,
-        guidance=guidance,
-        method="sample",
-    )
+def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, guidance=None, **static):
+    """`static`: head and sample_shape."""
+    arguments = dict(valid=valid, guidance=guidance, **static)
+    return model.apply({"params": params}, observations, tasks, keys_b, **arguments, method="sample")
