@@ -134,12 +134,11 @@ class PolicyServer:
         dropped = ("pad_mask_dict", "proprio_pad_mask") if "proprio" in example["observation"] else ("pad_mask_dict",)
         observation = {key: value for key, value in example["observation"].items() if key not in dropped}
         task = example["task"] if self.policy.batch_spec.language_length is None else self._tasks.of_text("")
-        chunks = self.metadata["chunks"][""]
-        empty = np.zeros((1, chunks["horizon"], self.policy.batch_spec.action_dim), np.float32)
-        hows = [None, *(Continuation(empty, chunks["horizon"], 0, method) for method in self.continue_by)]
         for size in self.batcher.sizes:
-            for how in hows:
-                self.batcher.compute([Request(observation, task, None, 0, 0, how)] * size)
+            chunk = self.batcher.compute([Request(observation, task, None, 0, 0)] * size)[:1]
+            for method in self.continue_by:
+                nothing = Continuation(np.zeros_like(chunk), chunk.shape[1], 0, method)
+                self.batcher.compute([Request(observation, task, None, 0, 0, nothing)] * size)
         return time.monotonic() - start
 
     @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Acting while the next chunk is computed: in this process and over the real server, with a policy that is held up."""
 
+import pathlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -13,6 +16,7 @@ from octo_like.robot.server import PolicyServer
 from tests.robot.toy import SIZE, LinePolicy
 
 pytest.importorskip("websockets")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 H = 6
 
 
@@ -178,3 +182,17 @@ def test_several_commands_for_each_action(source):
         np.testing.assert_allclose(said, [0, 0.05, 0.1, 0.15], atol=1e-6)
         with pytest.raises(ValueError, match="needs an observation"):
             executor.step()
+
+
+def test_what_robots_will_ask_for_is_compiled_before():
+    policy = HeldUpPolicy()
+    server = PolicyServer(policy, unnormalize="line", port=0, max_batch=2, continue_by=("jacobian_free", "trained"))
+    with server.running(warm=True):
+        methods = [None if one is None else one.method for one in policy.continued]
+        assert methods == [None, "jacobian_free", "trained"] * 2  # batches of one and of two
+        assert [len(np.ravel(one.executed)) for one in policy.continued if one is not None] == [1, 1, 2, 2]
+
+
+def test_robots_without_jax_can_use_it():
+    code = "import sys, octo_like.robot.executor, octo_like.robot.client; assert not {'jax', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
