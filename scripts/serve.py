@@ -35,6 +35,12 @@ def main() -> int:
     )
     parser.add_argument("--max_batch", type=int, default=8, help="robots whose requests are computed together")
     parser.add_argument("--max_connections", type=int, default=64)
+    parser.add_argument(
+        "--continue_by",
+        nargs="+",
+        default=(),
+        help="compile for robots that continue chunks this way: jacobian_free, vjp, trained (docs/deployment.md)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     args = parser.parse_args()
 
@@ -59,6 +65,7 @@ def main() -> int:
             token=os.environ.get("OCTO_LIKE_TOKEN") or None,
             max_batch=args.max_batch,
             max_connections=args.max_connections,
+            continue_by=args.continue_by,
         )
     except (PretrainedError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -144,6 +144,11 @@ def to_absolute(action: Any, proprio: Any, relative_to: Sequence[int | None]) ->
     return action + base * moves
 
 
+def to_relative(action: Any, proprio: Any, relative_to: Sequence[int | None]) -> Any:
+    """Inverse of `to_absolute` for the same arguments."""
+    return to_absolute(action, -proprio, relative_to)
+
+
 def to_json(statistics: Mapping[str, Any]) -> dict[str, Any]:
     """Statistics (of one dataset, or a dict of them by name) as JSON-able lists and numbers."""
 

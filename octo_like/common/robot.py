@@ -198,9 +198,9 @@ class Description:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         for row in rows:
             row["limits"] = None if row.get("limits") is None else tuple(row["limits"])
-        proprio = (tuple(data.get(f"proprio_{what}") or ()) for what in ("names", "units"))
+        names, units = (tuple(data.get(f"proprio_{what}") or ()) for what in ("names", "units"))
         openpi = None if data.get("openpi") is None else OpenpiKeys.from_json(data["openpi"])
-        return cls(float(data["control_hz"]), tuple(Action(**row) for row in rows), *proprio, openpi)
+        return cls(float(data["control_hz"]), tuple(Action(**row) for row in rows), names, units, openpi)
 
     def describe(self) -> str:
         """One line per action dimension."""

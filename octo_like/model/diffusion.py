@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from octo_like.model.guidance import Pull
 from octo_like.model.transformer import dropout, fold_in_all
 
 
@@ -83,6 +84,7 @@ def ddpm_sample(
     max_action: float,
     clip: str = "sample",
     valid: jax.Array | None = None,
+    pull: Pull | None = None,
 ) -> jax.Array:
     """Runs the whole reverse chain.
 
@@ -95,12 +97,16 @@ def ddpm_sample(
         where it is large. "x0" clips the estimate of the action that each step is made from, and the result with it.
       valid: broadcastable bool; entries that are False are padding: they carry noise of the current level, as they did
         in training.
+      pull: what the estimate of the action is pulled towards at every step, see `octo_like.model.guidance`.
     """
     _check_clip(clip)
 
     def step(x, inputs):
         t, z = inputs
-        eps = denoise(x, t)
+        if pull is None:
+            eps = denoise(x, t)
+        else:
+            eps = noise_from_action(schedule, x, _pulled(denoise, schedule, x, t, pull), t)
         if clip == "x0":
             x0 = jnp.clip(action_from_noise(schedule, x, eps, t), -max_action, max_action)
             eps = noise_from_action(schedule, x, x0, t)
@@ -137,6 +143,7 @@ def ddim_sample(
     clip: str = "x0",
     min_signal: float = 0.0,
     valid: jax.Array | None = None,
+    pull: Pull | None = None,
 ) -> jax.Array:
     """Denoising diffusion implicit model (Song et al. 2021, equations 12 and 16) in `num_steps` of the schedule's T.
 
@@ -168,7 +175,11 @@ def ddim_sample(
         t, s, z = inputs
         level, target = levels[t], levels[s]
         at = jnp.minimum(t, latest)
-        x0 = action_from_noise(schedule, x, denoise(x, at), at)
+        x0 = (
+            action_from_noise(schedule, x, denoise(x, at), at)
+            if pull is None
+            else _pulled(denoise, schedule, x, at, pull)
+        )
         if clip == "x0":
             x0 = jnp.clip(x0, -max_action, max_action)
         eps = noise_from_action(schedule, x, x0, t)
@@ -185,6 +196,13 @@ def ddim_sample(
 
     # The last step ends on x0 itself: what is returned is within the bounds, whichever way of clipping.
     return jax.lax.scan(step, initial_noise, (times[:-1], times[1:], step_noise if eta else None))[0]
+
+
+def _pulled(denoise, schedule: NoiseSchedule, x: jax.Array, t: jax.Array, pull: Pull) -> jax.Array:
+    """The guided estimate of x_0 from x_t."""
+    level = schedule.alpha_hats[t]
+    estimate = lambda x: action_from_noise(schedule, x, denoise(x, t), t)  # noqa: E731
+    return pull.clean(estimate, x, jnp.sqrt(level), jnp.sqrt(1 - level))
 
 
 def _check_clip(clip: str) -> None:
@@ -236,13 +254,18 @@ class _ReverseNetwork(nn.Module):
     hidden_dim: int
     use_layer_norm: bool
     dropout_rate: float
+    with_given: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, dropout_keys):
+    def __call__(self, x, given, dropout_keys):
         xavier = nn.initializers.xavier_uniform()
         batch_first = lambda i: lambda h: _dropout_b(h, self.dropout_rate, fold_in_all(dropout_keys, i))  # noqa: E731
         x = nn.Dense(self.hidden_dim, kernel_init=xavier, dtype=self.dtype, name="Dense_0")(x)
+        if self.with_given and given is not None:
+            # Rows of Dense_0's kernel that are zero at first and kept apart: a network without them loads unchanged.
+            zeros = nn.initializers.zeros_init()
+            x = x + nn.Dense(self.hidden_dim, use_bias=False, kernel_init=zeros, dtype=self.dtype, name="given")(given)
         for i in range(self.num_blocks):
             block = _ResNetBlock(
                 self.hidden_dim, self.use_layer_norm, self.dropout_rate, self.dtype, name=f"MLPResNetBlock_{i}"
@@ -267,13 +290,22 @@ class ScoreNetwork(nn.Module):
     hidden_dim: int = 256
     use_layer_norm: bool = True
     dropout_rate: float = 0.0
+    with_given: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, embedding: jax.Array, x: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None
+        self,
+        embedding: jax.Array,
+        x: jax.Array,
+        time: jax.Array,
+        dropout_keys: jax.Array | None = None,
+        given: jax.Array | None = None,
     ) -> jax.Array:
-        """embedding (..., D), x `(..., H*A)`, time (..., 1) to the predicted noise `(..., H*A)`, float32."""
+        """embedding (..., D), x `(..., H*A)`, time (..., 1) to the predicted noise `(..., H*A)`, float32.
+
+        `given` (..., H), of a network `with_given`: 1 for steps whose entries of x are clean actions; None: no step.
+        """
         c = FourierFeatures(self.time_dim, name="time_preprocess")(time)
         c = _CondEncoder(self.time_dim, self.dtype, name="cond_encoder")(c)
         lead = jnp.broadcast_shapes(c.shape[:-1], embedding.shape[:-1], x.shape[:-1])
@@ -284,7 +316,10 @@ class ScoreNetwork(nn.Module):
             self.hidden_dim,
             self.use_layer_norm,
             self.dropout_rate,
+            self.with_given,
             self.dtype,
             name="reverse_network",
         )
-        return network(jnp.concatenate(inputs, axis=-1), dropout_keys).astype(jnp.float32)
+        if given is not None:
+            given = jnp.broadcast_to(given, (*lead, given.shape[-1])).astype(self.dtype)
+        return network(jnp.concatenate(inputs, axis=-1), given, dropout_keys).astype(jnp.float32)

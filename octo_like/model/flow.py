@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from octo_like.model.guidance import Pull
+
 
 def time_from_uniform(u: jax.Array, alpha: float, cutoff: float = 0.999) -> jax.Array:
     """Times in [0, cutoff) with (cutoff - tau) / cutoff ~ Beta(alpha, 1), from u uniform in [0, 1).
@@ -30,6 +32,7 @@ def euler_sample(
     num_steps: int,
     *,
     valid: jax.Array | None = None,
+    pull: Pull | None = None,
 ) -> jax.Array:
     """Integrates dx/dtau = velocity(x, tau) from tau = 0 to 1 in equal steps.
 
@@ -38,13 +41,23 @@ def euler_sample(
       noise: x at tau = 0, any shape.
       valid: broadcastable bool; entries that are False are padding: they stay on the path from their noise to zero, as
         they did in training.
+      pull: what the estimate of the action, x + (1 - tau) velocity, is pulled towards, see `octo_like.model.guidance`.
     """
     taus = jnp.arange(num_steps, dtype=jnp.float32) / num_steps
 
     def step(x, tau):
-        x = x + velocity(x, tau) / num_steps
+        x = x + (velocity(x, tau) if pull is None else _pulled(velocity, x, tau, pull)) / num_steps
         if valid is not None:
             x = jnp.where(valid, x, (1 - tau - 1 / num_steps) * noise)
         return x, None
 
     return jax.lax.scan(step, noise, taus)[0]
+
+
+def _pulled(velocity, x: jax.Array, tau: jax.Array, pull: Pull) -> jax.Array:
+    """The guided velocity. The bound of the weight is on the velocity's correction (Black et al. 2025, equation 2)."""
+    left = 1 - tau
+    prior = pull.prior_std**2
+    gamma = (tau**2 * prior + left**2) / (jnp.maximum(tau, 1e-6) * left * prior)
+    clean = pull.corrected(lambda x: x + left * velocity(x, tau), x, left * jnp.minimum(gamma, pull.max_weight))
+    return (clean - x) / left

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from octo_like.common.chunks import METHODS
 from octo_like.model import flow
 from octo_like.model.diffusion import (
     ScoreNetwork,
@@ -17,6 +18,7 @@ from octo_like.model.diffusion import (
     noise_from_velocity,
     velocity,
 )
+from octo_like.model.guidance import Guidance, Pull, flat_pull
 from octo_like.model.heads import ActionHead
 from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import fold_in_all
@@ -29,6 +31,10 @@ class GenerativeHead(ActionHead):
       num_samples: noise draws per example; one transformer pass serves all of them.
       time_dim, num_blocks, hidden_dim, use_layer_norm, dropout_rate: of the network, see `ScoreNetwork`.
       loss: "mse" or "l1" on what is predicted.
+      max_delay: 0, or the network also learns to continue a chunk: in training a sample's first 0 to `max_delay`
+        actions (uniformly drawn) stand clean in its input, marked by a mask, and the loss is of the others
+        (training-time real-time chunking, arXiv 2512.05964; there each action has its own time, which a network that
+        reads the whole chunk at once has not). Guidance may then be "trained".
     """
 
     num_samples: int = 1
@@ -38,11 +44,16 @@ class GenerativeHead(ActionHead):
     use_layer_norm: bool = True
     dropout_rate: float = 0.0
     loss: str = "mse"
+    max_delay: int = 0
 
     def setup(self) -> None:
         super().setup()
         if self.loss not in ("mse", "l1"):
             raise ValueError(f"unknown loss {self.loss!r}; valid: 'mse', 'l1'")
+        if not 0 <= self.max_delay < self.action_horizon:
+            raise ValueError(
+                f"max_delay must be at least 0 and less than action_horizon={self.action_horizon}, got {self.max_delay}"
+            )
 
     def _network(self) -> ScoreNetwork:
         return ScoreNetwork(
@@ -52,8 +63,52 @@ class GenerativeHead(ActionHead):
             self.hidden_dim,
             self.use_layer_norm,
             self.dropout_rate,
+            self.max_delay > 0,
             self.dtype,
         )
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """Raises ValueError for an unknown method, or "trained" where the network has not learned it."""
+        if guidance.method not in METHODS:
+            raise ValueError(f"unknown guidance {guidance.method!r}; valid: {', '.join(METHODS)}")
+        if guidance.method == "trained" and not self.max_delay:
+            raise ValueError(
+                "guidance 'trained' needs a head that was trained with max_delay > 0; valid: jacobian_free, vjp"
+            )
+
+    @property
+    def draws_mask(self) -> bool:
+        return self.max_delay > 0
+
+    def learned_mask(self, mask: jax.Array, keys_b: jax.Array | None) -> jax.Array:
+        """`mask` (B, W, H, A) without the actions that are given, see `max_delay`."""
+        given = self._given(keys_b, mask.shape[1])
+        return mask if given is None else mask * ~given[..., None]
+
+    def _given(self, keys_b: jax.Array | None, window: int) -> jax.Array | None:
+        """(B, W, H) bool: actions that stand clean in the network's input in training; None: none ever do."""
+        if not self.max_delay:
+            return None
+        if keys_b is None:
+            raise ValueError("with max_delay, which entries are learned from is drawn: keys_b are needed")
+        draw = jax.vmap(lambda key: jax.random.randint(key, (window,), 0, self.max_delay + 1))
+        return jnp.arange(self.action_horizon) < draw(fold_in_all(keys_b, 3))[..., None]
+
+    def _with_given(self, noisy: jax.Array, clean: jax.Array, given: jax.Array | None):
+        """(network's input (..., H*A), its mask (..., H) or None) from noisy and clean chunks laid flat."""
+        if given is None:
+            return noisy, None
+        return jnp.where(jnp.repeat(given, self.action_dim, axis=-1), clean, noisy), given
+
+    def _continue(self, guidance: Guidance | None, valid: jax.Array | None):
+        """(pull of the sampler or None, what is given to the network or None), of which at most one is there."""
+        if guidance is None:
+            return None, None
+        self.check_guidance(guidance)
+        pull = flat_pull(guidance, self.max_action, valid)
+        if guidance.method != "trained":
+            return pull, None
+        return None, (pull, jnp.asarray(guidance.weights) > 0.5)
 
     def _clipped(self, action) -> jax.Array:
         """(B, W, H, A) to (B, W, H*A) within the bounds."""
@@ -128,9 +183,11 @@ class DiffusionHead(GenerativeHead):
         self.diffusion_model = self._network()
         self.schedule = cosine_schedule(self.num_steps)
 
-    def predict_noise(self, embedding: jax.Array, x: jax.Array, time: jax.Array) -> jax.Array:
-        """The noise in x (..., H*A) at integer times (..., 1), given the embedding (..., D)."""
-        out = self.diffusion_model(embedding, x, time)
+    def predict_noise(
+        self, embedding: jax.Array, x: jax.Array, time: jax.Array, given: jax.Array | None = None
+    ) -> jax.Array:
+        """The noise in x (..., H*A) at integer times (..., 1), given the embedding (..., D); see `ScoreNetwork`."""
+        out = self.diffusion_model(embedding, x, time, None, given)
         if self.prediction == "velocity":
             return noise_from_velocity(self.schedule, x, out, time)
         return out if self.prediction == "noise" else noise_from_action(self.schedule, x, out, time)
@@ -156,11 +213,12 @@ class DiffusionHead(GenerativeHead):
             draws = self._draw(keys_b, lambda key, shape: jax.random.randint(key, shape, 0, self.num_steps), x0.shape)
         time, noise = draws
         noisy = add_noise(self.schedule, x0[None], noise, time)
-        pred = self.diffusion_model(self.embed(groups)[None], noisy, time, fold_in_all(keys_b, 2))
+        noisy, given = self._with_given(noisy, x0[None], self._given(keys_b, mask.shape[1]))
+        pred = self.diffusion_model(self.embed(groups)[None], noisy, time, fold_in_all(keys_b, 2), given)
         target = {"noise": lambda *_: noise, "velocity": velocity, "action": lambda *_: x0[None]}[self.prediction](
             self.schedule, x0[None], noise, time
         )
-        return self._terms(pred, target, mask)
+        return self._terms(pred, target, self.learned_mask(mask, keys_b))
 
     def sample(
         self,
@@ -170,6 +228,7 @@ class DiffusionHead(GenerativeHead):
         sample_shape: tuple[int, ...] = (),
         valid: jax.Array | None = None,
         noise: tuple[jax.Array, Any] | None = None,
+        guidance: Guidance | None = None,
     ) -> jax.Array:
         """(*sample_shape, B, H, A) actions within the bounds.
 
@@ -178,6 +237,7 @@ class DiffusionHead(GenerativeHead):
           valid: (A,) or (B, A) bool, False for padded action dimensions.
           noise: (initial (*sample_shape, B, H*A), steps (number of steps, *sample_shape, B, H*A)) instead of random
             ones; steps may be None where the sampler draws none.
+          guidance: a previous chunk that the drawn ones continue.
         """
         steps = self.sample_steps or self.num_steps
         draws = steps if self.sampler == "ddpm" or self.eta else 0
@@ -185,17 +245,19 @@ class DiffusionHead(GenerativeHead):
             groups, keys_b, sample_shape, valid, 0 if noise is not None else draws + 1
         )
         initial, per_step = (drawn[0], drawn[1:]) if noise is None else noise
+        pull, given = self._continue(guidance, valid)
 
         def denoise(x, t):
-            return self.predict_noise(embedding, x, jnp.broadcast_to(t, (1,) * x.ndim))
+            x, marks = _put_in(x, given)
+            return self.predict_noise(embedding, x, jnp.broadcast_to(t, (1,) * x.ndim), marks)
 
-        bounds: dict[str, Any] = dict(max_action=self.max_action, clip=self.clip, valid=valid)
+        bounds: dict[str, Any] = dict(max_action=self.max_action, clip=self.clip, valid=valid, pull=pull)
         if self.sampler == "ddpm":
             out = ddpm_sample(denoise, self.schedule, initial, per_step, **bounds)
         else:
             bounds |= dict(num_steps=steps, eta=self.eta, min_signal=self.min_signal)
             out = ddim_sample(denoise, self.schedule, initial, per_step if self.eta else None, **bounds)
-        return self._chunk(out)
+        return self._chunk(_put_in(out, given)[0])
 
 
 class FlowHead(GenerativeHead):
@@ -221,10 +283,15 @@ class FlowHead(GenerativeHead):
         self.flow_model = self._network()
 
     def predict_velocity(
-        self, embedding: jax.Array, x: jax.Array, tau: jax.Array, dropout_keys: jax.Array | None = None
+        self,
+        embedding: jax.Array,
+        x: jax.Array,
+        tau: jax.Array,
+        dropout_keys: jax.Array | None = None,
+        given: jax.Array | None = None,
     ) -> jax.Array:
-        """d x / d tau at x (..., H*A) and times tau (..., 1) in [0, 1], given the embedding (..., D)."""
-        return self.flow_model(embedding, x, tau * self.time_scale, dropout_keys)
+        """d x / d tau at x (..., H*A), times tau (..., 1) in [0, 1] and embedding (..., D); see `ScoreNetwork`."""
+        return self.flow_model(embedding, x, tau * self.time_scale, dropout_keys, given)
 
     def loss_terms(
         self,
@@ -248,8 +315,9 @@ class FlowHead(GenerativeHead):
             draws = self._draw(keys_b, draw_time, x1.shape)
         tau, noise = draws
         x = flow.interpolate(x1[None], noise, tau)
-        pred = self.predict_velocity(self.embed(groups)[None], x, tau, fold_in_all(keys_b, 2))
-        return self._terms(pred, x1[None] - noise, mask)
+        x, given = self._with_given(x, x1[None], self._given(keys_b, mask.shape[1]))
+        pred = self.predict_velocity(self.embed(groups)[None], x, tau, fold_in_all(keys_b, 2), given)
+        return self._terms(pred, x1[None] - noise, self.learned_mask(mask, keys_b))
 
     def sample(
         self,
@@ -259,15 +327,28 @@ class FlowHead(GenerativeHead):
         sample_shape: tuple[int, ...] = (),
         valid: jax.Array | None = None,
         noise: jax.Array | None = None,
+        guidance: Guidance | None = None,
     ) -> jax.Array:
         """As `DiffusionHead.sample`; `noise` is the initial noise (*sample_shape, B, H*A) alone."""
         embedding, valid, drawn = self._start(groups, keys_b, sample_shape, valid, 0 if noise is not None else 1)
 
-        def speed(x, tau):
-            return self.predict_velocity(embedding, x, jnp.broadcast_to(tau, (1,) * x.ndim))
+        pull, given = self._continue(guidance, valid)
 
-        out = flow.euler_sample(speed, drawn[0] if noise is None else noise, self.sample_steps, valid=valid)
-        return self._chunk(jnp.clip(out, -self.max_action, self.max_action))
+        def speed(x, tau):
+            x, marks = _put_in(x, given)
+            return self.predict_velocity(embedding, x, jnp.broadcast_to(tau, (1,) * x.ndim), None, marks)
+
+        initial = drawn[0] if noise is None else noise
+        out = flow.euler_sample(speed, initial, self.sample_steps, valid=valid, pull=pull)
+        return self._chunk(_put_in(jnp.clip(out, -self.max_action, self.max_action), given)[0])
+
+
+def _put_in(x: jax.Array, given: tuple[Pull, jax.Array] | None) -> tuple[jax.Array, jax.Array | None]:
+    """(x (..., B, H*A) with the actions that are given in their place, their mask (B, H) or None)."""
+    if given is None:
+        return x, None
+    pull, marks = given
+    return jnp.where(pull.is_given, pull.target, x), marks
 
 
 def _row_normal(keys_b: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:

@@ -109,6 +109,23 @@ class ActionHead(nn.Module):
             return tokens
         return tokens.mean(axis=-2)
 
+    @property
+    def draws_mask(self) -> bool:
+        """Whether `learned_mask` leaves something out."""
+        return False
+
+    def learned_mask(self, mask: jax.Array, keys_b: jax.Array | None) -> jax.Array:
+        """Which entries of `mask` (B, W, H, A) the loss is of, when `keys_b` are those of `loss_terms`; here all."""
+        del keys_b
+        return mask
+
+    def check_guidance(self, guidance: Any) -> None:
+        """Raises ValueError when `sample` cannot continue a previous chunk as a `Guidance` wants it; here never can."""
+        raise ValueError(
+            f"a {name_of(self)} cannot continue a previous chunk: it does not draw its actions from noise step by "
+            "step. Valid: diffusion and flow heads; executors of others wait, switch or average (docs/deployment.md)"
+        )
+
     def report_by_sample(self, loss: jax.Array, mask: jax.Array, batch_axis: int = 0) -> None:
         """Offers every sample's own mean loss for metrics; no gradient flows through it. Every `loss_terms` calls it.
 

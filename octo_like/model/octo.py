@@ -14,6 +14,7 @@ from octo_like.model import parts
 from octo_like.model.backbone import OctoTransformer
 from octo_like.model.discrete import DiscreteHead
 from octo_like.model.generative import DiffusionHead, FlowHead
+from octo_like.model.guidance import Guidance
 from octo_like.model.heads import ActionHead, RegressionHead, action_mask, head_batch
 from octo_like.model.points import PointsHead
 from octo_like.model.special import run_once_options
@@ -78,20 +79,26 @@ class OctoModel(nn.Module):
         terms = {}
         for i, (name, head) in enumerate(self.heads.items()):
             action, mask = head_batch(batch, name, head)
-            sums = head.loss_terms(groups, action, mask.astype(jnp.float32), fold_in_all(keys_b, i + 1))
+            weight, keys = mask.astype(jnp.float32), fold_in_all(keys_b, i + 1)
+            sums = head.loss_terms(groups, action, weight, keys)
             parts.check_terms(sums, head, f"head {name!r}", counted=False)
-            terms[name] = {**sums, "count": jnp.sum(mask, dtype=jnp.float32)}
+            terms[name] = {**sums, "count": jnp.sum(head.learned_mask(mask, keys), dtype=jnp.float32)}
         for name, part in self.auxiliaries.items():
             terms[name] = part.loss_terms(groups, batch)
             parts.check_terms(terms[name], part, f"auxiliary {name!r}", counted=True)
         return terms
 
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Number of entries every head and auxiliary learns from, () float32 each; needs no parameters."""
-        entries = {
-            name: jnp.sum(action_mask(batch, name, head.action_horizon, head.action_dim), dtype=jnp.float32)
-            for name, head in self.heads.items()
-        }
+    def counts(self, batch: Mapping[str, Any], keys_b: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Number of entries every head and auxiliary learns from, () float32 each; needs no parameters.
+
+        `keys_b`: those of `loss_terms`, for heads that draw which entries they learn from (`max_delay`).
+        """
+        entries = {}
+        for i, (name, head) in enumerate(self.heads.items()):
+            mask = action_mask(batch, name, head.action_horizon, head.action_dim)
+            if head.draws_mask:
+                mask = head.learned_mask(mask, fold_in_all(keys_b, i + 1))
+            entries[name] = jnp.sum(mask, dtype=jnp.float32)
         return entries | {name: jnp.sum(part.mask(batch), dtype=jnp.float32) for name, part in self.auxiliaries.items()}
 
     def sample(
@@ -103,15 +110,22 @@ class OctoModel(nn.Module):
         head: str,
         sample_shape: tuple[int, ...] = (),
         valid: jax.Array | None = None,
+        guidance: Guidance | None = None,
     ) -> jax.Array:
         """Normalised actions (*sample_shape, B, H, A) for the last timestep of the window.
+
+        `guidance`: the chunk that they continue, see `octo_like.model.guidance`; ValueError of a head that cannot.
 
         Only what the head reads is computed: other readouts are left out of the sequence, and the last block is that of
         the tokens that it reads.
         """
         groups = self.octo_transformer(observation, task, only_last=self.heads[head].readout)
         part = self.heads[head]
-        actions = part.sample(groups, keys_b, sample_shape=sample_shape, valid=valid)
+        options = {}
+        if guidance is not None:
+            part.check_guidance(guidance)
+            options = {"guidance": guidance}
+        actions = part.sample(groups, keys_b, sample_shape=sample_shape, valid=valid, **options)
         parts.check_actions(actions, part, f"head {head!r}", (*sample_shape, observation["timestep_pad_mask"].shape[0]))
         return actions
 

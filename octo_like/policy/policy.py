@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from octo_like.common import normalization
-from octo_like.common.parts import Modules, is_named, unnamed
+from octo_like.common.chunks import Continuation
+from octo_like.common.parts import Modules
 from octo_like.common.schema import BatchSpec, check_tree, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
 from octo_like.common.words import suggest
@@ -25,6 +26,7 @@ from octo_like.model import parts
 from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.tokenizers import match_keys
 from octo_like.policy import locations
+from octo_like.policy.continuing import guidance_of, methods_of
 from octo_like.policy.describe import model_card, pretty_spec
 from octo_like.policy.devices import find_devices
 from octo_like.policy.observations import (
@@ -43,6 +45,7 @@ from octo_like.policy.octo_release import (
     release_files,
     release_spec,
 )
+from octo_like.policy.own_modules import check_modules, compare_sources
 from octo_like.policy.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
 
 log = logging.getLogger(__name__)
@@ -121,11 +124,11 @@ class Policy:
                     f"{path} is not a released Octo checkpoint: step, text_model and t5 are for those"
                 )
             config, params, statistics, text_dir = load_directory(folder)
-            _check_modules(path, config, modules)
+            check_modules(path, config, modules)
             tokenizer = TextTokenizer.load(str(text_dir)) if text_dir else None
             named = normalization.from_json(statistics) if statistics else {}
             policy = cls(config, params, named, tokenizer, modules=modules)
-            _compare_sources(path, config)
+            compare_sources(path, config)
         policy._check_params(path)
         return policy
 
@@ -396,6 +399,7 @@ class Policy:
         unnormalize: str | None = None,
         head: str | None = None,
         sample_shape: tuple[int, ...] = (),
+        continuing: Continuation | None = None,
     ) -> jax.Array:
         """Samples action chunks for the last timestep of the window.
 
@@ -408,14 +412,16 @@ class Policy:
           head: name of the head; None: the one that learned from the dataset `unnormalize`, else the only one, or the
             one called "action".
           sample_shape: leading dimensions of independent samples.
+          continuing: the chunk that is being executed, in the units of `unnormalize` (None: normalised numbers), which
+            the new one goes on from; see `continuation_methods`.
 
         Returns:
           (*sample_shape, B, H, A) float32. Where the dataset's actions were learned relative to the proprioception
           (`DatasetSpec.relative_to`), that of the last timestep is added: in physical units they are always absolute.
 
         Raises:
-          ValueError: what `prepare_observations` refuses, unknown heads or statistics, a wrong number of tasks, or
-            actions that are relative to a proprioception that is missing.
+          ValueError: what `prepare_observations` refuses, unknown heads or statistics, a wrong number of tasks, actions
+            that are relative to a proprioception that is missing, or a chunk that the head cannot continue.
         """
         head = self._head(head, unnormalize)
         relative_to, origin_bp = None, None
@@ -435,9 +441,11 @@ class Policy:
                     f"{self.model.heads[head].action_dim}"
                 )
         valid = np.arange(self.model.heads[head].action_dim) < dim
-        actions = self.sample_program(
-            self.params, observations, tasks, keys_b, valid, head=head, sample_shape=tuple(sample_shape)
-        )
+        options: dict[str, Any] = dict(head=head, sample_shape=tuple(sample_shape))
+        if continuing is not None:
+            entry = None if unnormalize is None else self._entry(unnormalize)
+            options["guidance"] = guidance_of(continuing, self.model.heads[head], b, entry, origin_bp)
+        actions = self.sample_program(self.params, observations, tasks, keys_b, valid, **options)
         if unnormalize is None:
             return actions
         actions = normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
@@ -448,6 +456,10 @@ class Policy:
     def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
         """H of the chunks that `sample_actions` gives for the same arguments."""
         return self.model.heads[self._head(head, unnormalize)].action_horizon
+
+    def continuation_methods(self, unnormalize: str | None = None, head: str | None = None) -> dict[str, int]:
+        """{method: largest delay} of the `Continuation`s that `sample_actions` takes for the same arguments."""
+        return methods_of(self.model.heads[self._head(head, unnormalize)])
 
     def _head(self, head: str | None, dataset: str | None) -> str:
         heads = list(self.model.heads)
@@ -466,35 +478,7 @@ class Policy:
         return pretty_spec(self)
 
 
-def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, *, head, sample_shape):
-    return model.apply(
-        {"params": params},
-        observations,
-        tasks,
-        keys_b,
-        head=head,
-        sample_shape=sample_shape,
-        valid=valid,
-        method="sample",
-    )
-
-
-def _check_modules(path, config: Mapping[str, Any], modules: Modules) -> None:
-    """Raises PretrainedError when a policy has parts of modules that its user has not named."""
-    unknown = {where: kind for where, kind in parts.own_kinds(config["model"]).items() if not is_named(kind, modules)}
-    if unknown:
-        listed = ", ".join(f"{where} is {kind!r}" for where, kind in unknown.items())
-        needed = sorted({kind.partition(":")[0] for kind in unknown.values()})
-        raise PretrainedError(f"{path} has parts of its own ({listed}), and {unnamed(*needed)}")
-
-
-def _compare_sources(path, config: Mapping[str, Any]) -> None:
-    """Logs which modules of a policy's own parts are not those that it was exported with."""
-    for module, now in parts.hashes(config["model"]).items():
-        was = config.get("modules", {}).get(module)
-        if was != now:
-            log.warning(
-                "%s: its parts are of module %s, whose source (hash %s) is not the one it was exported with (%s): the "
-                "parameters may mean something else now",
-                *(path, module, now, was or "not kept"),
-            )
+def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, guidance=None, **static):
+    """`static`: head and sample_shape."""
+    arguments = dict(valid=valid, guidance=guidance, **static)
+    return model.apply({"params": params}, observations, tasks, keys_b, **arguments, method="sample")

@@ -328,6 +328,8 @@ def _chunk_of(path: str, head: Mapping[str, Any]) -> tuple[int, ...] | None:
     bins, per = head.get("num_bins", 256), head.get("token_per", "action_dim_and_action_horizon")
     if re.search(r"/(mean_proj|reverse_network/Dense_1)/(kernel|bias)$|/reverse_network/Dense_0/kernel$", path):
         return chunk
+    if path.endswith("/reverse_network/given/kernel"):
+        return chunk[:1]
     if re.search(r"/vocab_proj/(kernel|bias)$", path):
         return {"": (*chunk, bins), "action_horizon": (chunk[1], bins)}.get(per)
     if path.endswith("/map_head/probe") and head.get("kind") == "discrete":

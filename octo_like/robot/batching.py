@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like.common.chunks import Continuation
 from octo_like.robot.rollout import PolicyLike, sampling_keys
 
 
@@ -27,6 +28,7 @@ class Request:
       observation: arrays (1, W, ...), and "pad_mask_dict".
       task: of one row, from `create_tasks`.
       unnormalize: dataset of the units. seed, step: of the sampling noise.
+      continuing: the chunk of one row that the actions go on from, or None.
       done: gets the actions (H, A).
     """
 
@@ -35,6 +37,7 @@ class Request:
     unnormalize: str | None
     seed: int
     step: int
+    continuing: Continuation | None = None
     done: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
     arrived: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -42,7 +45,8 @@ class Request:
     def kind(self) -> tuple:
         """Requests of one kind fit into one batch."""
         shapes = jax.tree.map(lambda x: (np.shape(x), np.asarray(x).dtype.str), (self.observation, self.task))
-        return self.unnormalize, str(shapes)
+        how = None if self.continuing is None else (*_settings(self.continuing), np.shape(self.continuing.previous))
+        return self.unnormalize, str(shapes), how
 
 
 class Batcher:
@@ -101,7 +105,10 @@ class Batcher:
         rows = [*requests, *[requests[-1]] * (size - len(requests))]
         observation, task = (_stacked([getattr(row, part) for row in rows]) for part in ("observation", "task"))
         rng = sampling_keys(self.rng_seed, [row.seed for row in rows], [row.step for row in rows])
-        actions = self.policy.sample_actions(observation, task, rng=rng, unnormalize=requests[0].unnormalize)
+        options: dict[str, Any] = {"unnormalize": requests[0].unnormalize}
+        if requests[0].continuing is not None:
+            options["continuing"] = _together([row.continuing for row in rows if row.continuing is not None])
+        actions = self.policy.sample_actions(observation, task, rng=rng, **options)
         return np.asarray(actions)[: len(requests)]
 
     def _work(self) -> None:
@@ -140,6 +147,17 @@ class Batcher:
             (batch if fits else rest).append(request)
         self._waiting = rest
         return batch
+
+
+def _settings(one: Continuation) -> tuple[Any, ...]:
+    return one.method, one.schedule, one.max_weight, one.prior_std
+
+
+def _together(each: Sequence[Continuation]) -> Continuation:
+    """Continuations of single rows with the same settings as one of rows."""
+    previous = np.concatenate([np.asarray(one.previous) for one in each])
+    executed, delay = (np.concatenate(counts) for counts in zip(*[one.counts() for one in each], strict=True))
+    return Continuation(previous, executed, delay, *_settings(each[0]))
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

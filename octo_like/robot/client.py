@@ -44,6 +44,7 @@ class PolicyClient:
         and proprioception) of each dataset.
       filter: the `ActionFilter` of the dataset in use, with its `counts`; None before the first `act`, and with
         limits=False.
+      window: the last W observations, as they are sent.
       late_replies: answers that came after their request had timed out, and were dropped.
 
     Args:
@@ -121,7 +122,7 @@ class PolicyClient:
         """
         expected = self._of_dataset("expects", unnormalize)
         check_observation(observation, expected, self.allow_missing)
-        self._window = self._history.append(self._prepare(observation))
+        self.window = self._history.append(self._prepare(observation))
         self._executed += 1
 
     def act(
@@ -148,26 +149,74 @@ class PolicyClient:
           UnsafeAction: the very first action is not finite.
         """
         self.observe(observation, unnormalize=unnormalize)
+        actions = self.predict(self.window, instruction, goal=goal, unnormalize=unnormalize)
+        if self._limits:
+            actions = self._filtered(actions, unnormalize)
+        self._chunk, self._executed = actions, 0
+        return actions
+
+    def predict(
+        self,
+        window: Mapping[str, Any],
+        instruction: str | None = None,
+        *,
+        goal: Mapping[str, np.ndarray] | None = None,
+        unnormalize: str | None = None,
+        continuing: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """The actions (H, A) of a `window` that was kept, as the policy gives them: `act` without keeping count.
+
+        May run in another thread than `observe`, but not twice at a time. See `octo_like.robot.executor`.
+
+        Args:
+          continuing: what `Continuation` takes, of one row: {"previous": (H, A), "executed", "delay", "method", ...}.
+
+        Raises:
+          As `act`; ValueError when the server cannot continue a chunk by that method.
+        """
+        if continuing is not None:
+            able = self.chunks(unnormalize)["continues"]
+            if continuing.get("method", "jacobian_free") not in able:
+                raise ValueError(
+                    f"the server cannot continue chunks by {continuing.get('method')!r}; valid: "
+                    f"{', '.join(able) or 'none: its policy or its version cannot'}"
+                )
         reply = self._request(
             {
                 "type": "act",
-                "observation": self._window,
+                "observation": window,
                 "allow_missing": list(self.allow_missing),
                 "instruction": instruction,
                 "goal": None if goal is None else self._prepare(goal),
                 "unnormalize": unnormalize,
                 "seed": self._seed,
-                "step": int(self._window["timestep"][-1]),
+                "step": int(window["timestep"][-1]),
+                **({} if continuing is None else {"continuing": dict(continuing)}),
             }
         )
         for warning in set(reply.get("warnings", ())) - self._warned:
             log.warning("policy server: %s", warning)
             self._warned.add(warning)
-        actions = np.asarray(reply["actions"], np.float32)
-        if self._limits:
-            actions = self._filtered(actions, unnormalize)
-        self._chunk, self._executed = actions, 0
-        return actions
+        return np.asarray(reply["actions"], np.float32)
+
+    def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:
+        """{"horizon": H, "continues": {method: largest delay}} of the policy's chunks."""
+        horizon = self.metadata["batch_spec"]["action_horizon"]
+        if "chunks" not in self.metadata:
+            return {"horizon": horizon, "continues": {}}
+        return self._of_dataset("chunks", unnormalize)
+
+    def filter_of(self, unnormalize: str | None = None) -> ActionFilter | None:
+        """The `ActionFilter` of a dataset's actions; None with limits=False."""
+        if not self._limits:
+            return None
+        name = unnormalize or self.metadata["unnormalize"]
+        if name not in self._filters:
+            known = self.metadata["actions"].get(name)
+            if known is None:
+                raise ValueError(f"the limits of {name!r} are unknown; valid: {sorted(self.metadata['actions'])}")
+            self._filters[name] = ActionFilter.of(known, max_change=self._max_change)
+        return self._filters[name]
 
     def hold(self) -> np.ndarray:
         """The action (A,) that keeps the robot where it is, for when `act` fails. Raises UnsafeAction as the filter."""

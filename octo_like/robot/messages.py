@@ -7,10 +7,15 @@ nothing that is received is ever executed.
                              "expects": {...}, "actions": {...}, ...}
     client                  {"type": "act", "id": int, "observation": {...: (W, ...)}, "allow_missing": [...],
                              "instruction": str | None, "goal": {...} | None, "unnormalize": str | None, "seed": int,
-                             "step": int}
+                             "step": int,
+                             "continuing": {"previous": (H, A), "executed": int, "delay": int, "method": str}}
     server                  {"type": "actions", "id": int, "actions": (H, A) float32, "seconds": float,
                              "warnings": [...]}
                             {"type": "error", "id": int | None, "error": "ValueError", "message": "..."}
+
+"continuing" (or nothing) is the chunk that the new one goes on from, see `octo_like.common.chunks.Continuation`; a
+server that can do it says so in its metadata, "chunks": {dataset: {"horizon": H, "continues": {method: max delay}}};
+those that never could do not have it. Without it, old and new ones understand each other.
 
 A reply has the id of its request: an answer that comes after its client has given up is recognised and dropped.
 """

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from octo_like.common.chunks import Continuation
 from octo_like.common.dimensions import PARTS, of_statistics
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.robot.batching import Batcher, Request
@@ -31,6 +32,7 @@ from octo_like.robot.safety import action_limits, check_allowed, check_observati
 
 # Of an observation, what says which of its frames are there.
 WINDOW_KEYS = ("timestep", "timestep_pad_mask", "pad_mask_dict", "proprio_pad_mask")
+CONTINUING_KEYS = {"previous", "executed", "delay", "method", "schedule", "max_weight", "prior_std"}
 TASK_CACHE_BYTES = 64 << 20
 ANSWER_SECONDS = 10.0  # that an end waits for replies to leave
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -71,9 +73,12 @@ class PolicyServer:
       token: clients must know it; None: whoever reaches the port may use the policy.
       max_batch: requests computed at a time.
       max_connections: clients at a time; more are refused with HTTP 503.
+      continue_by: ways of continuing a chunk that are compiled before the first robot is let in, see
+        `octo_like.common.chunks.METHODS`; others are compiled when they are first asked for.
 
     Raises:
-      ValueError: `unnormalize` names no statistics of the policy; `action_names` of another number than its actions.
+      ValueError: `unnormalize` names no statistics of the policy; `action_names` of another number than its actions;
+        `continue_by` with what the policy cannot do.
       ImportError: the package websockets is missing.
     """
 
@@ -89,6 +94,7 @@ class PolicyServer:
         token: str | None = None,
         max_batch: int = 8,
         max_connections: int = 64,
+        continue_by: Sequence[str] = (),
     ):
         if unnormalize is not None and unnormalize not in policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(sorted(policy.statistics))}")
@@ -107,6 +113,11 @@ class PolicyServer:
         elif unnormalize is not None:
             action_names = limits[unnormalize]["names"]
         batch_spec = policy.batch_spec.to_json()
+        able = _chunks_of(policy, unnormalize)["continues"]
+        for method in continue_by:
+            if method not in able:
+                raise ValueError(f"the policy cannot continue chunks by {method!r}; valid: {', '.join(able) or 'none'}")
+        self.continue_by = tuple(continue_by)
         # What requests have to bring, by the dataset in whose units they come; "": normalised numbers.
         of_datasets = {"": None, **policy.statistics}
         self.metadata: dict[str, Any] = {
@@ -123,6 +134,7 @@ class PolicyServer:
                 for name, entry in policy.statistics.items()
             },
             "expects": {name: expected_keys(batch_spec, entry) for name, entry in of_datasets.items()},
+            "chunks": {name: _chunks_of(policy, name or None) for name in of_datasets},
         }
 
     def warm_up(self) -> float:
@@ -133,7 +145,10 @@ class PolicyServer:
         observation = {key: value for key, value in example["observation"].items() if key not in dropped}
         task = example["task"] if self.policy.batch_spec.language_length is None else self._tasks.of_text("")
         for size in self.batcher.sizes:
-            self.batcher.compute([Request(observation, task, None, 0, 0)] * size)
+            chunk = self.batcher.compute([Request(observation, task, None, 0, 0)] * size)[:1]
+            for method in self.continue_by:
+                nothing = Continuation(np.zeros_like(chunk), chunk.shape[1], 0, method)
+                self.batcher.compute([Request(observation, task, None, 0, 0, nothing)] * size)
         return time.monotonic() - start
 
     @contextlib.contextmanager
@@ -283,7 +298,8 @@ class PolicyServer:
         start = time.monotonic()
         observation = _one_row(request["observation"])
         task = self._tasks(instruction, request.get("goal"))
-        future = self.batcher.submit(Request(observation, task, unnormalize, seed, step))
+        continuing = self._continuing(request.get("continuing"), unnormalize)
+        future = self.batcher.submit(Request(observation, task, unnormalize, seed, step, continuing))
         actions = np.asarray(future.result(), np.float32)
         if not np.isfinite(actions).all():
             raise FloatingPointError("the policy's actions are not finite; they were not sent")
@@ -298,6 +314,27 @@ class PolicyServer:
         check_allowed(allow_missing, self.metadata["expects"][""])
         check_observation(frames, expected, allow_missing)
         check_observation(pads, expected, expected, where="observation/pad_mask_dict")
+
+    def _continuing(self, given: Any, unnormalize: str | None) -> Continuation | None:
+        """What a request wants to go on from. Raises ValueError for what this policy cannot do."""
+        if given is None:
+            return None
+        chunks = self.metadata["chunks"][unnormalize or ""]
+        if not isinstance(given, dict) or not set(given) <= CONTINUING_KEYS or "previous" not in given:
+            raise ValueError(f"'continuing' is a map with 'previous' and optionally {sorted(CONTINUING_KEYS)}")
+        values = {key: value for key, value in given.items() if key != "previous"}
+        continuing = Continuation(np.asarray(given["previous"], np.float32)[None], **{"executed": 0, **values})
+        largest = chunks["continues"].get(continuing.method)
+        if largest is None:
+            able = ", ".join(chunks["continues"]) or "none"
+            raise ValueError(f"the policy cannot continue chunks by {continuing.method!r}; valid: {able}")
+        shape = (1, chunks["horizon"], np.shape(continuing.previous)[2])
+        if np.shape(continuing.previous) != shape or continuing.counts()[1][0] > largest:
+            raise ValueError(
+                f"'continuing': previous has shape {np.shape(continuing.previous)[1:]} and delay {continuing.delay}; "
+                f"chunks have {chunks['horizon']} actions, and the delay is at most {largest}"
+            )
+        return continuing
 
     def _warnings(self, instruction: str | None) -> list[str]:
         """What the policy will not read of an instruction."""
@@ -336,6 +373,16 @@ class _TaskCache:
                     self._bytes -= self._kept.popitem(last=False)[1][1]
             self._kept.move_to_end(text)
             return self._kept[text][0]
+
+
+def _chunks_of(policy: Any, unnormalize: str | None) -> dict[str, Any]:
+    """What clients are told of chunks: "horizon" H and "continues", {method: largest delay}."""
+    horizon, continues = policy.batch_spec.action_horizon, {}
+    if hasattr(policy, "chunk_horizon"):
+        horizon = policy.chunk_horizon(unnormalize)
+    if hasattr(policy, "continuation_methods"):
+        continues = policy.continuation_methods(unnormalize)
+    return {"horizon": horizon, "continues": continues}
 
 
 def _one_row(tree: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def step_flops(
     def program(trained, rest):
         def loss(trained):
             terms: Any = plain.apply({"params": join_params(trained, rest)}, batch, keys, False, method="loss_terms")
-            return total_loss(plain, terms, plain.counts(batch))
+            return total_loss(plain, terms, plain.counts(batch, keys))
 
         return jax.value_and_grad(loss)(trained)
 

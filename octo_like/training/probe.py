@@ -419,7 +419,7 @@ def gradient_norms(
             loss_batch(policy, frames, dataset, rows, count, task)
             for rows, count in batches(_rows(frames, dataset, limit), GRADIENT_BATCH)
         ]
-        each = [model.counts(part) for part in parts]
+        each = [model.counts(part, sample_keys(seed, 0, part["sample_id"])) for part in parts]
         counts = {name: sum(float(count[name]) for count in each) for name in each[0]}
         if not any(counts.values()):
             continue

@@ -74,7 +74,7 @@ def make_train_step(
         keys_b = sample_keys(config.seed, state.step, batch["sample_id"])
         batch = augment_batch(batch, config.augmentation, jax.vmap(jax.random.fold_in, (0, None))(keys_b, 0))
         keys_b = jax.vmap(jax.random.fold_in, (0, None))(keys_b, 1)
-        counts = model.counts(batch)
+        counts = model.counts(batch, keys_b)
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
         def part(batch, keys_b):

@@ -1,0 +1,228 @@
+"""Acting while thinking: chunks are computed in a thread of its own while the robot executes the last one.
+
+    executor = AsyncExecutor(PolicyClient("gpu-box"), Plan("guided", exec_horizon=8))
+    executor.start(observe(), "put the cup on the plate")      # waits for the first chunk: it may compile
+    while running:                                             # at the robot's control rate
+        robot.execute(executor.step(observe()))
+
+What was executed is counted, not guessed from latencies (`octo_like.robot.chunking`). NumPy only: the robot's own
+computer needs no more. With `delay=k` chunks arrive exactly k steps after they were asked for, whatever the clock says.
+"""
+
+import concurrent.futures
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from octo_like.robot.chunking import Ask, Chunks, Plan
+from octo_like.robot.safety import ActionFilter
+
+log = logging.getLogger(__name__)
+
+
+class ExecutorStopped(RuntimeError):
+    """The policy failed too often in a row. The robot was told to hold meanwhile."""
+
+
+class ChunkSource(Protocol):
+    """What an executor needs of a policy: `PolicyClient`, or `octo_like.robot.local.LocalPolicy` in this process."""
+
+    window: Mapping[str, Any]
+
+    def reset(self, seed: int = 0) -> None: ...
+
+    def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:
+        """Adds an observation to the window, which must be another object then."""
+
+    def predict(
+        self,
+        window: Mapping[str, Any],
+        instruction: str | None = None,
+        *,
+        goal: Mapping[str, np.ndarray] | None = None,
+        unnormalize: str | None = None,
+        continuing: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """Actions (H, A); runs in another thread than the rest."""
+
+    def chunks(self, unnormalize: str | None = None) -> dict[str, Any]: ...
+
+    def filter_of(self, unnormalize: str | None = None) -> ActionFilter | None: ...
+
+
+class AsyncExecutor:
+    """Executes the chunks of one policy on one robot.
+
+    Attributes:
+      state: `Chunks`: its counts and measured delays.
+      filter: of every command before it is executed, with its counts; None: of a source without limits.
+      errors: {message: count} of requests that failed.
+
+    Args:
+      source: see `ChunkSource`.
+      plan: see `Plan`.
+      unnormalize: dataset of the units; the source's default when None.
+      max_errors: requests that may fail in a row. Until then the chunk that is there is executed, then the robot holds.
+      delay: None: chunks are computed in a thread, and arrive when they are there; k: in `step` itself, and arrive k
+        steps later.
+
+    Raises:
+      ValueError: the policy cannot do what the plan wants.
+    """
+
+    def __init__(
+        self,
+        source: ChunkSource,
+        plan: Plan,
+        *,
+        unnormalize: str | None = None,
+        max_errors: int = 5,
+        delay: int | None = None,
+    ):
+        if max_errors < 1:
+            raise ValueError(f"max_errors must be at least 1, got {max_errors}")
+        if delay is not None and delay < 0:
+            raise ValueError(f"delay must be at least 0, got {delay}")
+        self.source, self.plan, self.unnormalize = source, plan, unnormalize
+        self.max_errors, self.delay = max_errors, delay
+        about = source.chunks(unnormalize)
+        if plan.method is not None and plan.method not in about["continues"]:
+            able = ", ".join(about["continues"]) or "none: wait, naive and ensemble need none"
+            raise ValueError(
+                f"mode {plan.mode!r}: the policy cannot continue chunks by {plan.method!r}; it can by {able}"
+            )
+        if plan.mode == "trained" and (plan.max_delay or 0) > about["continues"]["trained"]:
+            raise ValueError(
+                f"max_delay={plan.max_delay}, but the policy was trained for {about['continues']['trained']}"
+            )
+        self.state = Chunks(plan, about["horizon"])
+        self.errors: dict[str, int] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="chunks")
+        self._running: tuple[Ask, concurrent.futures.Future] | None = None
+        self._failed = 0
+        self.filter: ActionFilter | None = None
+
+    def start(
+        self,
+        observation: Mapping[str, Any],
+        instruction: str | None = None,
+        *,
+        goal: Mapping[str, np.ndarray] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Begins an episode, and waits for its first chunk, of `observation`; `step` then begins with that moment.
+
+        A plan that continues chunks asks once more, so that nothing is compiled while the robot moves.
+
+        Raises:
+          What the source raises: there is nothing to execute yet.
+        """
+        self._forget()
+        self.source.reset(seed)
+        self.state.reset()
+        self._failed, self._task, self._goal = 0, instruction, goal
+        self.source.observe(observation, unnormalize=self.unnormalize)
+        self._first_observation = True
+        self.state.tick()
+        ask, window = self.state.ask(), self.source.window
+        first = self._predict(window, ask)
+        if self.plan.method is not None:
+            executed = min(1, len(first) - 1)
+            self._predict(window, Ask(0, first, executed, 0, self.plan.method))
+        self.state.accept(first)
+        self.filter = self.source.filter_of(self.unnormalize)
+
+    @property
+    def takes_observation(self) -> bool:
+        """Whether the next `step` wants an observation: each, unless the plan's `factor` is larger than 1."""
+        return (self.state.now + (0 if self._first_observation else 1)) % self.plan.factor == 0
+
+    def step(self, observation: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The command (A,) of this control step, in the robot's units, within limits.
+
+        Args:
+          observation: of this moment; None where `takes_observation` is False. That of the first step was `start`'s.
+
+        Raises:
+          ExecutorStopped: `max_errors` requests failed in a row.
+          UnsafeAction: there is nothing to hold, see `ActionFilter.hold`.
+          ValueError: an observation that the policy cannot read, or none where one is needed.
+        """
+        if self._first_observation:
+            self._first_observation = False
+        else:
+            self.state.tick()
+            if self.state.takes_observation:
+                if observation is None:
+                    raise ValueError("this step needs an observation: the policy's window has no gaps")
+                self.source.observe(observation, unnormalize=self.unnormalize)
+        self._collect()
+        if self.state.wants_chunk():
+            ask, window = self.state.ask(), self.source.window
+            self._running = ask, self._compute(window, ask)
+            self._collect()
+        command = self.state.action()
+        if command is None:
+            return self._hold()
+        return command if self.filter is None else self.filter(command)
+
+    def close(self) -> None:
+        """Ends the thread, when it has finished what it does."""
+        self._forget()
+        self._pool.shutdown()
+
+    def __enter__(self) -> "AsyncExecutor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _hold(self) -> np.ndarray:
+        if self.filter is None:
+            raise ExecutorStopped("there is no action to execute, and without limits the one that holds is unknown")
+        return self.filter.hold()
+
+    def _predict(self, window: Mapping[str, Any], ask: Ask) -> np.ndarray:
+        continuing = None
+        if ask.method is not None:
+            counts = {"executed": ask.executed, "delay": ask.delay}
+            continuing = {"previous": ask.previous, **counts, "method": ask.method}
+        return self.source.predict(
+            window, self._task, goal=self._goal, unnormalize=self.unnormalize, continuing=continuing
+        )
+
+    def _compute(self, window: Mapping[str, Any], ask: Ask) -> concurrent.futures.Future:
+        future = self._pool.submit(self._predict, window, ask)
+        if self.delay is not None:
+            concurrent.futures.wait([future])
+        return future
+
+    def _collect(self) -> None:
+        """Takes the chunk that was asked for, if it is there."""
+        if self._running is None:
+            return
+        ask, future = self._running
+        if not future.done() if self.delay is None else self.state.now < ask.tick + self.delay:
+            return
+        self._running = None
+        try:
+            actions = future.result()
+        except Exception as error:  # whatever the policy does wrong, the robot must be told to hold
+            message = f"{type(error).__name__}: {error}"
+            self.errors[message] = self.errors.get(message, 0) + 1
+            self._failed += 1
+            self.state.give_up()
+            log.warning("no chunk (%d of %d failures in a row): %s", self._failed, self.max_errors, message)
+            if self._failed >= self.max_errors:
+                raise ExecutorStopped(f"{self._failed} requests failed in a row; the last: {message}") from error
+            return
+        self._failed = 0
+        self.state.accept(actions)
+
+    def _forget(self) -> None:
+        """Waits for what is being computed, and drops it: it belongs to another episode."""
+        if self._running is not None:
+            concurrent.futures.wait([self._running[1]])
+            self._running = None

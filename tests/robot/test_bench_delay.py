@@ -1,0 +1,81 @@
+"""scripts/bench_delay.py on the real tabletop, with a policy that says nothing new."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from octo_like.common.schema import BatchSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import bench_delay  # noqa: E402
+
+H = 8
+
+
+class Steady:
+    """Chunks 1, 2, ... of (n, 0, 0, ...) mm: every takeover changes the command by one millimetre."""
+
+    def __init__(self):
+        self.batch_spec = BatchSpec(
+            window_size=1,
+            action_horizon=H,
+            action_dim=7,
+            image_sizes={"primary": (16, 16)},
+            proprio_dim=7,
+            language_length=4,
+        )
+        self.statistics = {"tabletop_gripper": {"action": {"std": np.array([0.001] + [0.0] * 5 + [0.4])}}}
+        self.asked: list = []
+        self.number = {}
+
+    def chunk_horizon(self, unnormalize=None):
+        return H
+
+    def continuation_methods(self, unnormalize=None):
+        return {"jacobian_free": H}
+
+    def create_tasks(self, texts):
+        return texts
+
+    def sample_actions(self, observations, tasks, *, rng, unnormalize, continuing=None):
+        self.asked.append(continuing)
+        chunks = np.zeros((len(tasks), H, 7), np.float32)
+        for row, key in enumerate(observations["timestep"][:, -1]):
+            chunks[row, :, 0] = 0.001 * (int(key) // 4 + 1)
+        return chunks
+
+
+def test_delays_are_what_they_say(monkeypatch, tmp_path, capsys):
+    policy = Steady()
+    monkeypatch.setattr(bench_delay.Policy, "load_pretrained", lambda path: policy)
+    command = ["bench", "--policy", "steady", "--out", str(tmp_path), "--per_task", "1", "--batch_size", "3"]
+    command += ["--modes", "wait", "naive", "guided", "trained", "--delays", "0", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    bench_delay.main()
+    assert "trained: no policy for it" in capsys.readouterr().out
+    rows = {(row["mode"], row["delay"]): row for row in map(json.loads, (tmp_path / "delay.jsonl").open())}
+    assert sorted(rows) == sorted((mode, delay) for mode in ("wait", "naive", "guided") for delay in (0, 2))
+    for (mode, delay), row in rows.items():
+        reach, pick = row["episodes"]
+        assert [reach["task"], pick["task"]] == ["reach", "pick_and_place"]
+        steps = pick["steps"]
+        assert steps == 90 and not pick["success"]
+        cycle = 4 + (delay if mode == "wait" else 0)
+        takeovers = len(range(cycle if mode == "wait" else 4 + delay, steps, cycle))
+        assert pick["held"] == (steps - 4 * -(-steps // cycle) if mode == "wait" and delay else 0)
+        # Where a chunk takes over the command changes by 1 mm, or stops and begins again; nowhere else.
+        assert pick["seam"][1] == takeovers * (2 if mode == "wait" and delay else 1) + (mode == "wait" and delay > 0)
+        assert pick["inside"][0] == pytest.approx(0, abs=1e-6)
+        if mode == "naive":
+            assert pick["seam"][0] == pytest.approx(pick["seam"][1], rel=1e-4)
+    asked = [one for one in policy.asked if one is not None]
+    assert {int(count) for one in asked for count in np.ravel(one.executed)} == {4, H}  # H: the first chunk of a robot
+    assert {int(count) for one in asked for count in np.ravel(one.delay)} == {0, 2}
+    assert "| guided | 2 |" in (tmp_path / "delay.md").read_text() and (tmp_path / "delay.png").stat().st_size > 1000
+    before = len(policy.asked)
+    bench_delay.main()
+    assert len(policy.asked) == before  # nothing is done twice
