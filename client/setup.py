@@ -14,10 +14,13 @@ PACKAGE, SOURCES = HERE / "octo_like_client", HERE.parent / "octo_like"
 # What the client is made of. A module of octo_like that one of these imports has to be in the list, too.
 MODULES = {
     "client": "robot/client.py",
+    "chunking": "robot/chunking.py",
+    "executor": "robot/executor.py",
     "history": "robot/history.py",
     "images": "robot/images.py",
     "messages": "robot/messages.py",
     "safety": "robot/safety.py",
+    "chunks": "common/chunks.py",
     "dimensions": "common/dimensions.py",
     "errors": "common/errors.py",
     "words": "common/words.py",

@@ -4,6 +4,7 @@ The other modules are made from those of `octo_like` when this package is built 
 """
 
 from octo_like_client.client import PolicyClient, PolicyServerError
+from octo_like_client.executor import AsyncExecutor
 from octo_like_client.history import History
 from octo_like_client.images import resize_image, resize_images
 from octo_like_client.safety import ActionFilter, UnsafeAction
@@ -11,6 +12,7 @@ from octo_like_client.version import __version__
 
 __all__ = [
     "ActionFilter",
+    "AsyncExecutor",
     "History",
     "PolicyClient",
     "PolicyServerError",

@@ -9,6 +9,8 @@ is there:
                                 | given: they will be executed   | soft     | free
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Sequence

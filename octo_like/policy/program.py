@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ class Program:
     """The policy in `folder`; `spec`, read from program.json, says what goes in and what comes out. Raises ValueError
     for what is damaged, of another format, or made for other devices, and for inputs that do not fit."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | pathlib.Path):
         self.folder = folder = pathlib.Path(folder)
         self.spec = json.loads((folder / "program.json").read_text())
         if self.spec["format_version"] != 1:
@@ -30,7 +32,14 @@ class Program:
             raise ValueError(f"{folder} is for {', '.join(self.spec['platforms'])}; JAX runs on {' or '.join(here)}")
         self._params = jax.device_put(read_safetensors(self._files.pop("params.safetensors")))
 
-    def create_tasks(self, texts=None, goals=None, *, tokens=None, embeddings=None):
+    def create_tasks(
+        self,
+        texts: Sequence[str] | None = None,
+        goals: Mapping | None = None,
+        *,
+        tokens: Any = None,
+        embeddings: Any = None,
+    ) -> dict[str, np.ndarray]:
         """Tasks of B instructions, of goals {"image_...": (B, h, w, 3)}, or of both; what is not given is marked so.
         In place of texts: `tokens`, ids (B, L), or `embeddings`, for policies that read those."""
         given, inputs = {key: np.asarray(goal) for key, goal in (goals or {}).items()}, self._part("task")
@@ -51,7 +60,7 @@ class Program:
             task |= self._call("encode_language", {f"task/{key}": task[f"task/{key}"] for key in words})
         return {key.removeprefix("task/"): value for key, value in task.items()}
 
-    def sample_actions(self, observations, tasks, *, rng):
+    def sample_actions(self, observations: Mapping, tasks: Mapping, *, rng: jax.Array) -> jax.Array:
         """Actions (B, H, A); `observations`: arrays (B, W, ...), nested or by path; `rng`: one key, or one per row."""
         mask = np.asarray(observations.get("timestep_pad_mask", np.ones((1, 1), bool)))
         defaults = {key: np.ones(mask.shape, bool) for key in self._part("observation") if "pad_mask_dict/" in key}
@@ -107,13 +116,13 @@ class Program:
         return self._calls[file](self._params, inputs)
 
 
-def flat(tree, prefix=""):
+def flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("a/b", leaf) of nested dicts."""
     for key, value in tree.items():
         yield from flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
-def read_safetensors(data):
+def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     """{name: array}: a header of JSON says dtype, shape and place of each."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = {name: entry for name, entry in json.loads(data[8:start]).items() if name != "__metadata__"}

@@ -5,6 +5,8 @@ has arrived, and execute `action()`. `AsyncExecutor` does this with a thread tha
 many simulated robots at once with chunks that arrive after a given number of steps.
 """
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 from collections.abc import Sequence

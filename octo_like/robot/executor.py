@@ -9,6 +9,8 @@ What was executed is counted, not guessed from latencies (`octo_like.robot.chunk
 computer needs no more. With `delay=k` chunks arrive exactly k steps after they were asked for, whatever the clock says.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import logging
 from collections.abc import Mapping
@@ -173,7 +175,7 @@ class AsyncExecutor:
         self._forget()
         self._pool.shutdown()
 
-    def __enter__(self) -> "AsyncExecutor":
+    def __enter__(self) -> AsyncExecutor:
         return self
 
     def __exit__(self, *_) -> None:
