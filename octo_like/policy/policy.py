@@ -443,8 +443,8 @@ class Policy:
         valid = np.arange(self.model.heads[head].action_dim) < dim
         options: dict[str, Any] = dict(head=head, sample_shape=tuple(sample_shape))
         if continuing is not None:
-            entry = None if unnormalize is None else self._entry(unnormalize)
-            options["guidance"] = guidance_of(continuing, self.model.heads[head], b, entry, origin_bp)
+            statistics = None if unnormalize is None else entry
+            options["guidance"] = guidance_of(continuing, self.model.heads[head], b, statistics, origin_bp)
         actions = self.sample_program(self.params, observations, tasks, keys_b, valid, **options)
         if unnormalize is None:
             return actions

@@ -23,7 +23,8 @@ class Program:
         self.spec = json.loads((folder / "program.json").read_text())
         if self.spec["format_version"] != 1:
             raise ValueError(f"{folder}: format version {self.spec['format_version']}, this file reads 1")
-        self._files, self._calls = {name: (folder / name).read_bytes() for name in self.spec["files"]}, {}
+        self._files = {name: (folder / name).read_bytes() for name in self.spec["files"]}
+        self._calls: dict[str, Any] = {}
         for name, data in self._files.items():
             if hashlib.sha256(data).hexdigest() != self.spec["files"][name]:
                 raise ValueError(f"{folder / name} is damaged: its SHA-256 differs from the one in program.json")

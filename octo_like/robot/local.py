@@ -87,7 +87,7 @@ class LocalPolicy:
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:
         """See `PolicyClient.chunks`."""
         self._check(unnormalize)
-        able = getattr(self.policy, "continuation_methods", lambda _: {})(self.unnormalize)
+        able: dict[str, int] = getattr(self.policy, "continuation_methods", lambda _: {})(self.unnormalize)
         horizon = self.policy.batch_spec.action_horizon
         if hasattr(self.policy, "chunk_horizon"):
             horizon = self.policy.chunk_horizon(self.unnormalize)
