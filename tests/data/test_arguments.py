@@ -90,7 +90,7 @@ def test_names_choose_among_the_datasets_of_a_config(repository, tmp_path):
 @pytest.mark.parametrize("script", ["show_data", "check_demos", "check_policy"])
 def test_every_script_reads_the_same_command(script, repository, monkeypatch, tmp_path, capsys):
     """A config, options, then a name: no script reads other data than the others, or refuses it."""
-    from octo_like.data.rlds import prepare
+    from octo_like.data import prepare
     from octo_like.policy.policy import Policy
 
     asked = []

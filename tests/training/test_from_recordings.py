@@ -13,6 +13,7 @@ pytest.importorskip("av")
 import finetune  # noqa: E402
 from octo_like.common.schema import synthetic_batch  # noqa: E402
 from octo_like.policy.policy import Policy  # noqa: E402
+from octo_like.training import distributed  # noqa: E402
 from tests.data import recordings  # noqa: E402
 from tests.training.test_adaptation import export  # noqa: E402, F401  a fixture
 from tests.training.test_scripts import ROOT  # noqa: E402
@@ -69,7 +70,7 @@ def test_a_policy_from_recordings(name, export, tmp_path, monkeypatch):  # noqa:
 
     # JAX has been started, and the logs and the compilation cache are those of the tests.
     for function in ("initialize_from_flags", "setup_compilation_cache"):
-        monkeypatch.setattr(finetune.distributed, function, lambda *_: None)
+        monkeypatch.setattr(distributed, function, lambda *_: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     arguments = [
         *("--config", f"{ROOT}/configs/finetune.py:lora,language,robot={robot}", "--workdir", str(tmp_path / "run")),
