@@ -14,7 +14,14 @@ from tests.model import light, tiny
 
 HEAD = dict(use_map=False, action_horizon=1, action_dim=7, max_action=5.0)
 GENERATIVE = HEAD | dict(
-    num_samples=1, time_dim=32, num_blocks=3, hidden_dim=256, use_layer_norm=True, dropout_rate=0.0, loss="mse"
+    max_delay=0,
+    num_samples=1,
+    time_dim=32,
+    num_blocks=3,
+    hidden_dim=256,
+    use_layer_norm=True,
+    dropout_rate=0.0,
+    loss="mse",
 )
 DIFFUSION = dict(
     num_steps=20, prediction="noise", sampler="ddpm", sample_steps=None, eta=0.0, clip="sample", min_signal=0.15
