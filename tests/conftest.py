@@ -3,6 +3,9 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
 # JAX_PLATFORMS=cuda make test runs the suite on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -40,6 +43,21 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"no reference data: {path.name}/ beside the repository is missing (or set OCTO_SHARED)")
     return path
+
+
+@pytest.fixture(scope="session")
+def client_package(tmp_path_factory):
+    """The folder of `octo_like_client`, written as its packaging does and importable in this process."""
+    folder = tmp_path_factory.mktemp("client_package")
+    shutil.copytree(REPOSITORY / "client", folder / "client", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    for name in ("octo_like", "LICENSE"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    arguments = [sys.executable, "setup.py", "--quiet", "--version"]
+    done = subprocess.run(arguments, cwd=folder / "client", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sys.path.append(str(folder / "client"))
+    yield folder / "client" / "octo_like_client"
+    sys.path.remove(str(folder / "client"))
 
 
 # Files that take minutes come first, so that no worker is alone with one of them in the end (a file is one worker's).

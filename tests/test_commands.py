@@ -4,12 +4,12 @@ import ast
 import pathlib
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 
 import pytest
 
+import octo_like
 from octo_like import commands
 from octo_like.common.files import beside_package, find_file
 
@@ -102,17 +102,11 @@ def test_the_clients_sources_are_python_3_9(source):
             assert not new, (node.lineno, new)
 
 
-def test_the_clients_modules_get_names_of_their_own(tmp_path):
-    """Built from a copy: nothing in them speaks of octo_like, so both distributions can be installed together."""
-    shutil.copytree(ROOT / "client", tmp_path / "client", ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    shutil.copytree(ROOT / "octo_like", tmp_path / "octo_like", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "LICENSE", tmp_path)
-    arguments = [sys.executable, "setup.py", "--quiet", "--version"]
-    done = subprocess.run(arguments, cwd=tmp_path / "client", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == re.search('"(.+)"', (tmp_path / "client/octo_like_client/version.py").read_text())[1]
+def test_the_clients_modules_get_names_of_their_own(client_package):
+    """Nothing in them speaks of octo_like, so both distributions can be installed together."""
+    assert (client_package / "version.py").read_text() == f'__version__ = "{octo_like.__version__}"\n'
     for name in client_modules():
-        text = (tmp_path / "client" / "octo_like_client" / f"{name}.py").read_text()
+        text = (client_package / f"{name}.py").read_text()
         assert not re.search(r"^\s*(?:from|import) octo_like\b", text, re.MULTILINE), name
-    namespace = runpy.run_path(str(tmp_path / "client" / "octo_like_client" / "words.py"))
+    namespace = runpy.run_path(str(client_package / "words.py"))
     assert namespace["suggest"]("a", ["b"]) == "valid: b"

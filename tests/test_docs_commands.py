@@ -251,7 +251,7 @@ def missing(name: str) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_of_the_page_compiles_and_names_what_is_there(page):
+def test_python_of_the_page_compiles_and_names_what_is_there(page, client_package):
     text = text_of(page)
     names = set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
     names |= {code.rstrip("().") for code in inline(text) if re.fullmatch(r"octo_like(\.\w+)+(\(\))?", code)}

@@ -1,5 +1,6 @@
 """Python of the docs that is cheap to run is run as it stands, with a tiny policy in place of the one it speaks of."""
 
+import importlib
 import re
 import types
 from pathlib import Path
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 
 from octo_like.envs import EMBODIMENTS
-from octo_like.robot import client
 from octo_like.robot.server import PolicyServer
 from tests.robot.tiny import tiny_policy
 
@@ -61,7 +61,8 @@ class Times:
 
 
 @pytest.mark.parametrize(("page", "words"), [("README.md", "PolicyClient"), ("docs/deployment.md", "policy.hold()")])
-def test_a_robot_as_the_docs_say(page, words, policy, monkeypatch):
+def test_a_robot_as_the_docs_say(page, words, policy, monkeypatch, client_package):
+    client = importlib.import_module(client_package.name)
     server = PolicyServer(policy, unnormalize="tabletop_gripper", port=0)
     executed = []
     picture, joints = np.zeros((48, 64, 3), np.uint8), np.zeros(ROBOT.proprio_dim, np.float32)

@@ -145,7 +145,7 @@ def test_numbers_of_the_noise_have_limits():
     ):
         example = {"image_primary": np.zeros((32, 32, 3), np.uint8), "proprio": np.zeros(4, np.float32)}
         client.observe(example)
-        asked = {"type": "act", "observation": dict(client._window), "instruction": "go", "seed": 2**63 - 1}
+        asked = {"type": "act", "observation": dict(client.window), "instruction": "go", "seed": 2**63 - 1}
         for wrong in ({"step": 2**32}, {"step": -1}, {"step": True}, {"seed": 2**63}):
             with pytest.raises(PolicyServerError, match="must be a whole number from 0 to"):
                 client._request({**asked, **wrong})
@@ -287,9 +287,7 @@ def test_clients_that_vanish_or_talk_nonsense_cost_one_line_each(caplog):
     with PolicyServer(policy, unnormalize="line", port=0).running() as server:
         client = PolicyClient(port=server.port)
         client.observe(frame())
-        client._connection.send(
-            pack({"type": "act", "id": 1, "observation": dict(client._window), "instruction": "go"})
-        )
+        client._connection.send(pack({"type": "act", "id": 1, "observation": dict(client.window), "instruction": "go"}))
         client._connection.socket.shutdown(socket.SHUT_RDWR)  # as when the cable is pulled
         policy.let.release()
         with socket.create_connection(("127.0.0.1", server.port)) as scanner:

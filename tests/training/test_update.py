@@ -32,7 +32,7 @@ class Line:
             sown[f"heads_{name}"] = {"loss": (jax.lax.stop_gradient(loss),), "count": (batch[name],)}
         return (terms, {"by_sample": sown}) if mutable else terms
 
-    def counts(self, batch):
+    def counts(self, batch, keys_b=None):
         return {name: batch[name].sum() for name in HEADS}
 
 
