@@ -35,6 +35,7 @@ COMMANDS = {
     "check_policy": "scripts/check_policy.py",
     "probe_policy": "scripts/probe_policy.py",
     "show_model": "scripts/show_model.py",
+    "export_program": "scripts/export_program.py",
     "import_octo": "scripts/import_octo.py",
     "verify_checkpoint": "scripts/verify_checkpoint.py",
     "train_tokenizer": "scripts/train_tokenizer.py",

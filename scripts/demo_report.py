@@ -225,8 +225,8 @@ def page(results: Mapping[str, Any], workdir: Path, evaluations: Mapping[str, Ep
             }
         ),
         "<h2>Adaptation to the held-out robot</h2>",
-        "<p>Another number of joints, absolute instead of relative commands, another body and a camera on the wrist; "
-        "none of it was in pretraining. All three policies learn from the same 50 demonstrations.</p>",
+        "<p>Another number of joints, absolute instead of relative commands and another body: none of it was in "
+        "pretraining. All three policies learn from the same 50 demonstrations.</p>",
         table({title: adapt[name]["success"] for name, title in ADAPTED.items()}),
         *error_section(workdir),
         *plots_section(workdir / "evaluation"),

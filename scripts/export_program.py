@@ -11,11 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from octo_like import Policy
-from octo_like.policy.locations import LocationError
-from octo_like.policy.pretrained import PretrainedError, read_json
-from octo_like.policy.program_export import PLATFORMS, PROGRAM_FILE, export_program
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,10 +20,16 @@ def main() -> int:
     parser.add_argument("--unnormalize", help="dataset whose units go in and come out; none: normalised numbers")
     parser.add_argument("--head", help="of a policy with several")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=(), help="that can be run; default: any")
-    parser.add_argument("--platforms", nargs="+", default=("cpu", "cuda", "tpu"), help=", ".join(PLATFORMS))
+    parser.add_argument("--platforms", nargs="+", default=("cpu", "cuda", "tpu"), help="cpu, cuda, tpu, rocm")
     parser.add_argument("--instructions", nargs="+", default=(), help="texts that can be given as texts")
     parser.add_argument("--missing", nargs="+", default=(), help="observations that the robot does not have")
     args = parser.parse_args()
+
+    from octo_like import Policy
+    from octo_like.policy.locations import LocationError
+    from octo_like.policy.pretrained import PretrainedError, read_json
+    from octo_like.policy.program_export import PROGRAM_FILE, export_program
+
     try:
         policy = Policy.load_pretrained(args.checkpoint, modules=args.modules)
         folder = export_program(

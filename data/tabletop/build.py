@@ -110,7 +110,7 @@ def build(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="where the datasets go: DATA_DIR/tabletop_pusher/1.1.0 ...")
+    parser.add_argument("--data_dir", required=True, help="where the datasets go: DATA_DIR/tabletop_pusher/1.2.0 ...")
     parser.add_argument(
         "--episodes", nargs="+", type=parse_request, metavar="NAME=TRAIN[+VAL]", help="default: 400+20 of each"
     )

@@ -19,8 +19,12 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       on_episode: called after each episode with its number of steps, for a progress bar.
     """
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.0.0": "First release.", "1.1.0": "Points of the named things; pairs that are held out."}
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES = {
+        "1.0.0": "First release.",
+        "1.1.0": "Points of the named things; pairs that are held out.",
+        "1.2.0": "A camera at the wrist of tabletop_arm.",
+    }
     # TFDS would look this up through `importlib_resources`, which its own dependencies do not install.
     code_path = epath.Path(__file__)
     EMBODIMENT: str

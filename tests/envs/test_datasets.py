@@ -32,7 +32,7 @@ def data(build, tmp_path_factory):
 def read(root, name, split):
     import tensorflow_datasets as tfds
 
-    dataset = tfds.builder_from_directory(root / name / "1.1.0").as_dataset(split=split)
+    dataset = tfds.builder_from_directory(root / name / "1.2.0").as_dataset(split=split)
     episodes = []
     for episode in tfds.as_numpy(dataset):
         episodes.append((episode["episode_metadata"], list(episode["steps"])))
@@ -98,7 +98,7 @@ def test_training_evaluates_on_seeds_that_no_demonstration_uses():
 
 def test_nothing_but_datasets_is_left_in_the_folder(data):
     assert sorted(path.name for path in data.iterdir()) == ["tabletop_arm3", "tabletop_pusher"]
-    assert [path.name for path in (data / "tabletop_arm3").iterdir()] == ["1.1.0"]
+    assert [path.name for path in (data / "tabletop_arm3").iterdir()] == ["1.2.0"]
 
 
 def test_the_same_command_again_does_nothing(data, build, capsys):
@@ -131,9 +131,9 @@ def test_an_interrupted_build_leaves_nothing(build, tmp_path, monkeypatch):
         build.build(tmp_path, [("tabletop_pusher", 5, 1)], workers=0)
     assert len(attempts) == 3 and not [path for path in tmp_path.rglob("*") if path.is_file()]
     # What a killed build left behind is cleared away by the next one.
-    (tmp_path / "tabletop_pusher" / "incomplete.KILLED_1.1.0").mkdir(parents=True)
+    (tmp_path / "tabletop_pusher" / "incomplete.KILLED_1.2.0").mkdir(parents=True)
     build.build(tmp_path, [("tabletop_pusher", 1, 1)], workers=0)
-    assert [path.name for path in (tmp_path / "tabletop_pusher").iterdir()] == ["1.1.0"]
+    assert [path.name for path in (tmp_path / "tabletop_pusher").iterdir()] == ["1.2.0"]
 
 
 def test_failed_episodes_are_left_out_and_counted(build, monkeypatch):
