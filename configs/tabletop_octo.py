@@ -19,7 +19,7 @@ WIDTH = 96
 
 
 def model() -> dict:
-    """Octo-small's shape, for 64 x 64 pixels: 16 patches of 16, as Octo's; a coarse first convolution halves the step."""
+    """Octo-small's shape, for 64 x 64 pixels: 16 patches of 16, and a coarse first convolution."""
     small = dict(kind="language", encoder="small", max_length=14)
     return dict(
         token_dim=WIDTH,

@@ -1,5 +1,6 @@
 """Actions as tokens: bins, and the head that predicts them."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,61 @@ import numpy as np
 from octo_like.model.heads import ActionHead
 from octo_like.model.tokenizers import bin_index, bin_thresholds
 from octo_like.model.tokens import TokenGroup
+
+Range = float | tuple[float, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionBins:
+    """Classes of action entries: bins between edges, another range per dimension.
+
+    Attributes:
+      edges: (A, bins + 1).
+      kind: "uniform" or "normal", see `DiscreteHead`.
+      compat: values outside of normal bins as upstream; see `bin_index`.
+    """
+
+    edges: np.ndarray
+    kind: str
+    compat: bool = False
+
+    @classmethod
+    def make(
+        cls, num_bins: int, kind: str, low: Range, high: Range, max_action: float, action_dim: int, *, compat: bool
+    ) -> "ActionBins":
+        """Arguments as the attributes of `DiscreteHead`. Raises ValueError for a range that is none."""
+        if kind == "normal" and not (low is None and high is None):
+            raise ValueError("low and high are the range of uniform bins; normal bins have none")
+        ranges = []
+        for name, value, default in (("low", low, -max_action), ("high", high, max_action)):
+            values = np.asarray(default if value is None else value, np.float64)
+            if values.ndim > 1 or values.size not in (1, action_dim):
+                raise ValueError(f"{name} needs one number or {action_dim}, one per dimension, got {value}")
+            ranges.append(np.broadcast_to(values, action_dim))
+        for d, pair in enumerate(zip(*ranges, strict=True)):
+            if not pair[0] < pair[1]:
+                raise ValueError(
+                    f"bins of action dimension {d} span [{pair[0]}, {pair[1]}]: low must be less than high"
+                )
+        if kind == "normal":
+            return cls(np.tile(bin_thresholds(num_bins, "normal", 0.0, 0.0), (action_dim, 1)), kind, compat)
+        edges = np.stack([bin_thresholds(num_bins, kind, *pair) for pair in zip(*ranges, strict=True)])
+        return cls(edges, kind, compat)
+
+    def index(self, action: jax.Array) -> jax.Array:
+        """(..., A) actions to int32 bins; values outside of the range are in the nearest one."""
+        num_bins = self.edges.shape[1] - 1
+        if self.compat:
+            low, high = (float(self.edges[0, i]) for i in (0, -1))
+            return bin_index(action, num_bins, self.kind, low, high, compat=True)
+        search = lambda edges, x: jnp.searchsorted(edges, x, side="right") - 1  # noqa: E731
+        index = jax.vmap(search, in_axes=(0, -1), out_axes=-1)(jnp.asarray(self.edges), action)
+        return jnp.clip(index, 0, num_bins - 1)
+
+    def centre(self, index: jax.Array) -> jax.Array:
+        """(..., A) bins to their centres."""
+        centres = jnp.asarray((self.edges[:, 1:] + self.edges[:, :-1]) / 2)
+        return centres[jnp.arange(len(self.edges)), index]
 
 
 class DiscreteHead(ActionHead):
@@ -31,8 +87,8 @@ class DiscreteHead(ActionHead):
 
     num_bins: int = 256
     bin_type: str = "uniform"
-    low: float | tuple[float, ...] | None = None
-    high: float | tuple[float, ...] | None = None
+    low: Range = None
+    high: Range = None
     token_per: str = "action_dim_and_action_horizon"
     temperature: float = 1.0
 
@@ -51,26 +107,11 @@ class DiscreteHead(ActionHead):
         super().setup()
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        self.edges = self._edges()
+        self.bins = ActionBins.make(
+            self.num_bins, self.bin_type, self.low, self.high, self.max_action, self.action_dim, compat=self.compat
+        )
         total = self.action_horizon * self.action_dim * self.num_bins
         self.vocab_proj = nn.Dense(total // self.num_probes, dtype=self.dtype)
-
-    def _edges(self) -> np.ndarray:
-        """(A, bins + 1) edges of every dimension's bins."""
-        if self.bin_type == "normal" and not (self.low is None and self.high is None):
-            raise ValueError("low and high are the range of uniform bins; normal bins have none")
-        ranges = []
-        for name, value, default in (("low", self.low, -self.max_action), ("high", self.high, self.max_action)):
-            values = np.asarray(default if value is None else value, np.float64)
-            if values.ndim > 1 or values.size not in (1, self.action_dim):
-                raise ValueError(f"{name} needs one number or {self.action_dim}, one per dimension, got {value}")
-            ranges.append(np.broadcast_to(values, self.action_dim))
-        for d, (low, high) in enumerate(zip(*ranges, strict=True)):
-            if not low < high:
-                raise ValueError(f"bins of action dimension {d} span [{low}, {high}]: low must be less than high")
-        if self.bin_type == "normal":
-            return np.tile(bin_thresholds(self.num_bins, "normal", 0.0, 0.0), (self.action_dim, 1))
-        return np.stack([bin_thresholds(self.num_bins, self.bin_type, *pair) for pair in zip(*ranges, strict=True)])
 
     def logits(self, groups: Mapping[str, TokenGroup], *, last_only: bool = False) -> jax.Array:
         """(B, W, H, A, bins) float32."""
@@ -79,17 +120,11 @@ class DiscreteHead(ActionHead):
 
     def to_bins(self, action: jax.Array) -> jax.Array:
         """(..., A) actions to int32 bins."""
-        if self.compat:
-            low, high = (float(self.edges[0, i]) for i in (0, -1))
-            return bin_index(action, self.num_bins, self.bin_type, low, high, compat=True)
-        search = lambda edges, x: jnp.searchsorted(edges, x, side="right") - 1  # noqa: E731
-        index = jax.vmap(search, in_axes=(0, -1), out_axes=-1)(jnp.asarray(self.edges), action)
-        return jnp.clip(index, 0, self.num_bins - 1)
+        return self.bins.index(action)
 
     def from_bins(self, index: jax.Array) -> jax.Array:
         """(..., A) bins to their centres."""
-        centres = jnp.asarray((self.edges[:, 1:] + self.edges[:, :-1]) / 2)
-        return centres[jnp.arange(self.action_dim), index]
+        return self.bins.centre(index)
 
     def loss_terms(
         self, groups: Mapping[str, TokenGroup], action: jax.Array, mask: jax.Array, keys_b: jax.Array | None = None

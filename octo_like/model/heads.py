@@ -94,6 +94,11 @@ class ActionHead(nn.Module):
         if self.use_map:
             self.map_head = MapPooling(self.num_probes, self.compat, self.dtype)
 
+    @property
+    def needed_group(self) -> str | None:
+        """The one group that `sample` reads, at the last timestep; None: it needs them all."""
+        return self.readout
+
     def embed(self, groups: Mapping[str, TokenGroup], *, last_only: bool = False) -> jax.Array:
         """(B, W, D) or, with several probes, (B, W, n, D)."""
         if self.readout not in groups:

@@ -17,6 +17,7 @@ from octo_like.model.generative import DiffusionHead, FlowHead
 from octo_like.model.guidance import Guidance
 from octo_like.model.heads import ActionHead, RegressionHead, action_mask, head_batch
 from octo_like.model.points import PointsHead
+from octo_like.model.sequence import BinsHead
 from octo_like.model.special import run_once_options
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
@@ -26,7 +27,13 @@ from octo_like.model.transformer import fold_in_all
 
 STEMS = {"small": SmallStem, "patch": PatchStem, "conv": ConvStem, "keypoints": KeypointStem, "resnet": ResNetStem}
 TOKENIZERS = {"image": ImageTokenizer, "language": LanguageTokenizer, "lowdim": LowdimTokenizer}
-HEADS = {"diffusion": DiffusionHead, "flow": FlowHead, "regression": RegressionHead, "discrete": DiscreteHead}
+HEADS = {
+    "diffusion": DiffusionHead,
+    "flow": FlowHead,
+    "regression": RegressionHead,
+    "discrete": DiscreteHead,
+    "bins": BinsHead,
+}
 AUXILIARIES = {"points": PointsHead}
 TRANSFORMER_OPTIONS = (
     "num_layers",
@@ -119,8 +126,8 @@ class OctoModel(nn.Module):
         Only what the head reads is computed: other readouts are left out of the sequence, and the last block is that of
         the tokens that it reads.
         """
-        groups = self.octo_transformer(observation, task, only_last=self.heads[head].readout)
         part = self.heads[head]
+        groups = self.octo_transformer(observation, task, only_last=part.needed_group)
         options = {}
         if guidance is not None:
             part.check_guidance(guidance)

@@ -330,6 +330,8 @@ def _chunk_of(path: str, head: Mapping[str, Any]) -> tuple[int, ...] | None:
         return chunk
     if path.endswith("/reverse_network/given/kernel"):
         return chunk[:1]
+    if path.endswith("/decoder/positions") and head.get("kind") == "bins":
+        return chunk
     if re.search(r"/vocab_proj/(kernel|bias)$", path):
         return {"": (*chunk, bins), "action_horizon": (chunk[1], bins)}.get(per)
     if path.endswith("/map_head/probe") and head.get("kind") == "discrete":

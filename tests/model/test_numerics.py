@@ -19,6 +19,7 @@ HEADS = dict(
     mse=SIZES | dict(kind="regression"),
     l1=SIZES | dict(kind="regression", loss="l1"),
     discrete=SIZES | dict(kind="discrete", token_per="", num_bins=16),
+    bins=SIZES | dict(kind="bins", num_bins=16, width=16, num_heads=2),
 )
 TRANSFORMER = dict(num_layers=2, num_heads=2, mlp_dim=32)
 

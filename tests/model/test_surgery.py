@@ -190,6 +190,28 @@ def test_a_resized_head_predicts_what_it_did_for_what_it_knew(kind, size):
     np.testing.assert_allclose(one[(*index, slice(h), slice(a))], other[(*index, slice(h), slice(a))], atol=1e-5)
 
 
+def test_tokens_of_a_resized_chunk_keep_their_places():
+    """What is said first, and what a step's first dimensions are told by their place, stays; the rest begins anew."""
+    entry = dict(kind="bins", readout="readout_action", action_horizon=3, action_dim=4, num_bins=5, width=8)
+    larger = entry | dict(action_horizon=4, action_dim=6)
+    before, after = light.HeadAlone(entry, seed=1), light.HeadAlone(larger, seed=2)
+    rules = surgery.carry({"heads": {"action": entry}}, {"heads": {"action": larger}}, {})
+    tree, report = merge_params({"heads_action": after.params}, {"heads_action": before.params}, resize=rules.resize)
+    assert [path for path, status in report.status.items() if status == "resized"] == ["heads_action/decoder/positions"]
+    places = tree["heads_action"]["decoder"]["positions"].reshape(4, 6, 8)
+    np.testing.assert_array_equal(places[:3, :4], before.params["decoder"]["positions"].reshape(3, 4, 8))
+    np.testing.assert_array_equal(places[3, 5], after.params["decoder"]["positions"].reshape(4, 6, 8)[3, 5])
+    actions = np.random.default_rng(0).normal(size=(4, 2, 4, 6)).astype(np.float32)
+    old, new = (
+        head.apply(before.groups, x, np.ones_like(x), params=params, method="logits")
+        for head, x, params in (
+            (before, actions[:, :, :3, :4], before.params),
+            (after, actions, tree["heads_action"]),
+        )
+    )
+    np.testing.assert_allclose(old[:, :, 0], new[:, :, 0, :4], atol=1e-5)
+
+
 def test_heads_of_another_kind_or_with_other_bins_are_new():
     for changed in (HEADS["regression"], HEADS["chunk"] | {"num_bins": 6}):
         rules = surgery.carry({"heads": {"action": HEADS["chunk"]}}, {"heads": {"action": changed}}, {})
