@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import jax
 
 from octo_like import Policy
+from octo_like.common.vocabularies import target_tokenizer
 from octo_like.data.inputs import inputs_from_config
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
@@ -57,7 +58,14 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     # --------------------------------------------------------------------------------------------------------- data
     with attempt.phase("data"):
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        inputs = inputs_from_config(config, network.spec, network.tokenizer, workdir=flags.workdir, **processes)
+        inputs = inputs_from_config(
+            config,
+            network.spec,
+            network.tokenizer,
+            targets=target_tokenizer(config.model),
+            workdir=flags.workdir,
+            **processes,
+        )
 
     # ------------------------------------------------------------------------------------------------------ weights
     init, source, documents, loaded_from = network.init_params, jax.random.key(config.seed), {}, None

@@ -27,6 +27,7 @@ import argparse
 import ast
 import dataclasses
 import fnmatch
+import hashlib
 import inspect
 import json
 import os
@@ -36,6 +37,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from octo_like.common import vocabularies
 from octo_like.common.errors import ConfigError
 from octo_like.common.files import python_file, write_whole
 from octo_like.common.words import nearest
@@ -105,6 +107,11 @@ def load_config(
     config = _run_config_file(spec)
     for key, text in overrides:
         override(config, key, text, open_groups=open_groups)
+    for group in ("model", "surgery"):
+        try:
+            vocabularies.resolve(config.get(group), group)
+        except vocabularies.VocabularyError as error:
+            raise ConfigError(str(error)) from error
     return freeze(config)
 
 
@@ -392,7 +399,15 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old!r} -> {self.new!r}"
+        return f"{self.key}: {_short(self.old)} -> {_short(self.new)}"
+
+
+def _short(value: Any, most: int = 500) -> str:
+    """A value as it is written; of a very long one, its beginning and a digest that tells it from others."""
+    text = repr(value)
+    if len(text) <= most:
+        return text
+    return f"{text[:60]}... ({len(text)} characters, {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def diff(old: ConfigDict | Mapping[str, Any], new: ConfigDict | Mapping[str, Any]) -> list[Change]:

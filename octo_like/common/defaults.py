@@ -168,6 +168,10 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
     names = {tuple(part["names"]) for part in auxiliaries.values() if part.get("kind") == "points"}
     if len(names) > 1:
         raise ValueError(f"model.auxiliaries: all must have the same points, got {sorted(names)}")
+    targets = {part["max_length"] for part in auxiliaries.values() if part.get("kind") == "text"}
+    if len(targets) > 1:
+        raise ValueError(f"model.auxiliaries: all texts must have the same max_length, got {sorted(targets)}")
+    subtask = any(part.get("key") == "subtask" for part in (model.get("task_tokenizers") or {}).values())
     length = None if config.text.model is None else config.text.max_length
     return BatchSpec(
         window_size=config.window_size,
@@ -180,6 +184,8 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
         language_length=length if tokenizer is None else tokenizer.max_length,
         heads=tuple(heads),
         points=next(iter(names), ()),
+        text_target=next(iter(targets), None),
+        subtask=subtask,
         extra_observations={
             key: (shape,) if isinstance(shape, int) else tuple(shape)
             for key, shape in config.get("extra_observations", {}).items()

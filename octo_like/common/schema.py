@@ -21,8 +21,12 @@ Letters: B batch, W window (history), H action horizon, A action dim, P proprio 
     task/pad_mask_dict/{key}               B          bool
     action                                 B W H A    float32, normalised
     action_pad_mask                        B W H A    bool, False: padded dimension, or past the goal/end
+    task/subtask/{input_ids,attention_mask} B L       int32, what to do next, in words; of `subtask`
     points                                 B W K 2    float32, column and row of named things, fractions of the image
     points_pad_mask                        B W K      bool, False: not labelled, or not in the picture
+    text_target/input_ids                  B M        int32, what the model learns to say at the window's last step
+    text_target/attention_mask             B M        int32, 0: nothing is to be said there
+    text_target_kind                       B          int32, 0: nothing; else 1 + its place in TEXT_KINDS
     action_head_mask/{head}                B          bool, which heads learn from this sample
     dataset_id                             B          int32
     sample_id                              B          int64, the global number n of this sample
@@ -37,6 +41,8 @@ import numpy as np
 Tree = dict[str, Any]
 
 IMAGE_CHANNELS = 3
+# What a text that is learned can be: the answer to an instruction that asks, or what the robot is doing just now.
+TEXT_KINDS = ("answer", "subtask")
 # Names among the observations that no other sensor can have; "action" stands beside them in an index.
 RESERVED = ("action", "proprio", "timestep", "pad_mask_dict")
 
@@ -68,6 +74,8 @@ class BatchSpec:
       depth_sizes: camera slot to (height, width) of its depth map, for cameras whose depth the run uses.
       language_embedding: (d,) or (n, d) of instructions that come as precomputed embeddings in place of tokens.
       points: names of the things whose place in the image is told, for `model.auxiliaries`.
+      text_target: M, ids of the texts that the model learns to say; None: it learns none.
+      subtask: whether tasks also say what to do next (`task/subtask`, of `language_length`).
       extra_observations: other sensors by name (of `DatasetSpec.extra_keys`), float32 of this shape per timestep.
     """
 
@@ -83,11 +91,17 @@ class BatchSpec:
     language_embedding: tuple[int, ...] | None = None
     extra_observations: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     points: tuple[str, ...] = ()
+    text_target: int | None = None
+    subtask: bool = False
 
     def __post_init__(self):
         unknown = set(self.goal_images) - set(self.image_sizes)
         if unknown:
             raise ValueError(f"goal_images {sorted(unknown)} are not cameras; valid: {sorted(self.image_sizes)}")
+        if self.subtask and self.language_length is None:
+            raise ValueError("subtask needs language_length: sub-tasks are texts, tokenized as instructions are")
+        if self.text_target is not None and self.text_target < 2:
+            raise ValueError(f"text_target must be at least 2, a word and the end, got {self.text_target}")
         if self.language_length is not None and self.language_embedding is not None:
             raise ValueError("language is tokens (language_length) or embeddings (language_embedding), not both")
         for name, shape in self.extra_observations.items():
@@ -109,9 +123,9 @@ class BatchSpec:
         return cls(**fields)
 
     def to_json(self) -> Tree:
-        """Plain lists and numbers; "points" only where there are any, as most runs have none."""
+        """Plain lists and numbers; points, texts to say and sub-tasks only where there are any: most runs have none."""
         fields = dataclasses.asdict(self)
-        points = list(fields.pop("points"))
+        points, text_target, subtask = (fields.pop(name) for name in ("points", "text_target", "subtask"))
         return {
             **fields,
             "image_sizes": {slot: list(size) for slot, size in self.image_sizes.items()},
@@ -120,7 +134,9 @@ class BatchSpec:
             "goal_images": list(self.goal_images),
             "heads": list(self.heads),
             "language_embedding": None if self.language_embedding is None else list(self.language_embedding),
-            **({"points": points} if points else {}),
+            **({"points": list(points)} if points else {}),
+            **({} if text_target is None else {"text_target": text_target}),
+            **({"subtask": True} if subtask else {}),
         }
 
     def observation(self) -> Tree:
@@ -147,6 +163,8 @@ class BatchSpec:
         if self.language_length is not None:
             ids = Leaf((self.language_length,), np.dtype(np.int32))
             leaves["language_instruction"] = {"input_ids": ids, "attention_mask": ids}
+            if self.subtask:
+                leaves["subtask"] = {"input_ids": ids, "attention_mask": ids}
         if self.language_embedding is not None:
             leaves["language_instruction"] = Leaf(tuple(self.language_embedding), np.dtype(np.float32))
         for slot in self.goal_images:
@@ -163,12 +181,18 @@ class BatchSpec:
             places = (self.window_size, len(self.points))
             points["points"] = Leaf((*places, 2), np.dtype(np.float32))
             points["points_pad_mask"] = Leaf(places, np.dtype(bool))
+        texts: Tree = {}
+        if self.text_target is not None:
+            ids = Leaf((self.text_target,), np.dtype(np.int32))
+            texts["text_target"] = {"input_ids": ids, "attention_mask": ids}
+            texts["text_target_kind"] = Leaf((), np.dtype(np.int32))
         return {
             "observation": self.observation(),
             "task": self.task(),
             "action": Leaf(chunk, np.dtype(np.float32)),
             "action_pad_mask": Leaf(chunk, np.dtype(bool)),
             **points,
+            **texts,
             "action_head_mask": {head: Leaf((), np.dtype(bool)) for head in self.heads},
             "dataset_id": Leaf((), np.dtype(np.int32)),
             "sample_id": Leaf((), np.dtype(np.int64)),
@@ -209,7 +233,10 @@ def unflatten(items: Mapping[str, Any], sep: str = "/") -> Tree:
     return tree
 
 
-def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language_vocab: int = 100) -> Tree:
+SYNTHETIC_VOCAB = 100
+
+
+def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language_vocab: int = SYNTHETIC_VOCAB) -> Tree:
     """A random but valid batch of the given spec: the same seed gives the same batch. Needs no data, no TensorFlow."""
     rng = np.random.default_rng([seed, 0x0C70])
 
@@ -224,7 +251,11 @@ def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language
             lengths = rng.integers(1, leaf.shape[-1] + 1, (batch_size, 1))
             return (np.arange(leaf.shape[-1])[None] < lengths).astype(np.int32)
         if name == "input_ids":
-            return rng.integers(2, language_vocab, shape, np.int32)
+            # What is to be said has a vocabulary of its own, of at least so many.
+            vocab = language_vocab if path.startswith("task/") else min(language_vocab, SYNTHETIC_VOCAB)
+            return rng.integers(2, vocab, shape, np.int32)
+        if name == "text_target_kind":
+            return np.ones(shape, np.int32)
         if name == "sample_id":
             return np.arange(batch_size, dtype=np.int64) + seed * batch_size
         if name == "dataset_id":

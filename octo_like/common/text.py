@@ -15,6 +15,23 @@ BUILTIN = os.path.join(os.path.dirname(__file__), "assets", "tabletop.model")
 MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json"
 
 
+def model_file(model: str) -> str:
+    """The sentencepiece file that a name stands for: "builtin", a `.model` file or a directory written by
+    `TextTokenizer.save`.
+
+    Raises:
+      FileNotFoundError: there is none, with what would be valid.
+    """
+    path = BUILTIN if model == "builtin" else model
+    path = os.path.join(path, MODEL_FILE) if os.path.isdir(path) else path
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no sentencepiece model at {path!r}; valid: 'builtin', the path of a .model file, or a directory with "
+            f"{MODEL_FILE} and {CONFIG_FILE}"
+        )
+    return path
+
+
 class TextTokenizer:
     """A sentencepiece model with T5's conventions.
 
@@ -50,18 +67,11 @@ class TextTokenizer:
         Raises:
           FileNotFoundError: no such model, with what would be valid.
         """
-        path, config = (BUILTIN if model == "builtin" else model), {}
-        if os.path.isdir(path):
-            config_path = os.path.join(path, CONFIG_FILE)
-            if os.path.isfile(config_path):
-                with open(config_path, encoding="utf-8") as file:
-                    config = json.load(file)
-            path = os.path.join(path, MODEL_FILE)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"no sentencepiece model at {path!r}; valid: 'builtin', the path of a .model file, or a directory with "
-                f"{MODEL_FILE} and {CONFIG_FILE}"
-            )
+        path, config = model_file(model), {}
+        config_path = os.path.join(os.path.dirname(path), CONFIG_FILE)
+        if os.path.isdir(model) and os.path.isfile(config_path):
+            with open(config_path, encoding="utf-8") as file:
+                config = json.load(file)
         with open(path, "rb") as file:
             return cls(file.read(), max_length or config.get("max_length", 16))
 

@@ -90,6 +90,7 @@ class RawEpisode:
       images, depths: as in `batches.episodes.Episode`, of the cameras that were asked for.
       points: name -> (T, 2) float32, see `as_points`.
       extras: name -> (T, ...) float32, values of other sensors.
+      target: T texts that are learned, "" where there is none; or None.
     """
 
     hash: int
@@ -100,6 +101,7 @@ class RawEpisode:
     depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray]
     points: Mapping[str, np.ndarray]
     extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    target: list[str] | None = None
 
 
 def as_points(values: np.ndarray) -> np.ndarray:
@@ -120,14 +122,18 @@ def raw_episode(
     Args:
       number: the record's hash.
     """
-    texts = None
-    if "language" in chosen:
-        texts = [text.decode("utf-8", "replace").strip() for text in np.asarray(chosen["language"]).tolist()]
+
+    def texts_at(key: str) -> list[str] | None:
+        if key not in chosen:
+            return None
+        return [text.decode("utf-8", "replace").strip() for text in np.asarray(chosen[key]).tolist()]
+
     return RawEpisode(
         hash=number,
         action=np.asarray(chosen["action"]),
         proprio=np.asarray(chosen["proprio"]) if "proprio" in chosen else None,
-        texts=texts,
+        texts=texts_at("language"),
+        target=texts_at("target"),
         images=stored_frames(chosen["images"], slots),
         depths=stored_frames(chosen["depths"], depth_slots),
         points={name: as_points(np.asarray(values)) for name, values in chosen["points"].items()},

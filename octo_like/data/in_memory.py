@@ -150,7 +150,14 @@ class MemoryFunction:
         def observed(key: str, *arguments) -> np.ndarray:
             return leaf(f"observation/{key.removeprefix('observation/')}", *arguments)
 
-        action = leaf(spec.action_key, "action", (2,), "fiub").astype(np.float32)
+        target = None
+        if spec.text_target is not None:
+            stored = leaf(spec.text_target[1], f"text to learn of kind {spec.text_target[0]!r}", (1,), "US")
+            target = [_text(one) for one in stored.tolist()]
+        if spec.action_key is None:
+            action = np.zeros((len(target or ()), 0), np.float32)
+        else:
+            action = leaf(spec.action_key, "action", (2,), "fiub").astype(np.float32)
         parts = [observed(key, "proprio key", (1, 2), "fiub") for key in spec.proprio_keys]
         proprio = np.concatenate([p.reshape(len(p), -1) for p in parts], -1).astype(np.float32) if parts else None
         texts = None
@@ -169,7 +176,7 @@ class MemoryFunction:
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
         digest.update("\n".join(texts or ()).encode())
         number = int.from_bytes(digest.digest(), "little") % 2**62
-        raw = RawEpisode(number, action, proprio, texts, images, depths, points, extras)
+        raw = RawEpisode(number, action, proprio, texts, images, depths, points, extras, target)
         if (problem := problem_of(raw)) is not None:
             raise DataError(f"{where}: {problem}")
         return raw

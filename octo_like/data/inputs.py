@@ -63,6 +63,7 @@ def inputs_from_config(
     spec: BatchSpec,
     tokenizer: TextTokenizer | None,
     *,
+    targets: TextTokenizer | None = None,
     process_index: int = 0,
     process_count: int = 1,
     workdir: str | None = None,
@@ -70,6 +71,7 @@ def inputs_from_config(
     """Builds the inputs of `config.data`.
 
     Args:
+      targets: tokenizer of the texts that the model learns to say, `octo_like.common.vocabularies.target_tokenizer`.
       workdir: of the run. Several hosts whose data is read-only keep its indices there, to read its files once and not
         each, unless `data.cache_dir` names a place.
 
@@ -89,11 +91,19 @@ def inputs_from_config(
     settings = settings_from_config(config)
     specs = specs_from_config(datasets_from_config(data), data.num_demos)
     datasets = _prepared(config, specs, processes, workdir)
-    stream = make_train_stream(datasets, spec, tokenizer, settings, processes=processes)
+    if spec.text_target is not None and targets is None:
+        raise ConfigError("batches have texts to learn, and no tokenizer of them was given")
+    stream = make_train_stream(datasets, spec, tokenizer, settings, target_tokenizer=targets, processes=processes)
     log.info(stream.memory_line())
     for_eval = dataclasses.replace(settings, order=dataclasses.replace(settings.order, batch_size=eval_size))
     validation = make_val_iterators(
-        datasets, spec, tokenizer, for_eval, max_batches=config.eval.batches, processes=processes
+        datasets,
+        spec,
+        tokenizer,
+        for_eval,
+        target_tokenizer=targets,
+        max_batches=config.eval.batches,
+        processes=processes,
     )
     statistics = {
         name: {

@@ -13,7 +13,7 @@ import numpy as np
 from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.data.order import order
 from octo_like.data.oxe import registry
-from octo_like.data.prepared import PreparedDataset, check_mask, check_names
+from octo_like.data.prepared import PreparedDataset, check_mask, check_names, laid_flat
 from octo_like.data.rlds import beam_pass, columns, filters, records, shared_pass
 from octo_like.data.rlds.bad_records import TooManyBadRecords
 from octo_like.data.rlds.cache import cache_folder, cached, can_hold_caches, default_workers, load_index
@@ -179,7 +179,7 @@ class _Opened:
         def values(part: str) -> Iterator[np.ndarray]:
             for first, chunk in read_rows(whole.rows_path):
                 episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
-                yield columns.from_rows(chunk[selected[episode]], function)[part].reshape(-1, widths[part])
+                yield laid_flat(columns.from_rows(chunk[selected[episode]], function)[part], widths[part])
 
         def make() -> dict[str, Any]:
             computed = {part: streamed_statistics(functools.partial(values, part)) for part in widths}

@@ -97,7 +97,11 @@ class PreparedDataset:
 
 def problem_of(raw: RawEpisode) -> str | None:
     """Why an episode cannot be used: parts of other lengths, or numbers that are not finite. None: it can."""
-    parts: dict[str, Sequence[Any] | np.ndarray | None] = {"proprio": raw.proprio, "language": raw.texts}
+    parts: dict[str, Sequence[Any] | np.ndarray | None] = {
+        "proprio": raw.proprio,
+        "language": raw.texts,
+        "text to learn": raw.target,
+    }
     for what, named in (
         ("camera", raw.images),
         ("depth of", raw.depths),
@@ -134,6 +138,11 @@ def check_mask(key: str, spec: DatasetSpec, width: int) -> np.ndarray | None:
     return None if mask is None else np.asarray(mask, bool)
 
 
+def laid_flat(values: np.ndarray, width: int) -> np.ndarray:
+    """(n, ...) as (rows, width), also where the width is 0."""
+    return values.reshape(values.size // width if width else len(values), width)
+
+
 def statistics_of(key: str, spec: DatasetSpec, episodes: Sequence[RawEpisode]) -> dict[str, Any]:
     """The statistics of episodes whose numbers are in memory, see `octo_like.common.normalization`.
 
@@ -145,7 +154,7 @@ def statistics_of(key: str, spec: DatasetSpec, episodes: Sequence[RawEpisode]) -
         return streamed_statistics(lambda: iter([np.concatenate(values)]))
 
     first = episodes[0]
-    statistics: dict[str, Any] = {"action": of([e.action.reshape(-1, e.action.shape[-1]) for e in episodes])}
+    statistics: dict[str, Any] = {"action": of([laid_flat(e.action, e.action.shape[-1]) for e in episodes])}
     if first.proprio is not None:
         proprio: list[Any] = [e.proprio for e in episodes]  # all have it, or none
         statistics["proprio"] = of(proprio)

@@ -58,6 +58,8 @@ class TaskOptions:
       octo_compat: reproduce Octo's action mask (see `windows.task_completed`).
       drop_task_prob: share of the samples that have no task at all.
       paraphrase_prob: of the samples whose task is an instruction that has paraphrases, the share that gets one.
+      drop_subtask_prob: share of the samples with a sub-task that are not told it.
+      subtask_alone_prob: of those that are, the share that is told nothing else: no instruction.
       image_dropout_prob: probability that a camera's observations (all of a window) are dropped.
       image_dropout_keep: the camera that is never dropped; None: of those that a sample has, one drawn by its key.
     """
@@ -67,11 +69,13 @@ class TaskOptions:
     octo_compat: bool = False
     drop_task_prob: float = 0.0
     paraphrase_prob: float = 0.5
+    drop_subtask_prob: float = 0.3
+    subtask_alone_prob: float = 0.2
     image_dropout_prob: float = 0.0
     image_dropout_keep: str | None = None
 
     def __post_init__(self):
-        for field in ("keep_goal_prob", "drop_task_prob", "paraphrase_prob", "image_dropout_prob"):
+        for field in (name for name in vars(self) if name.endswith("_prob")):
             if not 0 <= getattr(self, field) <= 1:
                 raise DataError(f"{field} must be in [0, 1], got {getattr(self, field)}")
         if self.max_goal_distance is not None and self.max_goal_distance < 1:
@@ -143,9 +147,11 @@ class Settings:
         host = dataclasses.replace(self.host, host_memory_gb=self.host.host_memory_gb * VALIDATION_MEMORY)
         return dataclasses.replace(self, task=task, host=host, paraphrases=None)
 
-    def spec(self) -> dict[str, Any]:
-        """What of these settings an order spec holds, beside the order itself; JSON-able."""
+    def spec(self, *, subtasks: bool = False) -> dict[str, Any]:
+        """What of these settings an order spec holds, beside the order; JSON-able. `subtasks`: tasks say them."""
         task = dataclasses.asdict(self.task)
+        if not subtasks:  # runs without them are what they were before there were any
+            del task["drop_subtask_prob"], task["subtask_alone_prob"]
         if self.paraphrases is None:
             task["paraphrase_prob"] = 0.0
         derived = self.order.episodes_mixed is None

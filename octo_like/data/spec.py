@@ -10,7 +10,7 @@ from octo_like.common import dimensions
 from octo_like.common.dimensions import DimensionError, Dimensions
 from octo_like.common.normalization import KINDS
 from octo_like.common.robot import Description, RobotError
-from octo_like.common.schema import RESERVED
+from octo_like.common.schema import RESERVED, TEXT_KINDS
 from octo_like.common.words import suggest
 from octo_like.data.errors import DataError
 
@@ -45,13 +45,16 @@ class DatasetSpec:
       proprio_keys: keys below `observation`, concatenated.
       depth_keys: camera slot -> key below `observation` of its depth map, or None.
       depth_scale: metres per unit of the stored depth; None: as its number type says (see docs/data.md).
+      text_keys: kind of a text that is learned ("answer", "subtask") -> key of a string per step: what the model shall
+        say there; nothing where it is empty. One kind at most.
       point_keys: name of a thing -> key below `observation` of its place in the primary image, (2,) column and row as
         fractions of the image or (4,) of a box (left, top, right, bottom), NaN where it is not known; or None. Used by
         `model.auxiliaries`.
       extra_keys: name of another sensor in the run's `extra_observations` -> key below `observation` of its values,
         (T, ...) numbers, or None where the dataset has no such sensor. They are normalised entry by entry.
       bgr_slots: cameras whose stored frames have their channels in the order blue, green, red; they are swapped.
-      action_key: key of the actions (T, A).
+      action_key: key of the actions (T, A); None: there are none, as in pictures with words, whose `text_keys` are
+        learned.
       language_key: key of the instruction (top level, or "observation/..."), or None.
       normalization: "normal" or "bounds".
       action_normalization_mask: False for action dimensions that are left in physical units.
@@ -95,8 +98,9 @@ class DatasetSpec:
     depth_scale: float | None = None
     point_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     extra_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    text_keys: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     bgr_slots: tuple[str, ...] = ()
-    action_key: str = "action"
+    action_key: str | None = "action"
     language_key: str | None = "language_instruction"
     normalization: str = "normal"
     action_normalization_mask: tuple[bool, ...] | None = None
@@ -148,6 +152,13 @@ class DatasetSpec:
                     f"{self.name}: extra_keys: {name!r} cannot be the name of a sensor; valid: letters, digits and _, "
                     f"but not {', '.join(RESERVED)}"
                 )
+        for kind in self.text_keys:
+            if kind not in TEXT_KINDS:
+                raise DataError(f"{self.name}: text_keys: {suggest(kind, TEXT_KINDS)}, not {kind!r}")
+        if len(kinds := [kind for kind, key in self.text_keys.items() if key is not None]) > 1:
+            raise DataError(f"{self.name}: text_keys: a step has one text to learn, not {' and '.join(kinds)}")
+        if self.action_key is None:
+            self._check_without_actions()
         unknown = sorted(set(self.bgr_slots) - {slot for slot, key in self.image_keys.items() if key is not None})
         if unknown:
             raise DataError(f"{self.name}: bgr_slots: no camera {unknown[0]!r}; {suggest(unknown[0], self.image_keys)}")
@@ -213,6 +224,17 @@ class DatasetSpec:
                 raise DataError(
                     f"{self.name}: {field} must be {what}{'' if field in required else ' or None'}, got {value!r}"
                 )
+
+    def _check_without_actions(self) -> None:
+        of_actions = ("action_normalization_mask", "max_action", "idle_threshold", "relative_to", "action_names", "env")
+        given = [field for field in of_actions if getattr(self, field) is not None]
+        if given:
+            raise DataError(f"{self.name}: {given[0]} is about actions, and action_key=None says that there are none")
+        if not any(key is not None for key in self.text_keys.values()):
+            raise DataError(
+                f"{self.name}: action_key=None: without actions there is nothing to learn; give text_keys, e.g. "
+                "text_keys=dict(answer='answer')"
+            )
 
     def _check_source(self, source: str) -> None:
         if ":" not in source:
@@ -280,7 +302,7 @@ class DatasetSpec:
             if not name:
                 raise DataError("a dataset needs a name")
             data["name"] = name
-        for field in ("image_keys", "depth_keys", "point_keys", "extra_keys"):
+        for field in ("image_keys", "depth_keys", "point_keys", "extra_keys", "text_keys"):
             data[field] = dict(data.get(field) or {})
         for field in ("proprio_keys", "bgr_slots"):
             if isinstance(data.get(field), str):
@@ -321,6 +343,11 @@ class DatasetSpec:
         kept = {field: value for field, value in fields.items() if field not in given}
         return dataclasses.replace(self, **kept), "; ".join(other) or None
 
+    @property
+    def text_target(self) -> tuple[str, str] | None:
+        """(kind, key) of the text that is learned, if any is."""
+        return next(((kind, key) for kind, key in self.text_keys.items() if key is not None), None)
+
     def transform_fields(self) -> dict[str, Any]:
         """The fields that determine the content of an episode (not its weight, split or normalisation)."""
         return self.index_fields() | self.view_fields()
@@ -346,6 +373,7 @@ class DatasetSpec:
             "depth_keys": dict(sorted(self.depth_keys.items())),
             "depth_scale": self.depth_scale,
             "point_keys": dict(sorted(self.point_keys.items())),
+            "text_keys": dict(sorted(self.text_keys.items())),
             "bgr_slots": sorted(self.bgr_slots),
         }
         return fields | {key: value for key, value in seldom.items() if value}

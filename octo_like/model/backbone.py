@@ -228,8 +228,8 @@ def without_padding(observation: Mapping, task: Mapping) -> tuple[dict, dict]:
         # Images are bytes: there is no NaN among them.
         if not isinstance(value, Mapping) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
             observation[key] = kept(value, step_mask & valid_mask(observation, key, step_mask.shape))
-    if "language_instruction" in task:
-        said = valid_mask(task, "language_instruction", step_mask.shape[:1])
-        whole = task["language_instruction"]
-        task["language_instruction"] = jax.tree.map(lambda leaf: kept(jnp.asarray(leaf), said), whole)
+    for key in ("language_instruction", "subtask"):
+        if key in task:
+            said = valid_mask(task, key, step_mask.shape[:1])
+            task[key] = jax.tree.map(lambda leaf, said=said: kept(jnp.asarray(leaf), said), task[key])
     return observation, task

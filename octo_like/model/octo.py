@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from octo_like.common.parts import Modules, PartError, check_options, make
 from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.common.words import suggest
 from octo_like.model import parts
 from octo_like.model.backbone import OctoTransformer
 from octo_like.model.discrete import DiscreteHead
@@ -21,6 +22,7 @@ from octo_like.model.sequence import BinsHead
 from octo_like.model.special import run_once_options
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
+from octo_like.model.text_head import TextHead
 from octo_like.model.tokenizers import ImageTokenizer, LanguageTokenizer, LowdimTokenizer
 from octo_like.model.tokens import TokenGroup
 from octo_like.model.transformer import fold_in_all
@@ -34,7 +36,7 @@ HEADS = {
     "discrete": DiscreteHead,
     "bins": BinsHead,
 }
-AUXILIARIES = {"points": PointsHead}
+AUXILIARIES = {"points": PointsHead, "text": TextHead}
 TRANSFORMER_OPTIONS = (
     "num_layers",
     "num_heads",
@@ -58,7 +60,7 @@ class OctoModel(nn.Module):
     octo_transformer: OctoTransformer
     heads: Mapping[str, ActionHead]
     head_weights: Mapping[str, float]
-    auxiliaries: Mapping[str, PointsHead] = dataclasses.field(default_factory=dict)
+    auxiliaries: Mapping[str, PointsHead | TextHead] = dataclasses.field(default_factory=dict)
 
     def groups(
         self, observation: Mapping[str, Any], task: Mapping[str, Any], dropout_keys: jax.Array | None = None
@@ -67,9 +69,10 @@ class OctoModel(nn.Module):
         return self.octo_transformer(observation, task, dropout_keys)
 
     def encode_language(self, task: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Features (B, L, d) of the frozen language encoders by tokenizer, to be put under
-        task/language_instruction/encoded."""
-        frozen = [t for t in self.octo_transformer.task_tokenizers.values() if getattr(t, "is_frozen", False)]
+        """Features (B, L, d) of the frozen encoders of instructions by tokenizer, to be put under
+        task/language_instruction/encoded. Those of sub-tasks, which change as a robot acts, are computed every time."""
+        tokenizers = [t for t in self.octo_transformer.task_tokenizers.values() if getattr(t, "key", "") != "subtask"]
+        frozen = [t for t in tokenizers if getattr(t, "is_frozen", False)]
         return {str(tokenizer.name): tokenizer(None, task, encode_only=True) for tokenizer in frozen}
 
     def loss_terms(self, batch: Mapping[str, Any], keys_b: jax.Array, train: bool) -> dict[str, dict[str, jax.Array]]:
@@ -135,6 +138,39 @@ class OctoModel(nn.Module):
         actions = part.sample(groups, keys_b, sample_shape=sample_shape, valid=valid, **options)
         parts.check_actions(actions, part, f"head {head!r}", (*sample_shape, observation["timestep_pad_mask"].shape[0]))
         return actions
+
+    def predict_text(
+        self,
+        observation: Mapping[str, Any],
+        task: Mapping[str, Any],
+        keys_b: jax.Array | None = None,
+        *,
+        part: str = "text",
+        temperature: float = 0.0,
+        top_k: int = 0,
+    ) -> jax.Array:
+        """Ids (B, M) of what the model says at the last timestep of the window; 1 ends a text, 0 follows.
+
+        Args:
+          part: the auxiliary that says it. keys_b: (B,) keys; not needed at temperature 0.
+        """
+        head = self._text_head(part)
+        groups = self.octo_transformer(observation, task, only_last=head.needed_group)
+        return head.generate(groups, keys_b, temperature=temperature, top_k=top_k)
+
+    def text_log_probs(
+        self, observation: Mapping[str, Any], task: Mapping[str, Any], ids: jax.Array, *, part: str = "text"
+    ) -> jax.Array:
+        """(B,) natural logarithms of the probability that the model says the texts `ids` (B, M)."""
+        head = self._text_head(part)
+        return head.log_probs(self.octo_transformer(observation, task, only_last=head.needed_group), ids)
+
+    def _text_head(self, part: str) -> TextHead:
+        head = self.auxiliaries.get(part)
+        if not isinstance(head, TextHead):
+            texts = [name for name, one in self.auxiliaries.items() if isinstance(one, TextHead)]
+            raise ValueError(f"no part {part!r} that says texts; {suggest(part, texts)}")
+        return head
 
 
 def total_loss(

@@ -132,6 +132,7 @@ class LanguageTokenizer(nn.Module):
     """Instructions (B, L) to tokens (B, L, d), or (B, 1, d) when pooled.
 
     Attributes:
+      key: the text of the task that is read: "language_instruction", or "subtask".
       encoder: "t5" (a T5 encoder), "small" (own embeddings and transformer, trained with the policy), or "embedding"
         (the batch holds precomputed (B, d) or (B, n, d) features).
       finetune_encoder: whether gradients reach a T5 encoder.
@@ -142,6 +143,7 @@ class LanguageTokenizer(nn.Module):
         cannot tell who is on whom; "ngrams": what neighbouring words say together, the strongest wherever it stands.
     """
 
+    key: str = "language_instruction"
     encoder: str = "small"
     t5: T5Config | None = None
     finetune_encoder: bool = False
@@ -172,9 +174,11 @@ class LanguageTokenizer(nn.Module):
     ) -> TokenGroup | jax.Array | None:
         """`encode_only` returns the encoder's (B, L, d) features; in a task they stand under
         language_instruction/encoded/{name of this module} and are not computed again."""
-        if "language_instruction" not in task:
+        if self.key not in ("language_instruction", "subtask"):
+            raise ValueError(f"unknown text {self.key!r} of a task; valid: 'language_instruction', 'subtask'")
+        if self.key not in task:
             return None
-        text = task["language_instruction"]
+        text = task[self.key]
         if self.encoder == "embedding":
             if isinstance(text, Mapping):
                 raise ValueError(
@@ -194,7 +198,7 @@ class LanguageTokenizer(nn.Module):
             tokens, word_mask = self._pooled(tokens, word_mask), word_mask.any(-1, keepdims=True)
         mask = jnp.ones(tokens.shape[:1], bool)
         if self.use_pad_mask:
-            mask = valid_mask(task, "language_instruction", tokens.shape[:1])
+            mask = valid_mask(task, self.key, tokens.shape[:1])
         mask = jnp.broadcast_to(mask[:, None], tokens.shape[:2])
         return TokenGroup(tokens, mask if self.compat else mask & word_mask)
 

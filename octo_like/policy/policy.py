@@ -47,6 +47,8 @@ from octo_like.policy.octo_release import (
 )
 from octo_like.policy.own_modules import check_modules, compare_sources
 from octo_like.policy.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
+from octo_like.policy.tasks import make_tasks
+from octo_like.policy.words import say
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class Policy:
         which of its actions are relative to which proprioception.
       text_tokenizer: None for a policy without language.
       batch_spec: sizes of everything that goes in and comes out.
-      sample_program, language_program: the jitted functions behind `sample_actions` and `create_tasks`.
+      sample_program, text_program, language_program: the jitted functions behind `sample_actions`, `predict_text` and
+        `create_tasks`.
     """
 
     def __init__(
@@ -81,6 +84,9 @@ class Policy:
         vocab_size = text_tokenizer.vocab_size if text_tokenizer else 0
         self.model = build_model(config["model"], vocab_size=vocab_size, modules=modules)
         self.sample_program = jax.jit(functools.partial(_sample, self.model), static_argnames=("head", "sample_shape"))
+        self.text_program = jax.jit(
+            functools.partial(_predict_text, self.model), static_argnames=("part", "temperature", "top_k")
+        )
         self.language_program = jax.jit(
             lambda params, task: self.model.apply({"params": params}, task, method="encode_language")
         )
@@ -202,6 +208,7 @@ class Policy:
         goals: Mapping[str, np.ndarray] | None = None,
         *,
         embeddings: np.ndarray | None = None,
+        subtasks: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Tasks from instructions, goal images, or both.
 
@@ -211,66 +218,12 @@ class Policy:
           texts: B instructions; "" means no instruction.
           goals: "image_{slot}" to (B, h, w, 3) or (h, w, 3) uint8, of the sizes in `batch_spec`.
           embeddings: (B, *batch_spec.language_embedding) float, for a policy that takes precomputed embeddings.
+          subtasks: B texts of what to do next, "" means none; a person's, a planner's, or `predict_text`'s.
 
         Returns:
           Schema `task`; whatever was not given is marked missing in its pad_mask_dict.
         """
-        spec = self.batch_spec
-        if texts is None and not goals and embeddings is None:
-            raise ValueError("a task needs texts, goals or both")
-        if isinstance(texts, str) or not (texts is None or hasattr(texts, "__len__")):
-            raise ValueError(f"texts must be a list of instructions, one per row of the batch, not {texts!r:.40}")
-        if texts is not None and not (len(texts) and all(isinstance(text, str) for text in texts)):
-            raise ValueError(f"texts must be strings, at least one, got {list(texts)!r}")
-        goals = {key: np.asarray(g)[None] if np.ndim(g) == 3 else np.asarray(g) for key, g in (goals or {}).items()}
-        valid_goals = [f"image_{slot}" for slot in spec.goal_images]
-        for key in goals:
-            if key not in valid_goals:
-                raise ValueError(f"this policy takes no goal {key!r}; valid goals: {valid_goals or 'none'}")
-        if texts is not None and spec.language_embedding is not None:
-            raise ValueError(f"this policy takes embeddings {spec.language_embedding} of instructions, not texts")
-        if texts is not None and spec.language_length is None:
-            raise ValueError(f"this policy takes no language; valid goals: {valid_goals}")
-        if embeddings is not None and spec.language_embedding is None:
-            raise ValueError("this policy takes no language embeddings")
-        if texts is not None and self.text_tokenizer is None:
-            raise ValueError(
-                "this policy has no text tokenizer; load it with text_model=, the sentencepiece model of its language "
-                "encoder (T5's spiece.model)"
-            )
-        given = [len(x) for x in (texts, embeddings) if x is not None]
-        sizes = {len(g) for g in goals.values()} | set(given)
-        if len(sizes) != 1:
-            raise ValueError(f"texts and goals must have the same batch size, got sizes {sorted(sizes)}")
-        b = sizes.pop()
-        task: dict[str, Any] = {"pad_mask_dict": {}, "timestep": np.zeros(b, np.int32)}
-        if spec.language_length is not None:
-            texts = [""] * b if texts is None else list(texts)
-            task["language_instruction"] = self._token_ids(texts)
-            task["pad_mask_dict"]["language_instruction"] = np.array([bool(text.strip()) for text in texts])
-        if spec.language_embedding is not None:
-            task["pad_mask_dict"]["language_instruction"] = np.full(b, embeddings is not None)
-            if embeddings is None:
-                embeddings = np.zeros((b, *spec.language_embedding), np.float32)
-            task["language_instruction"] = np.asarray(embeddings, np.float32)
-        for slot in spec.goal_images:
-            key = f"image_{slot}"
-            task["pad_mask_dict"][key] = np.full(b, key in goals)
-            task[key] = goals.get(key, np.zeros((b, *spec.image_sizes[slot], 3), np.uint8))
-        check_tree(task, spec.task(), where="task")
-        encoded = self.language_program(self.params, task) if spec.language_length is not None else {}
-        if encoded:
-            task["language_instruction"]["encoded"] = encoded
-        return task
-
-    def _token_ids(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        if self.text_tokenizer is not None:
-            return self.text_tokenizer.encode(texts)
-        # No instruction is </s> and padding, whatever the words are.
-        assert self.batch_spec.language_length is not None
-        ids = np.zeros((len(texts), self.batch_spec.language_length), np.int32)
-        ids[:, 0] = 1
-        return {"input_ids": ids, "attention_mask": ids.copy()}
+        return make_tasks(self, texts, goals, embeddings, subtasks)
 
     def prepare_observations(self, observations: Mapping[str, Any], unnormalize: str | None = None) -> dict[str, Any]:
         """Checks observations, normalises proprio and other sensors, and fills in what is missing (marked so, and
@@ -453,6 +406,34 @@ class Policy:
             return actions
         return normalization.to_absolute(actions, origin_bp[:, None], relative_to)
 
+    def predict_text(
+        self,
+        observations: Mapping[str, Any],
+        tasks: Mapping[str, Any],
+        *,
+        rng: jax.Array | None = None,
+        unnormalize: str | None = None,
+        part: str = "text",
+        temperature: float = 0.0,
+        top_k: int = 0,
+    ) -> list[str]:
+        """What the model says at the last timestep of the window: the answer to an instruction that asks, or what to do
+        next (`create_tasks(..., subtasks=...)` takes it).
+
+        Args:
+          observations, tasks, unnormalize: as `sample_actions`.
+          rng: one key or B keys; needed where `temperature` draws.
+          part: of `model.auxiliaries`.
+          temperature: 0 says the likeliest word at every step; top_k: draw among the k likeliest.
+
+        Returns:
+          B texts.
+
+        Raises:
+          ValueError: a policy that says nothing; also as `sample_actions`.
+        """
+        return say(self, observations, tasks, rng, unnormalize, part=part, temperature=temperature, top_k=top_k)
+
     def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
         """H of the chunks that `sample_actions` gives for the same arguments."""
         return self.model.heads[self._head(head, unnormalize)].action_horizon
@@ -482,3 +463,8 @@ def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, guidan
     """`static`: head and sample_shape."""
     arguments = dict(valid=valid, guidance=guidance, **static)
     return model.apply({"params": params}, observations, tasks, keys_b, **arguments, method="sample")
+
+
+def _predict_text(model: OctoModel, params, observations, tasks, keys_b, **static):
+    """`static`: part, temperature and top_k."""
+    return model.apply({"params": params}, observations, tasks, keys_b, **static, method="predict_text")

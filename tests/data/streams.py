@@ -24,15 +24,15 @@ def _parts(specs, process_index, process_count, options):
 
 def make_train_stream(specs, spec, tokenizer, *, process_index=0, process_count=1, **options):
     """`stream.make_train_stream`; options are its arguments and the fields of `Settings`."""
-    start = options.pop("start", 0)
+    start, targets = options.pop("start", 0), options.pop("target_tokenizer", None)
     datasets, settings, processes = _parts(specs, process_index, process_count, options)
-    made = stream.make_train_stream(datasets, spec, tokenizer, settings, processes=processes)
+    made = stream.make_train_stream(datasets, spec, tokenizer, settings, target_tokenizer=targets, processes=processes)
     made.seek(start)
     return made
 
 
 def make_val_iterators(specs, spec, tokenizer, *, process_index=0, process_count=1, **options):
     """The same for `stream.make_val_iterators`."""
-    most = options.pop("max_batches", None)
+    own = dict(max_batches=options.pop("max_batches", None), target_tokenizer=options.pop("target_tokenizer", None))
     datasets, settings, processes = _parts(specs, process_index, process_count, options)
-    return stream.make_val_iterators(datasets, spec, tokenizer, settings, max_batches=most, processes=processes)
+    return stream.make_val_iterators(datasets, spec, tokenizer, settings, processes=processes, **own)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from octo_like.common.schema import BatchSpec, Tree
+from octo_like.common.schema import TEXT_KINDS, BatchSpec, Tree
 from octo_like.data.batches.damage import DamageLog
 from octo_like.data.batches.episodes import Episode, EpisodeSet, EpisodeStore
 from octo_like.data.batches.gather import FrameGatherer
@@ -34,6 +34,17 @@ class Request(NamedTuple):
 # (row of the request, attempt) -> (episode, frame) that takes the place of a damaged sample, of the same dataset.
 Substitute = Callable[[int, int], tuple[int, int]]
 MAX_SUBSTITUTES = 64
+
+
+def _check_texts(prepared: PreparedDataset, spec: BatchSpec) -> None:
+    """Raises DataError for texts to learn, and nothing that would learn them."""
+    if prepared.spec.text_target is not None and spec.text_target is None and prepared.spec.action_key is None:
+        raise DataError(
+            f"{prepared.key}: text_keys: the model learns no texts, and there is nothing else to learn; give it "
+            "model.auxiliaries.text=dict(kind='text', readout='readout_text', vocabulary='words') and a readout 'text'"
+        )
+    if prepared.spec.action_key is None and spec.language_length is None:
+        raise DataError(f"{prepared.key}: pictures with words need a model that reads words: batches have no language")
 
 
 def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
@@ -79,6 +90,7 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
             raise DataError(
                 f"{prepared.key}: no action head {prepared.spec.head!r}; {suggest(prepared.spec.head, spec.heads)}"
             )
+        _check_texts(prepared, spec)
         chunk = prepared.function.action_chunk
         if chunk is not None and chunk < spec.action_horizon:
             raise DataError(
@@ -108,7 +120,11 @@ class Assembler:
         self._has_slot = {
             slot: np.array([one.image_keys.get(slot) is not None for one in specs]) for slot in spec.image_sizes
         }
-        self._heads = {head: np.array([one.head == head for one in specs]) for head in spec.heads}
+        self._heads = {
+            head: np.array([one.head == head and one.action_key is not None for one in specs]) for head in spec.heads
+        }
+        kinds = [None if one.text_target is None else one.text_target[0] for one in specs]
+        self._text_kind = np.array([0 if kind is None else 1 + TEXT_KINDS.index(kind) for kind in kinds], np.int32)
 
     def __call__(self, request: Request, substitute: Substitute) -> Tree:
         """A batch of N samples. One that needs a damaged record or frame is made from its substitute, keeping its own
@@ -174,6 +190,7 @@ class Assembler:
         length = np.array([len(one.action) for one in episodes], np.int32)
         text = np.array([one.text[step] for one, step in zip(episodes, t, strict=True)], np.int32)
         use_goal, use_text = self._choose_task(request, text)
+        named = use_text  # the task is an instruction, said or, beside a sub-task, left out
 
         drawn = windows.goal_step(
             uniform(request.key, "goal").astype(np.float32), t, length, self._task.max_goal_distance
@@ -204,6 +221,10 @@ class Assembler:
             rows = self._texts.paraphrased(np.where(use_text, text, 0), request.key)
             task["language_instruction"] = self._texts.encoded(rows)
             task_masks["language_instruction"] = use_text
+            if spec.subtask:
+                use_text, subtask = self._subtask(request, episodes, t, use_text)
+                task["subtask"] = self._texts.encoded(subtask)
+                task_masks |= {"language_instruction": use_text, "subtask": subtask != 0}
         task |= seen.goals
         task["timestep"] = goal
         task["pad_mask_dict"] = task_masks | seen.goal_masks
@@ -212,7 +233,8 @@ class Assembler:
             "task": task,
             "action": action,
             "action_pad_mask": action_mask,
-            **self._points(episodes, window, use_text),
+            **self._points(episodes, window, named),
+            **self._text_target(request.dataset, episodes, t, named),
             "action_head_mask": {head: mask[request.dataset] for head, mask in self._heads.items()},
             "dataset_id": request.dataset.astype(np.int32),
             "sample_id": request.sample_id.astype(np.int64),
@@ -263,7 +285,7 @@ class Assembler:
                 values[i], mask[i] = episode.extras[name][window[i]], True
         return values, mask
 
-    def _points(self, episodes: Sequence[Episode], window: np.ndarray, use_text: np.ndarray) -> Tree:
+    def _points(self, episodes: Sequence[Episode], window: np.ndarray, named: np.ndarray) -> Tree:
         """Places of the things that the instruction names; unknown where the task is a goal image."""
         if not self._spec.points:
             return {}
@@ -272,8 +294,31 @@ class Assembler:
             for k, name in enumerate(self._spec.points):
                 if name in episode.points:
                     points[i, :, k] = episode.points[name][window[i]]
-        known = np.isfinite(points).all(-1) & use_text[:, None, None]
+        known = np.isfinite(points).all(-1) & named[:, None, None]
         return {"points": np.where(known[..., None], points, np.float32(0)), "points_pad_mask": known}
+
+    def _subtask(
+        self, request: Request, episodes: Sequence[Episode], t: np.ndarray, use_text: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(whether the instruction is said, rows of the sub-tasks that are said), (N,) each: for a share of the samples
+        the one or the other, so that a policy acts on either and on both."""
+        rows = np.array(
+            [0 if e.subtask is None else e.subtask[step] for e, step in zip(episodes, t, strict=True)], np.int32
+        )
+        said = use_text & (rows != 0) & (uniform(request.key, "subtask") >= self._task.drop_subtask_prob)
+        alone = said & (uniform(request.key, "subtask alone") < self._task.subtask_alone_prob)
+        return use_text & ~alone, np.where(said, rows, 0)
+
+    def _text_target(self, dataset: np.ndarray, episodes: Sequence[Episode], t: np.ndarray, named: np.ndarray) -> Tree:
+        """What the model learns to say at steps t (N,), where the task says what to do or what is asked."""
+        if self._spec.text_target is None:
+            return {}
+        rows = np.array(
+            [0 if e.target is None else e.target[step] for e, step in zip(episodes, t, strict=True)], np.int32
+        )
+        rows = np.where(named, rows, 0)
+        kind = np.where(rows != 0, self._text_kind[dataset], 0).astype(np.int32)
+        return {"text_target": self._texts.encoded_targets(rows), "text_target_kind": kind}
 
     # -- frames
 

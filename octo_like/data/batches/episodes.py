@@ -39,6 +39,8 @@ class Episode:
       depths: slot -> T encoded depth maps, or (T, h, w) or (T, h, w, 1) numbers, as stored.
       points: name -> (T, 2) float32, column and row as fractions of the image; NaN where it is not known.
       extras: name -> (T, ...) float32, values of other sensors, normalised.
+      target: (T,) int32 rows of the table of texts that are learned, 0 where there is none; or None.
+      subtask: (T,) int32 rows of the text table of the same texts, where the task says them; or None.
     """
 
     action: np.ndarray
@@ -48,6 +50,8 @@ class Episode:
     depths: Mapping[str, Sequence[EncodedFrame] | np.ndarray] = dataclasses.field(default_factory=dict)
     points: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    target: np.ndarray | None = None
+    subtask: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +71,12 @@ def normalised(raw: RawEpisode, prepared: PreparedDataset, texts: Any) -> Episod
         proprio = normalization.normalize(raw.proprio, statistics["proprio"], kind)
     text = np.zeros(len(action), np.int32) if raw.texts is None else texts.rows(raw.texts)
     extras = normalization.normalize_extras(raw.extras, statistics, kind)
-    return Episode(action, proprio, text, raw.images, raw.depths, raw.points, extras)
+    target = subtask = None
+    if raw.target is not None:
+        target = texts.target_rows(raw.target)
+        if prepared.spec.text_keys.get("subtask") is not None:
+            subtask = texts.rows(raw.target)
+    return Episode(action, proprio, text, raw.images, raw.depths, raw.points, extras, target, subtask)
 
 
 def load_episode(

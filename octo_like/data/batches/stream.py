@@ -251,6 +251,7 @@ def make_train_stream(
     text_tokenizer: TextTokenizer | None,
     settings: Settings,
     *,
+    target_tokenizer: TextTokenizer | None = None,
     processes: Processes = ONE_PROCESS,
 ) -> Stream:
     """The training stream of a run.
@@ -260,6 +261,7 @@ def make_train_stream(
       batch_spec: schema of the batches.
       text_tokenizer: needed when the batches have language.
       settings: of the order, the tasks and this machine, e.g. `Settings.of(seed=0, batch_size=256)`.
+      target_tokenizer: of the texts that the model learns to say; needed when the batches have any.
       processes: whose rows of each batch to make.
 
     Raises:
@@ -269,6 +271,8 @@ def make_train_stream(
     for name in batch_spec.points:
         if name not in named:
             log.warning("no dataset says where %r is (point_keys): model.auxiliaries learn nothing of it", name)
+    if batch_spec.text_target is not None and all(d.spec.text_target is None for d in datasets.values()):
+        log.warning("no dataset has texts to learn (text_keys): model.auxiliaries learn none")
     random = [name for name, d in datasets.items() if d.function.random_ops]
     if settings.exact and random:
         d = datasets[random[0]]
@@ -278,11 +282,12 @@ def make_train_stream(
         )
     plan = OrderPlan.of(datasets, batch_spec, settings, processes)
     paraphrases = None if settings.paraphrases is None else load_paraphrases(settings.paraphrases)
-    texts = Texts(text_tokenizer, paraphrases, settings.task.paraphrase_prob)
+    targets = None if batch_spec.text_target is None else target_tokenizer
+    texts = Texts(text_tokenizer, paraphrases, settings.task.paraphrase_prob, targets=targets)
     order_spec = {
         "data_version": DATA_VERSION,
         "approximate": random + [name for name, d in datasets.items() if not d.seekable],
-        **settings.spec(),
+        **settings.spec(subtasks=batch_spec.subtask),
         **texts.spec,
         "batch": batch_spec.to_json(),
         "views": {name: d.spec.view_fields() for name, d in datasets.items()},

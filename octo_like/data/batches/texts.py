@@ -60,15 +60,24 @@ class Texts:
       tokenizer: None for a run without language; every text is row 0 then.
       paraphrases, probability: with this probability a sample's instruction is replaced by one of its paraphrases, each
         equally likely.
+      targets: tokenizer of the texts that are learned; None for a run that learns none.
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer | None, paraphrases: Paraphrases | None = None, probability: float = 0.0
+        self,
+        tokenizer: TextTokenizer | None,
+        paraphrases: Paraphrases | None = None,
+        probability: float = 0.0,
+        *,
+        targets: TextTokenizer | None = None,
     ):
+        self._targets = targets
+        self._target_table = TextTable(targets) if targets is not None else None
         self._tokenizer = tokenizer
         self._table = TextTable(tokenizer) if tokenizer is not None else None
         self._paraphrases, self._probability = paraphrases, probability
         self._variants: dict[int, np.ndarray] = {}
+        self._checked: set[str] = {""}  # texts to learn that are short enough
         self._lock = threading.Lock()
 
     @property
@@ -77,6 +86,7 @@ class Texts:
         return {
             "tokenizer": None if self._tokenizer is None else self._tokenizer.fingerprint,
             "paraphrases": None if self._paraphrases is None else self._paraphrases.hash,
+            **({} if self._targets is None else {"target_tokenizer": self._targets.fingerprint}),
         }
 
     def check(self, language_length: int | None, instructions: Iterable[str]) -> None:
@@ -115,6 +125,36 @@ class Texts:
                         self._variants[row] = self._table.rows(self._paraphrases.variants[text])
             return self._table.rows(texts)
 
+    def target_rows(self, texts: Sequence[str]) -> np.ndarray:
+        """Row numbers (N,) int32 of texts that are learned; 0 is none. Safe to call from several threads.
+
+        Raises:
+          DataError: one is longer than the batches' `text_target`: what the model said would end in its middle.
+        """
+        if self._target_table is None or self._targets is None:
+            return np.zeros(len(texts), np.int32)
+        with self._lock:
+            for text in dict.fromkeys(texts):
+                if text not in self._checked:
+                    self._check_target(text)
+            return self._target_table.rows(texts)
+
+    def _check_target(self, text: str) -> None:
+        assert self._targets is not None
+        length = self._targets.num_tokens(text)
+        if length > self._targets.max_length:
+            raise DataError(
+                f"a text to learn has {length} ids with its end, the model's texts at most {self._targets.max_length}: "
+                f"{text[:80]!r}; set max_length of model.auxiliaries' text to at least {length}, or shorten the text"
+            )
+        self._checked.add(text)
+
+    def encoded_targets(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """{"input_ids", "attention_mask"} (N, M) int32 of row numbers (N,); all zero where nothing is to be said."""
+        assert self._target_table is not None
+        said = rows[:, None] != 0
+        return {key: np.where(said, ids, 0) for key, ids in self._target_table.encoded(rows).items()}
+
     def paraphrased(self, rows: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Rows (N,) with some replaced by a paraphrase, by the samples' keys (N,). Which row a text has is an accident
         of what was read first; which text is taken is not."""
@@ -147,3 +187,5 @@ class WordList:
         with self._lock:
             self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
             return np.array([self.texts.index(text) for text in texts], np.int32)
+
+    target_rows = rows  # texts that are learned, in the same list

@@ -81,6 +81,7 @@ def make_val_iterators(
     text_tokenizer: TextTokenizer | None,
     settings: Settings,
     *,
+    target_tokenizer: TextTokenizer | None = None,
     max_batches: int | None = None,
     processes: Processes = ONE_PROCESS,
 ) -> dict[str, ValIterator]:
@@ -95,7 +96,7 @@ def make_val_iterators(
       others: as in `make_train_stream`; dataset ids are those of `datasets`.
     """
     settings = settings.for_validation()
-    reader = Reader(datasets, "val", batch_spec, Texts(text_tokenizer), settings, processes)
+    reader = Reader(datasets, "val", batch_spec, Texts(text_tokenizer, targets=target_tokenizer), settings, processes)
     return {
         name: ValIterator(number, reader, settings.order.batch_size, max_batches, processes)
         for number, (name, prepared) in enumerate(datasets.items())

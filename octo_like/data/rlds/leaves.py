@@ -43,6 +43,10 @@ def _is_point(x: tf.Tensor) -> bool:
     return x.dtype.is_floating and x.shape.rank == 2 and x.shape[-1] in (2, 4)
 
 
+def _is_text(x: tf.Tensor) -> bool:
+    return x.dtype == tf.string and x.shape.rank == 1
+
+
 def _is_sensor(x: tf.Tensor) -> bool:
     return _is_numeric(x, *range(1, 6)) and x.shape[1:].is_fully_defined()
 
@@ -55,7 +59,8 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     """The leaves of a standardised trajectory that a spec names.
 
     Returns:
-      {"action": (T, A) float32, or (T, N, A) when actions come in chunks; "proprio": (T, P) float32 (absent without
+      {"action": (T, A) float32, or (T, N, A) when actions come in chunks, (T, 0) without actions; "target" (T,) string,
+      what is to be said (absent without text_keys); "proprio": (T, P) float32 (absent without
       proprio_keys); "language": (T,) string, empty where it is no text (absent without language_key); "images": {slot:
       (T,) encoded strings or (T, h, w, 3) uint8}; "depths": {slot: (T,) encoded strings or (T, h, w) or (T, h, w, 1)
       numbers}; "points": {name: (T, 2) points or (T, 4) boxes, float32}; "extras": {name: (T, ...) float32, (T, 1) of
@@ -67,8 +72,16 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
     observation = trajectory.get("observation")
     if not isinstance(observation, Mapping):
         raise DataError(f"{spec.name}: a trajectory has no `observation`; its keys: {', '.join(map(str, trajectory))}")
-    action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2, 3))
-    chosen: dict[str, Any] = {"action": tf.cast(action, tf.float32)}
+    chosen: dict[str, Any] = {}
+    if spec.text_target is not None:
+        kind, key = spec.text_target
+        what = f"text to learn of kind {kind!r} (a string per step)"
+        chosen["target"] = _as_texts(_require(trajectory, key, what, spec, _is_text))
+    if spec.action_key is None:
+        chosen["action"] = tf.zeros([tf.shape(chosen["target"])[0], 0])
+    else:
+        action = _require(trajectory, spec.action_key, "action", spec, lambda x: _is_numeric(x, 2, 3))
+        chosen["action"] = tf.cast(action, tf.float32)
     chosen |= {"images": {}, "depths": {}, "points": {}, "extras": {}}
     if spec.proprio_keys:
         parts = []
@@ -86,10 +99,7 @@ def select(trajectory: Mapping[str, Any], spec: DatasetSpec) -> dict[str, Any]:
             raise DataError(f"{spec.name}: {error}") from error
     if spec.language_key is not None:
         kind = "instruction (a string per step)"
-        strings = _require(
-            trajectory, spec.language_key, kind, spec, lambda x: x.dtype == tf.string and x.shape.rank == 1
-        )
-        chosen["language"] = _as_texts(strings)
+        chosen["language"] = _as_texts(_require(trajectory, spec.language_key, kind, spec, _is_text))
     for group, keys, what, fits in (
         ("images", spec.image_keys, "image of camera {!r}", _is_image),
         ("depths", spec.depth_keys, "depth of camera {!r}", _is_depth),

@@ -151,7 +151,7 @@ def _summary(serialized: tf.Tensor, function: EpisodeFunction) -> dict[str, Any]
             **{f"camera {slot}": tf.shape(image)[0] for slot, image in episode["images"].items()},
             **{f"depth of {slot}": tf.shape(depth)[0] for slot, depth in episode["depths"].items()},
             **{f"sensor {name}": tf.shape(values)[0] for name, values in episode["extras"].items()},
-            **{key: tf.shape(episode[key])[0] for key in ("proprio", "language", "usable") if key in episode},
+            **{key: tf.shape(episode[key])[0] for key in ("proprio", "language", "target", "usable") if key in episode},
         },
     }
 

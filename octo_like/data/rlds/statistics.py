@@ -138,7 +138,8 @@ def streamed_statistics(
     places = [q * (count - 1) for q in QUANTILES]
     ranks = sorted({min(int(place) + i, count - 1) for place in places for i in (0, 1)})
     ends = upper.cumsum(1)
-    bins = np.stack([np.searchsorted(ends[d], ranks, side="right") for d in range(width)])  # (D, ranks)
+    found = [np.searchsorted(ends[d], ranks, side="right") for d in range(width)]
+    bins = np.array(found, np.int64).reshape(width, len(ranks))  # also of no dimension at all
     lower = {(d, int(b)): np.zeros(_BINS, np.int64) for d in range(width) for b in bins[d]}
     squares = np.zeros(width)
     for part in rows():

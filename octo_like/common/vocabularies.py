@@ -1,0 +1,112 @@
+"""Vocabularies of what a model says. They stand in the model's config, whole: so they travel with every checkpoint and
+export, and a run that is resumed or adapted says its words with the same ids.
+
+A config may name one, `vocabulary="words"`; `resolve` puts the content in its place:
+
+    {"kind": "words", "size": 512, "sentencepiece": base64 of the sentencepiece model}
+"""
+
+import base64
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from octo_like.common.text import TextTokenizer, model_file
+
+GROUPS = ("heads", "auxiliaries")
+
+
+class VocabularyError(ValueError):
+    """A vocabulary that is not there, or is none."""
+
+
+def resolve(model: Any, where: str = "model") -> None:
+    """Replaces, in a model's config, names of vocabularies by what they hold.
+
+    Args:
+      model: nested mapping (a dict or ConfigDict), changed in place.
+
+    Raises:
+      VocabularyError: no such file, or no vocabulary in it; says which part of the model names it.
+    """
+    for place, entry in _entries(model):
+        if isinstance(entry["vocabulary"], str):
+            try:
+                content = load_words(entry["vocabulary"])
+            except (ValueError, OSError) as error:
+                raise VocabularyError(f"{where}.{place}.vocabulary: {error}") from error
+            with getattr(entry, "ignore_type", contextlib.nullcontext)():  # of a ConfigDict: it was a text
+                entry["vocabulary"] = content
+
+
+def _entries(model: Any) -> Iterator[tuple[str, Any]]:
+    for group in GROUPS:
+        for name, entry in ((model or {}).get(group) or {}).items():
+            if hasattr(entry, "get") and entry.get("vocabulary") is not None:
+                yield f"{group}.{name}", entry
+
+
+def load_words(name: str) -> dict[str, Any]:
+    """The content of a text vocabulary: "builtin", "words", or the path of a sentencepiece `.model` file.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: no sentencepiece model with T5's conventions.
+    """
+    with open(model_file(name), "rb") as file:
+        content = file.read()
+    size = TextTokenizer(content).vocab_size
+    return {"kind": "words", "size": size, "sentencepiece": base64.b64encode(content).decode("ascii")}
+
+
+def size_of(vocabulary: Any) -> int:
+    """V, the number of ids. Raises VocabularyError for what has not been resolved, or holds something else."""
+    if isinstance(vocabulary, str):
+        raise VocabularyError(f"vocabulary {vocabulary!r} is a name; octo_like.common.vocabularies.resolve reads it")
+    if not isinstance(vocabulary, Mapping) or vocabulary.get("kind") != "words" or "sentencepiece" not in vocabulary:
+        raise VocabularyError("not a vocabulary of words: expected {'kind': 'words', 'size', 'sentencepiece'}")
+    return int(vocabulary["size"])
+
+
+def tokenizer_of(vocabulary: Mapping[str, Any], max_length: int) -> TextTokenizer:
+    """The tokenizer of a resolved vocabulary, for texts of at most `max_length` ids.
+
+    Raises:
+      VocabularyError: it is damaged.
+    """
+    size = size_of(vocabulary)
+    tokenizer = _tokenizer(vocabulary["sentencepiece"], max_length)
+    if tokenizer.vocab_size != size:
+        raise VocabularyError(f"a vocabulary says that it has {size} ids, but its sentencepiece model has "
+                              f"{tokenizer.vocab_size}")  # fmt: skip
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=16)
+def _tokenizer(content: str, max_length: int) -> TextTokenizer:
+    try:
+        return TextTokenizer(base64.b64decode(content, validate=True), max_length)
+    except ValueError as error:
+        raise VocabularyError(f"damaged vocabulary: {error}") from error
+
+
+def target_tokenizer(model: Mapping[str, Any]) -> TextTokenizer | None:
+    """The tokenizer of the texts that a model learns to say; None: it says none.
+
+    Raises:
+      VocabularyError: its parts have different vocabularies or lengths: a batch holds a target once.
+    """
+    found = {
+        (entry["vocabulary"]["sentencepiece"], int(entry["max_length"])): entry
+        for _, entry in _entries(model)
+        if entry.get("kind") == "text" and size_of(_plain(entry["vocabulary"]))
+    }
+    if len(found) > 1:
+        raise VocabularyError("model.auxiliaries: all texts that are said must have one vocabulary and one max_length")
+    for entry in found.values():
+        return tokenizer_of(_plain(entry["vocabulary"]), int(entry["max_length"]))
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return dict(value.items()) if hasattr(value, "items") else value

@@ -1,0 +1,84 @@
+"""What a policy is asked to do, as arrays: instructions, goal images, embeddings, sub-tasks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from octo_like.common.schema import check_tree
+
+
+def make_tasks(
+    policy: Any,
+    texts: Sequence[str] | None,
+    goals: Mapping[str, np.ndarray] | None,
+    embeddings: np.ndarray | None,
+    subtasks: Sequence[str] | None,
+) -> dict[str, Any]:
+    """`Policy.create_tasks`."""
+    spec = policy.batch_spec
+    if texts is None and not goals and embeddings is None and subtasks is None:
+        raise ValueError("a task needs texts, goals or both")
+    for what, given_texts in (("texts", texts), ("subtasks", subtasks)):
+        if isinstance(given_texts, str) or not (given_texts is None or hasattr(given_texts, "__len__")):
+            kind = "instructions" if what == "texts" else "sub-tasks"
+            raise ValueError(f"{what} must be a list of {kind}, one per row of the batch, not {given_texts!r:.40}")
+        if given_texts is not None and not (len(given_texts) and all(isinstance(text, str) for text in given_texts)):
+            raise ValueError(f"{what} must be strings, at least one, got {list(given_texts)!r}")
+    if subtasks is not None and not spec.subtask:
+        raise ValueError("this policy takes no subtasks: no task tokenizer of its model has key='subtask'")
+    goals = {key: np.asarray(g)[None] if np.ndim(g) == 3 else np.asarray(g) for key, g in (goals or {}).items()}
+    valid_goals = [f"image_{slot}" for slot in spec.goal_images]
+    for key in goals:
+        if key not in valid_goals:
+            raise ValueError(f"this policy takes no goal {key!r}; valid goals: {valid_goals or 'none'}")
+    if texts is not None and spec.language_embedding is not None:
+        raise ValueError(f"this policy takes embeddings {spec.language_embedding} of instructions, not texts")
+    if texts is not None and spec.language_length is None:
+        raise ValueError(f"this policy takes no language; valid goals: {valid_goals}")
+    if embeddings is not None and spec.language_embedding is None:
+        raise ValueError("this policy takes no language embeddings")
+    if texts is not None and policy.text_tokenizer is None:
+        raise ValueError(
+            "this policy has no text tokenizer; load it with text_model=, the sentencepiece model of its language "
+            "encoder (T5's spiece.model)"
+        )
+    given = [len(x) for x in (texts, embeddings, subtasks) if x is not None]
+    sizes = {len(g) for g in goals.values()} | set(given)
+    if len(sizes) != 1:
+        raise ValueError(f"texts and goals must have the same batch size, got sizes {sorted(sizes)}")
+    b = sizes.pop()
+    task: dict[str, Any] = {"pad_mask_dict": {}, "timestep": np.zeros(b, np.int32)}
+    if spec.language_length is not None:
+        texts = [""] * b if texts is None else list(texts)
+        task["language_instruction"] = token_ids(policy, texts)
+        task["pad_mask_dict"]["language_instruction"] = np.array([bool(text.strip()) for text in texts])
+        if spec.subtask:
+            subtasks = [""] * b if subtasks is None else list(subtasks)
+            task["subtask"] = token_ids(policy, subtasks)
+            task["pad_mask_dict"]["subtask"] = np.array([bool(text.strip()) for text in subtasks])
+    if spec.language_embedding is not None:
+        task["pad_mask_dict"]["language_instruction"] = np.full(b, embeddings is not None)
+        if embeddings is None:
+            embeddings = np.zeros((b, *spec.language_embedding), np.float32)
+        task["language_instruction"] = np.asarray(embeddings, np.float32)
+    for slot in spec.goal_images:
+        key = f"image_{slot}"
+        task["pad_mask_dict"][key] = np.full(b, key in goals)
+        task[key] = goals.get(key, np.zeros((b, *spec.image_sizes[slot], 3), np.uint8))
+    check_tree(task, spec.task(), where="task")
+    encoded = policy.language_program(policy.params, task) if spec.language_length is not None else {}
+    if encoded:
+        task["language_instruction"]["encoded"] = encoded
+    return task
+
+
+def token_ids(policy: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """{"input_ids", "attention_mask"} (B, L) of B texts."""
+    if policy.text_tokenizer is not None:
+        return policy.text_tokenizer.encode(texts)
+    # No instruction is </s> and padding, whatever the words are.
+    assert policy.batch_spec.language_length is not None
+    ids = np.zeros((len(texts), policy.batch_spec.language_length), np.int32)
+    ids[:, 0] = 1
+    return {"input_ids": ids, "attention_mask": ids.copy()}

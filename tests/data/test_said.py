@@ -1,0 +1,181 @@
+"""Texts that are learned, from records to batches: whose rows have any, and what is told with them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from octo_like.common.schema import TEXT_KINDS, BatchSpec, check_batch, flatten
+from octo_like.common.text import TextTokenizer
+from octo_like.data.in_memory import _columns, prepare_in_memory
+from octo_like.data.spec import DataError, DatasetSpec
+from tests.data import said
+from tests.data.streams import make_train_stream, make_val_iterators
+
+SPEC = BatchSpec(2, 2, 3, {"primary": (32, 32)}, language_length=14, text_target=14, goal_images=("primary",))
+WITH_SUBTASK = dataclasses.replace(SPEC, subtask=True)
+TOKENIZER, TARGETS = TextTokenizer.load("builtin", 14), TextTokenizer.load("builtin", 14)
+ANSWER, SUBTASK = (1 + TEXT_KINDS.index(kind) for kind in ("answer", "subtask"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("said")
+    said.build(data_dir, "questions", said.make_questions(60))
+    return said.build(data_dir, "moves", said.make_moves(15))
+
+
+def questions(**changes):
+    image = dict(image_keys={"primary": "image"}, val_fraction=0.2)
+    return dict(name="questions", action_key=None, text_keys={"answer": "answer"}, **image) | changes
+
+
+def moves(**changes):
+    image = dict(image_keys={"primary": "image"}, val_fraction=0.2)
+    return dict(name="moves", text_keys={"subtask": "subtask"}, **image) | changes
+
+
+def stream_of(data_dir, spec=SPEC, datasets=None, **options):
+    datasets = dict(questions=questions(), moves=moves()) if datasets is None else datasets
+    settings = dict(data_dir=data_dir, seed=0, batch_size=32, episodes_mixed=8, num_lanes=2)
+    return make_train_stream(datasets, spec, TOKENIZER, target_tokenizer=TARGETS, **(settings | options))
+
+
+def texts(leaf):
+    return TARGETS.decode(leaf["input_ids"])
+
+
+def test_rows_have_the_text_of_their_own_step_or_none(folder):
+    with stream_of(folder) as stream:
+        batches = [next(stream) for _ in range(12)]
+    seen = set()
+    for batch in batches:
+        check_batch(batch, SPEC)
+        told = batch["task"]["pad_mask_dict"]["language_instruction"]
+        said_here, kinds = texts(batch["text_target"]), batch["text_target_kind"]
+        pixels = batch["observation"]["image_primary"][:, -1, 16, 16]
+        for row in range(32):
+            text, kind, mask = said_here[row], kinds[row], batch["text_target"]["attention_mask"][row]
+            assert (kind != 0) == bool(text) == bool(mask.any())
+            assert not batch["text_target"]["input_ids"][row][mask == 0].any()
+            if batch["dataset_id"][row] == 0:
+                assert not batch["action_pad_mask"][row].any() and not batch["action_head_mask"]["action"][row]
+                if text:
+                    assert kind == ANSWER and told[row]
+                    assert text == f"it is {said.COLOURS[pixels[row].argmax()]}"
+            else:
+                assert batch["action_head_mask"]["action"][row] and batch["action_pad_mask"][row, -1, 0].all()
+                if text:
+                    assert kind == SUBTASK and told[row]
+                    assert text == ("push the block" if pixels[row, 2] == 200 else "reach for the block")
+                else:  # a goal image says what to do, or nothing does
+                    assert not told[row]
+            seen.add((int(batch["dataset_id"][row]), text))
+    assert {text for dataset, text in seen if dataset == 0} == {"", *(f"it is {c}" for c in said.COLOURS)}
+    assert {text for dataset, text in seen if dataset == 1} == {"", "push the block", "reach for the block"}
+
+
+def test_a_share_of_the_samples_is_told_the_sub_task_too_and_a_share_nothing_else(folder):
+    with stream_of(folder, WITH_SUBTASK, dict(moves=moves()), keep_goal_prob=0.0) as stream:
+        batches = [next(stream) for _ in range(60)]
+    count = np.zeros((2, 2))
+    for batch in batches:
+        check_batch(batch, WITH_SUBTASK)
+        masks = batch["task"]["pad_mask_dict"]
+        told, subtask = masks["language_instruction"], masks["subtask"]
+        said_there = TOKENIZER.decode(batch["task"]["subtask"]["input_ids"])
+        for row in np.flatnonzero(batch["text_target_kind"]):
+            count[int(told[row]), int(subtask[row])] += 1
+            assert bool(said_there[row]) == subtask[row]
+            assert not subtask[row] or said_there[row] == texts(batch["text_target"])[row]
+    share = count / count.sum()
+    assert count.sum() > 1000 and count[0, 0] == 0  # something says what to do
+    np.testing.assert_allclose([share[1, 0], share[0, 1]], [0.3, 0.7 * 0.2], atol=0.04)
+
+
+def test_a_run_without_texts_to_learn_has_the_batches_it_had(folder):
+    plain = BatchSpec(2, 2, 3, {"primary": (32, 32)}, language_length=14, goal_images=("primary",))
+    with (
+        stream_of(folder, SPEC, dict(moves=moves())) as with_texts,
+        stream_of(folder, plain, dict(moves=moves(text_keys={}))) as without,
+    ):
+        for _ in range(3):
+            want, got = next(without), next(with_texts)
+            del got["text_target"], got["text_target_kind"]
+            for (path, a), (other, b) in zip(flatten(want), flatten(got), strict=True):
+                assert path == other
+                np.testing.assert_array_equal(a, b, err_msg=path)
+        assert "target_tokenizer" not in without.order_spec and "text_target" not in without.order_spec["batch"]
+        assert "drop_subtask_prob" not in with_texts.order_spec["task"]
+        assert with_texts.order_spec["target_tokenizer"] == TARGETS.fingerprint
+
+
+def test_seeking_and_lanes(folder):
+    with stream_of(folder, WITH_SUBTASK) as stream:
+        batches = [next(stream) for _ in range(4)]
+        stream.seek(64)
+        again = next(stream)
+    for (path, a), (_, b) in zip(flatten(batches[2]), flatten(again), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_batches_from_memory_are_those_of_files(folder):
+    import tensorflow_datasets as tfds
+
+    held = {}
+    specs = dict(questions=questions(val_fraction=0), moves=moves(val_fraction=0))
+    for name, fields in specs.items():
+        builder = tfds.builder_from_directory(f"{folder}/{name}/1.0.0")
+        found = tfds.as_numpy(builder.as_dataset(split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1)))
+        episodes = [_columns({"steps": list(e["steps"])}, name) for e in found]
+        held[name] = prepare_in_memory(name, DatasetSpec.from_dict(fields), {"train": episodes})
+    options = dict(decode="fast", keep_goal_prob=0.3)
+    with (
+        stream_of(folder, WITH_SUBTASK, specs, **options) as files,
+        stream_of(None, WITH_SUBTASK, held, **options) as memory,
+    ):
+        for _ in range(5):
+            for (path, a), (_, b) in zip(flatten(next(files)), flatten(next(memory)), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=path)
+
+
+def test_validation_has_texts(folder):
+    datasets = dict(questions=questions(), moves=moves())
+    found = make_val_iterators(
+        datasets, SPEC, TOKENIZER, data_dir=folder, seed=0, batch_size=8, target_tokenizer=TARGETS
+    )
+    assert all(batch["text_target_kind"].any() for iterator in found.values() for batch in iterator)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (questions(text_keys={}), "questions: action_key=None: without actions there is nothing to learn"),
+        (questions(text_keys={"reply": "answer"}), "text_keys: .*not 'reply'"),
+        (questions(text_keys={"answer": "reply"}), "no text to learn of kind 'answer' .* 'reply'"),
+        (moves(text_keys={"subtask": "action"}), "'action' cannot be the text to learn"),
+        (moves(text_keys={"subtask": "subtask", "answer": "subtask"}), "a step has one text to learn, not subtask and"),
+        (questions(max_action=3.0), "max_action is about actions, and action_key=None says that there are none"),
+    ],
+)
+def test_bad_specs(folder, fields, message):
+    with pytest.raises(DataError, match=message):
+        stream_of(folder, SPEC, dict(one=fields))
+
+
+def test_texts_that_are_too_long_are_named(folder):
+    short = TextTokenizer.load("builtin", 4)
+    spec = dataclasses.replace(SPEC, text_target=4)
+    with make_train_stream(
+        dict(moves=moves()), spec, TOKENIZER, target_tokenizer=short, data_dir=folder, seed=0, batch_size=8
+    ) as stream:
+        with pytest.raises(DataError, match="ids with its end, the model's texts at most 4: '(reach|push)"):
+            next(stream)
+
+
+def test_pictures_with_words_need_a_model_that_reads_and_says_words(folder):
+    with pytest.raises(DataError, match="questions: text_keys: the model learns no texts"):
+        stream_of(folder, dataclasses.replace(SPEC, text_target=None), dict(questions=questions()))
+    with pytest.raises(DataError, match="questions: pictures with words need a model that reads words"):
+        spec = dataclasses.replace(SPEC, language_length=None)
+        stream_of(folder, spec, dict(questions=questions()))
