@@ -31,8 +31,8 @@ class Inputs:
     Attributes:
       stream: endless training batches.
       validation: dataset to finite batches.
-      statistics: dataset to statistics, with the kind of normalisation in "normalization" and the action head that
-        learns from it in "head".
+      statistics: dataset with actions to statistics, with the kind of normalisation in "normalization" and the action
+        head that learns from it in "head".
       environments: dataset to the gymnasium id it is rolled out in.
       episodes: dataset to a function that makes finite batches of one held-out episode in the order of time, the last
         of them filled up; datasets whose episodes cannot be looked up are not in it.
@@ -115,6 +115,7 @@ def inputs_from_config(
             **({} if (relative := specs[name].relative_to) is None else {"relative_to": list(relative)}),
         }
         for name, prepared in datasets.items()
+        if specs[name].action_key is not None
     }
     environments = {name: one.env for name, one in specs.items() if one.env is not None}
     episodes = {name: batches.whole_episode for name, batches in validation.items()}

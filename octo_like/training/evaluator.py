@@ -60,11 +60,12 @@ class Evaluator:
         run, params = self.run, state.ema_params
         scalars: dict[str, float] = {}
         for name, batches in run.inputs.validation.items():
-            statistics = run.inputs.statistics[name]
             # Placed once: loss, error and plot look at the same batches.
             placed = [sharding.put_batch(batch, run.mesh) for batch in batches]
             losses = validation_loss(lambda batch: self.terms(params, batch), placed)
             scalars |= {f"val/{name}/{key}": value for key, value in losses.items()}
+            if (statistics := run.inputs.statistics.get(name)) is None:
+                continue  # no actions
             seen = [self._predicted(params, batch) for batch in placed]
             error = action_error(lambda batch: batch["predicted"][0], seen, statistics)
             scalars |= error.scalars(f"val/{name}/")

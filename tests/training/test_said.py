@@ -1,0 +1,73 @@
+"""Robot data and pictures with words in one run: what is learned from which row, resume, export, what is logged."""
+
+import json
+
+import numpy as np
+import pytest
+
+from octo_like.policy.policy import Policy
+from octo_like.training.metrics import read_metrics
+from tests.data import said
+from tests.training.test_scripts import params_of, run
+
+CONFIG = "tests/training/said_config.py"
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("said")
+    said.build(folder, "questions", said.make_questions(60))
+    return said.build(folder, "moves", said.make_moves(15))
+
+
+def train(workdir, data_dir, *arguments, **kwargs):
+    return run(
+        "train.py", "--config", CONFIG, "--workdir", workdir, f"--config.data.data_dir={data_dir}", *arguments, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    train(workdir, data_dir)
+    return workdir
+
+
+def test_it_answers_and_says_what_it_does(trained):
+    policy = Policy.load_pretrained(trained / "export")
+    images = np.zeros((3, 1, 32, 32, 3), np.uint8)
+    images[[0, 1, 2], ..., [0, 1, 2]] = 255
+    observation = dict(image_primary=images, timestep_pad_mask=np.ones((3, 1), bool))
+    questions = policy.create_tasks(texts=["what colour is it?"] * 3)
+    assert policy.predict_text(observation, questions) == [f"it is {colour}" for colour in said.COLOURS]
+    pictures = np.full((2, 1, 32, 32, 3), 9, np.uint8)
+    pictures[..., 2] = 0
+    pictures[1, ..., 2] = 200
+    observation = dict(image_primary=pictures, timestep_pad_mask=np.ones((2, 1), bool))
+    task = policy.create_tasks(texts=["move the block"] * 2)
+    assert policy.predict_text(observation, task) == ["reach for the block", "push the block"]
+
+
+def test_what_is_logged_and_what_travels(trained):
+    last = [entry for entry in read_metrics(trained) if "val/moves/text/accuracy" in entry][-1]
+    assert last["val/moves/text/accuracy"] > 0.9 and last["val/questions/text/accuracy"] > 0.9
+    # Nothing is said of what a dataset has nothing to learn for: its mean over no entry would be a zero.
+    assert "val/questions/action/loss" not in last and np.isfinite(last["val/moves/action/loss"])
+    policy = Policy.load_pretrained(trained / "export")
+    assert set(policy.statistics) == {"moves"}
+    config = json.loads((trained / "config.json").read_text())
+    assert config["model"]["auxiliaries"]["text"]["vocabulary"]["size"] == 192
+
+
+def test_resume_is_bitwise(trained, data_dir, tmp_path):
+    train(tmp_path / "parts", data_dir, "--config.num_steps=50")
+    train(tmp_path / "parts", data_dir)
+    whole, parts = params_of(trained), params_of(tmp_path / "parts")
+    for path, leaf in whole.items():
+        np.testing.assert_array_equal(leaf, parts[path], err_msg=path)
+
+
+def test_a_vocabulary_that_is_not_there_is_named(data_dir, tmp_path):
+    named = "--config.model.auxiliaries.text.vocabulary=no.model"
+    done = train(tmp_path / "none", data_dir, named, check=False)
+    assert done.returncode == 2 and "no sentencepiece model at 'no.model'; valid: 'builtin'" in done.stderr
