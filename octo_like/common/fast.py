@@ -465,7 +465,7 @@ def _checked(chunks: np.ndarray, horizon: int, dim: int) -> np.ndarray:
 def _rounded(chunks: np.ndarray, dct: np.ndarray, scale: float) -> np.ndarray:
     """The coefficients (N, H * A) of chunks (N, H, A), times the scale and rounded; float64, not clipped."""
     transformed = np.einsum("kt,nta->nka", dct, chunks) * scale
-    return np.rint(np.round(transformed, TIE_DECIMALS)).reshape(len(chunks), -1)
+    return np.rint(np.round(transformed, TIE_DECIMALS)).reshape(len(chunks), chunks.shape[1] * chunks.shape[2])
 
 
 def _texts(coefficients: np.ndarray, minimum: int) -> Sequence[str]:

@@ -1,6 +1,7 @@
 """What an action vocabulary does to chunks: how many tokens they take, what is clipped, what comes back."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -29,14 +30,6 @@ class Measured:
     rms_error: float
     max_error: float
 
-    def __str__(self) -> str:
-        return (
-            f"{self.chunks:,} chunks: tokens mean {self.mean_tokens:.1f}, p50 {self.median_tokens}, "
-            f"p99 {self.p99_tokens}, max {self.max_tokens}; {self.compression:.1f} numbers per token; clipped "
-            f"{self.clipped:.2g} of the coefficients; round-trip error rms {self.rms_error:.4f}, "
-            f"max {self.max_error:.4f} (normalised units)"
-        )
-
 
 def measure(vocabulary: FastVocabulary, chunks: np.ndarray) -> Measured:
     """Tokens, clipping and round-trip errors of chunks (N, H, A), N at least 1; `max_tokens` does not matter here."""
@@ -57,3 +50,27 @@ def measure(vocabulary: FastVocabulary, chunks: np.ndarray) -> Measured:
         rms_error=float(np.sqrt(np.square(error).mean())),
         max_error=float(error.max()),
     )
+
+
+def describe(vocabulary: FastVocabulary) -> str:
+    """Two lines: what the tokens are, and how exact they can be."""
+    lengths = vocabulary.piece_lengths[1:]
+    bound = 0.5 * np.sqrt(vocabulary.horizon) / vocabulary.scale
+    return (
+        f"{vocabulary.vocab_size:,} tokens: padding, {vocabulary.letters:,} integers from {vocabulary.minimum} to "
+        f"{vocabulary.maximum}, {int((lengths > 1).sum()):,} of 2 to {lengths.max()} integers\n"
+        f"scale {vocabulary.scale:g}: a dimension's actions come back within {bound:.3g} (L2 norm over the chunk, "
+        f"normalised units) where nothing is clipped; max_tokens {vocabulary.max_tokens}"
+    )
+
+
+def table(measured: Mapping[str, Measured]) -> str:
+    """One line for each of several sets of chunks."""
+    width = max(map(len, measured))
+    head = "chunks  tokens mean   p50   p99   max  numbers/token  clipped  error rms     max"
+    rows = [
+        f"{name:{width}}  {one.chunks:8,}  {one.mean_tokens:11.1f} {one.median_tokens:5} {one.p99_tokens:5} "
+        f"{one.max_tokens:5}  {one.compression:13.1f}  {one.clipped:7.1e}  {one.rms_error:9.4f}  {one.max_error:6.3f}"
+        for name, one in measured.items()
+    ]
+    return "\n".join([" " * (width + 4) + head, *rows])
