@@ -269,7 +269,7 @@ class FastVocabulary:
         size = lengths[ok].ravel()
         place = np.repeat(first[ids[ok].ravel()] - (np.cumsum(size) - size), size) + np.arange(size.sum())
         found = np.concatenate(self._pieces)[place].reshape(-1, self.horizon, self.dim)
-        chunks[ok] = np.einsum("kt,nka->nta", self._dct, found / self.scale)
+        chunks[ok] = self._dct.T @ (found / self.scale)
         return chunks, ok
 
     # -- files
@@ -464,7 +464,7 @@ def _checked(chunks: np.ndarray, horizon: int, dim: int) -> np.ndarray:
 
 def _rounded(chunks: np.ndarray, dct: np.ndarray, scale: float) -> np.ndarray:
     """The coefficients (N, H * A) of chunks (N, H, A), times the scale and rounded; float64, not clipped."""
-    transformed = np.einsum("kt,nta->nka", dct, chunks) * scale
+    transformed = dct @ chunks * scale
     return np.rint(np.round(transformed, TIE_DECIMALS)).reshape(len(chunks), chunks.shape[1] * chunks.shape[2])
 
 
