@@ -39,6 +39,7 @@ COMMANDS = {
     "import_octo": "scripts/import_octo.py",
     "verify_checkpoint": "scripts/verify_checkpoint.py",
     "train_tokenizer": "scripts/train_tokenizer.py",
+    "train_action_tokenizer": "scripts/train_action_tokenizer.py",
     "aot_compile": "scripts/aot_compile.py",
     "scaling": "scripts/scaling.py",
 }
