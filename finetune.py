@@ -30,7 +30,7 @@ import jax
 
 from octo_like import Policy
 from octo_like.common.defaults import batch_spec
-from octo_like.common.vocabularies import target_tokenizer
+from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model
 from octo_like.policy.surgery import check_inputs, condition, operate, replaced
@@ -89,7 +89,7 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     with attempt.phase("data"):
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         inputs = inputs_from_config(
-            config, spec, tokenizer, targets=target_tokenizer(model_config), workdir=flags.workdir, **processes
+            config, spec, tokenizer, targets=targets_of(model_config), workdir=flags.workdir, **processes
         )
     transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
     config = with_schedule(config, transitions, validated=bool(inputs.validation))

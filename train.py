@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import jax
 
 from octo_like import Policy
-from octo_like.common.vocabularies import target_tokenizer
+from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
@@ -62,7 +62,7 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
             config,
             network.spec,
             network.tokenizer,
-            targets=target_tokenizer(config.model),
+            targets=targets_of(config.model),
             workdir=flags.workdir,
             **processes,
         )

@@ -42,7 +42,7 @@ def check_loader(report: Report, config, seconds: float) -> None:
 
     from octo_like.common.defaults import batch_spec
     from octo_like.common.text import TextTokenizer
-    from octo_like.common.vocabularies import target_tokenizer
+    from octo_like.common.vocabularies import targets_of
     from octo_like.data import bench
     from octo_like.data.inputs import inputs_from_config
     from octo_like.data.prepare import prepare_datasets
@@ -51,7 +51,7 @@ def check_loader(report: Report, config, seconds: float) -> None:
     def rate(config, spec, **processes) -> tuple[float, float]:
         tokenizer = TextTokenizer.load(config.text.model, config.text.max_length) if config.text.model else None
         begin = time.perf_counter()
-        stream = inputs_from_config(config, spec, tokenizer, targets=target_tokenizer(config.model), **processes).stream
+        stream = inputs_from_config(config, spec, tokenizer, targets=targets_of(config.model), **processes).stream
         next(stream)
         first = time.perf_counter() - begin
         samples, taken = bench.timed(lambda: len(next(stream)["sample_id"]), seconds)

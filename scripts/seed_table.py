@@ -35,7 +35,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{Path(self.config).stem}-{self.isa}-{self.seed}"
+        config = Path(self.config).name.replace(".py", "").replace(":", "_")
+        return f"{config}-{self.isa}-{self.seed}"
 
 
 def environment(run: Run) -> dict[str, str]:

@@ -48,7 +48,8 @@ def main(argv=None) -> int:
         help="of the coefficients that may be clipped at each end (default: %(default)s)",
     )
     parser.add_argument("--output", required=True, help="the file that is written, e.g. my_actions.json")
-    flags, config = parse_command_line(parser, argv)
+    # The vocabulary that a head of the config names may be the one that is made here.
+    flags, config = parse_command_line(parser, argv, read_vocabularies=False)
 
     from octo_like.common.fast import FastError
     from octo_like.data.errors import DataError
@@ -110,7 +111,10 @@ def without_pictures(config: Any, head: str) -> tuple[Any, Any, tuple[int, int]]
     if head not in heads:
         adds = "" if config.model else " (of an adaptation: those in config.surgery.heads)"
         raise ConfigError(f"--head {head}: the config has no such head{adds}; {suggest(head, heads)}")
-    sizes = {name: one for name, one in heads.items() if "action_horizon" in one and "action_dim" in one}
+    fields = ("action_horizon", "action_dim")
+    sizes = {
+        name: {key: one[key] for key in fields} for name, one in heads.items() if all(key in one for key in fields)
+    }
     if head not in sizes:
         raise ConfigError(f"--head {head}: the config does not give its action_horizon and action_dim")
     spec = batch_spec(config, {"heads": sizes})
@@ -121,15 +125,17 @@ def without_pictures(config: Any, head: str) -> tuple[Any, Any, tuple[int, int]]
     config.data.update(image_dropout_prob=0.0, image_dropout_keep=None, paraphrases=None)
     if config.data.kind != "synthetic":
         datasets = datasets_from_config(config.data)
-        learning = {name for name, one in datasets.items() if DatasetSpec.from_dict(one, name).head == head}
+        specs = {name: DatasetSpec.from_dict(one, name) for name, one in datasets.items()}
+        learning = {name for name, one in specs.items() if one.head == head and one.action_key is not None}
         if not learning:
             raise ConfigError(f"--head {head}: no dataset of the config trains it; their `head` names others")
-        views = dict(image_keys={}, depth_keys={}, point_keys={}, bgr_slots=())
+        views = dict(image_keys={}, depth_keys={}, point_keys={}, text_keys={}, bgr_slots=())
         config.data.mix, config.data.mix_only = None, ()
         with config.data.ignore_type():
             config.data.datasets = {
                 name: {**fields, **views, **({} if name in learning else {"weight": 0.0})}
                 for name, fields in datasets.items()
+                if specs[name].action_key is not None
             }
     return config, spec, (sizes[head]["action_horizon"], sizes[head]["action_dim"])
 

@@ -92,7 +92,11 @@ class ConfigMismatch(ConfigError):
 
 
 def load_config(
-    spec: str, overrides: Sequence[tuple[str, str]] = (), *, open_groups: Sequence[str] = OPEN_GROUPS
+    spec: str,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    open_groups: Sequence[str] = OPEN_GROUPS,
+    read_vocabularies: bool = True,
 ) -> FrozenConfigDict:
     """Loads "path/to/file.py" or "path/to/file.py:arg", applies overrides and freezes the result.
 
@@ -100,6 +104,7 @@ def load_config(
       spec: the file, and after a colon the string handed to its `get_config`.
       overrides: (dotted key, text) pairs in the order of the command line; the last one wins.
       open_groups: patterns (fnmatch) of groups in which new keys may be written.
+      read_vocabularies: put what a named vocabulary holds in the place of its name (`octo_like.common.vocabularies`).
 
     Raises:
       ConfigError: no such file, no `get_config`, an argument it does not take, an unknown key, a value of another type.
@@ -107,7 +112,7 @@ def load_config(
     config = _run_config_file(spec)
     for key, text in overrides:
         override(config, key, text, open_groups=open_groups)
-    for group in ("model", "surgery"):
+    for group in ("model", "surgery") if read_vocabularies else ():
         try:
             vocabularies.resolve(config.get(group), group)
         except vocabularies.VocabularyError as error:
@@ -313,6 +318,7 @@ def parse_command_line(
     *,
     default: str | None = None,
     open_groups: Sequence[str] = OPEN_GROUPS,
+    read_vocabularies: bool = True,
 ) -> tuple[argparse.Namespace, FrozenConfigDict]:
     """Parses `--config FILE[:arg]`, `--config.a.b=value` and the flags of `parser`.
 
@@ -320,6 +326,7 @@ def parse_command_line(
       parser: holds the script's other flags (such as --workdir); `--config` is added for its help text.
       argv: arguments without the program's name; default: those of the process.
       default: config file used when --config is not given.
+      open_groups, read_vocabularies: see `load_config`.
 
     Returns:
       The parsed flags and the frozen config. On any mistake: one line on stderr and exit status 2.
@@ -336,7 +343,8 @@ def parse_command_line(
     if flags.config is None:
         parser.error("no config: pass --config configs/NAME.py")
     try:
-        return flags, load_config(flags.config, overrides, open_groups=open_groups)
+        options: dict[str, Any] = dict(open_groups=open_groups, read_vocabularies=read_vocabularies)
+        return flags, load_config(flags.config, overrides, **options)
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

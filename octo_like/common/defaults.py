@@ -186,6 +186,9 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
         points=next(iter(names), ()),
         text_target=next(iter(targets), None),
         subtask=subtask,
+        action_tokens={
+            name: int(head["vocabulary"]["max_tokens"]) for name, head in heads.items() if head.get("kind") == "fast"
+        },
         extra_observations={
             key: (shape,) if isinstance(shape, int) else tuple(shape)
             for key, shape in config.get("extra_observations", {}).items()

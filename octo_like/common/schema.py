@@ -27,6 +27,7 @@ Letters: B batch, W window (history), H action horizon, A action dim, P proprio 
     text_target/input_ids                  B M        int32, what the model learns to say at the window's last step
     text_target/attention_mask             B M        int32, 0: nothing is to be said there
     text_target_kind                       B          int32, 0: nothing; else 1 + its place in TEXT_KINDS
+    action_tokens/{head}                   B W M      int32, the chunk as ids of the head's vocabulary; 0: padding
     action_head_mask/{head}                B          bool, which heads learn from this sample
     dataset_id                             B          int32
     sample_id                              B          int64, the global number n of this sample
@@ -75,6 +76,7 @@ class BatchSpec:
       language_embedding: (d,) or (n, d) of instructions that come as precomputed embeddings in place of tokens.
       points: names of the things whose place in the image is told, for `model.auxiliaries`.
       text_target: M, ids of the texts that the model learns to say; None: it learns none.
+      action_tokens: head to M, most ids of a chunk, for heads with a vocabulary of action tokens.
       subtask: whether tasks also say what to do next (`task/subtask`, of `language_length`).
       extra_observations: other sensors by name (of `DatasetSpec.extra_keys`), float32 of this shape per timestep.
     """
@@ -93,6 +95,7 @@ class BatchSpec:
     points: tuple[str, ...] = ()
     text_target: int | None = None
     subtask: bool = False
+    action_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         unknown = set(self.goal_images) - set(self.image_sizes)
@@ -125,7 +128,7 @@ class BatchSpec:
     def to_json(self) -> Tree:
         """Plain lists and numbers; points, texts to say and sub-tasks only where there are any: most runs have none."""
         fields = dataclasses.asdict(self)
-        points, text_target, subtask = (fields.pop(name) for name in ("points", "text_target", "subtask"))
+        seldom = {name: fields.pop(name) for name in ("points", "text_target", "subtask", "action_tokens")}
         return {
             **fields,
             "image_sizes": {slot: list(size) for slot, size in self.image_sizes.items()},
@@ -134,9 +137,7 @@ class BatchSpec:
             "goal_images": list(self.goal_images),
             "heads": list(self.heads),
             "language_embedding": None if self.language_embedding is None else list(self.language_embedding),
-            **({"points": list(points)} if points else {}),
-            **({} if text_target is None else {"text_target": text_target}),
-            **({"subtask": True} if subtask else {}),
+            **{name: list(value) if name == "points" else value for name, value in seldom.items() if value},
         }
 
     def observation(self) -> Tree:
@@ -186,6 +187,11 @@ class BatchSpec:
             ids = Leaf((self.text_target,), np.dtype(np.int32))
             texts["text_target"] = {"input_ids": ids, "attention_mask": ids}
             texts["text_target_kind"] = Leaf((), np.dtype(np.int32))
+        if self.action_tokens:
+            texts["action_tokens"] = {
+                head: Leaf((self.window_size, length), np.dtype(np.int32))
+                for head, length in self.action_tokens.items()
+            }
         return {
             "observation": self.observation(),
             "task": self.task(),
@@ -254,6 +260,8 @@ def synthetic_batch(spec: BatchSpec, batch_size: int, seed: int = 0, *, language
             # What is to be said has a vocabulary of its own, of at least so many.
             vocab = language_vocab if path.startswith("task/") else min(language_vocab, SYNTHETIC_VOCAB)
             return rng.integers(2, vocab, shape, np.int32)
+        if path.startswith("action_tokens/"):
+            return np.zeros(shape, np.int32)
         if name == "text_target_kind":
             return np.ones(shape, np.int32)
         if name == "sample_id":

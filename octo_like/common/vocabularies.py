@@ -1,17 +1,23 @@
-"""Vocabularies of what a model says. They stand in the model's config, whole: so they travel with every checkpoint and
-export, and a run that is resumed or adapted says its words with the same ids.
+"""Vocabularies of what a model says: words, and tokens of action chunks.
 
-A config may name one, `vocabulary="words"`; `resolve` puts the content in its place:
+They stand in the model's config, whole: so they travel with every checkpoint and export, and a run that is resumed or
+adapted says its words with the same ids.
+
+A config may name one, `vocabulary="words"` or `vocabulary="my_actions.json"`; `resolve` puts the content in its place:
 
     {"kind": "words", "size": 512, "sentencepiece": base64 of the sentencepiece model}
+    what `octo_like.common.fast.FastVocabulary.to_json` gives
 """
 
 import base64
 import contextlib
+import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from octo_like.common.fast import FastVocabulary
 from octo_like.common.text import TextTokenizer, model_file
 
 GROUPS = ("heads", "auxiliaries")
@@ -33,7 +39,8 @@ def resolve(model: Any, where: str = "model") -> None:
     for place, entry in _entries(model):
         if isinstance(entry["vocabulary"], str):
             try:
-                content = load_words(entry["vocabulary"])
+                name = entry["vocabulary"]
+                content = FastVocabulary.load(name).to_json() if name.endswith(".json") else load_words(name)
             except (ValueError, OSError) as error:
                 raise VocabularyError(f"{where}.{place}.vocabulary: {error}") from error
             with getattr(entry, "ignore_type", contextlib.nullcontext)():  # of a ConfigDict: it was a text
@@ -90,12 +97,58 @@ def _tokenizer(content: str, max_length: int) -> TextTokenizer:
         raise VocabularyError(f"damaged vocabulary: {error}") from error
 
 
-def target_tokenizer(model: Mapping[str, Any]) -> TextTokenizer | None:
-    """The tokenizer of the texts that a model learns to say; None: it says none.
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What turns texts and actions into the ids that a model learns to say.
+
+    Attributes:
+      text: tokenizer of texts; None: the model says none.
+      actions: head -> vocabulary of its action chunks, of the heads that have one.
+    """
+
+    text: TextTokenizer | None = None
+    actions: Mapping[str, FastVocabulary] = dataclasses.field(default_factory=dict)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What an order spec holds of it: equal specs give equal ids. Empty for a model that says nothing."""
+        text = {} if self.text is None else {"target_tokenizer": self.text.fingerprint}
+        actions = {head: one.fingerprint for head, one in self.actions.items()}
+        return text | ({"action_vocabularies": actions} if actions else {})
+
+
+NO_TARGETS = Targets()
+
+
+def targets_of(model: Any) -> Targets:
+    """What a model with this (resolved) config learns to say.
 
     Raises:
-      VocabularyError: its parts have different vocabularies or lengths: a batch holds a target once.
+      VocabularyError: a damaged vocabulary, or texts with different ones: a batch holds a text to learn once.
     """
+    actions = {}
+    for name, entry in ((model or {}).get("heads") or {}).items():
+        if hasattr(entry, "get") and entry.get("kind") == "fast":
+            actions[name] = action_vocabulary(entry["vocabulary"])
+    return Targets(_text_tokenizer(model), actions)
+
+
+def action_vocabulary(vocabulary: Any) -> FastVocabulary:
+    """The vocabulary of a head of action tokens. Raises VocabularyError for what is none."""
+    if isinstance(vocabulary, str):
+        raise VocabularyError(f"vocabulary {vocabulary!r} is a name; octo_like.common.vocabularies.resolve reads it")
+    try:
+        return _action_vocabulary(json.dumps(dict(vocabulary.items()), sort_keys=True))
+    except (AttributeError, ValueError) as error:
+        raise VocabularyError(str(error)) from error
+
+
+@functools.lru_cache(maxsize=16)
+def _action_vocabulary(content: str) -> FastVocabulary:
+    return FastVocabulary.from_json(json.loads(content))
+
+
+def _text_tokenizer(model: Any) -> TextTokenizer | None:
     found = {
         (entry["vocabulary"]["sentencepiece"], int(entry["max_length"])): entry
         for _, entry in _entries(model)

@@ -12,6 +12,7 @@ from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.streams import BatchStream
 from octo_like.common.synthetic import SyntheticStream
 from octo_like.common.text import TextTokenizer
+from octo_like.common.vocabularies import NO_TARGETS, Targets
 from octo_like.data.batches.stream import make_train_stream, make_val_iterators
 from octo_like.data.in_memory import datasets_in_memory
 from octo_like.data.order.order import spec_differences
@@ -63,7 +64,7 @@ def inputs_from_config(
     spec: BatchSpec,
     tokenizer: TextTokenizer | None,
     *,
-    targets: TextTokenizer | None = None,
+    targets: Targets = NO_TARGETS,
     process_index: int = 0,
     process_count: int = 1,
     workdir: str | None = None,
@@ -71,7 +72,7 @@ def inputs_from_config(
     """Builds the inputs of `config.data`.
 
     Args:
-      targets: tokenizer of the texts that the model learns to say, `octo_like.common.vocabularies.target_tokenizer`.
+      targets: what makes ids of texts and actions that the model learns to say, `targets_of` its config.
       workdir: of the run. Several hosts whose data is read-only keep its indices there, to read its files once and not
         each, unless `data.cache_dir` names a place.
 
@@ -91,9 +92,7 @@ def inputs_from_config(
     settings = settings_from_config(config)
     specs = specs_from_config(datasets_from_config(data), data.num_demos)
     datasets = _prepared(config, specs, processes, workdir)
-    if spec.text_target is not None and targets is None:
-        raise ConfigError("batches have texts to learn, and no tokenizer of them was given")
-    stream = make_train_stream(datasets, spec, tokenizer, settings, target_tokenizer=targets, processes=processes)
+    stream = make_train_stream(datasets, spec, tokenizer, settings, targets=targets, processes=processes)
     log.info(stream.memory_line())
     for_eval = dataclasses.replace(settings, order=dataclasses.replace(settings.order, batch_size=eval_size))
     validation = make_val_iterators(
@@ -101,7 +100,7 @@ def inputs_from_config(
         spec,
         tokenizer,
         for_eval,
-        target_tokenizer=targets,
+        targets=targets,
         max_batches=config.eval.batches,
         processes=processes,
     )

@@ -79,21 +79,34 @@ class UntilEnd(NamedTuple):
 
 
 class Filling(NamedTuple):
-    """Pieces of several lengths that fill a space exactly, then `pad` (id 0) for ever.
+    """Pieces of several lengths that fill a space exactly, in `most` pieces or fewer; then padding (id 0) for ever.
 
     Attributes:
-      lengths: (V,) int, how much of the space a piece takes; 0 for the padding. There is a piece of length 1.
-      space: how much there is to fill.
+      lengths: (V,) int, how much of the space a piece takes; 0 for the padding.
+      space: how much there is to fill; it can be.
+      most: L.
     """
 
     lengths: np.ndarray
     space: int
+    most: int
+
+    def fillable(self) -> np.ndarray:
+        """(most + 1, space + 1) bool: whether so many pieces, or fewer, can fill exactly so much."""
+        table = np.zeros((self.most + 1, self.space + 1), bool)
+        table[:, 0] = True
+        for pieces in range(1, self.most + 1):
+            for length in np.unique(self.lengths[(self.lengths > 0) & (self.lengths <= self.space)]):
+                table[pieces, length:] |= table[pieces - 1, : self.space + 1 - length]
+        return table
 
     def start(self, rows: int) -> jax.Array:
         return jnp.full(rows, self.space, jnp.int32)
 
     def allowed(self, state: jax.Array, position: jax.Array) -> jax.Array:
-        fits = (self.lengths > 0) & (jnp.asarray(self.lengths) <= state[:, None])
+        rest = state[:, None] - jnp.asarray(self.lengths)
+        can_go_on = jnp.asarray(self.fillable())[self.most - 1 - position, jnp.maximum(rest, 0)]
+        fits = (self.lengths > 0) & (rest >= 0) & can_go_on
         return jnp.where(state[:, None] > 0, fits, np.arange(len(self.lengths)) == 0)
 
     def advance(self, state: jax.Array, said: jax.Array, position: jax.Array) -> jax.Array:

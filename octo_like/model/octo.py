@@ -18,7 +18,7 @@ from octo_like.model.generative import DiffusionHead, FlowHead
 from octo_like.model.guidance import Guidance
 from octo_like.model.heads import ActionHead, RegressionHead, action_mask, head_batch
 from octo_like.model.points import PointsHead
-from octo_like.model.sequence import BinsHead
+from octo_like.model.sequence import BinsHead, FastHead
 from octo_like.model.special import run_once_options
 from octo_like.model.stems import ConvStem, KeypointStem, PatchStem, ResNetStem, SmallStem
 from octo_like.model.t5 import T5_CONFIGS, T5Config
@@ -35,6 +35,7 @@ HEADS = {
     "regression": RegressionHead,
     "discrete": DiscreteHead,
     "bins": BinsHead,
+    "fast": FastHead,
 }
 AUXILIARIES = {"points": PointsHead, "text": TextHead}
 TRANSFORMER_OPTIONS = (
@@ -90,7 +91,8 @@ class OctoModel(nn.Module):
         for i, (name, head) in enumerate(self.heads.items()):
             action, mask = head_batch(batch, name, head)
             weight, keys = mask.astype(jnp.float32), fold_in_all(keys_b, i + 1)
-            sums = head.loss_terms(groups, action, weight, keys)
+            options = {"tokens": batch["action_tokens"][name]} if isinstance(head, FastHead) else {}
+            sums = head.loss_terms(groups, action, weight, keys, **options)
             parts.check_terms(sums, head, f"head {name!r}", counted=False)
             terms[name] = {**sums, "count": jnp.sum(head.learned_mask(mask, keys), dtype=jnp.float32)}
         for name, part in self.auxiliaries.items():

@@ -4,6 +4,7 @@ Where the data choose between two chunks, the first tokens choose, and the other
 `discrete.py`, whose entries are independent, cannot do.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octo_like.model.decoder import Places, Rule, TokenDecoder
+from octo_like.common.fast import dct_matrix
+from octo_like.common.vocabularies import action_vocabulary
+from octo_like.model.decoder import Filling, Places, Rule, TokenDecoder
 from octo_like.model.discrete import ActionBins, Range
 from octo_like.model.heads import ActionHead
 from octo_like.model.tokens import TokenGroup
@@ -172,4 +175,99 @@ class BinsHead(SequenceHead):
         ids = self._say(groups, keys_b, sample_shape, rule)
         ids = ids.reshape(*ids.shape[:2], *shape)
         action = jnp.where(ids < self.num_bins, self.bins.centre(jnp.minimum(ids, self.num_bins - 1)), 0.0)
+        return self._samples(action, sample_shape)
+
+
+class FastHead(SequenceHead):
+    """A chunk as few tokens of its frequencies, decoded one after the other (FAST, Pertsch et al. 2025).
+
+    What may be said is what fills the chunk exactly: every sequence that is sampled is a chunk. A chunk that is not
+    whole, because the episode ends within it, is not learned from: its tokens stand for all of it.
+
+    Attributes:
+      vocabulary: of the tokens, for chunks of this head's size; see `octo_like.common.fast` and
+        `octo_like.common.vocabularies`.
+    """
+
+    vocabulary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def setup(self) -> None:
+        super().setup()
+        fast = action_vocabulary(self.vocabulary)
+        if (fast.horizon, fast.dim) != (self.action_horizon, self.action_dim):
+            raise ValueError(
+                f"the vocabulary is of chunks of {fast.horizon} steps of {fast.dim} dimensions, the head's have "
+                f"{self.action_horizon} steps of {self.action_dim}; train one with scripts/train_action_tokenizer.py"
+            )
+        self.fast = fast
+        self.decoder = self._decoder(fast.vocab_size, fast.max_tokens)
+
+    @property
+    def draws_mask(self) -> bool:
+        return True
+
+    def learned_mask(self, mask: jax.Array, keys_b: jax.Array | None) -> jax.Array:
+        """`mask` (B, W, H, A) of whole chunks."""
+        del keys_b
+        return mask & (mask == mask[:, :, :1]).all((2, 3), keepdims=True)
+
+    def loss_terms(
+        self,
+        groups: Mapping[str, TokenGroup],
+        action: jax.Array,
+        mask: jax.Array,
+        keys_b: jax.Array | None = None,
+        *,
+        tokens: jax.Array,
+    ) -> dict[str, jax.Array]:
+        """Masked sums of the cross-entropy "loss" (nats of a chunk's tokens, so that the mean over entries can be
+        compared with that of other vocabularies) and "accuracy", the share of the coefficients whose token is the
+        likeliest given the right ones before it.
+
+        Args:
+          tokens: (B, W, M) int32 ids of the chunks, 0 behind the last; all 0 of a chunk that is not whole.
+        """
+        del action
+        weight = self.learned_mask(mask > 0, keys_b).sum((2, 3)).astype(jnp.float32)  # entries of each chunk
+        ids = jnp.where(weight[..., None] > 0, tokens, 0).reshape(-1, tokens.shape[-1])
+        logits = self.decoder(ids, self.read(groups))
+        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)[..., 0]
+        entropy = jnp.where(ids > 0, entropy, 0.0).reshape(tokens.shape)
+        size = jnp.asarray(self.fast.piece_lengths)[ids] / (self.action_horizon * self.action_dim)
+        right = ((jnp.argmax(logits, axis=-1) == ids) * size).sum(-1).reshape(weight.shape)
+        self.report_by_sample(entropy, self.learned_mask(mask > 0, keys_b))
+        return {"loss": jnp.sum(entropy), "accuracy": jnp.sum(right * weight)}
+
+    def chunks(self, ids: jax.Array) -> jax.Array:
+        """(..., H, A) float32 of ids (..., M) whose pieces fill a chunk."""
+        tables = self.fast.piece_coefficients, self.fast.piece_lengths
+        coefficients, lengths = (jnp.asarray(table) for table in tables)
+        ends = jnp.cumsum(lengths[ids], axis=-1)
+        place = jnp.arange(self.action_horizon * self.action_dim)
+        # The piece that holds each coefficient: as many pieces end before it or on it.
+        piece = jnp.sum(ends[..., None, :] <= place[:, None], axis=-1)
+        piece = jnp.minimum(piece, ids.shape[-1] - 1)
+        begin = jnp.take_along_axis(ends - lengths[ids], piece, axis=-1)
+        found = coefficients[jnp.take_along_axis(ids, piece, axis=-1), place - begin]
+        found = found.reshape(*ids.shape[:-1], self.action_horizon, self.action_dim) / self.fast.scale
+        # In full precision also where matrix products are rounded: a coefficient of 10 is told from one of 10.05.
+        inverse = jnp.asarray(dct_matrix(self.action_horizon).T, jnp.float32)
+        return jnp.einsum("tk,...ka->...ta", inverse, found, precision=jax.lax.Precision.HIGHEST)
+
+    def sample(
+        self,
+        groups: Mapping[str, TokenGroup],
+        keys_b: jax.Array,
+        *,
+        sample_shape: tuple[int, ...] = (),
+        valid: jax.Array | None = None,
+        noise: Any = None,
+    ) -> jax.Array:
+        """(*sample_shape, B, H, A): the chunks that were said; zero in padded dimensions, `valid` (A,) or (B, A)."""
+        rule = Filling(self.fast.piece_lengths, self.action_horizon * self.action_dim, self.fast.max_tokens)
+        action = jnp.clip(self.chunks(self._say(groups, keys_b, sample_shape, rule)), -self.max_action, self.max_action)
+        if valid is not None:
+            valid = jnp.asarray(valid, bool)
+            valid = jnp.broadcast_to(valid, (keys_b.shape[0], self.action_dim))[:, None, None]
+            action = jnp.where(valid, action, 0.0)
         return self._samples(action, sample_shape)

@@ -1,6 +1,7 @@
 """Streams for tests, with the settings as keywords and of specs that are prepared on the way."""
 
 from octo_like.common.lanes import Processes
+from octo_like.common.vocabularies import NO_TARGETS
 from octo_like.data.batches import stream
 from octo_like.data.prepare import prepare_datasets
 from octo_like.data.prepared import PreparedDataset
@@ -24,15 +25,15 @@ def _parts(specs, process_index, process_count, options):
 
 def make_train_stream(specs, spec, tokenizer, *, process_index=0, process_count=1, **options):
     """`stream.make_train_stream`; options are its arguments and the fields of `Settings`."""
-    start, targets = options.pop("start", 0), options.pop("target_tokenizer", None)
+    start, targets = options.pop("start", 0), options.pop("targets", NO_TARGETS)
     datasets, settings, processes = _parts(specs, process_index, process_count, options)
-    made = stream.make_train_stream(datasets, spec, tokenizer, settings, target_tokenizer=targets, processes=processes)
+    made = stream.make_train_stream(datasets, spec, tokenizer, settings, targets=targets, processes=processes)
     made.seek(start)
     return made
 
 
 def make_val_iterators(specs, spec, tokenizer, *, process_index=0, process_count=1, **options):
     """The same for `stream.make_val_iterators`."""
-    own = dict(max_batches=options.pop("max_batches", None), target_tokenizer=options.pop("target_tokenizer", None))
+    own = dict(max_batches=options.pop("max_batches", None), targets=options.pop("targets", NO_TARGETS))
     datasets, settings, processes = _parts(specs, process_index, process_count, options)
     return stream.make_val_iterators(datasets, spec, tokenizer, settings, processes=processes, **own)

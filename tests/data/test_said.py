@@ -7,6 +7,7 @@ import pytest
 
 from octo_like.common.schema import TEXT_KINDS, BatchSpec, check_batch, flatten
 from octo_like.common.text import TextTokenizer
+from octo_like.common.vocabularies import NO_TARGETS, Targets
 from octo_like.data.in_memory import _columns, prepare_in_memory
 from octo_like.data.spec import DataError, DatasetSpec
 from tests.data import said
@@ -38,7 +39,8 @@ def moves(**changes):
 def stream_of(data_dir, spec=SPEC, datasets=None, **options):
     datasets = dict(questions=questions(), moves=moves()) if datasets is None else datasets
     settings = dict(data_dir=data_dir, seed=0, batch_size=32, episodes_mixed=8, num_lanes=2)
-    return make_train_stream(datasets, spec, TOKENIZER, target_tokenizer=TARGETS, **(settings | options))
+    targets = NO_TARGETS if spec.text_target is None else Targets(TARGETS)
+    return make_train_stream(datasets, spec, TOKENIZER, targets=targets, **(settings | options))
 
 
 def texts(leaf):
@@ -142,7 +144,7 @@ def test_batches_from_memory_are_those_of_files(folder):
 def test_validation_has_texts(folder):
     datasets = dict(questions=questions(), moves=moves())
     found = make_val_iterators(
-        datasets, SPEC, TOKENIZER, data_dir=folder, seed=0, batch_size=8, target_tokenizer=TARGETS
+        datasets, SPEC, TOKENIZER, data_dir=folder, seed=0, batch_size=8, targets=Targets(TARGETS)
     )
     assert all(batch["text_target_kind"].any() for iterator in found.values() for batch in iterator)
 
@@ -167,7 +169,7 @@ def test_texts_that_are_too_long_are_named(folder):
     short = TextTokenizer.load("builtin", 4)
     spec = dataclasses.replace(SPEC, text_target=4)
     with make_train_stream(
-        dict(moves=moves()), spec, TOKENIZER, target_tokenizer=short, data_dir=folder, seed=0, batch_size=8
+        dict(moves=moves()), spec, TOKENIZER, targets=Targets(short), data_dir=folder, seed=0, batch_size=8
     ) as stream:
         with pytest.raises(DataError, match="ids with its end, the model's texts at most 4: '(reach|push)"):
             next(stream)

@@ -189,7 +189,7 @@ def test_pieces_fill_a_space_exactly(params):
     seen = set()
     for seed in range(8):
         keys = jax.random.split(jax.random.key(seed), N)
-        for row in say(params, read(), Filling(lengths, L), keys, temperature=5.0):
+        for row in say(params, read(), Filling(lengths, L, L), keys, temperature=5.0):
             assert lengths[row].sum() == L
             count = int((row > 0).sum())
             assert not row[count:].any()

@@ -45,7 +45,7 @@ class Reader:
         batch_bytes: float = 0,
     ):
         check_spec(list(datasets.values()), spec)
-        texts.check(spec.language_length, (text for one in datasets.values() for text in one.instructions))
+        texts.check(spec, (text for one in datasets.values() for text in one.instructions))
         cameras, host = (spec.image_sizes, spec.depth_sizes), settings.host
         self.texts = texts
         self.sets = [

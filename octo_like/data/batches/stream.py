@@ -19,6 +19,7 @@ from typing import Any
 from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.text import TextTokenizer
+from octo_like.common.vocabularies import NO_TARGETS, Targets
 from octo_like.data.batches import memory
 from octo_like.data.batches.assemble import Request
 from octo_like.data.batches.plan import OrderPlan
@@ -251,7 +252,7 @@ def make_train_stream(
     text_tokenizer: TextTokenizer | None,
     settings: Settings,
     *,
-    target_tokenizer: TextTokenizer | None = None,
+    targets: Targets = NO_TARGETS,
     processes: Processes = ONE_PROCESS,
 ) -> Stream:
     """The training stream of a run.
@@ -261,7 +262,7 @@ def make_train_stream(
       batch_spec: schema of the batches.
       text_tokenizer: needed when the batches have language.
       settings: of the order, the tasks and this machine, e.g. `Settings.of(seed=0, batch_size=256)`.
-      target_tokenizer: of the texts that the model learns to say; needed when the batches have any.
+      targets: what makes ids of texts and actions that the model learns to say; needed when the batches have any.
       processes: whose rows of each batch to make.
 
     Raises:
@@ -282,7 +283,6 @@ def make_train_stream(
         )
     plan = OrderPlan.of(datasets, batch_spec, settings, processes)
     paraphrases = None if settings.paraphrases is None else load_paraphrases(settings.paraphrases)
-    targets = None if batch_spec.text_target is None else target_tokenizer
     texts = Texts(text_tokenizer, paraphrases, settings.task.paraphrase_prob, targets=targets)
     order_spec = {
         "data_version": DATA_VERSION,

@@ -5,10 +5,13 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTable, TextTokenizer
+from octo_like.common.vocabularies import NO_TARGETS, Targets
 from octo_like.data.order.order import uniform
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
@@ -60,7 +63,7 @@ class Texts:
       tokenizer: None for a run without language; every text is row 0 then.
       paraphrases, probability: with this probability a sample's instruction is replaced by one of its paraphrases, each
         equally likely.
-      targets: tokenizer of the texts that are learned; None for a run that learns none.
+      targets: what makes ids of the texts and actions that a model learns to say.
     """
 
     def __init__(
@@ -69,10 +72,10 @@ class Texts:
         paraphrases: Paraphrases | None = None,
         probability: float = 0.0,
         *,
-        targets: TextTokenizer | None = None,
+        targets: Targets = NO_TARGETS,
     ):
-        self._targets = targets
-        self._target_table = TextTable(targets) if targets is not None else None
+        self.targets = targets
+        self._target_table = None if targets.text is None else TextTable(targets.text)
         self._tokenizer = tokenizer
         self._table = TextTable(tokenizer) if tokenizer is not None else None
         self._paraphrases, self._probability = paraphrases, probability
@@ -81,21 +84,32 @@ class Texts:
         self._lock = threading.Lock()
 
     @property
-    def spec(self) -> dict[str, str | None]:
+    def spec(self) -> dict[str, Any]:
         """What an order spec holds of it."""
         return {
             "tokenizer": None if self._tokenizer is None else self._tokenizer.fingerprint,
             "paraphrases": None if self._paraphrases is None else self._paraphrases.hash,
-            **({} if self._targets is None else {"target_tokenizer": self._targets.fingerprint}),
+            **self.targets.spec,
         }
 
-    def check(self, language_length: int | None, instructions: Iterable[str]) -> None:
+    def check(self, spec: BatchSpec, instructions: Iterable[str]) -> None:
         """Checks that it fits the batches and the datasets.
 
         Raises:
           DataError: batches have language and there is no tokenizer or one of another length, or none of the datasets'
             instructions has a paraphrase: it is another dataset's file.
         """
+        language_length, text = spec.language_length, self.targets.text
+        if spec.text_target != (None if text is None else text.max_length):
+            raise DataError(
+                f"batches have texts to learn of {spec.text_target} ids, the vocabulary's have "
+                f"{None if text is None else text.max_length}"
+            )
+        if {head: one.max_tokens for head, one in self.targets.actions.items()} != dict(spec.action_tokens):
+            raise DataError(
+                f"batches have action tokens for {dict(spec.action_tokens)}, the vocabularies are of "
+                f"{sorted(self.targets.actions)}"
+            )
         if language_length is not None:
             if self._tokenizer is None:
                 raise DataError("batches have language, but no text tokenizer was given")
@@ -131,7 +145,7 @@ class Texts:
         Raises:
           DataError: one is longer than the batches' `text_target`: what the model said would end in its middle.
         """
-        if self._target_table is None or self._targets is None:
+        if self._target_table is None:
             return np.zeros(len(texts), np.int32)
         with self._lock:
             for text in dict.fromkeys(texts):
@@ -140,11 +154,12 @@ class Texts:
             return self._target_table.rows(texts)
 
     def _check_target(self, text: str) -> None:
-        assert self._targets is not None
-        length = self._targets.num_tokens(text)
-        if length > self._targets.max_length:
+        tokenizer = self.targets.text
+        assert tokenizer is not None
+        length = tokenizer.num_tokens(text)
+        if length > tokenizer.max_length:
             raise DataError(
-                f"a text to learn has {length} ids with its end, the model's texts at most {self._targets.max_length}: "
+                f"a text to learn has {length} ids with its end, the model's texts at most {tokenizer.max_length}: "
                 f"{text[:80]!r}; set max_length of model.auxiliaries' text to at least {length}, or shorten the text"
             )
         self._checked.add(text)

@@ -7,6 +7,7 @@ import numpy as np
 from octo_like.common.lanes import ONE_PROCESS, Processes
 from octo_like.common.schema import BatchSpec, Tree
 from octo_like.common.text import TextTokenizer
+from octo_like.common.vocabularies import NO_TARGETS, Targets
 from octo_like.data.batches.assemble import Request, Substitute
 from octo_like.data.batches.reader import Reader
 from octo_like.data.batches.texts import Texts
@@ -81,7 +82,7 @@ def make_val_iterators(
     text_tokenizer: TextTokenizer | None,
     settings: Settings,
     *,
-    target_tokenizer: TextTokenizer | None = None,
+    targets: Targets = NO_TARGETS,
     max_batches: int | None = None,
     processes: Processes = ONE_PROCESS,
 ) -> dict[str, ValIterator]:
@@ -96,7 +97,7 @@ def make_val_iterators(
       others: as in `make_train_stream`; dataset ids are those of `datasets`.
     """
     settings = settings.for_validation()
-    reader = Reader(datasets, "val", batch_spec, Texts(text_tokenizer, targets=target_tokenizer), settings, processes)
+    reader = Reader(datasets, "val", batch_spec, Texts(text_tokenizer, targets=targets), settings, processes)
     return {
         name: ValIterator(number, reader, settings.order.batch_size, max_batches, processes)
         for number, (name, prepared) in enumerate(datasets.items())

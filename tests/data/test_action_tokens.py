@@ -1,0 +1,46 @@
+"""Chunks as ids of a head's vocabulary, in batches."""
+
+import numpy as np
+import pytest
+
+from octo_like.common import fast
+from octo_like.common.normalization import compute_statistics, normalize
+from octo_like.common.schema import BatchSpec, check_batch
+from octo_like.common.vocabularies import Targets
+from tests.data.streams import make_train_stream
+
+H = 5
+
+
+def test_batches_have_the_ids_of_their_own_whole_chunks(toy):
+    words = _words_of(toy)
+    spec = BatchSpec(
+        2, H, 4, {"primary": (20, 26)}, proprio_dim=4, heads=("action",), action_tokens={"action": words.max_tokens}
+    )
+    options = dict(data_dir=toy.data_dir, seed=0, batch_size=16)
+    with make_train_stream(
+        {"toy": toy.fields()}, spec, None, targets=Targets(None, {"action": words}), **options
+    ) as stream:
+        batches = [next(stream) for _ in range(5)]
+        assert stream.order_spec["action_vocabularies"] == {"action": words.fingerprint}
+    seen = {True: 0, False: 0}
+    for batch in batches:
+        check_batch(batch, spec)
+        ids, mask = batch["action_tokens"]["action"], batch["action_pad_mask"]
+        rows = ids.reshape(32, -1), mask.reshape(32, H, 4), batch["action"].reshape(32, H, 4)
+        for row, known, action in zip(*rows, strict=True):
+            whole = known.all()
+            seen[bool(whole)] += 1
+            assert row.any() == whole
+            if whole:
+                np.testing.assert_array_equal(row, words.encode(action[None])[0][0])
+    assert min(seen.values()) > 20
+    with pytest.raises(ValueError, match="batches have action tokens for"):
+        make_train_stream({"toy": toy.fields()}, spec, None, **options)
+
+
+def _words_of(toy):
+    actions = np.concatenate([[step["control"] for step in episode] for episode in toy.episodes])
+    normal = normalize(actions, compute_statistics(actions), "normal")
+    chunks = np.stack([normal[i : i + H] for i in range(len(normal) - H)])
+    return fast.train(chunks, vocab_size=120, scale=4.0, clip_share=0.001)
