@@ -156,13 +156,15 @@ class DecoderBlock(nn.Module):
         self.reading = Attention(self.width, self.num_heads, self.dtype)
         self.mlp = Mlp(self.mlp_dim, dtype=self.dtype)
 
-    def __call__(self, x_nld, read: Cache, read_mask: jax.Array) -> jax.Array:
+    def __call__(self, x_nld: jax.Array, read: Cache, read_mask: jax.Array) -> jax.Array:
         """All positions at once, each seeing itself and those before."""
         h = self.norm_said(x_nld)
         causal = jnp.tril(jnp.ones((1, x_nld.shape[1], x_nld.shape[1]), bool))
         return self._rest(x_nld + self.said(h, self.said.keys_values(h), causal), read, read_mask)
 
-    def step(self, x_n1d, cache: Cache, position: jax.Array, read: Cache, read_mask) -> tuple[jax.Array, Cache]:
+    def step(
+        self, x_n1d: jax.Array, cache: Cache, position: jax.Array, read: Cache, read_mask: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         """One position, whose keys and values enter the cache."""
         h = self.norm_said(x_n1d)
         new = self.said.keys_values(h)
