@@ -20,6 +20,7 @@ import numpy as np
 from octo_like.common.schema import BatchSpec
 from octo_like.common.words import nearest
 from octo_like.robot.images import resize_images
+from octo_like.robot.planning import Plan, Planner
 from octo_like.robot.record import join_views
 from octo_like.robot.wrappers import HistoryWrapper
 
@@ -31,7 +32,9 @@ class PolicyLike(Protocol):
 
     batch_spec: BatchSpec
 
-    def create_tasks(self, texts: Sequence[str]) -> Any: ...
+    def create_tasks(self, texts: Sequence[str], **options: Any) -> Any:
+        """`subtasks`, B texts, is the only option, given where there is a planner."""
+        ...
 
     def sample_actions(
         self, observations: Mapping[str, Any], tasks: Any, *, rng: jax.Array, unnormalize: str | None
@@ -53,6 +56,7 @@ class Episode:
       flags: every boolean of the environment's last info.
       frames: (steps + 1) images (h, w, 3) uint8 when recorded, all cameras side by side; else None.
       actions: executed chunks, concatenated: (steps, A), physical units.
+      plans: what a planner said, in order; empty without one.
     """
 
     seed: int
@@ -64,6 +68,7 @@ class Episode:
     flags: dict[str, bool]
     actions: np.ndarray = dataclasses.field(repr=False)
     frames: list[np.ndarray] | None = dataclasses.field(default=None, repr=False)
+    plans: tuple[Plan, ...] = dataclasses.field(default=(), repr=False)
 
     def summary(self) -> dict[str, Any]:
         """All but the arrays, ready for JSON."""
@@ -96,6 +101,8 @@ def evaluate(
     record: int = 0,
     max_steps: int = 1000,
     threads: int = 0,
+    planner: Planner | None = None,
+    plan_every: int = 1,
     progress: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
     """Runs one episode per seed and returns the outcomes in the order of the seeds.
@@ -118,6 +125,8 @@ def evaluate(
       max_steps: an environment that does not end by itself is stopped after the chunk that gets here, as it stands.
       threads: step the environments side by side in so many threads, which pays when they run in other processes; 0:
         one after the other. The outcomes do not depend on it.
+      planner: says what to do next, see `octo_like.robot.planning`; None: only the instruction does.
+      plan_every: chunks that are executed before it is asked again.
       progress: called with each finished episode, in order of finishing.
 
     Raises:
@@ -127,6 +136,8 @@ def evaluate(
         raise ValueError(f"unknown blind baseline {blind!r}; valid: {', '.join(BLIND)} or None")
     if batch_size < 1 or not len(seeds):
         raise ValueError(f"need at least one slot and one seed, got batch_size={batch_size}, {len(seeds)} seeds")
+    if plan_every < 1:
+        raise ValueError(f"plan_every must be at least 1, got {plan_every}")
     exec_horizon = _executed(policy, unnormalize, exec_horizon)
     per_episode = _options_per_episode(options, len(seeds))
     waiting = deque((i, int(seed), per_episode[i]) for i, seed in enumerate(seeds))
@@ -149,9 +160,23 @@ def evaluate(
             # Rows are slots; the rows of idle slots repeat a live one and are thrown away.
             rows = [slot if slot.index is not None else live[0] for slot in slots]
             rows += [live[0]] * (batch_size - len(rows))
-            if tasks is None:
-                tasks = policy.create_tasks(texts=["" if blind == "language" else slot.instruction for slot in rows])
-            actions = _predict(policy, rows, tasks, rng_seed, unnormalize, hidden=blind == "vision")
+            texts = ["" if blind == "language" else slot.instruction for slot in rows]
+            observations = {key: np.stack([slot.observation[key] for slot in rows]) for key in rows[0].observation}
+            observations = hide_images(observations) if blind == "vision" else observations
+            rng = sampling_keys(rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
+            if planner is not None and any(slot.needs_plan(plan_every) for slot in live):
+                said = planner(
+                    policy, observations, texts, [slot.info for slot in rows], rng=rng, unnormalize=unnormalize
+                )
+                for slot, text in zip(slots, said, strict=False):
+                    if slot.index is not None and slot.needs_plan(plan_every):
+                        slot.plan(text)
+                tasks = None
+            if tasks is None and planner is None:
+                tasks = policy.create_tasks(texts=texts)
+            elif tasks is None:
+                tasks = policy.create_tasks(texts=texts, subtasks=[slot.plans[-1].text for slot in rows])
+            actions = np.asarray(policy.sample_actions(observations, tasks, rng=rng, unnormalize=unnormalize))
             chunks = [(slot, chunk) for slot, chunk in zip(slots, actions, strict=False) if slot.index is not None]
             ended = list(each(lambda one: one[0].execute(one[1], max_steps), chunks))
             for (slot, _), over in zip(chunks, ended, strict=True):
@@ -160,16 +185,6 @@ def evaluate(
                     slot.index = None
                     if progress is not None:
                         progress(episode)
-
-
-def _predict(
-    policy: PolicyLike, rows: Sequence["_Slot"], tasks: Any, rng_seed: int, unnormalize: str | None, *, hidden: bool
-) -> np.ndarray:
-    """Chunks (B, H, A) for the present observations of B slots; `hidden`: their images are."""
-    observations = {key: np.stack([slot.observation[key] for slot in rows]) for key in rows[0].observation}
-    observations = hide_images(observations) if hidden else observations
-    rng = sampling_keys(rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
-    return np.asarray(policy.sample_actions(observations, tasks, rng=rng, unnormalize=unnormalize))
 
 
 def gym_env_maker(env_id: str, **arguments: Any) -> Callable[[], gym.Env]:
@@ -267,6 +282,8 @@ class _Slot:
     def start(self, index: int, seed: int, options: Mapping[str, Any] | None, keep_frames: bool) -> None:
         self.index, self.seed, self.steps, self.reward = index, seed, 0, 0.0
         self.actions: list[np.ndarray] = []
+        self.plans: list[Plan] = []
+        self.chunks = self.planned = 0  # chunks executed, and when the present plan was made
         self.view.seen = [] if keep_frames else None
         self.view.look(True)
         self.observation, self.info = self.env.reset(seed=seed, options=None if options is None else dict(options))
@@ -275,8 +292,17 @@ class _Slot:
         self.instruction = str(self.info["instruction"])
         self.task = str(self.info.get("task", ""))
 
+    def needs_plan(self, every: int) -> bool:
+        return not self.plans or self.chunks - self.planned >= every
+
+    def plan(self, text: str) -> None:
+        wanted = self.info.get("subtask")
+        self.plans.append(Plan(self.steps, text, None if wanted is None else str(wanted)))
+        self.planned = self.chunks
+
     def execute(self, chunk: np.ndarray, max_steps: int) -> bool:
         """Executes the first actions of the chunk (H, A); True when the episode has ended."""
+        self.chunks += 1
         for i, action in enumerate(chunk[: self.exec_horizon]):
             # Only the last `window_size` observations of a chunk reach the policy.
             self.view.look(self.view.seen is not None or i + self.window_size >= self.exec_horizon)
@@ -301,6 +327,7 @@ class _Slot:
             flags={key: bool(value) for key, value in self.info.items() if isinstance(value, bool | np.bool_)},
             actions=np.stack(self.actions),
             frames=self.view.seen,
+            plans=tuple(self.plans),
         )
 
 

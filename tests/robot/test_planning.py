@@ -1,0 +1,108 @@
+"""A policy that is told what to do next: by itself, by the environment, or by chance."""
+
+import math
+
+import numpy as np
+import pytest
+
+from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, accuracy
+from octo_like.robot.rollout import evaluate
+from tests.robot.toy import SIZE, LineEnv, LinePolicy
+
+SEEDS = [1_000_000_000 + i for i in range(9)]
+TEXTS = ("go left", "go right")
+
+
+class ThereAndBackEnv(LineEnv):
+    """'Go left and come back' or the other way round: the sub-task is the end that is next."""
+
+    def __init__(self):
+        super().__init__(time_limit=60)
+
+    def reset(self, *, seed=None, options=None):
+        self.turned = False
+        super().reset(seed=seed, options=options)
+        return self._observe(), self._info()
+
+    def _info(self):
+        other = {"left": "right", "right": "left"}[self.task]
+        reached = "left" if self.x <= 0 else "right" if self.x >= SIZE - 1 else None
+        return {
+            "instruction": f"{self.task} first, then back",
+            "task": self.task,
+            "success": self.turned and reached == other,
+            "subtask": f"go {other if self.turned else self.task}",
+        }
+
+    def step(self, action):
+        observation, reward, _, truncated, _ = super().step(action)
+        self.turned |= (self.x <= 0) if self.task == "left" else (self.x >= SIZE - 1)
+        self.x = float(np.clip(self.x, 0, SIZE - 1))
+        info = self._info()
+        return observation, reward, info["success"], truncated, info
+
+
+class PlanningPolicy(LinePolicy):
+    """Obeys the sub-task alone; says the end that is farther away, which is right once it has turned."""
+
+    def create_tasks(self, texts, subtasks=None):
+        self.told = subtasks
+        return super().create_tasks(subtasks or [""] * len(texts))
+
+    def predict_text(self, observations, tasks, *, rng, unnormalize, part, temperature):
+        places = observations["image_primary"][:, -1].max(axis=(1, 3)).argmax(-1)
+        return [TEXTS[0] if place > SIZE / 2 else TEXTS[1] for place in places]
+
+
+def test_the_oracle_s_words_lead_there_and_back():
+    episodes = evaluate(PlanningPolicy(), ThereAndBackEnv, SEEDS, batch_size=4, planner=OraclePlanner())
+    assert all(e.success for e in episodes)
+    for episode in episodes:
+        said = [plan.text for plan in episode.plans]
+        assert said[0] == f"go {episode.task}" and len(set(said)) == 2 and accuracy(episode.plans) == 1.0
+        assert [plan.step for plan in episode.plans] == list(range(0, episode.steps, 3))
+    # Without a plan, a policy that obeys nothing else stays where it is.
+    assert not any(e.success or e.plans for e in evaluate(PlanningPolicy(), ThereAndBackEnv, SEEDS[:3], batch_size=3))
+
+
+def test_an_episode_depends_neither_on_its_company_nor_on_its_slot():
+    run = lambda seeds, size: evaluate(  # noqa: E731
+        PlanningPolicy(), ThereAndBackEnv, seeds, batch_size=size, planner=RandomPlanner(TEXTS), plan_every=2
+    )
+    reference = {e.seed: e for e in run(SEEDS, 3)}
+    assert len({e.plans for e in reference.values()}) > 4
+    for seeds, size in ((SEEDS[::-1], 5), (SEEDS[4:5], 1), (SEEDS, 16)):
+        for episode in run(seeds, size):
+            assert episode.plans == reference[episode.seed].plans
+            np.testing.assert_array_equal(episode.actions, reference[episode.seed].actions)
+
+
+def test_plans_are_kept_for_as_many_chunks_as_is_asked_for():
+    for every in (1, 3):
+        (episode,) = evaluate(
+            PlanningPolicy(), ThereAndBackEnv, SEEDS[:1], batch_size=2, planner=OraclePlanner(), plan_every=every
+        )
+        assert [plan.step for plan in episode.plans] == list(range(0, episode.steps, 3 * every))
+
+
+def test_what_the_policy_says_itself_is_handed_back_to_it_and_compared_with_the_environment():
+    policy = PlanningPolicy(noise=0.0)
+    episodes = evaluate(policy, ThereAndBackEnv, SEEDS, batch_size=4, planner=PredictedPlanner())
+    assert set(policy.told) <= set(TEXTS)
+    rates = [accuracy(e.plans) for e in episodes]
+    assert 0 < np.mean(rates) < 1
+    assert all(plan.wanted in TEXTS for e in episodes for plan in e.plans)
+
+
+def test_accuracy_is_of_the_plans_that_can_be_judged():
+    assert accuracy([Plan(0, "a", "a"), Plan(3, "b", "a"), Plan(6, "b", None)]) == 0.5
+    assert math.isnan(accuracy([Plan(0, "a", None)]))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="info has no 'subtask' to plan by; it has"):
+        evaluate(PlanningPolicy(), LineEnv, SEEDS[:1], planner=OraclePlanner(), batch_size=1)
+    with pytest.raises(ValueError, match="plan_every must be at least 1"):
+        evaluate(PlanningPolicy(), LineEnv, SEEDS[:1], planner=OraclePlanner(), plan_every=0)
+    with pytest.raises(ValueError, match="needs texts to draw from"):
+        evaluate(PlanningPolicy(), LineEnv, SEEDS[:1], planner=RandomPlanner(()), batch_size=1)
