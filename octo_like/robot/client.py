@@ -45,6 +45,7 @@ class PolicyClient:
       filter: the `ActionFilter` of the dataset in use, with its `counts`; None before the first `act`, and with
         limits=False.
       window: the last W observations, as they are sent.
+      subtask: what the policy was told to do next in its last actions, or said itself; None: nothing.
       late_replies: answers that came after their request had timed out, and were dropped.
 
     Args:
@@ -85,6 +86,7 @@ class PolicyClient:
         self._filters: dict[str | None, ActionFilter] = {}
         self._ids = itertools.count(1)
         self._warned: set[str] = set()
+        self.subtask: str | None = None
         self._open = contextlib.ExitStack()
         headers = None if token is None else {"Authorization": f"Bearer {token}"}
         wire: dict[str, Any] = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None)
@@ -132,6 +134,8 @@ class PolicyClient:
         *,
         goal: Mapping[str, np.ndarray] | None = None,
         unnormalize: str | None = None,
+        subtask: str | None = None,
+        plan: bool = False,
     ) -> np.ndarray:
         """The next actions (H, A) float32.
 
@@ -141,6 +145,8 @@ class PolicyClient:
           instruction: what to do, in words.
           goal: what it should look like: `image_{slot}` (h, w, 3) uint8.
           unnormalize: name of the statistics of the actions' units; the server's default when None.
+          subtask: what to do next, in words: a planner's, or a correction of what the policy wanted to do.
+          plan: let the policy say that itself first; `self.subtask` then has it.
 
         Raises:
           ValueError: see `observe`; nothing was sent.
@@ -149,7 +155,8 @@ class PolicyClient:
           UnsafeAction: the very first action is not finite.
         """
         self.observe(observation, unnormalize=unnormalize)
-        actions = self.predict(self.window, instruction, goal=goal, unnormalize=unnormalize)
+        said: dict[str, Any] = dict(subtask=subtask, plan=plan)
+        actions = self.predict(self.window, instruction, goal=goal, unnormalize=unnormalize, **said)
         if self._limits:
             actions = self._filtered(actions, unnormalize)
         self._chunk, self._executed = actions, 0
@@ -163,6 +170,8 @@ class PolicyClient:
         goal: Mapping[str, np.ndarray] | None = None,
         unnormalize: str | None = None,
         continuing: Mapping[str, Any] | None = None,
+        subtask: str | None = None,
+        plan: bool = False,
     ) -> np.ndarray:
         """The actions (H, A) of a `window` that was kept, as the policy gives them: `act` without keeping count.
 
@@ -181,6 +190,10 @@ class PolicyClient:
                     f"the server cannot continue chunks by {continuing.get('method')!r}; valid: "
                     f"{', '.join(able) or 'none: its policy or its version cannot'}"
                 )
+        words = {} if subtask is None else {"subtask": subtask}
+        words |= {"plan": True} if plan else {}
+        if words and not self.metadata.get("subtasks", {}).get("says" if plan else "reads"):
+            raise ValueError(f"the server's policy, or its version, cannot {'plan' if plan else 'be told a subtask'}")
         reply = self._request(
             {
                 "type": "act",
@@ -192,8 +205,10 @@ class PolicyClient:
                 "seed": self._seed,
                 "step": int(window["timestep"][-1]),
                 **({} if continuing is None else {"continuing": dict(continuing)}),
+                **words,
             }
         )
+        self.subtask = reply.get("subtask")
         for warning in set(reply.get("warnings", ())) - self._warned:
             log.warning("policy server: %s", warning)
             self._warned.add(warning)

@@ -7,15 +7,18 @@ nothing that is received is ever executed.
                              "expects": {...}, "actions": {...}, ...}
     client                  {"type": "act", "id": int, "observation": {...: (W, ...)}, "allow_missing": [...],
                              "instruction": str | None, "goal": {...} | None, "unnormalize": str | None, "seed": int,
-                             "step": int,
+                             "step": int, "subtask": str | None, "plan": bool,
                              "continuing": {"previous": (H, A), "executed": int, "delay": int, "method": str}}
     server                  {"type": "actions", "id": int, "actions": (H, A) float32, "seconds": float,
-                             "warnings": [...]}
+                             "warnings": [...], "subtask": str}
                             {"type": "error", "id": int | None, "error": "ValueError", "message": "..."}
 
 "continuing" (or nothing) is the chunk that the new one goes on from, see `octo_like.common.chunks.Continuation`; a
 server that can do it says so in its metadata, "chunks": {dataset: {"horizon": H, "continues": {method: max delay}}};
 those that never could do not have it. Without it, old and new ones understand each other.
+
+"subtask" is what to do next, in words; with "plan" the policy says it itself, and the reply has what was said. A server
+whose policy can has "subtasks": {"reads": bool, "says": bool} in its metadata.
 
 A reply has the id of its request: an answer that comes after its client has given up is recognised and dropped.
 """

@@ -47,7 +47,7 @@ class ServedPolicy(Protocol):
     statistics: Mapping[str, Any]
 
     def create_tasks(
-        self, texts: Sequence[str] | None = None, *, goals: Mapping[str, np.ndarray] | None = None
+        self, texts: Sequence[str] | None = None, *, goals: Mapping[str, np.ndarray] | None = None, **options: Any
     ) -> Any: ...
 
     def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng: Any, unnormalize: str | None) -> Any:
@@ -135,6 +135,7 @@ class PolicyServer:
             },
             "expects": {name: expected_keys(batch_spec, entry) for name, entry in of_datasets.items()},
             "chunks": {name: _chunks_of(policy, name or None) for name in of_datasets},
+            "subtasks": {"reads": policy.batch_spec.subtask, "says": _says_texts(policy)},
         }
 
     def warm_up(self) -> float:
@@ -149,6 +150,8 @@ class PolicyServer:
             for method in self.continue_by:
                 nothing = Continuation(np.zeros_like(chunk), chunk.shape[1], 0, method)
                 self.batcher.compute([Request(observation, task, None, 0, 0, nothing)] * size)
+        if self.metadata["subtasks"]["says"]:
+            self._tasks.said(observation, task, None)
         return time.monotonic() - start
 
     @contextlib.contextmanager
@@ -297,14 +300,32 @@ class PolicyServer:
         self._check(request["observation"], request.get("allow_missing") or (), unnormalize or "")
         start = time.monotonic()
         observation = _one_row(request["observation"])
-        task = self._tasks(instruction, request.get("goal"))
+        subtask = self._subtask(request, observation, instruction, unnormalize)
+        task = self._tasks(instruction, request.get("goal"), subtask)
         continuing = self._continuing(request.get("continuing"), unnormalize)
         future = self.batcher.submit(Request(observation, task, unnormalize, seed, step, continuing))
         actions = np.asarray(future.result(), np.float32)
         if not np.isfinite(actions).all():
             raise FloatingPointError("the policy's actions are not finite; they were not sent")
         warnings = self._warnings(instruction)
-        return {"type": "actions", "actions": actions, "seconds": time.monotonic() - start, "warnings": warnings}
+        reply = {"type": "actions", "actions": actions, "seconds": time.monotonic() - start, "warnings": warnings}
+        return reply if subtask is None else {**reply, "subtask": subtask}
+
+    def _subtask(self, request: Any, observation: Any, instruction: str | None, unnormalize: str | None) -> str | None:
+        """What to do next: what the request says, or with "plan" what the policy says."""
+        subtask, plan = request.get("subtask"), request.get("plan", False)
+        if not isinstance(subtask, str | None) or not isinstance(plan, bool):
+            raise ValueError("'subtask' must be a text or nothing, and 'plan' true or false")
+        able = self.metadata["subtasks"]
+        if subtask is not None and plan:
+            raise ValueError("give 'subtask', or let the policy say it ('plan'), not both")
+        if (subtask is not None or plan) and not able["reads"]:
+            raise ValueError("this policy takes no sub-tasks: no task tokenizer of its model has key='subtask'")
+        if not plan:
+            return subtask
+        if not able["says"]:
+            raise ValueError("this policy does not say what to do next: its model.auxiliaries have no 'text'; give one")
+        return self._tasks.said(observation, self._tasks(instruction, request.get("goal")), unnormalize)
 
     def _check(self, observation: dict[str, Any], allow_missing: Sequence[str], dataset: str) -> None:
         """Raises ValueError for what is missing, unknown or not finite: a policy would act on it all the same."""
@@ -352,27 +373,42 @@ class _TaskCache:
 
     def __init__(self, policy: ServedPolicy):
         self._policy, self._lock = policy, threading.Lock()
-        self._kept: collections.OrderedDict[str, tuple[Any, int]] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[str, str | None], tuple[Any, int]] = collections.OrderedDict()
         self._bytes = 0
 
-    def __call__(self, instruction: str | None, goal: dict[str, np.ndarray] | None) -> Any:
+    def __call__(self, instruction: str | None, goal: dict[str, np.ndarray] | None, subtask: str | None = None) -> Any:
         if goal is None:
-            return self.of_text(instruction or "")
+            return self.of_text(instruction or "", subtask)
         goals = {key: np.asarray(value)[None] for key, value in goal.items()}
+        options = {} if subtask is None else {"subtasks": [subtask]}
         with self._lock:
-            return self._policy.create_tasks(texts=None if instruction is None else [instruction], goals=goals)
+            texts = None if instruction is None else [instruction]
+            return self._policy.create_tasks(texts=texts, goals=goals, **options)
 
-    def of_text(self, text: str) -> Any:
+    def of_text(self, text: str, subtask: str | None = None) -> Any:
+        said = (text, subtask)
         with self._lock:
-            if text not in self._kept:
-                task = self._policy.create_tasks(texts=[text])
-                size = sum(np.asarray(leaf).nbytes for _, leaf in flatten(task)) + len(text)
-                self._kept[text] = task, size
+            if said not in self._kept:
+                options = {} if subtask is None else {"subtasks": [subtask]}
+                task = self._policy.create_tasks(texts=[text], **options)
+                size = sum(np.asarray(leaf).nbytes for _, leaf in flatten(task)) + len(text) + len(subtask or "")
+                self._kept[said] = task, size
                 self._bytes += size
                 while self._bytes > TASK_CACHE_BYTES and len(self._kept) > 1:
                     self._bytes -= self._kept.popitem(last=False)[1][1]
-            self._kept.move_to_end(text)
-            return self._kept[text][0]
+            self._kept.move_to_end(said)
+            return self._kept[said][0]
+
+    def said(self, observation: Any, task: Any, unnormalize: str | None) -> str:
+        """What the policy says is to be done next."""
+        with self._lock:
+            return self._policy.predict_text(observation, task, unnormalize=unnormalize)[0]
+
+
+def _says_texts(policy: Any) -> bool:
+    """Whether a policy says what to do next."""
+    parts = getattr(policy, "config", {}).get("model", {}).get("auxiliaries") or {}
+    return parts.get("text", {}).get("kind") == "text"
 
 
 def _chunks_of(policy: Any, unnormalize: str | None) -> dict[str, Any]:

@@ -5,8 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from octo_like.robot.client import PolicyClient, PolicyServerError
 from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, accuracy
 from octo_like.robot.rollout import evaluate
+from octo_like.robot.server import PolicyServer
+from tests.model.test_text_head import policy as text_policy
+from tests.robot.tiny import tiny_policy
 from tests.robot.toy import SIZE, LineEnv, LinePolicy
 
 SEEDS = [1_000_000_000 + i for i in range(9)]
@@ -106,3 +110,55 @@ def test_mistakes_are_named():
         evaluate(PlanningPolicy(), LineEnv, SEEDS[:1], planner=OraclePlanner(), plan_every=0)
     with pytest.raises(ValueError, match="needs texts to draw from"):
         evaluate(PlanningPolicy(), LineEnv, SEEDS[:1], planner=RandomPlanner(()), batch_size=1)
+
+
+# -- over the wire -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served():
+    pytest.importorskip("websockets")
+    policy = text_policy()
+    with PolicyServer(policy, host="127.0.0.1", port=0).running(warm=True) as server:
+        yield policy, server
+
+
+def moment():
+    return {"image_primary": np.full((16, 16, 3), 90, np.uint8), "proprio": np.array([0.1, 0.2, 0.3], np.float32)}
+
+
+def test_a_client_can_say_what_to_do_next_or_let_the_policy_say_it(served):
+    policy, server = served
+    with PolicyClient("127.0.0.1", server.port, limits=False) as client:
+        flat = client.act(moment(), "put it away")
+        assert client.subtask is None
+        client.reset()
+        told = client.act(moment(), "put it away", subtask="reach for the cup")
+        assert client.subtask == "reach for the cup" and np.abs(told - flat).max() > 1e-4
+        client.reset()
+        planned = client.act(moment(), "put it away", plan=True)
+        task = policy.create_tasks(texts=["put it away"])
+        window = {key: np.asarray(value)[None] for key, value in client.window.items()}
+        assert client.subtask == policy.predict_text(window, task)[0]
+        client.reset()
+        again = client.act(moment(), "put it away", subtask=client.subtask)
+        np.testing.assert_array_equal(planned, again)
+        with pytest.raises(PolicyServerError, match="give 'subtask', or let the policy say it"):
+            client.act(moment(), "put it away", subtask="reach", plan=True)
+        for bad in (dict(subtask=3), dict(plan="yes")):
+            reply = client._request  # what a client of another language may send
+            with pytest.raises(
+                PolicyServerError, match="'subtask' must be a text or nothing, and 'plan' true or false"
+            ):
+                reply({"type": "act", "observation": client.window, "instruction": "go", "step": 0, **bad})
+
+
+def test_a_policy_without_sub_tasks_says_so():
+    pytest.importorskip("websockets")
+    with PolicyServer(tiny_policy("arm", 3, None), host="127.0.0.1", port=0).running() as server:
+        with PolicyClient("127.0.0.1", server.port, limits=False) as client:
+            image = {"image_primary": np.zeros((32, 32, 3), np.uint8)}
+            with pytest.raises(ValueError, match="cannot be told a subtask"):
+                client.act(image, "go", subtask="reach")
+            with pytest.raises(ValueError, match="cannot plan"):
+                client.act(image, "go", plan=True)
