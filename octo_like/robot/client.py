@@ -190,7 +190,7 @@ class PolicyClient:
                     f"the server cannot continue chunks by {continuing.get('method')!r}; valid: "
                     f"{', '.join(able) or 'none: its policy or its version cannot'}"
                 )
-        words = {} if subtask is None else {"subtask": subtask}
+        words: dict[str, Any] = {} if subtask is None else {"subtask": subtask}
         words |= {"plan": True} if plan else {}
         if words and not self.metadata.get("subtasks", {}).get("says" if plan else "reads"):
             raise ValueError(f"the server's policy, or its version, cannot {'plan' if plan else 'be told a subtask'}")

@@ -32,8 +32,8 @@ class PolicyLike(Protocol):
 
     batch_spec: BatchSpec
 
-    def create_tasks(self, texts: Sequence[str], **options: Any) -> Any:
-        """`subtasks`, B texts, is the only option, given where there is a planner."""
+    def create_tasks(self, texts: Sequence[str], *, subtasks: Sequence[str] | None = None) -> Any:
+        """`subtasks` is given only where there is a planner."""
         ...
 
     def sample_actions(

@@ -47,8 +47,13 @@ class ServedPolicy(Protocol):
     statistics: Mapping[str, Any]
 
     def create_tasks(
-        self, texts: Sequence[str] | None = None, *, goals: Mapping[str, np.ndarray] | None = None, **options: Any
-    ) -> Any: ...
+        self,
+        texts: Sequence[str] | None = None,
+        *,
+        goals: Mapping[str, np.ndarray] | None = None,
+        subtasks: Sequence[str] | None = None,
+    ) -> Any:
+        """`subtasks` is given only where the batch spec has them."""
 
     def sample_actions(self, observations: Mapping[str, Any], tasks: Any, *, rng: Any, unnormalize: str | None) -> Any:
         """Actions (B, H, A); rng is an array of B keys, one per row."""
@@ -380,7 +385,7 @@ class _TaskCache:
         if goal is None:
             return self.of_text(instruction or "", subtask)
         goals = {key: np.asarray(value)[None] for key, value in goal.items()}
-        options = {} if subtask is None else {"subtasks": [subtask]}
+        options: dict[str, Any] = {} if subtask is None else {"subtasks": [subtask]}
         with self._lock:
             texts = None if instruction is None else [instruction]
             return self._policy.create_tasks(texts=texts, goals=goals, **options)
@@ -389,7 +394,7 @@ class _TaskCache:
         said = (text, subtask)
         with self._lock:
             if said not in self._kept:
-                options = {} if subtask is None else {"subtasks": [subtask]}
+                options: dict[str, Any] = {} if subtask is None else {"subtasks": [subtask]}
                 task = self._policy.create_tasks(texts=[text], **options)
                 size = sum(np.asarray(leaf).nbytes for _, leaf in flatten(task)) + len(text) + len(subtask or "")
                 self._kept[said] = task, size
@@ -401,8 +406,9 @@ class _TaskCache:
 
     def said(self, observation: Any, task: Any, unnormalize: str | None) -> str:
         """What the policy says is to be done next."""
+        policy: Any = self._policy
         with self._lock:
-            return self._policy.predict_text(observation, task, unnormalize=unnormalize)[0]
+            return policy.predict_text(observation, task, unnormalize=unnormalize)[0]
 
 
 def _says_texts(policy: Any) -> bool:
