@@ -88,9 +88,9 @@ class GraspingExpert(Expert):
             return self.toward(aim, self.habits.depth + 0.012, OPEN)
         world = env.world
         if world.held is not None and world.blocks[world.held] is self.target:
-            plate = world.plate(env.goal.plate)
+            spot = world.plate(env.goal.plate).xy if env.goal.spot is None else np.array(env.goal.spot)
             hand_to_block = self.target.xy - effector.tip[:2]
-            aim = plate.xy + self.habits.offset - hand_to_block
+            aim = spot + self.habits.offset - hand_to_block
             if self.arrived(aim, self.habits.depth + 0.015):
                 return self.stay(OPEN)
             return self.toward(aim, self.habits.depth + 0.005, CLOSED)

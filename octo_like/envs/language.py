@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 
 BLOCK_COLORS = ("red", "green", "blue", "yellow", "purple")
 PLATE_COLORS = ("blue", "orange", "white")
+# Colours of things that only palettes, pictures and long tasks have: the scenes of a seed are drawn from those above.
+EXTRA_BLOCK_COLORS = ("orange", "white", "pink", "cyan")
+EXTRA_PLATE_COLORS = ("red", "green", "yellow")
 DIRECTIONS = ("left", "right")
 TASKS = ("reach", "push", "pick_and_place")
 

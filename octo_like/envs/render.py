@@ -26,6 +26,15 @@ BLOCK_RGB: dict[str, Color] = {
     "purple": (146, 44, 172),
 }
 PLATE_RGB: dict[str, Color] = {"blue": (70, 122, 226), "orange": (240, 130, 30), "white": (244, 244, 240)}
+# Of `language.EXTRA_BLOCK_COLORS` and `EXTRA_PLATE_COLORS`.
+EXTRA_BLOCK_RGB: dict[str, Color] = {
+    "orange": (238, 118, 22),
+    "white": (238, 238, 232),
+    "pink": (244, 128, 186),
+    "cyan": (42, 196, 212),
+}
+EXTRA_PLATE_RGB: dict[str, Color] = {"red": (226, 84, 84), "green": (92, 190, 104), "yellow": (246, 226, 96)}
+_BLOCK_RGB, _PLATE_RGB = BLOCK_RGB | EXTRA_BLOCK_RGB, PLATE_RGB | EXTRA_PLATE_RGB
 TABLES: tuple[Color, ...] = (
     (176, 146, 112),
     (140, 110, 82),
@@ -109,7 +118,7 @@ def sample_look(rng: np.random.Generator, embodiment: str, world: World) -> Look
         shadow=(reach * math.cos(angle), reach * math.sin(angle)),
         shadow_strength=uniform(0.2, 0.45),
         robot=tuple(np.array(ROBOT_RGB[embodiment]) * uniform(0.9, 1.05) + uniform(-5, 5, 3)),
-        shades=tuple(tuple(uniform(0.9, 1.1) * np.array(BLOCK_RGB[b.color]) + uniform(-8, 8, 3)) for b in world.blocks),
+        shades=tuple(tuple(uniform(0.9, 1.1) * np.array(_BLOCK_RGB[b.color]) + uniform(-8, 8, 3)) for b in world.blocks),
         plate_shade=uniform(0.93, 1.05),
         marks=tuple(marks),
         texture_seed=int(rng.integers(2**31)),
@@ -190,7 +199,7 @@ def _block(canvas: Canvas, block: Block, color: Color) -> None:
 
 
 def _plate(canvas: Canvas, plate: Plate, shade: float) -> None:
-    rgb, (x, y) = PLATE_RGB[plate.color], plate.xy
+    rgb, (x, y) = _PLATE_RGB[plate.color], plate.xy
     canvas.disc((x, y, 0.0), plate.radius + 0.003, rgb, 0.45)
     canvas.disc((x, y, PLATE_HEIGHT), plate.radius, _lighter(rgb, 0.8, 50), shade)
     canvas.disc((x, y, PLATE_HEIGHT / 2), plate.radius * 0.7, rgb, 0.8 * shade)

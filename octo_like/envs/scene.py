@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,12 +47,16 @@ class Plate:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What the words ask for: colours of the block and of the plate (pick_and_place), direction (push)."""
+    """What the words ask for: colours of the block and of the plate (pick_and_place), direction (push).
+
+    `spot`: (x, y) where the block goes, instead of the middle of a plate; for parts of long tasks.
+    """
 
     task: str
     target: str
     plate: str | None = None
     direction: str | None = None
+    spot: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass
@@ -218,12 +223,19 @@ def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tupl
     return World([blocks[i] for i in order], tuple(plates[i] for i in rng.permutation(num_plates))), goal, start
 
 
-def recolor(world: World, goal: Goal, target: str, plate: str) -> Goal:
+def repaint(world: World, goal: Goal, colors: Sequence[str]) -> Goal:
+    """Gives the blocks these colours, one after the other. Returns the goal in new colours."""
+    target = world.blocks.index(world.block(goal.target))
+    for block, color in zip(world.blocks, colors, strict=True):
+        block.color = color
+    return dataclasses.replace(goal, target=colors[target])
+
+
+def recolor(world: World, goal: Goal, target: str, plate: str | None) -> Goal:
     """Paints the goal's block and plate; who had the new colour takes the old one. Returns the goal in new colours."""
-    assert goal.plate is not None, "there is a plate only where a block goes to one"
     blocks = {goal.target: target, target: goal.target}
     plates = {goal.plate: plate, plate: goal.plate}
     for block in world.blocks:
         block.color = blocks.get(block.color, block.color)
-    world.plates = tuple(dataclasses.replace(p, color=plates.get(p.color, p.color)) for p in world.plates)
+    world.plates = tuple(dataclasses.replace(p, color=plates.get(p.color) or p.color) for p in world.plates)
     return dataclasses.replace(goal, target=target, plate=plate)
