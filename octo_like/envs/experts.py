@@ -120,13 +120,21 @@ class GraspingExpert(Expert):
 
 
 class GripperExpert(GraspingExpert):
-    """Comes down along a cone above its aim and turns with the block (squares look the same every 90 degrees)."""
+    """Comes down along a cone above its aim and turns with the block (squares look the same every 90 degrees).
+
+    `turns_back`: it turns the other way before the wrist is at its limit, which several grasps in a row can bring about.
+    """
+
+    turns_back = False
 
     def _turn(self) -> float:
         if self.env.world.held is not None:
             return 0.0
-        error = self.target.yaw - self.env.effector.yaw
-        return (error + math.pi / 4) % (math.pi / 2) - math.pi / 4
+        yaw = self.env.effector.yaw
+        error = (self.target.yaw - yaw + math.pi / 4) % (math.pi / 2) - math.pi / 4
+        if self.turns_back and abs(yaw + error) > self.env.effector.high[5] - 0.1:
+            error -= math.copysign(math.pi / 2, yaw)
+        return error
 
     def arrived(self, aim: np.ndarray, low: float) -> bool:
         tip = self.env.effector.tip

@@ -118,7 +118,9 @@ def sample_look(rng: np.random.Generator, embodiment: str, world: World) -> Look
         shadow=(reach * math.cos(angle), reach * math.sin(angle)),
         shadow_strength=uniform(0.2, 0.45),
         robot=tuple(np.array(ROBOT_RGB[embodiment]) * uniform(0.9, 1.05) + uniform(-5, 5, 3)),
-        shades=tuple(tuple(uniform(0.9, 1.1) * np.array(_BLOCK_RGB[b.color]) + uniform(-8, 8, 3)) for b in world.blocks),
+        shades=tuple(
+            tuple(uniform(0.9, 1.1) * np.array(_BLOCK_RGB[b.color]) + uniform(-8, 8, 3)) for b in world.blocks
+        ),
         plate_shade=uniform(0.93, 1.05),
         marks=tuple(marks),
         texture_seed=int(rng.integers(2**31)),
@@ -257,6 +259,46 @@ def draw_primary(world: World, effector: dynamics.Effector, look: Look, base: Im
         _block(canvas, world.blocks[world.held], look.shades[world.held])
     draw_robot(canvas, effector, look)
     return np.asarray(image.reduce(SUPERSAMPLING))
+
+
+_PROBES: tuple[Color, Color] = ((255, 0, 255), (0, 255, 0))  # no pixel of a block that is drawn with them stays
+
+
+def visible(
+    world: World, effector: dynamics.Effector, look: Look, size: int
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """What the primary camera sees of each thing, found by painting it in two ways.
+
+    Returns:
+      The image (size, size, 3) uint8; for each block, and for each plate, (size, size) bool: the pixels it has part in.
+    """
+    base = background(world, look, size * SUPERSAMPLING)
+    image = draw_primary(world, effector, look, base)
+    blocks = []
+    for index in range(len(world.blocks)):
+        painted = []
+        for color in _PROBES:
+            shades = (*look.shades[:index], color, *look.shades[index + 1 :])
+            painted.append(draw_primary(world, effector, dataclasses.replace(look, shades=shades), base))
+        blocks.append((painted[0] != painted[1]).any(-1))
+    plates = []
+    for index in range(len(world.plates)):
+        fewer = dataclasses.replace(world, plates=world.plates[:index] + world.plates[index + 1 :])
+        without = draw_primary(world, effector, look, background(fewer, look, size * SUPERSAMPLING))
+        plates.append((without != image).any(-1))
+    return image, blocks, plates
+
+
+def outline(camera: Camera, thing: Block | Plate) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a whole block or plate in the image, as fractions of it, hidden or not."""
+    if isinstance(thing, Plate):
+        (a, b, _, _), (e, f, _, _) = camera.matrix
+        wide, deep = math.hypot(a, b) * thing.radius, math.hypot(e, f) * thing.radius
+        u, v = camera.project(*map(float, thing.xy), PLATE_HEIGHT / 2)
+        return u - wide, v - deep, u + wide, v + deep
+    points = [camera.project(x, y, z) for x, y in _corners(thing) for z in (thing.z, thing.z + BLOCK_HEIGHT)]
+    columns, rows = zip(*points, strict=True)
+    return min(columns), min(rows), max(columns), max(rows)
 
 
 def draw_wrist(world: World, effector: dynamics.DeltaArm | dynamics.ServoArm, look: Look, size: int) -> np.ndarray:

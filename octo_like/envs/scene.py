@@ -161,7 +161,8 @@ class Layout:
     effector_area: float
 
 
-def _free_point(rng, half: tuple[float, float], taken: list[tuple[np.ndarray, float]]) -> np.ndarray | None:
+def free_point(rng, half: tuple[float, float], taken: list[tuple[np.ndarray, float]]) -> np.ndarray | None:
+    """A place in a rectangle of half widths `half`, so far from each of `taken`; None when forty draws find none."""
     for _ in range(40):
         xy = rng.uniform(-1.0, 1.0, 2) * half
         if all(math.dist(xy, other) >= distance for other, distance in taken):
@@ -192,7 +193,7 @@ def sample_scene(
 def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tuple[World, Goal, np.ndarray] | None:
     plates: list[Plate] = []
     for color in rng.permutation(language.PLATE_COLORS)[:num_plates]:
-        xy = _free_point(rng, (PLATE_AREA, PLATE_AREA), [(p.xy, 0.13) for p in plates])
+        xy = free_point(rng, (PLATE_AREA, PLATE_AREA), [(p.xy, 0.13) for p in plates])
         if xy is None:
             return None
         plates.append(Plate(str(color), xy))
@@ -200,13 +201,13 @@ def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tupl
     half = (0.10, 0.17) if task == "push" else (BLOCK_AREA, BLOCK_AREA)
     blocks: list[Block] = []
     for color in rng.permutation(language.BLOCK_COLORS)[:num_blocks]:
-        xy = _free_point(rng, half, [(b.xy, layout.block_block) for b in blocks] + [(p.xy, 0.115) for p in plates])
+        xy = free_point(rng, half, [(b.xy, layout.block_block) for b in blocks] + [(p.xy, 0.115) for p in plates])
         if xy is None or (task == "push" and any(abs(xy[1] - b.xy[1]) < 0.105 for b in blocks)):
             return None
         size = BLOCK_SIZE * rng.uniform(0.9, 1.1)
         blocks.append(Block(str(color), float(size), float(rng.uniform(-1, 1) * layout.max_yaw), xy))
     taken = [(b.xy, layout.effector_block) for b in blocks]
-    start = _free_point(rng, (layout.effector_area, layout.effector_area), taken)
+    start = free_point(rng, (layout.effector_area, layout.effector_area), taken)
     if start is None:
         return None
     distances = [math.dist(b.xy, start) for b in blocks]  # the target is blocks[0]: colours are already in random order

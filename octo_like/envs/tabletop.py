@@ -40,7 +40,7 @@ _CHOICES = {
 }
 _RESET_OPTIONS = ("task", "wrong_nearest", "swap_instruction", "palette", "target", *_CHOICES)
 # Independent random streams of an episode.
-_SCENE, _LOOK, _SWAP, _NOISE, _BUMP, _PAIR, _WORDS, _PALETTE = range(8)
+SCENE, LOOK, SWAP, NOISE, BUMP, PAIR, WORDS, PALETTE = range(8)
 
 
 class TabletopEnv(gymnasium.Env):
@@ -126,12 +126,12 @@ class TabletopEnv(gymnasium.Env):
         options = self._checked_options(options or {})
         episode_seed = seed if seed is not None else int(self.np_random.integers(2**62))
         streams = [np.random.default_rng([episode_seed, i]) for i in range(8)]
-        self._noise, self._bump_rng = streams[_NOISE], streams[_BUMP]
+        self._noise, self._bump_rng = streams[NOISE], streams[BUMP]
         self.episode_seed = episode_seed
         start = self._set_scene(streams, options)
         self.effector = self.embodiment.dynamics()
-        self.effector.start(start, streams[_SCENE])
-        self._look = render.sample_look(streams[_LOOK], self.embodiment.name, self.world)
+        self.effector.start(start, streams[SCENE])
+        self._look = render.sample_look(streams[LOOK], self.embodiment.name, self.world)
         self._backgrounds: dict[int, Any] = {}
         self._bump_at = -1
         if self.bumps and self._bump_rng.random() < BUMP_PROBABILITY:
@@ -153,37 +153,37 @@ class TabletopEnv(gymnasium.Env):
     def _set_scene(self, streams: list[np.random.Generator], options: Mapping[str, Any]) -> np.ndarray:
         """Draws world, goal and instruction. Returns where the effector starts, (x, y)."""
         tasks = self.embodiment.tasks
-        task = options.get("task") or str(streams[_SCENE].choice(tasks))
+        task = options.get("task") or str(streams[SCENE].choice(tasks))
         if task not in tasks:
             raise ValueError(f"embodiment {self.embodiment.name!r} has no task {task!r}; valid: {', '.join(tasks)}")
         self.world, goal, start = scene.sample_scene(
-            streams[_SCENE],
+            streams[SCENE],
             self.embodiment.layout,
             task,
             plates_allowed=self.embodiment.grasps,
             wrong_nearest=options.get("wrong_nearest"),
         )
-        phrasing = int(streams[_SCENE].integers(len(language.PHRASINGS[task])))
+        phrasing = int(streams[SCENE].integers(len(language.PHRASINGS[task])))
         palette = options.get("palette") or language.BLOCK_COLORS
         if options.get("palette"):
-            painted = streams[_PALETTE].permutation(palette)[: len(self.world.blocks)]
+            painted = streams[PALETTE].permutation(palette)[: len(self.world.blocks)]
             goal = scene.repaint(self.world, goal, [str(color) for color in painted])
         if options.get("pair") and task == "pick_and_place":
             valid = [p for p in language.pairs(held_out=options["pair"] == "held_out") if p[0] in palette]
             if (goal.target, goal.plate) not in valid:
-                goal = scene.recolor(self.world, goal, *valid[streams[_PAIR].integers(len(valid))])
+                goal = scene.recolor(self.world, goal, *valid[streams[PAIR].integers(len(valid))])
         elif options.get("target"):
             goal = scene.recolor(self.world, goal, options["target"], goal.plate)
         self.original_target = goal.target
         colors = [block.color for block in self.world.blocks]
         if options.get("swap_instruction"):
             others = [color for color in colors if color != goal.target]
-            goal = dataclasses.replace(goal, target=str(streams[_SWAP].choice(others)))
+            goal = dataclasses.replace(goal, target=str(streams[SWAP].choice(others)))
         elif options.get("instruction") == "absent":
             absent = [color for color in palette if color not in colors]
-            goal = dataclasses.replace(goal, target=str(streams[_WORDS].choice(absent)))
+            goal = dataclasses.replace(goal, target=str(streams[WORDS].choice(absent)))
         self.goal = goal
-        self.instruction = _say(goal, phrasing, options, streams[_WORDS])
+        self.instruction = _say(goal, phrasing, options, streams[WORDS])
         return start
 
     def _awkward_start(self) -> None:
@@ -216,7 +216,7 @@ class TabletopEnv(gymnasium.Env):
         self.effector.apply(action, self.world, self._noise)
         self._steps += 1
         moved = math.dist(before, self.effector.tip[:2])
-        terminated = getattr(self, f"_judge_{self.goal.task}")(moved)
+        terminated = self._judge(moved)
         if not terminated and self._steps == self._bump_at:
             self._bump()
         truncated = not terminated and self._steps >= self.max_steps
@@ -247,6 +247,9 @@ class TabletopEnv(gymnasium.Env):
         self.effector.bump(self.world, self._bump_rng)
 
     # Judging: each returns whether the episode is decided.
+
+    def _judge(self, moved: float) -> bool:
+        return getattr(self, f"_judge_{self.goal.task}")(moved)
 
     def _dwelt_on(self, moved: float) -> str | None:
         """Colour of the block that the effector, which moved so far in this step, dwells on."""
@@ -331,6 +334,14 @@ class TabletopEnv(gymnasium.Env):
         """Where a point of the table (metres) is in the primary image, as (column, row) in pixels."""
         u, v = self._look.camera.project(x, y, z)
         return u * self.image_size, v * self.image_size
+
+    def visible(self) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """The primary image and the pixels of each block and plate, see `render.visible`."""
+        return render.visible(self.world, self.effector, self._look, self.image_size)
+
+    def outline(self, thing: scene.Block | scene.Plate) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of a block or plate in the primary image, as fractions of it."""
+        return render.outline(self._look.camera, thing)
 
     def goal_image(self) -> dict[str, np.ndarray]:
         """The images of this scene as if the task had been done: {"image_primary": ...}; the same all episode long.
