@@ -122,7 +122,7 @@ class GraspingExpert(Expert):
 class GripperExpert(GraspingExpert):
     """Comes down along a cone above its aim and turns with the block (squares look the same every 90 degrees).
 
-    `turns_back`: it turns the other way before the wrist is at its limit, which several grasps in a row can bring about.
+    `turns_back`: it turns the other way before the wrist is at its limit, where several grasps in a row can bring it.
     """
 
     turns_back = False

@@ -86,9 +86,9 @@ class LongTabletopEnv(TabletopEnv):
         return super()._info() | {"progress": progress, "subtask": self.part().text}
 
     def goal_image(self) -> dict[str, np.ndarray]:
-        """The images of this scene as if the task had been done, as an expert would do it from here."""
+        """The images of this scene as if the task had been done: {"image_primary": ...}; the same all episode long."""
         before = self.world, self.effector, self.progress
-        blocks = [dataclasses.replace(block, xy=block.xy.copy()) for block in self.world.blocks]
+        blocks = [scene.Block(b.color, b.size, b.yaw, b.start_xy.copy()) for b in self.world.blocks]
         self.world = scene.World(blocks, self.world.plates)
         self.progress = Progress(self.goal)
         self.effector = self.embodiment.dynamics()
@@ -166,7 +166,7 @@ class _PartOfEpisode:
 
 
 class LongExpert:
-    """Does one part after another with the skills of the short tasks' expert, whose habits it keeps all episode long."""
+    """Does one part after another with the skills of the short tasks' expert; its habits are those of one episode."""
 
     def __init__(self, env: LongTabletopEnv, rng: np.random.Generator):
         self._env = env

@@ -101,7 +101,7 @@ class Progress:
         return [color for color in goal.blocks if _rests_on(world, world.block(color)) == goal.plate]
 
     def fraction(self, world: scene.World) -> float:
-        """Share of the blocks that are served; one that is held, or on the plate, and should not be counts against it."""
+        """Share of the blocks that are served; one that should not be on the plate or in the hand counts against it."""
         served = len(self.served(world)) - len(self.intruders(world))
         if self.wrong and self.goal.task == "place_in_order":  # those laid before the order was broken
             served = 0

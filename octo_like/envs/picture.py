@@ -104,10 +104,12 @@ def take(env: TabletopEnv, info: dict[str, Any]) -> Picture | None:
 
 def _done(env: TabletopEnv, info: dict[str, Any]) -> bool | None:
     """Whether the task is clearly done or clearly not done, for somebody who sees this moment only."""
-    if info["task"] not in ("reach", "pick_and_place"):
-        return None  # how far something was pushed cannot be seen afterwards
+    if info["task"] in ("push", "touch_in_order"):
+        return None  # how far something was pushed, or what was touched, cannot be seen afterwards
     if info["success"]:
         return True
+    if "progress" in info:  # a long task
+        return None if env.world.held is not None else False
     block = env.world.block(env.goal.target)
     if env.goal.plate is None:
         return False if np.hypot(*(block.xy - env.effector.tip[:2])) > CLEARLY_AWAY else None

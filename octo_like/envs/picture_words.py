@@ -156,6 +156,15 @@ def _may_say(instruction: str, colors: Colors) -> bool:
 _Asked = tuple[dict[str, str], str, Sequence[Thing]]  # what the prompt names, the answer, what either names
 
 
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _some(things: Sequence[Thing], unusual: Sequence[Thing], rng: np.random.Generator) -> Thing | None:
+    """One of the things; as often one of the unusual ones, where there are any, as one of all."""
+    return _one(unusual if unusual and rng.random() < 0.5 else things, rng)
+
+
 def _one(things: Sequence[Thing], rng: np.random.Generator) -> Thing | None:
     return things[rng.integers(len(things))] if things else None
 
@@ -165,9 +174,9 @@ def _caption(picture: Picture, question: str, rng: np.random.Generator, colors: 
     parts, carrying = [], {block.plate for block in picture.blocks}
     for block in sorted(picture.blocks, key=lambda block: block.point[1]):
         where = " in the hand" if block.held else f" on the {block.plate} plate" if block.plate else ""
-        parts.append(f"a {block.name}{where}")
+        parts.append(f"{_a(block.name)}{where}")
     rest = sorted((plate for plate in picture.plates if plate.color not in carrying), key=lambda plate: plate.point[1])
-    return {}, ", ".join([*parts, *(f"a {plate.name}" for plate in rest)]), (*picture.blocks, *picture.plates)
+    return {}, ", ".join([*parts, *(_a(plate.name) for plate in rest)]), (*picture.blocks, *picture.plates)
 
 
 def _colour(picture: Picture, question: str, rng: np.random.Generator, colors: Colors) -> _Asked | None:
@@ -198,7 +207,7 @@ def _count(picture: Picture, question: str, rng: np.random.Generator, colors: Co
     del colors
     if question != "on":
         return {}, NUMBERS[len(picture.blocks if question == "blocks" else picture.plates)], ()
-    plate = _one(picture.plates, rng)
+    plate = _some(picture.plates, [p for p in picture.plates if any(b.plate == p.color for b in picture.blocks)], rng)
     if plate is None:
         return None
     number = sum(block.plate == plate.color for block in picture.blocks)
@@ -238,7 +247,7 @@ def _relation(picture: Picture, question: str, rng: np.random.Generator, colors:
 
 def _where(picture: Picture, question: str, rng: np.random.Generator, colors: Colors) -> _Asked | None:
     del colors
-    block = _one(picture.blocks, rng)
+    block = _some(picture.blocks, [block for block in picture.blocks if block.held or block.plate], rng)
     assert block is not None, "there are blocks in every scene"
     if question == "what":
         place = "in the hand" if block.held else f"on the {block.plate} plate" if block.plate else "on the table"
@@ -254,10 +263,10 @@ def _where(picture: Picture, question: str, rng: np.random.Generator, colors: Co
 
 
 def _hand(picture: Picture, question: str, rng: np.random.Generator, colors: Colors) -> _Asked | None:
-    del rng, colors
-    if not picture.grasps:
-        return None
+    del colors
     held = picture.held
+    if not picture.grasps or (held is None and rng.random() < 0.6):
+        return None  # in most pictures the hand is empty, in most rows about it it should not be
     if question == "empty":
         return {}, YES_NO[held is None], ()
     return {}, held.name if held else "nothing", (held,) if held else ()
@@ -303,7 +312,8 @@ def _inner(pixels: np.ndarray) -> np.ndarray:
 
 def _direction(picture: Picture, question: str, rng: np.random.Generator, colors: Colors) -> _Asked | None:
     del question, colors
-    block = _one([block for block in picture.blocks if not block.held], rng)
+    free = [block for block in picture.blocks if not block.held]
+    block = _some(free, [block for block in free if math.dist(block.xy, picture.tip) >= THERE], rng)
     if block is None:
         return None
     return {"block": block.color}, direction(picture.tip, block.xy), (block,)
@@ -348,10 +358,10 @@ def all_texts() -> list[str]:
     texts += [f"{side} and {way}" for side in ("left", "right") for way in ("forward", "back")]
     plates = PLATE_COLORS + EXTRA_PLATE_COLORS
     for block in ALL_BLOCK_COLORS:
-        texts += [f"a {block} block, a {other} block" for other in ALL_BLOCK_COLORS if other != block]
-        texts += [f"a {block} block on the {plate} plate" for plate in plates]
-        texts += [block, f"a {block} block in the hand", f"{block} block"]
-    texts += [f"a {plate} plate, a {other} plate" for plate in plates for other in plates if other != plate]
+        texts += [f"{_a(block)} block, {_a(other)} block" for other in ALL_BLOCK_COLORS if other != block]
+        texts += [f"{_a(block)} block on the {plate} plate" for plate in plates]
+        texts += [block, f"{_a(block)} block in the hand", f"{block} block"]
+    texts += [f"{_a(plate)} plate, {_a(other)} plate" for plate in plates for other in plates if other != plate]
     texts += [f"on the {plate} plate" for plate in plates]
     for questions in PROMPTS.values():
         for phrasing in (phrasing for phrasings in questions.values() for phrasing in phrasings):
