@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 PAD, EOS = 0, 1
-BUILTIN = os.path.join(os.path.dirname(__file__), "assets", "tabletop.model")
+ASSETS = {name: os.path.join(os.path.dirname(__file__), "assets", f"{name}.model") for name in ("tabletop", "words")}
+BUILTIN = ASSETS["tabletop"]
+# "builtin": instructions of the tabletop; "words": all that is said there, answers and location tokens too.
+BUILTIN_MODELS = {"builtin": BUILTIN, "words": ASSETS["words"]}
 MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json"
 
 
@@ -45,12 +48,12 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, model: str = "builtin", max_length: int | None = None) -> "TextTokenizer":
-        """Loads "builtin", a `.model` file (T5's spiece.model works), or a directory written by `save`.
+        """Loads "builtin" or "words", a `.model` file (T5's spiece.model works), or a directory written by `save`.
 
         Raises:
           FileNotFoundError: no such model, with what would be valid.
         """
-        path, config = (BUILTIN if model == "builtin" else model), {}
+        path, config = BUILTIN_MODELS.get(model, model), {}
         if os.path.isdir(path):
             config_path = os.path.join(path, CONFIG_FILE)
             if os.path.isfile(config_path):
@@ -59,8 +62,8 @@ class TextTokenizer:
             path = os.path.join(path, MODEL_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"no sentencepiece model at {path!r}; valid: 'builtin', the path of a .model file, or a directory with "
-                f"{MODEL_FILE} and {CONFIG_FILE}"
+                f"no sentencepiece model at {path!r}; valid: 'words', 'builtin', the path of a .model file, or a "
+                f"directory with {MODEL_FILE} and {CONFIG_FILE}"
             )
         with open(path, "rb") as file:
             return cls(file.read(), max_length or config.get("max_length", 16))

@@ -56,7 +56,8 @@ def is_held_out(
     return not colors.may_name(env.goal.target, env.goal.plate)
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def jpeg(image: np.ndarray) -> bytes:
+    """An image as the datasets store it."""
     buffer = io.BytesIO()
     # Full chroma resolution: at 64 x 64 a block is six pixels wide and its colour is what the words are about.
     Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
@@ -74,7 +75,7 @@ def points(env: TabletopEnv) -> dict[str, np.ndarray]:
 def simulate(
     embodiment: str,
     seed: int,
-    encode: Callable[[np.ndarray], Any] = _jpeg,
+    encode: Callable[[np.ndarray], Any] = jpeg,
     palette: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
     """One expert episode in RLDS form, or None when the expert failed.
@@ -167,18 +168,23 @@ class Simulator(SeedPool):
         self,
         workers: int = 0,
         seed: int = 0,
-        encode: Callable[[np.ndarray], Any] = _jpeg,
+        encode: Callable[[np.ndarray], Any] = jpeg,
         colors: Colors = Colors(),  # noqa: B008  (frozen)
     ):
         super().__init__(workers)
         self.seed, self.colors, self._encode = seed, colors, encode
         self.failed: collections.Counter[tuple[str, str]] = collections.Counter()
 
+    def _call(self, embodiment: str) -> Callable[[int], list[Attempt]]:
+        return functools.partial(_simulate_range, embodiment, encode=self._encode, colors=self.colors)
+
+    def _first_seed(self, embodiment: str, split: str) -> int:
+        return first_seed(embodiment, split, self.seed)
+
     def episodes(self, embodiment: str, split: str, count: int) -> Iterator[dict[str, Any]]:
         """Yields `count` successful episodes in the order of their seeds."""
         made = 0
-        call = functools.partial(_simulate_range, embodiment, encode=self._encode, colors=self.colors)
-        for seed, episode in self.attempts(call, first_seed(embodiment, split, self.seed), count):
+        for seed, episode in self.attempts(self._call(embodiment), self._first_seed(embodiment, split), count):
             if made == count:
                 return
             if episode is None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.envs.colors import ALL_BLOCK_COLORS, Colors
-from octo_like.envs.demonstrations import IMAGE_SIZE, _jpeg
+from octo_like.envs.demonstrations import IMAGE_SIZE, jpeg
 from octo_like.envs.embodiments import EMBODIMENTS
 from octo_like.envs.long import LONG_EMBODIMENTS, LongTabletopEnv
 from octo_like.envs.picture import Picture, take
@@ -134,7 +134,7 @@ class PictureSimulator(SeedPool):
         kinds: Sequence[str] = KINDS,
         robots: Sequence[str] = ROBOTS,
         colors: Colors = PICTURE_COLORS,
-        encode: Callable[[np.ndarray], Any] = _jpeg,
+        encode: Callable[[np.ndarray], Any] = jpeg,
     ):
         super().__init__(workers)
         for what, given, valid in (("kind", kinds, KINDS), ("robot", robots, tuple(EMBODIMENTS))):
