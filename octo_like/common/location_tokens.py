@@ -11,8 +11,8 @@ from collections.abc import Sequence
 BINS = 64
 TOKENS = tuple(f"<loc{number:02}>" for number in range(BINS))
 
-_TOKEN = re.compile(r"<loc(\d\d)>")
-_ANYTHING_LIKE_IT = re.compile(r"<\s*loc[^<>\s]*>?", re.IGNORECASE)
+_TOKEN = re.compile(r"<loc([0-9][0-9])>")
+_ANYTHING_LIKE_IT = re.compile(r"<\s*loc(?![a-z])[^<>\s]*>?", re.IGNORECASE)
 
 
 def encode(fractions: Sequence[float]) -> str:
