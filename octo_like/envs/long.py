@@ -62,7 +62,8 @@ class LongTabletopEnv(TabletopEnv):
         drawn = str(rng.choice(long_language.LONG_TASKS))
         self.world, self.goal, start = sample_long_scene(rng, self.embodiment.layout, options.get("task") or drawn)
         self.original_target = self.goal.target
-        self.progress = Progress(self.goal)
+        self._yaws = [block.yaw for block in self.world.blocks]
+        self.progress, self._fraction = Progress(self.goal), 0.0
         self.instruction = _say(self.goal, options, rng, streams[WORDS])
         return start
 
@@ -78,17 +79,20 @@ class LongTabletopEnv(TabletopEnv):
         touched = self._dwelt_on(moved)
         self._reached |= self.world.grasped | ({touched} if touched else set())
         self.progress.update(self.world, touched)
-        self.success = self.progress.complete(self.world)
+        # Before a bump, which may let a block fall where it should lie: that counts when the next step is judged.
+        self.success, self._fraction = self.progress.complete(self.world), self.progress.fraction(self.world)
         return self.success or self.progress.wrong
 
     def _info(self) -> dict[str, Any]:
-        progress = self.progress.fraction(self.world)
-        return super()._info() | {"progress": progress, "subtask": self.part().text}
+        return super()._info() | {"progress": self._fraction, "subtask": self.part().text}
 
     def goal_image(self) -> dict[str, np.ndarray]:
         """The images of this scene as if the task had been done: {"image_primary": ...}; the same all episode long."""
         before = self.world, self.effector, self.progress
-        blocks = [scene.Block(b.color, b.size, b.yaw, b.start_xy.copy()) for b in self.world.blocks]
+        blocks = [
+            scene.Block(b.color, b.size, yaw, b.start_xy.copy())
+            for b, yaw in zip(self.world.blocks, self._yaws, strict=True)
+        ]
         self.world = scene.World(blocks, self.world.plates)
         self.progress = Progress(self.goal)
         self.effector = self.embodiment.dynamics()
