@@ -64,8 +64,8 @@ def state_says_done(env):
 @pytest.mark.parametrize("bumps", [False, True])
 def test_experts_succeed(name, task, bumps):
     env, table = LongTabletopEnv(name, bumps=bumps, render_images=False), set(all_subtasks())
-    steps, wins = [], 0
-    for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + 100):
+    steps, wins, episodes = [], 0, 100 if bumps else 20
+    for seed in range(EVALUATION_SEEDS, EVALUATION_SEEDS + episodes):
         told = play(env, seed, task)
         wins += told[-1][0]["success"]
         steps.append((len(told) - 1) / env.max_steps)
@@ -76,7 +76,7 @@ def test_experts_succeed(name, task, bumps):
         if not bumps:
             progress = [info["progress"] for info, _ in told]
             assert progress == sorted(progress) and len(set(progress)) == len(env.goal.blocks) + 1
-    assert wins >= 95
+    assert wins >= 0.95 * episodes
     assert np.median(steps) <= 0.5, "too little time for a policy that is not an expert"
 
 
