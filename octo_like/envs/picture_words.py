@@ -7,6 +7,7 @@ another by a margin.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -131,7 +132,7 @@ def ask(picture: Picture, kind: str, rng: np.random.Generator, colors: Colors) -
         if not _allowed(named, colors) or (kind == "done" and not _may_say(picture.instruction, colors)):
             continue
         phrasings = PROMPTS[kind][str(question)]
-        prompt = phrasings[rng.integers(len(phrasings))].format(**names)
+        prompt = _articles(phrasings[rng.integers(len(phrasings))].format(**names))
         return Row(kind, str(question), prompt, answer)
     return None
 
@@ -157,7 +158,11 @@ _Asked = tuple[dict[str, str], str, Sequence[Thing]]  # what the prompt names, t
 
 
 def _a(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return _articles(f"a {name}")
+
+
+def _articles(text: str) -> str:
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 def _some(things: Sequence[Thing], unusual: Sequence[Thing], rng: np.random.Generator) -> Thing | None:
@@ -367,5 +372,6 @@ def all_texts() -> list[str]:
         for phrasing in (phrasing for phrasings in questions.values() for phrasing in phrasings):
             for block, other in zip(ALL_BLOCK_COLORS, ALL_BLOCK_COLORS[1:] + ALL_BLOCK_COLORS[:1], strict=True):
                 for plate in plates:
-                    texts.append(phrasing.format(block=block, other=other, plate=plate, place="", instruction=""))
+                    said = phrasing.format(block=block, other=other, plate=plate, place="", instruction="")
+                    texts.append(_articles(said))
     return list(dict.fromkeys(texts))
