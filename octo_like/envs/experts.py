@@ -30,6 +30,13 @@ class Episode(Protocol):
     success: bool
 
 
+class Acting(Protocol):
+    """Who moves a robot through an episode."""
+
+    def act(self) -> np.ndarray:
+        """An action in physical units, within the embodiment's limits."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Habits:
     """Natural variation: fraction of the greatest speed; where the hand aims on a block and its heights, in metres."""

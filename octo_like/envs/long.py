@@ -152,21 +152,11 @@ def _say(goal: LongGoal, options: Mapping[str, Any], scene_rng: np.random.Genera
 class _PartOfEpisode:
     """The present part of a long task, as an expert of short tasks sees an episode."""
 
-    env: LongTabletopEnv
+    embodiment: Embodiment
+    effector: Any
+    world: scene.World
     goal: scene.Goal
     success: bool = False
-
-    @property
-    def embodiment(self) -> Embodiment:
-        return self.env.embodiment
-
-    @property
-    def effector(self) -> Any:
-        return self.env.effector
-
-    @property
-    def world(self) -> scene.World:
-        return self.env.world
 
 
 class LongExpert:
@@ -174,7 +164,8 @@ class LongExpert:
 
     def __init__(self, env: LongTabletopEnv, rng: np.random.Generator):
         self._env = env
-        self._view = _PartOfEpisode(env, scene.Goal("reach", env.goal.target))
+        start = scene.Goal("reach", env.goal.target)
+        self._view = _PartOfEpisode(env.embodiment, env.effector, env.world, start)
         self._skill = experts.make_expert(self._view, rng)
         if isinstance(self._skill, experts.GripperExpert):
             self._skill.turns_back = True

@@ -66,40 +66,35 @@ class Picture:
 def take(env: TabletopEnv, info: dict[str, Any]) -> Picture | None:
     """The present picture of an environment; None when something in it can hardly be seen."""
     image, block_pixels, plate_pixels = env.visible()
-    scale = (env.image_size / 64) ** 2
-    things: dict[str, list[Thing]] = {"block": [], "plate": []}
-    for what, those, pixels in (("block", env.world.blocks, block_pixels), ("plate", env.world.plates, plate_pixels)):
-        for index, (one, seen) in enumerate(zip(those, pixels, strict=True)):
-            if seen.sum() < LEAST_PIXELS[what] * scale:
-                return None
-            height = one.z + scene.BLOCK_HEIGHT / 2 if isinstance(one, scene.Block) else scene.PLATE_HEIGHT / 2
-            column, row = np.array(env.project(float(one.xy[0]), float(one.xy[1]), height)) / env.image_size
-            if not (0 <= row <= 1 and 0 <= column <= 1):
-                return None
-            left, top, right, bottom = (min(1.0, max(0.0, edge)) for edge in env.outline(one))
-            held = what == "block" and env.world.held == index
-            under = env.world.plate_under(one) if isinstance(one, scene.Block) and not held else None
-            things[what].append(
-                Thing(
-                    what,
-                    one.color,
-                    (float(one.xy[0]), float(one.xy[1])),
-                    (float(row), float(column)),
-                    (top, left, bottom, right),
-                    seen,
-                    held,
-                    under.color if under else None,
-                )
-            )
+    least = (env.image_size / 64) ** 2
+    blocks = [_thing(env, one, seen) for one, seen in zip(env.world.blocks, block_pixels, strict=True)]
+    plates = [_thing(env, one, seen) for one, seen in zip(env.world.plates, plate_pixels, strict=True)]
+    for thing in (*blocks, *plates):
+        if thing.pixels.sum() < LEAST_PIXELS[thing.what] * least or not all(0 <= edge <= 1 for edge in thing.point):
+            return None
     return Picture(
         image=image,
-        blocks=tuple(things["block"]),
-        plates=tuple(things["plate"]),
+        blocks=tuple(blocks),
+        plates=tuple(plates),
         tip=(float(env.effector.tip[0]), float(env.effector.tip[1])),
         grasps=env.embodiment.grasps,
         instruction=info["instruction"],
         done=_done(env, info),
     )
+
+
+def _thing(env: TabletopEnv, one: scene.Block | scene.Plate, seen: np.ndarray) -> Thing:
+    world, x, y = env.world, float(one.xy[0]), float(one.xy[1])
+    left, top, right, bottom = (min(1.0, max(0.0, edge)) for edge in env.outline(one))
+    if isinstance(one, scene.Plate):
+        what, held, under, height = "plate", False, None, scene.PLATE_HEIGHT / 2
+    else:
+        what, height = "block", one.z + scene.BLOCK_HEIGHT / 2
+        held = world.held is not None and world.blocks[world.held] is one
+        under = None if held else world.plate_under(one)
+    column, row = (edge / env.image_size for edge in env.project(x, y, height))
+    box = (top, left, bottom, right)
+    return Thing(what, one.color, (x, y), (row, column), box, seen, held, under.color if under else None)
 
 
 def _done(env: TabletopEnv, info: dict[str, Any]) -> bool | None:

@@ -52,7 +52,7 @@ def _environment(robot: str, long: bool) -> TabletopEnv:
 def picture(seed: int, robots: Sequence[str] = ROBOTS, colors: Colors = PICTURE_COLORS) -> Picture | None:
     """A moment of an expert's episode; None when something in it is hidden."""
     rng = np.random.default_rng([seed, 0x91])
-    robot = robots[rng.integers(len(robots))]
+    robot = robots[int(rng.integers(len(robots)))]
     # Blocks of long tasks have the colours of the plates they belong to: they are not painted.
     long = robot in LONG_EMBODIMENTS and rng.random() < LONG_SHARE
     env = _environment(robot, long)
@@ -82,7 +82,7 @@ def row(
     if seen is None:
         return None
     rng = np.random.default_rng([seed, 0x92])
-    asked = ask(seen, kinds[rng.integers(len(kinds))], rng, colors)
+    asked = ask(seen, kinds[int(rng.integers(len(kinds)))], rng, colors)
     return None if asked is None else (seen, asked)
 
 

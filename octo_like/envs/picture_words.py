@@ -171,7 +171,7 @@ def _some(things: Sequence[Thing], unusual: Sequence[Thing], rng: np.random.Gene
 
 
 def _one(things: Sequence[Thing], rng: np.random.Generator) -> Thing | None:
-    return things[rng.integers(len(things))] if things else None
+    return things[int(rng.integers(len(things)))] if things else None
 
 
 def _caption(picture: Picture, question: str, rng: np.random.Generator, colors: Colors) -> _Asked:

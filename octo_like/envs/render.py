@@ -294,7 +294,7 @@ def outline(camera: Camera, thing: Block | Plate) -> tuple[float, float, float, 
     if isinstance(thing, Plate):
         (a, b, _, _), (e, f, _, _) = camera.matrix
         wide, deep = math.hypot(a, b) * thing.radius, math.hypot(e, f) * thing.radius
-        u, v = camera.project(*map(float, thing.xy), PLATE_HEIGHT / 2)
+        u, v = camera.project(float(thing.xy[0]), float(thing.xy[1]), PLATE_HEIGHT / 2)
         return u - wide, v - deep, u + wide, v + deep
     points = [camera.project(x, y, z) for x, y in _corners(thing) for z in (thing.z, thing.z + BLOCK_HEIGHT)]
     columns, rows = zip(*points, strict=True)

@@ -161,7 +161,9 @@ class Layout:
     effector_area: float
 
 
-def free_point(rng, half: tuple[float, float], taken: list[tuple[np.ndarray, float]]) -> np.ndarray | None:
+def free_point(
+    rng: np.random.Generator, half: tuple[float, float], taken: list[tuple[np.ndarray, float]]
+) -> np.ndarray | None:
     """A place in a rectangle of half widths `half`, so far from each of `taken`; None when forty draws find none."""
     for _ in range(40):
         xy = rng.uniform(-1.0, 1.0, 2) * half

@@ -23,7 +23,7 @@ from octo_like.envs.embodiments import EMBODIMENTS, Embodiment
 from octo_like.envs.experts import make_expert
 
 if TYPE_CHECKING:
-    from octo_like.envs.experts import Expert
+    from octo_like.envs.experts import Acting
 
 EVALUATION_SEEDS = 1_000_000_000  # the first seed that no demonstration uses
 
@@ -375,7 +375,7 @@ class TabletopEnv(gymnasium.Env):
                 images["image_primary"] = render.draw_primary(world, effector, self._look, base)
         return images
 
-    def expert(self, rng: np.random.Generator, target: str | None = None) -> "Expert":
+    def expert(self, rng: np.random.Generator, target: str | None = None) -> "Acting":
         """A scripted expert for this episode. `target`: colour of a block to serve instead of the one named."""
         return make_expert(self, rng, target)
 
