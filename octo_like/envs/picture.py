@@ -85,14 +85,14 @@ def take(env: TabletopEnv, info: dict[str, Any]) -> Picture | None:
 
 def _thing(env: TabletopEnv, one: scene.Block | scene.Plate, seen: np.ndarray) -> Thing:
     world, x, y = env.world, float(one.xy[0]), float(one.xy[1])
-    left, top, right, bottom = (min(1.0, max(0.0, edge)) for edge in env.outline(one))
+    left, top, right, bottom = (min(1.0, max(0.0, float(edge))) for edge in env.outline(one))
     if isinstance(one, scene.Plate):
         what, held, under, height = "plate", False, None, scene.PLATE_HEIGHT / 2
     else:
         what, height = "block", one.z + scene.BLOCK_HEIGHT / 2
         held = world.held is not None and world.blocks[world.held] is one
         under = None if held else world.plate_under(one)
-    column, row = (edge / env.image_size for edge in env.project(x, y, height))
+    column, row = (float(edge) / env.image_size for edge in env.project(x, y, height))
     box = (top, left, bottom, right)
     return Thing(what, one.color, (x, y), (row, column), box, seen, held, under.color if under else None)
 
