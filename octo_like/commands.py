@@ -30,6 +30,8 @@ COMMANDS = {
     "show_data": "scripts/show_data.py",
     "bench_input": "scripts/bench_input.py",
     "build_tabletop": "data/tabletop/build.py",
+    "build_tabletop_words": "data/tabletop_words/build.py",
+    "build_tabletop_long": "data/tabletop_long/build.py",
     "convert_demos": "scripts/convert_demos.py",
     "check_demos": "scripts/check_demos.py",
     "check_policy": "scripts/check_policy.py",
@@ -99,5 +101,5 @@ def overview() -> str:
     for name in COMMANDS:
         docstring = ast.get_docstring(ast.parse(path(name).read_text(encoding="utf-8"))) or ""
         first = re.split(r"[.:;?](?:\s|$)", docstring.replace("\n", " "), maxsplit=1)[0]
-        lines.append(f"  {name:18} {first}")
+        lines.append(f"  {name:21} {first}")
     return "\n".join(lines)

@@ -3,10 +3,12 @@
     python scripts/convert_demos.py --from lerobot DATASET  --to DATA_DIR --name my_robot
     python scripts/convert_demos.py --from hdf5    FOLDER   --to DATA_DIR --name my_robot --instruction "fold the towel"
     python scripts/convert_demos.py --from npz     FOLDER   --to DATA_DIR --name my_robot --control_hz 10
+    python scripts/convert_demos.py --from pictures FOLDER  --to DATA_DIR --name my_pictures
 
 Sources: `lerobot` a LeRobot dataset on disk (v3.0, v2.1, v2.0); `hdf5` a file or folder as ALOHA, robomimic and LIBERO
 write them; `npz` a folder with one archive per episode. What is expected of each, and what becomes of it:
-docs/demos.md.
+docs/demos.md. `pictures` is no recording but JSON lines (or LLaVA's JSON) beside images, with questions and answers:
+docs/language.md.
 
 Writes DATA_DIR/NAME/VERSION, whole or not at all, and beside it NAME_preview.png, a strip of frames per
 episode. Memory: one episode of encoded frames. Exit status 1: something is wrong with the
@@ -17,7 +19,7 @@ import argparse
 import os
 import sys
 
-FORMATS = ("lerobot", "hdf5", "npz")
+FORMATS = ("lerobot", "hdf5", "npz", "pictures")
 
 
 def make_source(args):
@@ -27,6 +29,16 @@ def make_source(args):
 
         raise DataError(f"{args.source} does not exist")
     options = dict(instruction=args.instruction or "", **({"action_key": args.action_key} if args.action_key else {}))
+    if args.format == "pictures":
+        from octo_like.data.convert.pictures import Pictures
+
+        if args.instruction or args.action_key or args.control_hz:
+            from octo_like.data.spec import DataError
+
+            raise DataError(
+                "pictures have prompts, and no actions: --instruction, --action_key and --control_hz do not apply"
+            )
+        return Pictures(args.source)
     if args.format == "lerobot":
         from octo_like.data.convert.lerobot import LeRobot
 
@@ -68,11 +80,22 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def report_pictures(written, preview, picture: str) -> int:
+    """Says what was written. Returns the exit status."""
+    for line in written.broken:
+        print(f"left out: {line}")
+    print(f"{written.directory}: {written.rows:,} rows, {written.bytes / 1e6:.1f} MB of pictures")
+    if preview.save(picture):
+        print(f"preview: {picture}")
+    return 0
+
+
 def main() -> int:
     args = arguments()
 
     from tqdm import tqdm
 
+    from octo_like.data.convert.pictures import write_pictures
     from octo_like.data.convert.preview import Preview
     from octo_like.data.convert.write import Options, write_rlds
     from octo_like.data.spec import DataError
@@ -103,6 +126,12 @@ def main() -> int:
                 bar.set_postfix_str(f"{frames:,} steps", refresh=False)
                 bar.update()
 
+            if args.format == "pictures":
+                return report_pictures(
+                    write_pictures(source, args.data_dir, name, options=options, preview=preview, advance=advance),
+                    preview,
+                    os.path.join(args.data_dir, f"{name}_preview.png"),
+                )
             written = write_rlds(source, args.data_dir, name, options=options, preview=preview, advance=advance)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -100,7 +100,7 @@ WORLD_CODE = ("octo_like/envs/*.py",)
 
 def make_stages(workdir: Path, settings: Settings, seed: int = 0) -> list[Stage]:
     """The demo as commands; paths are those of `workdir`. Evaluation is the same for every `seed`."""
-    data = ("data/tabletop/**/*.py", *WORLD_CODE)
+    data = ("data/tabletop/**/*.py", "data/tabletop_building.py", *WORLD_CODE)
     common = (f"--config.data.data_dir={workdir / 'data'}", f"--config.seed={seed}", *settings.overrides)
     stages = [
         Stage(

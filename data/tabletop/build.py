@@ -8,104 +8,57 @@ Datasets appear whole or not at all.
 """
 
 import argparse
-import contextlib
-import io
+import importlib
 import pathlib
-import shutil
 import sys
-import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-for path in (str(HERE), str(HERE.parent.parent)):  # works from a checkout that is not installed, too
+for path in (str(HERE), str(HERE.parent), str(HERE.parent.parent)):  # works from a checkout that is not installed, too
     if path not in sys.path:
         sys.path.insert(0, path)
 
 # No TensorFlow at the top level: worker processes import this file again.
+import tabletop_building  # noqa: E402
+
 from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs import EMBODIMENTS, demonstrations  # noqa: E402
+from octo_like.envs.colors import Colors  # noqa: E402
 
 DATASETS = {f"tabletop_{name}": name for name in EMBODIMENTS}
 
 
 def parse_request(text: str) -> tuple[str, int, int]:
     """ "name=TRAIN" or "name=TRAIN+VAL" as (name, TRAIN, VAL)."""
-    name, _, numbers = text.partition("=")
-    train, plus, val = numbers.partition("+")
-    if name not in DATASETS:
-        raise argparse.ArgumentTypeError(f"unknown dataset {name!r}; valid: {', '.join(DATASETS)}")
-    if not train.isdecimal() or (plus and not val.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {name}=TRAIN or {name}=TRAIN+VAL, e.g. {name}=200+20")
-    train_episodes = int(train)
-    val_episodes = int(val) if plus else max(1, train_episodes // 20)
-    if not 1 <= train_episodes <= demonstrations.SEEDS_PER_DATASET // 2 or val_episodes < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: each split needs at least one episode")
-    return name, train_episodes, val_episodes
+    return tabletop_building.parse_request(text, DATASETS, demonstrations.SEEDS_PER_DATASET // 2)
 
 
 def builder_class(name: str):
     """The TFDS builder class of one dataset. Imports TensorFlow."""
-    import importlib
-
     module = importlib.import_module(f"{name}.{name}_dataset_builder")
     return next(v for v in vars(module).values() if isinstance(v, type) and getattr(v, "EMBODIMENT", None))
 
 
 def build(
-    data_dir: str, requests: list[tuple[str, int, int]], *, workers: int = 2, overwrite: bool = False, seed: int = 0
+    data_dir: str,
+    requests: list[tuple[str, int, int]],
+    *,
+    workers: int = 2,
+    overwrite: bool = False,
+    seed: int = 0,
+    colors: Colors = Colors(),  # noqa: B008  (frozen)
 ) -> None:
     """Writes the requested datasets below `data_dir`.
 
     Raises:
-      ValueError: one exists with other numbers of episodes or of another seed, and `overwrite` is False.
+      ValueError: one exists with other numbers of episodes, of another seed or other colours, and `overwrite` is False.
     """
-    import tensorflow_datasets as tfds
-    from tqdm import tqdm
-
-    tfds.disable_progress_bar()  # one bar for everything is below
-    root = pathlib.Path(data_dir).expanduser().resolve()
-    missing = []
-    for name, train, val in requests:
-        builder = builder_class(name)(data_dir=root)
-        if not builder.is_prepared():
-            missing.append((name, train, val))
-            continue
-        have = {split: info.num_examples for split, info in builder.info.splits.items()}
-        made_with = (builder.info.metadata or {}).get("seed", 0)
-        if have == {"train": train, "val": val} and made_with == seed and not overwrite:
-            print(f"{name}: {train} + {val} episodes are there already, nothing to do ({builder.data_path})")
-        elif overwrite:
-            shutil.rmtree(builder.data_path)
-            missing.append((name, train, val))
-        else:
-            raise ValueError(
-                f"{builder.data_path} holds {have.get('train')} + {have.get('val')} episodes of seed {made_with}, but "
-                f"{train} + {val} of seed {seed} were asked for: give --overwrite, another --data_dir, or these numbers"
-            )
-    total = sum(train + val for _, train, val in missing)
-    if not total:
-        return
-    with demonstrations.Simulator(workers, seed) as simulator, tqdm(total=total, unit="episode", smoothing=0.1) as bar:
-        frames = 0
-
-        def on_episode(steps: int) -> None:
-            nonlocal frames
-            frames += steps
-            bar.set_postfix_str(f"{frames} frames", refresh=False)
-            bar.update()
-
-        for name, train, val in missing:
-            bar.set_description(name)
-            for leftover in (root / name).glob("incomplete.*"):  # of a build that was killed
-                shutil.rmtree(leftover)
-            builder = builder_class(name)(
-                data_dir=root, train_episodes=train, val_episodes=val, simulator=simulator, on_episode=on_episode
-            )
-            # TFDS builds in a temporary folder and renames it. Its download cache, empty here, stays out of data_dir.
-            with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(download_dir=downloads)
-    for name, train, val in missing:
+    simulator = demonstrations.Simulator(workers, seed, colors=colors)
+    made_with = {"seed": seed, **colors.record()}
+    written = tabletop_building.build(data_dir, requests, simulator, made_with, overwrite=overwrite, find=builder_class)
+    for name, train, val in written:
         failed = sum(count for (who, _), count in simulator.failed.items() if who == DATASETS[name])
-        print(f"{name}: wrote {train} + {val} episodes, left out {failed} that the expert failed ({root / name})")
+        where = pathlib.Path(data_dir).expanduser().resolve() / name
+        print(f"{name}: wrote {train} + {val} episodes, left out {failed} that the expert failed ({where})")
 
 
 def main() -> None:
@@ -116,12 +69,21 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that simulate; 0: this one")
     parser.add_argument("--seed", type=int, default=0, help="of the data: each gives other episodes (default: 0)")
+    tabletop_building.add_colors(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
     args = parser.parse_args()
     requests = args.episodes or [(name, 400, 20) for name in DATASETS]
     try:
+        colors = tabletop_building.colors(args, Colors())
         with exclusive(pathlib.Path(args.data_dir, ".lock")):  # another one would take this one's work for leftovers
-            build(args.data_dir, requests, workers=args.workers, overwrite=args.overwrite, seed=args.seed)
+            build(
+                args.data_dir,
+                requests,
+                workers=args.workers,
+                overwrite=args.overwrite,
+                seed=args.seed,
+                colors=colors,
+            )
     except ValueError as error:
         parser.error(str(error))
 

@@ -28,6 +28,8 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # TFDS would look this up through `importlib_resources`, which its own dependencies do not install.
     code_path = epath.Path(__file__)
     EMBODIMENT: str
+    STEP_TEXTS: tuple[str, ...] = ()  # of a step, besides the instruction
+    SIMULATOR: type[demonstrations.Simulator] = demonstrations.Simulator
 
     def __init__(
         self,
@@ -39,13 +41,17 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         **kwargs: Any,
     ):
         self._episodes = {"train": train_episodes, "val": val_episodes}
-        self._simulator = simulator or demonstrations.Simulator()
+        self._simulator = simulator or self.SIMULATOR()
         self._on_episode = on_episode or (lambda steps: None)
         super().__init__(**kwargs)
 
     @property
     def embodiment(self):
         return EMBODIMENTS[self.EMBODIMENT]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.embodiment.tasks
 
     def _info(self) -> tfds.core.DatasetInfo:
         embodiment = self.embodiment
@@ -67,6 +73,7 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "observation": features.FeaturesDict(observation),
             "action": features.Tensor(shape=(embodiment.action_dim,), dtype=np.float32, doc=doc),
             "language_instruction": features.Text(),
+            **{name: features.Text() for name in self.STEP_TEXTS},
             "is_first": features.Scalar(dtype=np.bool_),
             "is_last": features.Scalar(dtype=np.bool_),
             "is_terminal": features.Scalar(dtype=np.bool_),
@@ -78,14 +85,15 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "task": features.Text(),
             "success": features.Scalar(dtype=np.bool_),
         }
-        tasks = ", ".join(embodiment.tasks)
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Scripted demonstrations of the tabletop world's {self.EMBODIMENT}: {tasks}.",
+            description=f"Scripted demonstrations of the tabletop world's {self.EMBODIMENT}: {', '.join(self.tasks)}.",
             features=features.FeaturesDict(
                 {"steps": features.Dataset(step), "episode_metadata": features.FeaturesDict(metadata)}
             ),
-            metadata=tfds.core.MetadataDict(failed_episodes={}, seed=self._simulator.seed),
+            metadata=tfds.core.MetadataDict(
+                failed_episodes={}, seed=self._simulator.seed, **self._simulator.colors.record()
+            ),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):

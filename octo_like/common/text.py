@@ -11,23 +11,26 @@ from collections.abc import Sequence
 import numpy as np
 
 PAD, EOS = 0, 1
-BUILTIN = os.path.join(os.path.dirname(__file__), "assets", "tabletop.model")
+ASSETS = {name: os.path.join(os.path.dirname(__file__), "assets", f"{name}.model") for name in ("tabletop", "words")}
+BUILTIN = ASSETS["tabletop"]
+# "builtin": instructions of the tabletop; "words": all that is said there, answers and location tokens too.
+BUILTIN_MODELS = {"builtin": BUILTIN, "words": ASSETS["words"]}
 MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json"
 
 
 def model_file(model: str) -> str:
-    """The sentencepiece file that a name stands for: "builtin", a `.model` file or a directory written by
+    """The sentencepiece file that a name stands for: "builtin", "words", a `.model` file or a directory written by
     `TextTokenizer.save`.
 
     Raises:
       FileNotFoundError: there is none, with what would be valid.
     """
-    path = BUILTIN if model == "builtin" else model
+    path = BUILTIN_MODELS.get(model, model)
     path = os.path.join(path, MODEL_FILE) if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"no sentencepiece model at {path!r}; valid: 'builtin', the path of a .model file, or a directory with "
-            f"{MODEL_FILE} and {CONFIG_FILE}"
+            f"no sentencepiece model at {path!r}; valid: 'words', 'builtin', the path of a .model file, or a directory "
+            f"with {MODEL_FILE} and {CONFIG_FILE}"
         )
     return path
 
@@ -62,7 +65,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, model: str = "builtin", max_length: int | None = None) -> "TextTokenizer":
-        """Loads "builtin", a `.model` file (T5's spiece.model works), or a directory written by `save`.
+        """Loads "builtin" or "words", a `.model` file (T5's spiece.model works), or a directory written by `save`.
 
         Raises:
           FileNotFoundError: no such model, with what would be valid.

@@ -2,23 +2,21 @@
 
 Seeds: dataset k (0 to 3, in the order of `EMBODIMENTS`) of data seed s uses 1e7 k + 1e5 s + i for training and
 5e8 + 1e7 k + 1e5 s + i for validation, i = 0, 1, 2... Evaluation uses seeds of 1e9 and above, so no evaluated scene was
-demonstrated. Scenes that ask for a pair of `language.HELD_OUT_PAIRS` are passed over.
+demonstrated. Scenes that ask for a pair of `language.HELD_OUT_PAIRS`, or what else `Colors` excludes, are passed over.
 """
 
 import collections
-import concurrent.futures
 import functools
 import io
-import itertools
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from octo_like.envs.colors import Colors
 from octo_like.envs.embodiments import EMBODIMENTS
-from octo_like.envs.language import HELD_OUT_PAIRS
+from octo_like.envs.pool import EPISODES_PER_CALL, Attempt, SeedPool
 from octo_like.envs.tabletop import EVALUATION_SEEDS, TabletopEnv
 
 IMAGE_SIZE, WRIST_SIZE = 64, 32
@@ -26,8 +24,6 @@ JPEG_QUALITY = 95
 SEEDS_PER_DATASET, SEEDS_PER_RUN = 10_000_000, 100_000
 FIRST_SEED = {"train": 0, "val": 500_000_000}
 assert max(FIRST_SEED.values()) + len(EMBODIMENTS) * SEEDS_PER_DATASET <= EVALUATION_SEEDS
-
-EPISODES_PER_CALL = 8  # a worker's unit of work: small enough for an even load, large enough to hide the calls
 
 
 def first_seed(embodiment: str, split: str, seed: int = 0) -> int:
@@ -47,16 +43,21 @@ def _environment(embodiment: str, render: bool = True) -> TabletopEnv:
     return TabletopEnv(embodiment, IMAGE_SIZE, WRIST_SIZE, bumps=True, render_images=render)
 
 
-def is_held_out(embodiment: str, seed: int) -> bool:
-    """Whether the scene of an environment seed asks for a block and a plate that no demonstration puts together."""
+def is_held_out(
+    embodiment: str,
+    seed: int,
+    colors: Colors = Colors(),  # noqa: B008  (frozen)
+) -> bool:
+    """Whether the scene of an environment seed asks for what no demonstration may: a block, or a block and a plate."""
     env = _environment(embodiment, render=False)
-    if not env.embodiment.grasps:
+    if not env.embodiment.grasps and not colors.unnamed:
         return False
-    env.reset(seed=seed)
-    return (env.goal.target, env.goal.plate) in HELD_OUT_PAIRS
+    env.reset(seed=seed, options={"palette": colors.palette})
+    return not colors.may_name(env.goal.target, env.goal.plate)
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def jpeg(image: np.ndarray) -> bytes:
+    """An image as the datasets store it."""
     buffer = io.BytesIO()
     # Full chroma resolution: at 64 x 64 a block is six pixels wide and its colour is what the words are about.
     Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
@@ -71,16 +72,39 @@ def points(env: TabletopEnv) -> dict[str, np.ndarray]:
     return {name: np.array(env.project(*xy), np.float32) / env.image_size for name, xy in places.items()}
 
 
-def simulate(embodiment: str, seed: int, encode: Callable[[np.ndarray], Any] = _jpeg) -> dict[str, Any] | None:
+def simulate(
+    embodiment: str,
+    seed: int,
+    encode: Callable[[np.ndarray], Any] = jpeg,
+    palette: Sequence[str] | None = None,
+) -> dict[str, Any] | None:
     """One expert episode in RLDS form, or None when the expert failed.
 
     The last step holds the final observation, and the action with which the expert would go on from there.
 
     Args:
       encode: of each image, (h, w, 3) uint8 to what the step holds.
+      palette: see the reset option of this name.
     """
-    env = _environment(embodiment)
-    observation, info = env.reset(seed=seed)
+    return record(_environment(embodiment), seed, encode, {"palette": palette})
+
+
+def record(
+    env: TabletopEnv,
+    seed: int,
+    encode: Callable[[np.ndarray], Any],
+    options: dict[str, Any],
+    *,
+    places: Callable[[Any], dict[str, np.ndarray]] = points,
+    words: Callable[[Mapping[str, Any]], dict[str, str]] = lambda info: {},
+) -> dict[str, Any] | None:
+    """`simulate` in an environment.
+
+    Args:
+      places: observations that are computed from the environment.
+      words: further texts of a step, from the environment's info.
+    """
+    observation, info = env.reset(seed=seed, options=options)
     expert = env.expert(np.random.default_rng([seed, 0xE4]))
     steps: list[dict[str, Any]] = []
     done, reward = False, 0.0
@@ -90,13 +114,14 @@ def simulate(embodiment: str, seed: int, encode: Callable[[np.ndarray], Any] = _
             images["wrist_image"] = encode(observation["image_wrist"])
         if "proprio" in observation:
             images["state"] = observation["proprio"]
-        images |= points(env)
+        images |= places(env)
         action = expert.act()
         steps.append(
             {
                 "observation": images,
                 "action": action,
                 "language_instruction": info["instruction"],
+                **words(info),
                 "is_first": not steps,
                 "is_last": done,
                 "is_terminal": done and info["success"],
@@ -118,12 +143,17 @@ def as_it_is(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _simulate_range(embodiment: str, start: int, encode: Callable) -> list[tuple[int, dict[str, Any] | None]]:
-    seeds = [seed for seed in range(start, start + EPISODES_PER_CALL) if not is_held_out(embodiment, seed)]
-    return [(seed, simulate(embodiment, seed, encode)) for seed in seeds]
+def _simulate_range(
+    embodiment: str,
+    start: int,
+    encode: Callable,
+    colors: Colors = Colors(),  # noqa: B008  (frozen)
+) -> list[Attempt]:
+    seeds = [seed for seed in range(start, start + EPISODES_PER_CALL) if not is_held_out(embodiment, seed, colors)]
+    return [(seed, simulate(embodiment, seed, encode, colors.palette)) for seed in seeds]
 
 
-class Simulator:
+class Simulator(SeedPool):
     """Makes episodes in this process (workers=0) or in `workers` others; what it makes does not depend on how many.
 
     Use as a context manager. `failed` counts the expert episodes that were left out, by (embodiment, split).
@@ -131,28 +161,30 @@ class Simulator:
     Args:
       seed: of the data, see `first_seed`.
       encode: see `simulate`; importable, when there are workers.
+      colors: of the blocks, and which of them are asked for.
     """
 
-    def __init__(self, workers: int = 0, seed: int = 0, encode: Callable[[np.ndarray], Any] = _jpeg):
-        self.workers, self.seed, self._encode = workers, seed, encode
+    def __init__(
+        self,
+        workers: int = 0,
+        seed: int = 0,
+        encode: Callable[[np.ndarray], Any] = jpeg,
+        colors: Colors = Colors(),  # noqa: B008  (frozen)
+    ):
+        super().__init__(workers)
+        self.seed, self.colors, self._encode = seed, colors, encode
         self.failed: collections.Counter[tuple[str, str]] = collections.Counter()
-        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> "Simulator":
-        if self.workers:
-            # Spawned, not forked: the parent has imported TensorFlow, whose threads do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            self._pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=context)
-        return self
+    def _call(self, embodiment: str) -> Callable[[int], list[Attempt]]:
+        return functools.partial(_simulate_range, embodiment, encode=self._encode, colors=self.colors)
 
-    def __exit__(self, *exc) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def _first_seed(self, embodiment: str, split: str) -> int:
+        return first_seed(embodiment, split, self.seed)
 
     def episodes(self, embodiment: str, split: str, count: int) -> Iterator[dict[str, Any]]:
         """Yields `count` successful episodes in the order of their seeds."""
         made = 0
-        for seed, episode in self._attempts(embodiment, first_seed(embodiment, split, self.seed), count):
+        for seed, episode in self.attempts(self._call(embodiment), self._first_seed(embodiment, split), count):
             if made == count:
                 return
             if episode is None:
@@ -162,27 +194,6 @@ class Simulator:
                 continue
             made += 1
             yield episode
-
-    def _attempts(self, embodiment: str, start: int, count: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        starts = itertools.count(start, EPISODES_PER_CALL)
-        if self._pool is None:
-            for first in starts:
-                yield from _simulate_range(embodiment, first, self._encode)
-            return
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        begun = taken = 0
-        try:
-            while True:
-                # Ahead of the writer by a few calls, but not far beyond what is asked for.
-                while len(pending) < 4 * self.workers and (begun < count or not pending):
-                    pending.append(self._pool.submit(_simulate_range, embodiment, next(starts), self._encode))
-                    begun += EPISODES_PER_CALL
-                for item in pending.popleft().result():
-                    yield item
-                    taken += 1
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def generate(name: str, split: str, count: int, *, seed: int, workers: int) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,13 @@ class Episode(Protocol):
     success: bool
 
 
+class Acting(Protocol):
+    """Who moves a robot through an episode."""
+
+    def act(self) -> np.ndarray:
+        """An action in physical units, within the embodiment's limits."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Habits:
     """Natural variation: fraction of the greatest speed; where the hand aims on a block and its heights, in metres."""
@@ -88,9 +95,9 @@ class GraspingExpert(Expert):
             return self.toward(aim, self.habits.depth + 0.012, OPEN)
         world = env.world
         if world.held is not None and world.blocks[world.held] is self.target:
-            plate = world.plate(env.goal.plate)
+            spot = world.plate(env.goal.plate).xy if env.goal.spot is None else np.array(env.goal.spot)
             hand_to_block = self.target.xy - effector.tip[:2]
-            aim = plate.xy + self.habits.offset - hand_to_block
+            aim = spot + self.habits.offset - hand_to_block
             if self.arrived(aim, self.habits.depth + 0.015):
                 return self.stay(OPEN)
             return self.toward(aim, self.habits.depth + 0.005, CLOSED)
@@ -120,13 +127,21 @@ class GraspingExpert(Expert):
 
 
 class GripperExpert(GraspingExpert):
-    """Comes down along a cone above its aim and turns with the block (squares look the same every 90 degrees)."""
+    """Comes down along a cone above its aim and turns with the block (squares look the same every 90 degrees).
+
+    `turns_back`: it turns the other way before the wrist is at its limit, where several grasps in a row can bring it.
+    """
+
+    turns_back = False
 
     def _turn(self) -> float:
         if self.env.world.held is not None:
             return 0.0
-        error = self.target.yaw - self.env.effector.yaw
-        return (error + math.pi / 4) % (math.pi / 2) - math.pi / 4
+        yaw = self.env.effector.yaw
+        error = (self.target.yaw - yaw + math.pi / 4) % (math.pi / 2) - math.pi / 4
+        if self.turns_back and abs(yaw + error) > self.env.effector.high[5] - 0.1:
+            error -= math.copysign(math.pi / 2, yaw)
+        return error
 
     def arrived(self, aim: np.ndarray, low: float) -> bool:
         tip = self.env.effector.tip

@@ -1,9 +1,13 @@
 """The one table of instructions: every task, phrasing, colour and direction of the tabletop world."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 BLOCK_COLORS = ("red", "green", "blue", "yellow", "purple")
 PLATE_COLORS = ("blue", "orange", "white")
+# Colours of things that only palettes, pictures and long tasks have: the scenes of a seed are drawn from those above.
+EXTRA_BLOCK_COLORS = ("orange", "white", "pink", "cyan")
+EXTRA_PLATE_COLORS = ("red", "green", "yellow")
 DIRECTIONS = ("left", "right")
 TASKS = ("reach", "push", "pick_and_place")
 
@@ -86,15 +90,21 @@ def pairs(*, held_out: bool) -> list[tuple[str, str]]:
     return [pair for pair in every if (pair in HELD_OUT_PAIRS) == held_out]
 
 
-def all_instructions() -> list[str]:
-    """Every sentence of `PHRASINGS` (each once, in a fixed order), e.g. to train a text tokenizer on."""
+def all_instructions(*, every: bool = False) -> list[str]:
+    """Every sentence of `PHRASINGS` (each once, in a fixed order), e.g. to train a text tokenizer on.
+
+    Args:
+      every: with the colours that only palettes and pictures have, and the sentences of `UNSEEN_PHRASINGS`.
+    """
+    colors = BLOCK_COLORS + (EXTRA_BLOCK_COLORS if every else ())
     sentences = []
-    for task in TASKS:
-        plates = PLATE_COLORS if task == "pick_and_place" else (None,)
-        directions = DIRECTIONS if task == "push" else (None,)
-        for phrasing in range(len(PHRASINGS[task])):
-            for target in BLOCK_COLORS:
-                for plate in plates:
-                    for direction in directions:
-                        sentences.append(instruction(task, phrasing, target, plate=plate, direction=direction))
+    for phrasings in (PHRASINGS, UNSEEN_PHRASINGS) if every else (PHRASINGS,):
+        for task in TASKS:
+            plates = PLATE_COLORS if task == "pick_and_place" else (None,)
+            directions = DIRECTIONS if task == "push" else (None,)
+            names = itertools.product(range(len(phrasings[task])), colors, plates, directions)
+            for phrasing, target, plate, direction in names:
+                sentences.append(
+                    instruction(task, phrasing, target, plate=plate, direction=direction, phrasings=phrasings)
+                )
     return sentences

@@ -26,6 +26,15 @@ BLOCK_RGB: dict[str, Color] = {
     "purple": (146, 44, 172),
 }
 PLATE_RGB: dict[str, Color] = {"blue": (70, 122, 226), "orange": (240, 130, 30), "white": (244, 244, 240)}
+# Of `language.EXTRA_BLOCK_COLORS` and `EXTRA_PLATE_COLORS`.
+EXTRA_BLOCK_RGB: dict[str, Color] = {
+    "orange": (238, 118, 22),
+    "white": (238, 238, 232),
+    "pink": (244, 128, 186),
+    "cyan": (42, 196, 212),
+}
+EXTRA_PLATE_RGB: dict[str, Color] = {"red": (226, 84, 84), "green": (92, 190, 104), "yellow": (246, 226, 96)}
+_BLOCK_RGB, _PLATE_RGB = BLOCK_RGB | EXTRA_BLOCK_RGB, PLATE_RGB | EXTRA_PLATE_RGB
 TABLES: tuple[Color, ...] = (
     (176, 146, 112),
     (140, 110, 82),
@@ -109,7 +118,9 @@ def sample_look(rng: np.random.Generator, embodiment: str, world: World) -> Look
         shadow=(reach * math.cos(angle), reach * math.sin(angle)),
         shadow_strength=uniform(0.2, 0.45),
         robot=tuple(np.array(ROBOT_RGB[embodiment]) * uniform(0.9, 1.05) + uniform(-5, 5, 3)),
-        shades=tuple(tuple(uniform(0.9, 1.1) * np.array(BLOCK_RGB[b.color]) + uniform(-8, 8, 3)) for b in world.blocks),
+        shades=tuple(
+            tuple(uniform(0.9, 1.1) * np.array(_BLOCK_RGB[b.color]) + uniform(-8, 8, 3)) for b in world.blocks
+        ),
         plate_shade=uniform(0.93, 1.05),
         marks=tuple(marks),
         texture_seed=int(rng.integers(2**31)),
@@ -190,7 +201,7 @@ def _block(canvas: Canvas, block: Block, color: Color) -> None:
 
 
 def _plate(canvas: Canvas, plate: Plate, shade: float) -> None:
-    rgb, (x, y) = PLATE_RGB[plate.color], plate.xy
+    rgb, (x, y) = _PLATE_RGB[plate.color], plate.xy
     canvas.disc((x, y, 0.0), plate.radius + 0.003, rgb, 0.45)
     canvas.disc((x, y, PLATE_HEIGHT), plate.radius, _lighter(rgb, 0.8, 50), shade)
     canvas.disc((x, y, PLATE_HEIGHT / 2), plate.radius * 0.7, rgb, 0.8 * shade)
@@ -248,6 +259,46 @@ def draw_primary(world: World, effector: dynamics.Effector, look: Look, base: Im
         _block(canvas, world.blocks[world.held], look.shades[world.held])
     draw_robot(canvas, effector, look)
     return np.asarray(image.reduce(SUPERSAMPLING))
+
+
+_PROBES: tuple[Color, Color] = ((255, 0, 255), (0, 255, 0))  # no pixel of a block that is drawn with them stays
+
+
+def visible(
+    world: World, effector: dynamics.Effector, look: Look, size: int
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """What the primary camera sees of each thing, found by painting it in two ways.
+
+    Returns:
+      The image (size, size, 3) uint8; for each block, and for each plate, (size, size) bool: the pixels it has part in.
+    """
+    base = background(world, look, size * SUPERSAMPLING)
+    image = draw_primary(world, effector, look, base)
+    blocks = []
+    for index in range(len(world.blocks)):
+        painted = []
+        for color in _PROBES:
+            shades = (*look.shades[:index], color, *look.shades[index + 1 :])
+            painted.append(draw_primary(world, effector, dataclasses.replace(look, shades=shades), base))
+        blocks.append((painted[0] != painted[1]).any(-1))
+    plates = []
+    for index in range(len(world.plates)):
+        fewer = dataclasses.replace(world, plates=world.plates[:index] + world.plates[index + 1 :])
+        without = draw_primary(world, effector, look, background(fewer, look, size * SUPERSAMPLING))
+        plates.append((without != image).any(-1))
+    return image, blocks, plates
+
+
+def outline(camera: Camera, thing: Block | Plate) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a whole block or plate in the image, as fractions of it, hidden or not."""
+    if isinstance(thing, Plate):
+        (a, b, _, _), (e, f, _, _) = camera.matrix
+        wide, deep = math.hypot(a, b) * thing.radius, math.hypot(e, f) * thing.radius
+        u, v = camera.project(float(thing.xy[0]), float(thing.xy[1]), PLATE_HEIGHT / 2)
+        return u - wide, v - deep, u + wide, v + deep
+    points = [camera.project(x, y, z) for x, y in _corners(thing) for z in (thing.z, thing.z + BLOCK_HEIGHT)]
+    columns, rows = zip(*points, strict=True)
+    return min(columns), min(rows), max(columns), max(rows)
 
 
 def draw_wrist(world: World, effector: dynamics.DeltaArm | dynamics.ServoArm, look: Look, size: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,12 +47,16 @@ class Plate:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What the words ask for: colours of the block and of the plate (pick_and_place), direction (push)."""
+    """What the words ask for: colours of the block and of the plate (pick_and_place), direction (push).
+
+    `spot`: (x, y) where the block goes, instead of the middle of a plate; for parts of long tasks.
+    """
 
     task: str
     target: str
     plate: str | None = None
     direction: str | None = None
+    spot: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass
@@ -156,7 +161,10 @@ class Layout:
     effector_area: float
 
 
-def _free_point(rng, half: tuple[float, float], taken: list[tuple[np.ndarray, float]]) -> np.ndarray | None:
+def free_point(
+    rng: np.random.Generator, half: tuple[float, float], taken: list[tuple[np.ndarray, float]]
+) -> np.ndarray | None:
+    """A place in a rectangle of half widths `half`, so far from each of `taken`; None when forty draws find none."""
     for _ in range(40):
         xy = rng.uniform(-1.0, 1.0, 2) * half
         if all(math.dist(xy, other) >= distance for other, distance in taken):
@@ -187,7 +195,7 @@ def sample_scene(
 def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tuple[World, Goal, np.ndarray] | None:
     plates: list[Plate] = []
     for color in rng.permutation(language.PLATE_COLORS)[:num_plates]:
-        xy = _free_point(rng, (PLATE_AREA, PLATE_AREA), [(p.xy, 0.13) for p in plates])
+        xy = free_point(rng, (PLATE_AREA, PLATE_AREA), [(p.xy, 0.13) for p in plates])
         if xy is None:
             return None
         plates.append(Plate(str(color), xy))
@@ -195,13 +203,13 @@ def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tupl
     half = (0.10, 0.17) if task == "push" else (BLOCK_AREA, BLOCK_AREA)
     blocks: list[Block] = []
     for color in rng.permutation(language.BLOCK_COLORS)[:num_blocks]:
-        xy = _free_point(rng, half, [(b.xy, layout.block_block) for b in blocks] + [(p.xy, 0.115) for p in plates])
+        xy = free_point(rng, half, [(b.xy, layout.block_block) for b in blocks] + [(p.xy, 0.115) for p in plates])
         if xy is None or (task == "push" and any(abs(xy[1] - b.xy[1]) < 0.105 for b in blocks)):
             return None
         size = BLOCK_SIZE * rng.uniform(0.9, 1.1)
         blocks.append(Block(str(color), float(size), float(rng.uniform(-1, 1) * layout.max_yaw), xy))
     taken = [(b.xy, layout.effector_block) for b in blocks]
-    start = _free_point(rng, (layout.effector_area, layout.effector_area), taken)
+    start = free_point(rng, (layout.effector_area, layout.effector_area), taken)
     if start is None:
         return None
     distances = [math.dist(b.xy, start) for b in blocks]  # the target is blocks[0]: colours are already in random order
@@ -218,12 +226,19 @@ def _try_scene(rng, layout, task, num_blocks, num_plates, wrong_nearest) -> tupl
     return World([blocks[i] for i in order], tuple(plates[i] for i in rng.permutation(num_plates))), goal, start
 
 
-def recolor(world: World, goal: Goal, target: str, plate: str) -> Goal:
+def repaint(world: World, goal: Goal, colors: Sequence[str]) -> Goal:
+    """Gives the blocks these colours, one after the other. Returns the goal in new colours."""
+    target = world.blocks.index(world.block(goal.target))
+    for block, color in zip(world.blocks, colors, strict=True):
+        block.color = color
+    return dataclasses.replace(goal, target=colors[target])
+
+
+def recolor(world: World, goal: Goal, target: str, plate: str | None) -> Goal:
     """Paints the goal's block and plate; who had the new colour takes the old one. Returns the goal in new colours."""
-    assert goal.plate is not None, "there is a plate only where a block goes to one"
     blocks = {goal.target: target, target: goal.target}
     plates = {goal.plate: plate, plate: goal.plate}
     for block in world.blocks:
         block.color = blocks.get(block.color, block.color)
-    world.plates = tuple(dataclasses.replace(p, color=plates.get(p.color, p.color)) for p in world.plates)
+    world.plates = tuple(dataclasses.replace(p, color=plates.get(p.color) or p.color) for p in world.plates)
     return dataclasses.replace(goal, target=target, plate=plate)

@@ -18,11 +18,12 @@ import gymnasium
 import numpy as np
 
 from octo_like.envs import language, render, scene
+from octo_like.envs.colors import ALL_BLOCK_COLORS, check_palette
 from octo_like.envs.embodiments import EMBODIMENTS, Embodiment
 from octo_like.envs.experts import make_expert
 
 if TYPE_CHECKING:
-    from octo_like.envs.experts import Expert
+    from octo_like.envs.experts import Acting
 
 EVALUATION_SEEDS = 1_000_000_000  # the first seed that no demonstration uses
 
@@ -37,8 +38,9 @@ _CHOICES = {
     "pair": ("seen", "held_out"),
     "instruction": ("shuffled", "empty", "absent"),
 }
-_RESET_OPTIONS = ("task", "wrong_nearest", "swap_instruction", *_CHOICES)
-_SCENE, _LOOK, _SWAP, _NOISE, _BUMP, _PAIR, _WORDS = range(7)  # independent random streams of an episode
+_RESET_OPTIONS = ("task", "wrong_nearest", "swap_instruction", "palette", "target", *_CHOICES)
+# Independent random streams of an episode.
+SCENE, LOOK, SWAP, NOISE, BUMP, PAIR, WORDS, PALETTE = range(8)
 
 
 class TabletopEnv(gymnasium.Env):
@@ -64,6 +66,7 @@ class TabletopEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    last_bump = 10  # bumps come at an earlier step
 
     def __init__(
         self,
@@ -111,6 +114,8 @@ class TabletopEnv(gymnasium.Env):
           phrasing: "unseen": a sentence of UNSEEN_PHRASINGS, which no demonstration says (default: "seen").
           pair: "held_out" or "seen": where a block goes to a plate, their colours are, or are not, in HELD_OUT_PAIRS.
             If they are not so in the scene of this seed, things change colours and nothing else; other tasks ignore it.
+          palette: the blocks have colours drawn from these, at least four of `colors.ALL_BLOCK_COLORS`.
+          target: the block asked for has this colour; if it has not, blocks change colours and nothing else.
           instruction: "shuffled": its words in another order; "empty": none; "absent": it names a block that is not
             there, so success cannot be.
 
@@ -118,56 +123,68 @@ class TabletopEnv(gymnasium.Env):
           ValueError: unknown options or values, or some that contradict one another.
         """
         super().reset(seed=seed)
-        options = _checked_options(options or {})
+        options = self._checked_options(options or {})
         episode_seed = seed if seed is not None else int(self.np_random.integers(2**62))
-        streams = [np.random.default_rng([episode_seed, i]) for i in range(7)]
-        self._noise, self._bump_rng = streams[_NOISE], streams[_BUMP]
+        streams = [np.random.default_rng([episode_seed, i]) for i in range(8)]
+        self._noise, self._bump_rng = streams[NOISE], streams[BUMP]
         self.episode_seed = episode_seed
-
-        tasks = self.embodiment.tasks
-        task = options.get("task") or str(streams[_SCENE].choice(tasks))
-        if task not in tasks:
-            raise ValueError(f"embodiment {self.embodiment.name!r} has no task {task!r}; valid: {', '.join(tasks)}")
-        self.world, goal, start = scene.sample_scene(
-            streams[_SCENE],
-            self.embodiment.layout,
-            task,
-            plates_allowed=self.embodiment.grasps,
-            wrong_nearest=options.get("wrong_nearest"),
-        )
-        phrasing = int(streams[_SCENE].integers(len(language.PHRASINGS[task])))
-        if options.get("pair") and task == "pick_and_place":
-            valid = language.pairs(held_out=options["pair"] == "held_out")
-            if (goal.target, goal.plate) not in valid:
-                goal = scene.recolor(self.world, goal, *valid[streams[_PAIR].integers(len(valid))])
-        self.original_target = goal.target
-        colors = [block.color for block in self.world.blocks]
-        if options.get("swap_instruction"):
-            others = [color for color in colors if color != goal.target]
-            goal = dataclasses.replace(goal, target=str(streams[_SWAP].choice(others)))
-        elif options.get("instruction") == "absent":
-            absent = [color for color in language.BLOCK_COLORS if color not in colors]
-            goal = dataclasses.replace(goal, target=str(streams[_WORDS].choice(absent)))
-        self.goal = goal
-        self.instruction = _say(goal, phrasing, options, streams[_WORDS])
+        start = self._set_scene(streams, options)
         self.effector = self.embodiment.dynamics()
-        self.effector.start(start, streams[_SCENE])
-        self._look = render.sample_look(streams[_LOOK], self.embodiment.name, self.world)
+        self.effector.start(start, streams[SCENE])
+        self._look = render.sample_look(streams[LOOK], self.embodiment.name, self.world)
         self._backgrounds: dict[int, Any] = {}
-
         self._bump_at = -1
         if self.bumps and self._bump_rng.random() < BUMP_PROBABILITY:
-            self._bump_at = int(self._bump_rng.integers(1, 10))
+            self._bump_at = int(self._bump_rng.integers(1, self.last_bump))
             self._awkward_start()
         tip = self.effector.tip[:2]
         nearest = min(self.world.blocks, key=lambda block: math.dist(block.xy, tip))
-        self._nearest_is_wrong = nearest.color != goal.target
+        self._nearest_is_wrong = nearest.color != self.goal.target
         self._steps = 0
         self._near: str | None = None  # colour of the block that the tip was at a step ago
         self._reached: set[str] = set()
         self.success = self._done = False
         self._ready = True
         return self._observation(), self._info()
+
+    def _checked_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return _checked_options(options)
+
+    def _set_scene(self, streams: list[np.random.Generator], options: Mapping[str, Any]) -> np.ndarray:
+        """Draws world, goal and instruction. Returns where the effector starts, (x, y)."""
+        tasks = self.embodiment.tasks
+        task = options.get("task") or str(streams[SCENE].choice(tasks))
+        if task not in tasks:
+            raise ValueError(f"embodiment {self.embodiment.name!r} has no task {task!r}; valid: {', '.join(tasks)}")
+        self.world, goal, start = scene.sample_scene(
+            streams[SCENE],
+            self.embodiment.layout,
+            task,
+            plates_allowed=self.embodiment.grasps,
+            wrong_nearest=options.get("wrong_nearest"),
+        )
+        phrasing = int(streams[SCENE].integers(len(language.PHRASINGS[task])))
+        palette = options.get("palette") or language.BLOCK_COLORS
+        if options.get("palette"):
+            painted = streams[PALETTE].permutation(palette)[: len(self.world.blocks)]
+            goal = scene.repaint(self.world, goal, [str(color) for color in painted])
+        if options.get("pair") and task == "pick_and_place":
+            valid = [p for p in language.pairs(held_out=options["pair"] == "held_out") if p[0] in palette]
+            if (goal.target, goal.plate) not in valid:
+                goal = scene.recolor(self.world, goal, *valid[streams[PAIR].integers(len(valid))])
+        elif options.get("target"):
+            goal = scene.recolor(self.world, goal, options["target"], goal.plate)
+        self.original_target = goal.target
+        colors = [block.color for block in self.world.blocks]
+        if options.get("swap_instruction"):
+            others = [color for color in colors if color != goal.target]
+            goal = dataclasses.replace(goal, target=str(streams[SWAP].choice(others)))
+        elif options.get("instruction") == "absent":
+            absent = [color for color in palette if color not in colors]
+            goal = dataclasses.replace(goal, target=str(streams[WORDS].choice(absent)))
+        self.goal = goal
+        self.instruction = _say(goal, phrasing, options, streams[WORDS])
+        return start
 
     def _awkward_start(self) -> None:
         """Half of the bumped episodes begin low over some block, the hand perhaps closed, and are not bumped later."""
@@ -199,12 +216,17 @@ class TabletopEnv(gymnasium.Env):
         self.effector.apply(action, self.world, self._noise)
         self._steps += 1
         moved = math.dist(before, self.effector.tip[:2])
-        terminated = getattr(self, f"_judge_{self.goal.task}")(moved)
+        terminated = self._judge(moved)
         if not terminated and self._steps == self._bump_at:
             self._bump()
-        truncated = not terminated and self._steps >= self.embodiment.max_steps[self.goal.task]
+        truncated = not terminated and self._steps >= self.max_steps
         self._done = terminated or truncated
         return self._observation(), float(self.success), terminated, truncated, self._info()
+
+    @property
+    def max_steps(self) -> int:
+        """Steps after which the present episode is cut off."""
+        return self.embodiment.max_steps[self.goal.task]
 
     def _checked(self, action) -> np.ndarray:
         action = np.asarray(action, np.float64)
@@ -226,16 +248,24 @@ class TabletopEnv(gymnasium.Env):
 
     # Judging: each returns whether the episode is decided.
 
-    def _judge_reach(self, moved: float) -> bool:
+    def _judge(self, moved: float) -> bool:
+        return getattr(self, f"_judge_{self.goal.task}")(moved)
+
+    def _dwelt_on(self, moved: float) -> str | None:
+        """Colour of the block that the effector, which moved so far in this step, dwells on."""
         tip = self.effector.tip
         nearest = min(self.world.blocks, key=lambda block: math.dist(block.xy, tip[:2]))
         near = nearest.color if math.dist(nearest.xy, tip[:2]) < self.embodiment.reach_radius and tip[2] < LOW else None
         dwells = near is not None and near == self._near and moved <= DWELL_SPEED
         self._near = near
-        if near is not None and dwells:
-            self._reached.add(near)
-            self.success = near == self.goal.target
-        return dwells
+        return near if dwells else None
+
+    def _judge_reach(self, moved: float) -> bool:
+        block = self._dwelt_on(moved)
+        if block is not None:
+            self._reached.add(block)
+            self.success = block == self.goal.target
+        return block is not None
 
     def _judge_push(self, moved: float) -> bool:
         del moved
@@ -305,6 +335,14 @@ class TabletopEnv(gymnasium.Env):
         u, v = self._look.camera.project(x, y, z)
         return u * self.image_size, v * self.image_size
 
+    def visible(self) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """The primary image and the pixels of each block and plate, see `render.visible`."""
+        return render.visible(self.world, self.effector, self._look, self.image_size)
+
+    def outline(self, thing: scene.Block | scene.Plate) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of a block or plate in the primary image, as fractions of it."""
+        return render.outline(self._look.camera, thing)
+
     def goal_image(self) -> dict[str, np.ndarray]:
         """The images of this scene as if the task had been done: {"image_primary": ...}; the same all episode long.
 
@@ -337,7 +375,7 @@ class TabletopEnv(gymnasium.Env):
                 images["image_primary"] = render.draw_primary(world, effector, self._look, base)
         return images
 
-    def expert(self, rng: np.random.Generator, target: str | None = None) -> "Expert":
+    def expert(self, rng: np.random.Generator, target: str | None = None) -> "Acting":
         """A scripted expert for this episode. `target`: colour of a block to serve instead of the one named."""
         return make_expert(self, rng, target)
 
@@ -350,8 +388,13 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         value = options.get(name)
         if value is not None and value not in valid:
             raise ValueError(f"unknown value {value!r} of the reset option {name!r}; valid: {', '.join(valid)}")
-    # Each of these three decides which block is asked for.
-    deciding = [name for name in ("swap_instruction", "pair") if options.get(name)]
+    if options.get("palette"):
+        check_palette(options["palette"])
+    target, valid = options.get("target"), options.get("palette") or ALL_BLOCK_COLORS
+    if target is not None and target not in valid:
+        raise ValueError(f"no block is {target!r}; valid: {', '.join(valid)}")
+    # Each of these decides which block is asked for.
+    deciding = [name for name in ("swap_instruction", "pair", "target") if options.get(name)]
     deciding += ["instruction='absent'"] if options.get("instruction") == "absent" else []
     if len(deciding) > 1:
         raise ValueError(f"the reset options {' and '.join(deciding)} contradict one another; valid: one of them")

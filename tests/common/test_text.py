@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
+from octo_like.common.location_tokens import TOKENS
 from octo_like.common.text import BUILTIN, TextTable, TextTokenizer
 from octo_like.envs.language import all_instructions
 
@@ -145,3 +146,29 @@ def test_a_model_with_other_marks_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="pad_id=0 and eos_id=1"):
         TextTokenizer(buffer.getvalue())
+
+
+def test_the_vocabulary_of_words(repository):
+    """It is what the script makes; a location token is one piece, and every text of the tabletop comes back."""
+    script = load_script(repository)
+    texts = script.builtin_texts("words")
+    tokenizer = TextTokenizer.load("words", 64)
+    again = TextTokenizer(script.train(texts[::-1], 512, TOKENS), 64)
+    assert tokenizer.vocab_size == 512
+    np.testing.assert_array_equal(tokenizer.encode(texts)["input_ids"], again.encode(texts)["input_ids"])
+    single = [tokenizer.num_tokens(f"x{token}") - tokenizer.num_tokens("x") for token in TOKENS]
+    assert single == [1] * 64
+    ids = tokenizer.encode(["".join(TOKENS[5:9])])["input_ids"][0]
+    assert sorted(set(np.diff(ids[1:5]))) == [1]  # ids of neighbouring bins are neighbours
+    said = [*texts, "<loc07><loc40>", "what is at <loc00><loc63>?", "put the red block on the white plate. is it done?"]
+    lowered = [" ".join(text.lower().split()) for text in said]
+    assert tokenizer.decode(tokenizer.encode(said)["input_ids"]) == lowered
+    assert max(tokenizer.num_tokens(text) for text in texts) <= 24
+
+
+def test_symbols_that_lower_casing_would_split(repository, monkeypatch, capsys):
+    script = load_script(repository)
+    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", "--symbols", "<LOC00>"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "give lower case" in capsys.readouterr().err

@@ -119,11 +119,11 @@ def test_other_numbers_are_refused(data, build):
 def test_an_interrupted_build_leaves_nothing(build, tmp_path, monkeypatch):
     attempts = []
 
-    def simulate(embodiment, seed, encode):
+    def simulate(embodiment, seed, encode, palette):
         attempts.append(seed)
         if len(attempts) == 3:
             raise KeyboardInterrupt
-        return original(embodiment, seed, encode)
+        return original(embodiment, seed, encode, palette)
 
     original = build.demonstrations.simulate
     monkeypatch.setattr(build.demonstrations, "simulate", simulate)

@@ -1,5 +1,6 @@
 """Recordings to an RLDS dataset, with TFDS's own sequential writer: one episode in memory, whole or not at all."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -7,7 +8,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,19 @@ def write_rlds(
       DataError: no episodes; an episode that cannot be read or that has other cameras, keys or widths than the first;
         a dataset of this name and version that exists.
     """
+    with whole_or_nothing(data_dir, name, options) as (folder, target):
+        written = _Writer(source, name, folder, options).write(preview, advance)
+    written.directory = str(target)
+    return written
+
+
+@contextlib.contextmanager
+def whole_or_nothing(data_dir: str, name: str, options: Options) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """A folder to write a dataset into, and DATA_DIR/name/version, which it becomes when nothing has gone wrong.
+
+    Raises:
+      DataError: a name that TFDS does not take; a dataset of this name and version that exists.
+    """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise DataError(f"name {name!r}: a TFDS name is lower case letters, digits and underscores, a letter first")
     root = pathlib.Path(data_dir).expanduser().resolve() / name
@@ -107,7 +121,7 @@ def write_rlds(
     root.mkdir(parents=True, exist_ok=True)
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"incomplete.{options.version}_", dir=root))
     try:
-        written = _Writer(source, name, folder, options).write(preview, advance)
+        yield folder, target
         os.chmod(folder, 0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -117,8 +131,35 @@ def write_rlds(
         if not any(root.iterdir()):
             root.rmdir()
         raise
-    written.directory = str(target)
-    return written
+
+
+def open_writer(
+    folder: pathlib.Path,
+    name: str,
+    options: Options,
+    features: Any,
+    description: str,
+    *,
+    episodes_per_shard: int,
+    metadata: Mapping[str, Any],
+) -> Any:
+    """TFDS's sequential writer of a split "train"."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import dataset_builder
+
+    identity = dataset_builder.dataset_info.DatasetIdentity(
+        name=name,
+        version=tfds.core.Version(options.version),
+        data_dir=str(folder),
+        module_name=__name__,
+        release_notes={options.version: "Converted."},
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, description=description, features=features, metadata=tfds.core.MetadataDict(metadata)
+    )
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
+    writer.initialize_splits(["train"])
+    return writer
 
 
 class _Writer:
@@ -188,7 +229,7 @@ class _Writer:
             shown = preview.watch(number, camera, steps) if preview is not None else (lambda step, image: None)
             encoded = []
             for step, frame in enumerate(recording.cameras[camera]()):
-                content, image = _encoded(frame, camera, self._options, where, step)
+                content, image = encoded_frame(frame, camera, self._options, where, step)
                 encoded.append(content)
                 shown(step, content if image is None else image)
             check_lengths(recording.where, steps, {camera: len(encoded)})
@@ -247,7 +288,6 @@ class _Writer:
 
     def _open(self, episodes_per_shard: int) -> Any:
         import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import dataset_builder
 
         features, first, names = tfds.features, self._first, self._source.names
         assert first is not None and self._cameras is not None
@@ -270,26 +310,19 @@ class _Writer:
         step |= {key: features.Scalar(dtype=np.bool_) for key in ("is_first", "is_last", "is_terminal")}
         step |= {key: features.Scalar(dtype=np.float32) for key in ("reward", "discount")}
         metadata = {"recording": features.Text(), "number": features.Scalar(dtype=np.int64)}
-        identity = dataset_builder.dataset_info.DatasetIdentity(
-            name=self._name,
-            version=tfds.core.Version(self._options.version),
-            data_dir=str(self._folder),
-            module_name=__name__,
-            release_notes={self._options.version: "Converted."},
+        return open_writer(
+            self._folder,
+            self._name,
+            self._options,
+            features.FeaturesDict({"steps": features.Dataset(step), "episode_metadata": metadata}),
+            f"Demonstrations converted from {self._source.description}.",
+            episodes_per_shard=episodes_per_shard,
+            metadata={
+                "control_hz": self._hz,
+                "names": {key: list(value) for key, value in names.items()},
+                "source": self._source.description,
+            },
         )
-        info = tfds.core.DatasetInfo(
-            builder=identity,
-            description=f"Demonstrations converted from {self._source.description}.",
-            features=features.FeaturesDict({"steps": features.Dataset(step), "episode_metadata": metadata}),
-            metadata=tfds.core.MetadataDict(
-                control_hz=self._hz,
-                names={key: list(value) for key, value in names.items()},
-                source=self._source.description,
-            ),
-        )
-        writer = tfds.core.SequentialWriter(info, max_examples_per_shard=episodes_per_shard)
-        writer.initialize_splits(["train"])
-        return writer
 
 
 def _check(recording: Recording) -> None:
@@ -300,7 +333,9 @@ def _check(recording: Recording) -> None:
         raise DataError(f"{recording.where}: {sorted(reserved)[0]!r} is both a camera and numbers")
 
 
-def _encoded(frame: Frame, camera: str, options: Options, where: str, step: int) -> tuple[bytes, np.ndarray | None]:
+def encoded_frame(
+    frame: Frame, camera: str, options: Options, where: str, step: int
+) -> tuple[bytes, np.ndarray | None]:
     """(bytes as stored, pixels if they were at hand) of one frame."""
     if isinstance(frame, bytes):
         kind = "jpeg" if frame[:2] == b"\xff\xd8" else "png" if frame[:4] == b"\x89PNG" else None
