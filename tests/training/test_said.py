@@ -70,4 +70,4 @@ def test_resume_is_bitwise(trained, data_dir, tmp_path):
 def test_a_vocabulary_that_is_not_there_is_named(data_dir, tmp_path):
     named = "--config.model.auxiliaries.text.vocabulary=no.model"
     done = train(tmp_path / "none", data_dir, named, check=False)
-    assert done.returncode == 2 and "no sentencepiece model at 'no.model'; valid: 'builtin'" in done.stderr
+    assert done.returncode == 2 and "no sentencepiece model at 'no.model'; valid: 'words'" in done.stderr
