@@ -119,12 +119,11 @@ def evaluate(
       exec_horizon: actions executed per prediction; the whole chunk when None.
       batch_size: environments in lock-step = rows of every policy call.
       rng_seed: of the policy's sampling noise.
-      blind: None, "vision" (every image is black and marked missing, so neither pixels nor attention can carry
-        anything) or "language" (the instruction is empty). Baselines that show what the policy really uses.
+      blind: None, "vision" (every image is black and marked missing) or "language" (the instruction is empty).
+        Baselines that show what the policy really uses.
       record: keep the frames of the first so many episodes.
       max_steps: an environment that does not end by itself is stopped after the chunk that gets here, as it stands.
-      threads: step the environments side by side in so many threads, which pays when they run in other processes; 0:
-        one after the other. The outcomes do not depend on it.
+      threads: that step the environments side by side, which pays when they run in other processes; 0: one by one.
       planner: says what to do next, see `octo_like.robot.planning`; None: only the instruction does.
       plan_every: chunks that are executed before it is asked again.
       progress: called with each finished episode, in order of finishing.
@@ -143,7 +142,7 @@ def evaluate(
     waiting = deque((i, int(seed), per_episode[i]) for i, seed in enumerate(seeds))
     slots = [_Slot(make_env, policy.batch_spec, exec_horizon) for _ in range(min(batch_size, len(seeds)))]
     results: dict[int, Episode] = {}
-    tasks = None
+    act = _Acting(policy, unnormalize, rng_seed, blind, planner, plan_every)
     with contextlib.ExitStack() as stack:
         for slot in slots:
             stack.callback(slot.env.close)
@@ -153,30 +152,14 @@ def evaluate(
                 if slot.index is None and waiting:
                     index, seed, reset_options = waiting.popleft()
                     slot.start(index, seed, reset_options, keep_frames=index < record)
-                    tasks = None
+                    act.tasks = None
             live = [slot for slot in slots if slot.index is not None]
             if not live:
                 return [results[i] for i in range(len(seeds))]
             # Rows are slots; the rows of idle slots repeat a live one and are thrown away.
             rows = [slot if slot.index is not None else live[0] for slot in slots]
             rows += [live[0]] * (batch_size - len(rows))
-            texts = ["" if blind == "language" else slot.instruction for slot in rows]
-            observations = {key: np.stack([slot.observation[key] for slot in rows]) for key in rows[0].observation}
-            observations = hide_images(observations) if blind == "vision" else observations
-            rng = sampling_keys(rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
-            if planner is not None and any(slot.needs_plan(plan_every) for slot in live):
-                said = planner(
-                    policy, observations, texts, [slot.info for slot in rows], rng=rng, unnormalize=unnormalize
-                )
-                for slot, text in zip(slots, said, strict=False):
-                    if slot.index is not None and slot.needs_plan(plan_every):
-                        slot.plan(text)
-                tasks = None
-            if tasks is None and planner is None:
-                tasks = policy.create_tasks(texts=texts)
-            elif tasks is None:
-                tasks = policy.create_tasks(texts=texts, subtasks=[slot.plans[-1].text for slot in rows])
-            actions = np.asarray(policy.sample_actions(observations, tasks, rng=rng, unnormalize=unnormalize))
+            actions = act(rows)
             chunks = [(slot, chunk) for slot, chunk in zip(slots, actions, strict=False) if slot.index is not None]
             ended = list(each(lambda one: one[0].execute(one[1], max_steps), chunks))
             for (slot, _), over in zip(chunks, ended, strict=True):
@@ -185,6 +168,41 @@ def evaluate(
                     slot.index = None
                     if progress is not None:
                         progress(episode)
+
+
+class _Acting:
+    """What a policy does for the slots of a batch: plans where they are due, tasks where they changed, actions."""
+
+    def __init__(
+        self,
+        policy: PolicyLike,
+        unnormalize: str | None,
+        rng_seed: int,
+        blind: str | None,
+        planner: Planner | None,
+        plan_every: int,
+    ):
+        self.policy, self.units, self.rng_seed, self.blind = policy, unnormalize, rng_seed, blind
+        self.planner, self.plan_every = planner, plan_every
+        self.tasks: Any = None  # of the rows; None: to be made
+
+    def __call__(self, rows: Sequence["_Slot"]) -> np.ndarray:
+        """Chunks (B, H, A) for the present observations of B slots, of which some may be the same."""
+        texts = ["" if self.blind == "language" else slot.instruction for slot in rows]
+        observations = {key: np.stack([slot.observation[key] for slot in rows]) for key in rows[0].observation}
+        observations = hide_images(observations) if self.blind == "vision" else observations
+        rng = sampling_keys(self.rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
+        due = {id(slot): i for i, slot in enumerate(rows) if slot.needs_plan(self.plan_every)}
+        if self.planner is not None and due:
+            infos = [slot.info for slot in rows]
+            said = self.planner(self.policy, observations, texts, infos, rng=rng, unnormalize=self.units)
+            for i in due.values():
+                rows[i].plan(said[i])
+            self.tasks = None
+        if self.tasks is None:
+            plans = {} if self.planner is None else {"subtasks": [slot.plans[-1].text for slot in rows]}
+            self.tasks = self.policy.create_tasks(texts=texts, **plans)
+        return np.asarray(self.policy.sample_actions(observations, self.tasks, rng=rng, unnormalize=self.units))
 
 
 def gym_env_maker(env_id: str, **arguments: Any) -> Callable[[], gym.Env]:
