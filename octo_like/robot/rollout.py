@@ -111,11 +111,10 @@ def evaluate(
       policy: see `PolicyLike`.
       make_env: makes an environment with Dict observations (`image_{slot}` uint8, `proprio` and other sensors in
         physical units) whose info holds `instruction` and, in the end, `success`. Images of another size than the
-        policy's are resized. One with an attribute `looks` is told which pictures nobody looks at, see
-        `octo_like.envs.sims.remote.RemoteEnv`.
+        policy's are resized. One with an attribute `looks` is told which nobody looks at (`envs.sims.remote`).
       seeds: of the episodes, each >= 0.
       options: reset options for all episodes, or one entry per episode.
-      unnormalize: name of the statistics that turn the policy's numbers into physical units (and proprio into its).
+      unnormalize: the statistics that turn the policy's numbers into physical units (and proprio into its).
       exec_horizon: actions executed per prediction; the whole chunk when None.
       batch_size: environments in lock-step = rows of every policy call.
       rng_seed: of the policy's sampling noise.
