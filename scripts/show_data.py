@@ -47,10 +47,14 @@ def main() -> int:
             if not len(index):
                 raise DataError(f"{name}: no validation episodes (val_fraction is 0)")
             sheet, histograms = (os.path.join(args.output, f"{name}{end}.png") for end in ("", "_actions"))
-            report.contact_sheet(prepared, index, sheet, episodes=args.episodes)
-            report.action_histograms(prepared, index, histograms)
-            files[name] = (sheet, histograms)
-            print(sheet, histograms, sep="\n")
+            if spec.action_key is None:
+                report.question_sheet(prepared, index, sheet, rows=6 * args.episodes)
+                files[name] = (sheet,)
+            else:
+                report.contact_sheet(prepared, index, sheet, episodes=args.episodes)
+                report.action_histograms(prepared, index, histograms)
+                files[name] = (sheet, histograms)
+            print(*files[name], sep="\n")
         page = os.path.join(args.output, "index.html")
         with open(page, "w", encoding="utf-8") as file:
             file.write(report.html_page(datasets, files, samples))

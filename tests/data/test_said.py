@@ -1,6 +1,8 @@
 """Texts that are learned, from records to batches: whose rows have any, and what is told with them."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -181,3 +183,14 @@ def test_pictures_with_words_need_a_model_that_reads_and_says_words(folder):
     with pytest.raises(DataError, match="questions: pictures with words need a model that reads words"):
         spec = dataclasses.replace(SPEC, language_length=None)
         stream_of(folder, spec, dict(questions=questions()))
+
+
+def test_show_data_draws_questions_and_sub_tasks(folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "scripts/show_data.py", "--data_dir", folder, "--output", tmp_path, "questions", "--set",
+         "action_key=None", "text_keys={'answer': 'answer'}", "image_keys={'primary': 'image'}"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "questions.png").stat().st_size > 5000 and not (tmp_path / "questions_actions.png").exists()
+    assert "questions" in (tmp_path / "index.html").read_text()

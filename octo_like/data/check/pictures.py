@@ -23,6 +23,16 @@ def read_episode(
     return episode, [words.texts[row] for row in episode.text]
 
 
+def read_words(
+    prepared: PreparedDataset, index: Index, number: int, slots: Collection[str]
+) -> tuple[Episode, list[str], list[str]]:
+    """The same, with the text to learn of each of its steps ("" where there is none)."""
+    words = WordList()
+    episode = load_episode(prepared, index, int(number), slots, words)
+    target = np.zeros(len(episode.action), int) if episode.target is None else episode.target
+    return episode, [words.texts[row] for row in episode.text], [words.texts[row] for row in target]
+
+
 def function_of(prepared: PreparedDataset) -> EpisodeFunction:
     """What reads a dataset's records. Raises DataError for a dataset that is no files."""
     if not isinstance(prepared.function, EpisodeFunction):

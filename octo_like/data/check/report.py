@@ -1,6 +1,7 @@
 """Datasets as text and pictures, for people: what is in them, and what a model gets to see."""
 
 import concurrent.futures
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from octo_like.common import normalization, pages
 from octo_like.common.pages import text_table
 from octo_like.data.check.numbers import spread
-from octo_like.data.check.pictures import cameras, function_of, pictures, read_episode
+from octo_like.data.check.pictures import cameras, function_of, pictures, read_episode, read_words
 from octo_like.data.prepared import PreparedDataset
 from octo_like.data.rlds import records
 from octo_like.data.rlds.cache import load_index
@@ -144,8 +145,8 @@ def contact_sheet(
     figure = Figure(figsize=(17, 1.4 + len(chosen) * max(2.2, 1.7 * height)))
     axes = figure.subplots(len(chosen), 3, width_ratios=[3.2, 1.2, 1.2], squeeze=False)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        loaded = list(pool.map(lambda number: read_episode(prepared, index, number, slots), chosen))
-    for row, (number, (episode, texts)) in enumerate(zip(chosen, loaded, strict=True)):
+        loaded = list(pool.map(lambda number: read_words(prepared, index, number, slots), chosen))
+    for row, (number, (episode, texts, said)) in enumerate(zip(chosen, loaded, strict=True)):
         steps = np.unique(np.linspace(0, len(episode.action) - 1, columns).astype(int))
         strip = np.full((height * (size + 2), columns * (size + 2), 3), 255, np.uint8)
         for r, slot in enumerate(slots):
@@ -159,7 +160,8 @@ def contact_sheet(
             f"{texts[0] or '(no instruction)'}   [episode {number}, {len(episode.action)} steps]", fontsize=9
         )
         shown.set_ylabel(" / ".join(reversed(slots)), fontsize=8)
-        shown.set_xticks([(c + 0.5) * (size + 2) for c in range(len(steps))], [f"t={s}" for s in steps], fontsize=7)
+        labels = [f"t={s}" + (f"\n{textwrap.fill(said[s], 18)}" if said[s] else "") for s in steps]
+        shown.set_xticks([(c + 0.5) * (size + 2) for c in range(len(steps))], labels, fontsize=7)
         shown.set_yticks([])
         normalised = episode.action if episode.action.ndim == 2 else episode.action[:, 0]
         raw = normalization.unnormalize(normalised, prepared.statistics["action"], prepared.spec.normalization)
@@ -172,6 +174,34 @@ def contact_sheet(
             axis.tick_params(labelsize=7)
             axis.set_title(title, fontsize=8)
         physical.legend(fontsize=6, ncols=4, loc="upper right", framealpha=0.4)
+    figure.suptitle(f"{prepared.key}  {prepared.version}", fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=90)
+
+
+def question_sheet(
+    prepared: PreparedDataset, index: Index, path: str, *, rows: int = 24, columns: int = 6, size: int = 160
+) -> None:
+    """Writes a PNG of pictures with words: questions and answers above what they are about.
+
+    Args:
+      index: `prepared.train` or `prepared.val`.
+      rows: pictures, spread over the index. columns: of the sheet. size: height and width of a picture.
+    """
+    from matplotlib.figure import Figure
+
+    slots, chosen = cameras(prepared), spread(len(index), rows)
+    height = -(-len(chosen) // columns)
+    figure = Figure(figsize=(2.4 * columns, 0.6 + 3.1 * height))
+    axes = figure.subplots(height, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, number in zip(axes, chosen, strict=False):
+        episode, asked, answers = read_words(prepared, index, number, slots)
+        views = [pictures(prepared, slot, episode.images[slot], [0], (size, size))[0] for slot in slots]
+        axis.imshow(np.concatenate(views, axis=1) if views else np.full((size, size, 3), 255, np.uint8))
+        answer = "\n".join(textwrap.wrap(answers[0] or "(no answer)", 30))
+        axis.set_title(f"{textwrap.fill(asked[0] or '(no question)', 30)}\n{answer}", fontsize=8)
     figure.suptitle(f"{prepared.key}  {prepared.version}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=90)
