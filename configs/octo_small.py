@@ -5,6 +5,13 @@ r"""Octo-small: 27M parameters and a frozen T5-base, trained on Open X-Embodimen
     python train.py --config configs/octo_small.py --workdir runs/smoke --config.data.kind=synthetic \
         --config.batch_size=4 --config.num_steps=2
 
+    python train.py --config configs/octo_small.py:small,listen ...
+
+With "listen" the instruction modulates the stem of every camera (FiLM) and tokens are normalised: what a small Octo
+needed to choose among things by a word (docs/experiments.md, "Octo's own tokens"). Such a run cannot begin from a
+release of Octo, which has no such weights. Where data says which things an instruction names, `model.auxiliaries`
+(docs/model.md) does the rest.
+
 Topology: TPU v4-128 (64 chips, 4x4x4), batch 2048. The published Octo-small took about 8 hours for 300k steps there.
 """
 
@@ -56,14 +63,25 @@ def model(size: str = "small") -> dict:
     )
 
 
-def get_config(size: str = "small"):
+def listen(model: dict) -> dict:
+    """Changes a model so that the instruction reaches its cameras early: FiLM in every convolution of their stems."""
+    for camera in model["observation_tokenizers"].values():
+        camera["stem"].update(use_film=True, early_film=True)
+        camera["film_keys"] = ("task_language",)
+    return model | dict(token_norm=True, position_scale=0.5)
+
+
+def get_config(words: str = "small"):
+    size, *variants = words.split(",")
+    if size not in SIZES or variants not in ([], ["listen"]):
+        raise ValueError(f"no variant {words!r} of configs/octo_small.py; valid: {', '.join(SIZES)}, each with ,listen")
     config = default_config()
     config.num_steps = 300_000
     config.batch_size = 2048
     config.window_size = 2
     config.image_sizes = dict(primary=(256, 256), wrist=(128, 128))
     config.goal_images = ("primary", "wrist")
-    config.model = model(size)
+    config.model = listen(model(size)) if variants else model(size)
     config.optimizer.update(
         schedule="rsqrt", peak=3e-4, warmup_steps=2000, timescale=10_000, weight_decay=0.1, clip_norm=1.0
     )

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from octo_like.common.config import diff, load_config
+from octo_like.common.schema import BatchSpec, flatten
 from octo_like.model import t5
 from octo_like.model.attention import attend
-from octo_like.model.octo import HEADS, STEMS, TOKENIZERS, build_model
+from octo_like.model.decoder import TokenDecoder
+from octo_like.model.octo import AUXILIARIES, HEADS, STEMS, TOKENIZERS, build_model, init_params
 from octo_like.model.transformer import Block, MapPooling, Mlp, MultiHeadAttention, Transformer
 from tests.model import light, tiny
 
@@ -26,6 +29,8 @@ GENERATIVE = HEAD | dict(
 DIFFUSION = dict(
     num_steps=20, prediction="noise", sampler="ddpm", sample_steps=None, eta=0.0, clip="sample", min_signal=0.15
 )
+DECODER = dict(width=256, num_layers=2, num_heads=4, mlp_dim=0)
+SEQUENCE = DECODER | dict(reads="readout", temperature=1.0, top_k=0)
 PARTS = {
     STEMS["small"]: dict(
         patch_size=16,
@@ -45,6 +50,7 @@ PARTS = {
         goal_keys=(), film_keys=(), num_learned_tokens=0, normalization="default", use_pad_mask=True
     ),
     TOKENIZERS["language"]: dict(
+        key="language_instruction",
         encoder="small",
         t5=None,
         finetune_encoder=False,
@@ -72,6 +78,10 @@ PARTS = {
         token_per="action_dim_and_action_horizon",
         temperature=1.0,
     ),
+    HEADS["bins"]: HEAD | SEQUENCE | dict(num_bins=256, bin_type="uniform", low=None, high=None),
+    HEADS["fast"]: HEAD | SEQUENCE,
+    AUXILIARIES["text"]: DECODER | dict(max_length=24, learns=("answer", "subtask"), reads="readout"),
+    TokenDecoder: DECODER,
     MultiHeadAttention: dict(dropout_rate=0.0, uniform_when_masked=False, attention="xla", qk_norm=False),
     Mlp: dict(dropout_rate=0.0),
     Block: dict(
@@ -110,7 +120,7 @@ def test_a_parts_defaults(part):
 
 
 def test_every_kind_is_in_the_table():
-    assert {*STEMS.values(), *TOKENIZERS.values(), *HEADS.values()} <= set(PARTS)
+    assert {*STEMS.values(), *TOKENIZERS.values(), *HEADS.values(), AUXILIARIES["text"]} <= set(PARTS)
 
 
 def test_a_models_defaults():
@@ -175,3 +185,21 @@ def test_what_a_model_is_not_told_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             build_model(light.config(**change))
+
+
+def test_octo_small_that_listens_has_film_in_its_stems_and_is_itself_otherwise():
+    plain, listening = (load_config(f"configs/octo_small.py:{words}") for words in ("small", "small,listen"))
+    changes = {change.key for change in diff(plain, listening)}
+    stems = {f"model.observation_tokenizers.{camera}.stem.{key}" for camera in ("primary", "wrist")
+             for key in ("use_film", "early_film")}  # fmt: skip
+    film = {f"model.observation_tokenizers.{camera}.film_keys" for camera in ("primary", "wrist")}
+    assert changes == stems | film | {"model.token_norm", "model.position_scale"}
+    model = listening.model.to_dict()
+    model["task_tokenizers"] = dict(language=dict(kind="language", encoder="small", vocab_size=50, dim=8, max_length=8))
+    model["transformer"] |= dict(num_layers=1)
+    spec = BatchSpec(2, 4, 7, {"primary": (32, 32), "wrist": (32, 32)}, ("primary", "wrist"), language_length=8)
+    shapes = jax.eval_shape(lambda: init_params(build_model(model), spec, jax.random.key(0)))
+    names = [path for path, _ in flatten(shapes)]
+    assert sum("film" in name.lower() for name in names) >= 2 * 5, names
+    with pytest.raises(ValueError, match="valid: small, base, 300m, 1b, each with ,listen"):
+        load_config("configs/octo_small.py:small,hear")
