@@ -6,7 +6,8 @@ r"""Pictures with words beside robots' demonstrations: a policy that answers, sa
     python train.py --config configs/tabletop_words.py --workdir runs/words --config.data.data_dir=runs/data
 
 The argument is a list of words: "no_pictures" leaves the pictures with words out and keeps the robots' samples as they
-are (batch and steps shrink together with their share), "no_subtasks" neither learns nor reads sub-tasks.
+are (the batch shrinks by the pictures' share, the number of steps stays), "no_subtasks" neither learns nor reads
+sub-tasks.
 
 Topology: 2 CPU cores, no accelerator. What comes of it: docs/language.md.
 """

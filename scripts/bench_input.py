@@ -72,6 +72,7 @@ def _size(text: str) -> tuple[int, int]:
 def measure(args: argparse.Namespace, specs: dict) -> dict:
     """Runs stream and floors in turns and prints what they did; the numbers of the last line."""
     from octo_like.common.text import TextTokenizer
+    from octo_like.common.vocabularies import targets_of
     from octo_like.data import bench, inputs
     from octo_like.data.prepare import prepare_datasets
 
@@ -84,7 +85,7 @@ def measure(args: argparse.Namespace, specs: dict) -> dict:
     # Memory first, of the stream alone: the floors hold frames of their own.
     with bench.PeakMemory() as memory:
         start = time.perf_counter()
-        run = inputs.inputs_from_config(config, spec, tokenizer)
+        run = inputs.inputs_from_config(config, spec, tokenizer, targets=targets_of(config.model))
         stream = run.stream
         next(stream)
         first = time.perf_counter() - start

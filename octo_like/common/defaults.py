@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from octo_like.common.schema import BatchSpec
+from octo_like.common.schema import TEXT_LENGTH, BatchSpec
 
 AUGMENTATION_PRIMARY = dict(
     crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), brightness=0.1, contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=0.05
@@ -168,7 +168,7 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
     names = {tuple(part["names"]) for part in auxiliaries.values() if part.get("kind") == "points"}
     if len(names) > 1:
         raise ValueError(f"model.auxiliaries: all must have the same points, got {sorted(names)}")
-    targets = {part["max_length"] for part in auxiliaries.values() if part.get("kind") == "text"}
+    targets = {part.get("max_length", TEXT_LENGTH) for part in auxiliaries.values() if part.get("kind") == "text"}
     if len(targets) > 1:
         raise ValueError(f"model.auxiliaries: all texts must have the same max_length, got {sorted(targets)}")
     subtask = any(part.get("key") == "subtask" for part in (model.get("task_tokenizers") or {}).values())

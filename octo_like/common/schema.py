@@ -44,6 +44,7 @@ Tree = dict[str, Any]
 IMAGE_CHANNELS = 3
 # What a text that is learned can be: the answer to an instruction that asks, or what the robot is doing just now.
 TEXT_KINDS = ("answer", "subtask")
+TEXT_LENGTH = 24  # ids of a text that is said, where a model's config does not say another number
 # Names among the observations that no other sensor can have; "action" stands beside them in an index.
 RESERVED = ("action", "proprio", "timestep", "pad_mask_dict")
 

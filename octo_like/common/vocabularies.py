@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from octo_like.common.fast import FastVocabulary
+from octo_like.common.schema import TEXT_LENGTH
 from octo_like.common.text import TextTokenizer, model_file
 
 GROUPS = ("heads", "auxiliaries")
@@ -50,7 +51,8 @@ def resolve(model: Any, where: str = "model") -> None:
 def _entries(model: Any) -> Iterator[tuple[str, Any]]:
     for group in GROUPS:
         for name, entry in ((model or {}).get(group) or {}).items():
-            if hasattr(entry, "get") and entry.get("vocabulary") is not None:
+            own = hasattr(entry, "get") and ":" in str(entry.get("kind"))  # of a user's own, a field may mean anything
+            if hasattr(entry, "get") and entry.get("vocabulary") is not None and not own:
                 yield f"{group}.{name}", entry
 
 
@@ -150,14 +152,14 @@ def _action_vocabulary(content: str) -> FastVocabulary:
 
 def _text_tokenizer(model: Any) -> TextTokenizer | None:
     found = {
-        (entry["vocabulary"]["sentencepiece"], int(entry["max_length"])): entry
+        (entry["vocabulary"]["sentencepiece"], int(entry.get("max_length", TEXT_LENGTH))): entry
         for _, entry in _entries(model)
         if entry.get("kind") == "text" and size_of(_plain(entry["vocabulary"]))
     }
     if len(found) > 1:
         raise VocabularyError("model.auxiliaries: all texts that are said must have one vocabulary and one max_length")
-    for entry in found.values():
-        return tokenizer_of(_plain(entry["vocabulary"]), int(entry["max_length"]))
+    for (_, length), entry in found.items():
+        return tokenizer_of(_plain(entry["vocabulary"]), length)
     return None
 
 

@@ -175,6 +175,7 @@ class MemoryFunction:
         for part in (action, proprio, *images.values(), *depths.values(), *extras.values()):
             digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
         digest.update("\n".join(texts or ()).encode())
+        digest.update("".join(f"\n{text}" for text in target or ()).encode())
         number = int.from_bytes(digest.digest(), "little") % 2**62
         raw = RawEpisode(number, action, proprio, texts, images, depths, points, extras, target)
         if (problem := problem_of(raw)) is not None:

@@ -143,7 +143,10 @@ class Settings:
 
     def for_validation(self) -> Settings:
         """The same for validation: nothing is dropped or paraphrased, and it takes a share of the memory beside."""
-        task = TaskOptions(self.task.keep_goal_prob, self.task.max_goal_distance, self.task.octo_compat)
+        # Sub-tasks are not told: what the policy says they are would only be repeated.
+        task = TaskOptions(
+            self.task.keep_goal_prob, self.task.max_goal_distance, self.task.octo_compat, drop_subtask_prob=1.0
+        )
         host = dataclasses.replace(self.host, host_memory_gb=self.host.host_memory_gb * VALIDATION_MEMORY)
         return dataclasses.replace(self, task=task, host=host, paraphrases=None)
 

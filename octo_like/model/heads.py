@@ -64,7 +64,7 @@ def check_datasets(heads: Mapping[str, "ActionHead"], statistics: Mapping[str, M
                 f"{dataset}: its actions have {width} dimensions, but its head {name!r} has {heads[name].action_dim}; "
                 f"set the head's action_dim to at least {width}, or give the dataset a head of its own"
             )
-    return sorted(set(heads) - set(named.values())) if named else []
+    return sorted(set(heads) - set(named.values())) if named or not statistics else []
 
 
 class ActionHead(nn.Module):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octo_like.common.schema import TEXT_KINDS
+from octo_like.common.schema import TEXT_KINDS, TEXT_LENGTH
 from octo_like.common.vocabularies import size_of
 from octo_like.model.decoder import TokenDecoder, UntilEnd
 from octo_like.model.sequence import reading
@@ -35,7 +35,7 @@ class TextHead(nn.Module):
 
     readout: str
     vocabulary: Mapping[str, Any]
-    max_length: int = 24
+    max_length: int = TEXT_LENGTH
     learns: tuple[str, ...] = TEXT_KINDS
     reads: str = "readout"
     width: int = 256

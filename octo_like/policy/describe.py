@@ -14,7 +14,7 @@ import numpy as np
 
 from octo_like.common.dimensions import PARTS, of_statistics
 from octo_like.common.robot import Description
-from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
+from octo_like.common.schema import TEXT_LENGTH, BatchSpec, flatten, synthetic_batch
 from octo_like.common.vocabularies import size_of
 from octo_like.model import parts
 from octo_like.model.attention import GroupLayout, may_attend
@@ -175,7 +175,7 @@ def pretty_spec(policy: Any) -> str:
         lines.append(f"  {name:<42}(B, {head.action_horizon}, {head.action_dim}) float32, {type(head).__name__}")
     for name, entry in (policy.config["model"].get("auxiliaries") or {}).items():
         if entry.get("kind") == "text":
-            longest, words = entry.get("max_length", 24), size_of(entry["vocabulary"])
+            longest, words = entry.get("max_length", TEXT_LENGTH), size_of(entry["vocabulary"])
             lines.append(f"  {name:<42}words: {longest} ids at most, of {words}")
     lines += [f"statistics: {', '.join(sorted(policy.statistics)) or 'none'}"]
     for name, entry in sorted(policy.statistics.items()):

@@ -170,7 +170,8 @@ def _functions(policy, unnormalize, head, inputs) -> dict[str, tuple[Callable, d
 
     functions: dict[str, tuple[Callable, dict[str, Leaf]]] = {"sample_actions": (sample_actions, inputs)}
     if any(key.startswith(ENCODED) for key in inputs):
-        words = {key: leaf for key, leaf in inputs.items() if key.endswith(("/input_ids", "/attention_mask"))}
+        words = {key: leaf for key, leaf in inputs.items() if key.startswith("task/language_instruction/")}
+        words = {key: leaf for key, leaf in words.items() if key.endswith(("/input_ids", "/attention_mask"))}
         functions["encode_language"] = (encode_language, words)
     return functions
 

@@ -38,7 +38,7 @@ def make_tasks(
         raise ValueError(f"this policy takes no language; valid goals: {valid_goals}")
     if embeddings is not None and spec.language_embedding is None:
         raise ValueError("this policy takes no language embeddings")
-    if texts is not None and policy.text_tokenizer is None:
+    if (texts is not None or subtasks is not None) and policy.text_tokenizer is None:
         raise ValueError(
             "this policy has no text tokenizer; load it with text_model=, the sentencepiece model of its language "
             "encoder (T5's spiece.model)"

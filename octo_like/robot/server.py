@@ -24,7 +24,7 @@ import numpy as np
 
 from octo_like.common.chunks import Continuation
 from octo_like.common.dimensions import PARTS, of_statistics
-from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
+from octo_like.common.schema import TEXT_KINDS, BatchSpec, flatten, synthetic_batch
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
 from octo_like.robot.prediction import dimensions_of
@@ -414,7 +414,8 @@ class _TaskCache:
 def _says_texts(policy: Any) -> bool:
     """Whether a policy says what to do next."""
     parts = getattr(policy, "config", {}).get("model", {}).get("auxiliaries") or {}
-    return parts.get("text", {}).get("kind") == "text"
+    text = parts.get("text", {})
+    return text.get("kind") == "text" and "subtask" in text.get("learns", TEXT_KINDS)
 
 
 def _chunks_of(policy: Any, unnormalize: str | None) -> dict[str, Any]:

@@ -23,10 +23,12 @@ class Ranking:
     Attributes:
       pattern: fnmatch, e.g. "val/*/*/loss".
       enabled: whether best checkpoints are kept at all.
+      texts: parts of the model that say texts; their metrics count where the pattern names the part.
     """
 
     pattern: str
     enabled: bool
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> "Ranking":
@@ -46,7 +48,9 @@ class Ranking:
                 "early_stopping.patience counts evaluations and leaves the best policy behind: it needs eval.every of "
                 f"at least 1 (now {every}) and checkpoint.keep_best of at least 1 (now {options.keep_best})"
             )
-        return cls(options.best_metric, bool(options.keep_best))
+        parts = ((config.get("model") or {}).get("auxiliaries") or {}).items()
+        texts = tuple(name for name, part in parts if part.get("kind") == "text")
+        return cls(options.best_metric, bool(options.keep_best), texts)
 
     def metric(self, scores: Mapping[str, float] | None) -> float | None:
         """The number a step is ranked by, or None without an evaluation.
@@ -56,7 +60,13 @@ class Ranking:
         """
         if not self.enabled or scores is None:
             return None
-        chosen = [value for name, value in scores.items() if fnmatch.fnmatchcase(name, self.pattern)]
+        # A pattern that does not name a text part does not mean it: its nats would outweigh the actions' errors.
+        apart = [f"val/*/{text}/*" for text in self.texts if f"/{text}/" not in self.pattern]
+        chosen = [
+            value
+            for name, value in scores.items()
+            if fnmatch.fnmatchcase(name, self.pattern) and not any(fnmatch.fnmatchcase(name, one) for one in apart)
+        ]
         if not chosen:
             raise ConfigError(
                 f"checkpoint.best_metric {self.pattern!r} matches nothing of what was measured: "

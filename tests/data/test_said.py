@@ -88,10 +88,13 @@ def test_a_share_of_the_samples_is_told_the_sub_task_too_and_a_share_nothing_els
         masks = batch["task"]["pad_mask_dict"]
         told, subtask = masks["language_instruction"], masks["subtask"]
         said_there = TOKENIZER.decode(batch["task"]["subtask"]["input_ids"])
-        for row in np.flatnonzero(batch["text_target_kind"]):
+        pixels = batch["observation"]["image_primary"][:, -1, 16, 16, 2]
+        for row in np.flatnonzero(told | subtask):
             count[int(told[row]), int(subtask[row])] += 1
-            assert bool(said_there[row]) == subtask[row]
-            assert not subtask[row] or said_there[row] == texts(batch["text_target"])[row]
+            now = "push the block" if pixels[row] == 200 else "reach for the block"
+            assert said_there[row] == (now if subtask[row] else "")
+            # What is told is not learned: it could be repeated without a look.
+            assert texts(batch["text_target"])[row] == ("" if subtask[row] else now)
     share = count / count.sum()
     assert count.sum() > 1000 and count[0, 0] == 0  # something says what to do
     np.testing.assert_allclose([share[1, 0], share[0, 1]], [0.3, 0.7 * 0.2], atol=0.04)
@@ -143,12 +146,37 @@ def test_batches_from_memory_are_those_of_files(folder):
                 np.testing.assert_array_equal(a, b, err_msg=path)
 
 
+def test_goal_images_are_for_robots_and_a_picture_without_a_question_has_something_to_say(folder):
+    with stream_of(folder, SPEC, dict(questions=questions()), keep_goal_prob=1.0) as stream:
+        batch = next(stream)
+        assert not batch["task"]["pad_mask_dict"]["image_primary"].any()
+        learned = batch["text_target_kind"] != 0
+        assert learned.mean() > 0.7  # every seventh has no answer
+    unasked = dict(questions=questions(language_key=None))
+    with stream_of(folder, SPEC, unasked) as stream:
+        batch = next(stream)
+        assert (batch["text_target_kind"] != 0).mean() > 0.7
+        assert not batch["task"]["pad_mask_dict"]["language_instruction"].any()
+
+
 def test_validation_has_texts(folder):
     datasets = dict(questions=questions(), moves=moves())
     found = make_val_iterators(
-        datasets, SPEC, TOKENIZER, data_dir=folder, seed=0, batch_size=8, targets=Targets(TARGETS)
+        datasets, SPEC, TOKENIZER, data_dir=folder, seed=0, batch_size=8, keep_goal_prob=0.0, targets=Targets(TARGETS)
     )
     assert all(batch["text_target_kind"].any() for iterator in found.values() for batch in iterator)
+    found = make_val_iterators(
+        dict(moves=moves()),
+        WITH_SUBTASK,
+        TOKENIZER,
+        data_dir=folder,
+        seed=0,
+        batch_size=8,
+        keep_goal_prob=0.0,
+        targets=Targets(TARGETS),
+    )
+    for batch in found["moves"]:  # nothing is told that is to be said
+        assert batch["text_target_kind"].any() and not batch["task"]["pad_mask_dict"]["subtask"].any()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +201,7 @@ def test_texts_that_are_too_long_are_named(folder):
     with make_train_stream(
         dict(moves=moves()), spec, TOKENIZER, targets=Targets(short), data_dir=folder, seed=0, batch_size=8
     ) as stream:
-        with pytest.raises(DataError, match="ids with its end, the model's texts at most 4: '(reach|push)"):
+        with pytest.raises(DataError, match="episode .* ids with its end, the model's texts at most 4: '(reach|push)"):
             next(stream)
 
 

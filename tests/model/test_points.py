@@ -153,7 +153,7 @@ def test_without_labels_nothing_is_learned_from_it(how):
 
 
 def test_mistakes_name_what_is_valid():
-    with pytest.raises(ValueError, match=r"auxiliaries.boxes: unknown kind 'boxes'; valid: \['points'\]"):
+    with pytest.raises(ValueError, match=r"auxiliaries.boxes: unknown kind 'boxes'; valid: \['points', 'text'\]"):
         build_model(config(auxiliaries=dict(boxes=dict(kind="boxes"))), vocab_size=100)
     with pytest.raises(ValueError, match="auxiliaries.action: there is a head of that name"):
         build_model(config(auxiliaries=dict(action=dict(kind="points", readout="x", names=("a",)))), vocab_size=100)

@@ -86,7 +86,7 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
                     f"of batches; {expected}. Set --config.extra_observations.{name}={','.join(map(str, shape))}, or "
                     "leave it out of extra_keys"
                 )
-        if prepared.spec.head not in spec.heads:
+        if prepared.spec.head not in spec.heads and prepared.spec.action_key is not None:
             raise DataError(
                 f"{prepared.key}: no action head {prepared.spec.head!r}; {suggest(prepared.spec.head, spec.heads)}"
             )
@@ -123,6 +123,7 @@ class Assembler:
         self._heads = {
             head: np.array([one.head == head and one.action_key is not None for one in specs]) for head in spec.heads
         }
+        self._has_actions = np.array([one.action_key is not None for one in specs])
         kinds = [None if one.text_target is None else one.text_target[0] for one in specs]
         self._text_kind = np.array([0 if kind is None else 1 + TEXT_KINDS.index(kind) for kind in kinds], np.int32)
 
@@ -190,7 +191,9 @@ class Assembler:
         length = np.array([len(one.action) for one in episodes], np.int32)
         text = np.array([one.text[step] for one, step in zip(episodes, t, strict=True)], np.int32)
         use_goal, use_text = self._choose_task(request, text)
-        named = use_text  # the task is an instruction, said or, beside a sub-task, left out
+        # The task is an instruction, said or, beside a sub-task, left out; of a picture without a question, to say it.
+        named = use_text | (~self._has_actions[request.dataset] & (text == 0))
+        told = np.zeros(len(t), bool)  # what to do next
 
         drawn = windows.goal_step(
             uniform(request.key, "goal").astype(np.float32), t, length, self._task.max_goal_distance
@@ -223,8 +226,9 @@ class Assembler:
             task_masks["language_instruction"] = use_text
             if spec.subtask:
                 use_text, subtask = self._subtask(request, episodes, t, use_text)
+                told = subtask != 0
                 task["subtask"] = self._texts.encoded(subtask)
-                task_masks |= {"language_instruction": use_text, "subtask": subtask != 0}
+                task_masks |= {"language_instruction": use_text, "subtask": told}
         task |= seen.goals
         task["timestep"] = goal
         task["pad_mask_dict"] = task_masks | seen.goal_masks
@@ -234,7 +238,7 @@ class Assembler:
             "action": action,
             "action_pad_mask": action_mask,
             **self._points(episodes, window, named),
-            **self._text_target(request.dataset, episodes, t, named),
+            **self._text_target(request.dataset, episodes, t, named & ~told),
             **self._action_tokens(action, action_mask),
             "action_head_mask": {head: mask[request.dataset] for head, mask in self._heads.items()},
             "dataset_id": request.dataset.astype(np.int32),
@@ -250,6 +254,7 @@ class Assembler:
         for slot in self._spec.goal_images:
             has_goal |= self._has_slot[slot][request.dataset]
         use_goal = has_goal & (~has_text | (uniform(request.key, "task") < self._task.keep_goal_prob))
+        use_goal &= self._has_actions[request.dataset]  # a picture with words is there for its words
         return use_goal & has_task, has_text & ~use_goal & has_task
 
     def _actions(
@@ -310,14 +315,15 @@ class Assembler:
         alone = said & (uniform(request.key, "subtask alone") < self._task.subtask_alone_prob)
         return use_text & ~alone, np.where(said, rows, 0)
 
-    def _text_target(self, dataset: np.ndarray, episodes: Sequence[Episode], t: np.ndarray, named: np.ndarray) -> Tree:
-        """What the model learns to say at steps t (N,), where the task says what to do or what is asked."""
+    def _text_target(self, dataset: np.ndarray, episodes: Sequence[Episode], t: np.ndarray, asked: np.ndarray) -> Tree:
+        """What the model learns to say at steps t (N,), where it is asked (N,): the task says what to do, and does not
+        say what to do next, which would only be repeated."""
         if self._spec.text_target is None:
             return {}
         rows = np.array(
             [0 if e.target is None else e.target[step] for e, step in zip(episodes, t, strict=True)], np.int32
         )
-        rows = np.where(named, rows, 0)
+        rows = np.where(asked, rows, 0)
         kind = np.where(rows != 0, self._text_kind[dataset], 0).astype(np.int32)
         return {"text_target": self._texts.encoded_targets(rows), "text_target_kind": kind}
 

@@ -110,7 +110,10 @@ def load_episode(
             f"{index.where(episode)}: the record is not the one that was indexed: {prepared.key} has been written anew "
             f"since. Stop what writes it, delete {index.folder} and start again"
         )
-    return normalised(raw, prepared, texts)
+    try:
+        return normalised(raw, prepared, texts)
+    except DataError as error:
+        raise DataError(f"{index.where(episode)}: {error}") from error
 
 
 class Located(NamedTuple):

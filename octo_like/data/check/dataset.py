@@ -61,6 +61,8 @@ def check_dataset(
     spec = prepared.spec
     if not prepared.seekable:
         raise DataError(f"{prepared.key}: a tf.data source cannot be checked; only datasets on disk can")
+    if spec.action_key is None:
+        raise DataError(f"{prepared.key}: no actions to check; scripts/show_data.py shows pictures with their words")
     description = None if spec.robot is None else Description.from_json(spec.robot)
     split = records.open_split(spec.name, data_dir, spec.version, spec.split, max_bad_fraction=1.0)
     times = frames.timestamps(split, prepared.train, episodes=episodes)
