@@ -1,4 +1,4 @@
-"""The gripper of the tabletop world with chunks of sixteen actions: what scripts/bench_delay.py lets act with delays.
+"""The gripper of the tabletop world with chunks of eight actions: what scripts/bench_delay.py lets act with delays.
 
     python train.py --config configs/tabletop_delay.py --workdir runs/delay/plain
     python train.py --config configs/tabletop_delay.py:trained --workdir runs/delay/trained
@@ -14,12 +14,9 @@ def get_config(variant: str = ""):
     if variant not in ("", "trained"):
         raise ValueError(f"unknown variant {variant!r}; valid: none, or 'trained'")
     config = tabletop.get_config()
-    config.num_steps = 2000
     config.data.datasets = dict(tabletop_gripper=tabletop.dataset("tabletop_gripper"))
     config.data.update(kind="memory", episodes="tabletop_gripper=3000")
-    config.model.heads.action.action_horizon = 16
+    config.model.heads.action.action_horizon = 8
     if variant:
-        config.model.heads.action.max_delay = 8
-    config.checkpoint.every = 1000
-    config.eval.every = 500
+        config.model.heads.action.max_delay = 4
     return config

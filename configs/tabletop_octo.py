@@ -10,7 +10,7 @@ each an option of configs/octo_small.py as well, and what each gives is in docs/
 modulates the stem (FiLM), tokens are normalised after their projection, and the places of the things that the
 instruction names are an auxiliary loss.
 
-Topology: one GPU (minutes) or 2 CPU cores (hours). Expected time and success: docs/experiments.md.
+Topology: one GPU (minutes), or one hour on one CPU core. Expected time and success: docs/experiments.md.
 """
 
 from configs import tabletop

@@ -193,7 +193,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")  # a mode has one colour in both
     for index, mode in enumerate(MODES):
         mine = sorted((row for row in rows if row["mode"] == mode), key=lambda row: row["delay"])
         if not mine:
@@ -203,10 +203,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         rates = np.array([success_rate(one) for one in won])
         bounds = np.array([success_interval(one) for one in won])
         error = np.abs(bounds.T - rates) * 100
-        left.errorbar(delays, 100 * rates, error, marker="o", capsize=2, label=mode.replace("_", ", "))
+        style: dict[str, Any] = dict(color=f"C{index}", marker="o", label=mode.replace("_", ", "))
+        left.errorbar(delays, 100 * rates, error, capsize=2, **style)
         ratios = [ratio(row["episodes"]) for row in mine]
         if mode != "ensemble":  # there another chunk joins at almost every step
-            right.plot(delays, ratios, marker="o", label=mode.replace("_", ", "))
+            right.plot(delays, ratios, **style)
     right.axhline(1, color="grey", linewidth=0.8)
     left.set(xlabel="delay, control steps", ylabel="success, % (90% interval)", ylim=(-3, 103))
     right.set(xlabel="delay, control steps", ylabel="jump at the seam / inside a chunk", ylim=(0, None))
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/delay"))
     parser.add_argument("--robot", default="gripper", help="of the tabletop")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--delays", type=int, nargs="+", default=[0, 2, 4, 6, 8], help="control steps")
+    parser.add_argument("--delays", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6, 8], help="control steps")
     parser.add_argument("--per_task", type=int, default=100, help="episodes of each task")
     parser.add_argument("--exec_horizon", type=int, help="actions between two requests; default: half a chunk")
     parser.add_argument("--time_factor", type=float, default=2.0, help="times the tasks' usual limit of steps")
