@@ -64,6 +64,4 @@ def get_config(words: str = ""):
     if len(chosen) == 2:
         del model.auxiliaries.text, model.readouts.text
     config.data.datasets = datasets
-    # Of the rows with a sub-task, those that are not told it, and of the others those that are told nothing else.
-    config.data.update(drop_subtask_prob=0.3, subtask_alone_prob=0.2)
     return config

@@ -59,6 +59,10 @@ RESUME_ALLOWED = (
     "eval.*",
     "checkpoint.*",
     "early_stopping.*",
+    # Later than the first runs, and without effect where nothing says sub-tasks; where something does, they are in the
+    # order spec, which must be the same.
+    "data.drop_subtask_prob",
+    "data.subtask_alone_prob",
     "log_*",
     "max_bad_steps",
     "modules",

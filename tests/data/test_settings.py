@@ -37,7 +37,9 @@ def test_what_changes_batches_is_in_the_order_spec():
     settings = Settings.of(batch_size=8, drop_task_prob=0.1, decode="fast", host_memory_gb=2)
     spec = settings.spec()
     assert spec["memory"] == {"host_memory_gb": 2.0} and spec["decode"] == "fast"
-    assert set(spec["task"]) == {field.name for field in dataclasses.fields(TaskOptions)}
+    every = {field.name for field in dataclasses.fields(TaskOptions)}
+    assert set(settings.spec(subtasks=True)["task"]) == every
+    assert set(spec["task"]) == every - {"drop_subtask_prob", "subtask_alone_prob"}  # a run without them has none
     assert spec["task"]["drop_task_prob"] == 0.1 and spec["task"]["paraphrase_prob"] == 0.0  # there are none
     assert Settings.of(batch_size=8, paraphrases="x.json").spec()["task"]["paraphrase_prob"] == 0.5
     assert Settings.of(batch_size=8, episodes_mixed=3).spec()["memory"] is None
@@ -53,7 +55,10 @@ def test_validation_drops_nothing_and_takes_a_share_of_the_memory():
         paraphrases="x.json",
         host_memory_gb=10.0,
     ).for_validation()
-    assert settings.task == TaskOptions(octo_compat=True, max_goal_distance=3) and settings.paraphrases is None
+    assert (
+        settings.task == TaskOptions(octo_compat=True, max_goal_distance=3, drop_subtask_prob=1.0)
+        and settings.paraphrases is None
+    )
     assert settings.host.host_memory_gb == pytest.approx(1.0)
 
 
