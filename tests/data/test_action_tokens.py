@@ -1,5 +1,7 @@
 """Chunks as ids of a head's vocabulary, in batches."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -35,12 +37,18 @@ def test_batches_have_the_ids_of_their_own_whole_chunks(toy):
             if whole:
                 np.testing.assert_array_equal(row, words.encode(action[None])[0][0])
     assert min(seen.values()) > 20
+    other = _words_of(toy, scale=0.1)  # as of another robot, or another normalisation
+    sizes = dataclasses.replace(spec, action_tokens={"action": other.max_tokens})
+    targets = Targets(None, {"action": other})
+    with make_train_stream({"toy": toy.fields()}, sizes, None, targets=targets, **options) as stream:
+        with pytest.raises(ValueError, match="heads.action.vocabulary: .*% of what the actions consist of is outside its range"):
+            next(stream)
     with pytest.raises(ValueError, match="batches have action tokens for"):
         make_train_stream({"toy": toy.fields()}, spec, None, **options)
 
 
-def _words_of(toy):
+def _words_of(toy, scale=1.0):
     actions = np.concatenate([[step["control"] for step in episode] for episode in toy.episodes])
     normal = normalize(actions, compute_statistics(actions), "normal")
-    chunks = np.stack([normal[i : i + H] for i in range(len(normal) - H)])
+    chunks = scale * np.stack([normal[i : i + H] for i in range(len(normal) - H)])
     return fast.train(chunks, vocab_size=120, scale=4.0, clip_share=0.001)

@@ -17,6 +17,7 @@ from octo_like.data.rlds.records import DamagedRecord, LostRecord
 from octo_like.data.settings import TaskOptions
 from octo_like.data.spec import DataError, suggest
 
+MAX_CLIPPED = 0.05  # of a chunk's coefficients, by a vocabulary of action tokens
 # A dataset may have these cameras without the run using them; any other name without a size is a mistake.
 COMMON_SLOTS = ("primary", "secondary", "wrist")
 
@@ -34,6 +35,17 @@ class Request(NamedTuple):
 # (row of the request, attempt) -> (episode, frame) that takes the place of a damaged sample, of the same dataset.
 Substitute = Callable[[int, int], tuple[int, int]]
 MAX_SUBSTITUTES = 64
+
+
+def _check_vocabulary(head: str, clipped: float) -> None:
+    """Raises DataError when a vocabulary cuts a share `clipped` of the first chunks that it is given: it was trained on
+    other actions, or on these with another normalisation."""
+    if clipped > MAX_CLIPPED:
+        raise DataError(
+            f"model.heads.{head}.vocabulary: {clipped:.0%} of what the actions consist of is outside its range (more "
+            f"than {MAX_CLIPPED:.0%}): it was trained on other actions or another normalization; train one with "
+            "scripts/train_action_tokenizer.py"
+        )
 
 
 def _check_texts(prepared: PreparedDataset, spec: BatchSpec) -> None:
@@ -123,6 +135,7 @@ class Assembler:
         self._heads = {
             head: np.array([one.head == head and one.action_key is not None for one in specs]) for head in spec.heads
         }
+        self._fitting: set[str] = set()  # heads whose vocabulary has been found to fit the actions
         self._has_actions = np.array([one.action_key is not None for one in specs])
         kinds = [None if one.text_target is None else one.text_target[0] for one in specs]
         self._text_kind = np.array([0 if kind is None else 1 + TEXT_KINDS.index(kind) for kind in kinds], np.int32)
@@ -339,7 +352,11 @@ class Assembler:
             whole = known.any((2, 3)) & (known == known[:, :, :1]).all((2, 3))
             ids = np.zeros((*whole.shape, vocabulary.max_tokens), np.int32)
             if whole.any():
-                ids[whole] = vocabulary.encode(np.where(known, chunks, 0.0)[whole], low_pass=True)[0]
+                wanted = np.where(known, chunks, 0.0)[whole]
+                if head not in self._fitting:
+                    _check_vocabulary(head, vocabulary.clipped(wanted).mean() / vocabulary.num_coefficients)
+                    self._fitting.add(head)
+                ids[whole] = vocabulary.encode(wanted, low_pass=True)[0]
             tokens[head] = ids
         return {"action_tokens": tokens}
 
