@@ -377,6 +377,7 @@ def main() -> int:
     parser.add_argument("--demos", nargs="+", type=int, help="numbers of demonstrations, in the order of running")
     modes = [*MODES, *(mode + LONG for mode in MODES)]
     parser.add_argument("--modes", nargs="+", choices=modes, help="of adaptation; the first one is run first")
+    parser.add_argument("--scratch_rates", nargs="+", type=float, help="peak learning rates of the grid from scratch")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of every tested policy (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="simulator processes")
     parser.add_argument("--report", action="store_true", help="only table and figure of what is there")
@@ -384,7 +385,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args()
     workdir = args.workdir or ROOT / "runs" / ("adaptation_quick" if args.quick else "adaptation")
-    given = {key: tuple(value) for key, value in (("demos", args.demos), ("modes", args.modes)) if value}
+    given = {key: tuple(value) for key in ("demos", "modes", "scratch_rates") if (value := getattr(args, key))}
     if args.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {args.seeds}")
     settings = dataclasses.replace(QUICK if args.quick else Settings(), seeds=args.seeds, **given)
