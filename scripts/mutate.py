@@ -36,47 +36,45 @@ EQUIVALENT = ROOT / "tests" / "equivalent_mutants.txt"
 SPARE_SECONDS = 30  # of processor time, beside four times what the tests take without a mutant
 MARKERS = "not slow and not multiprocess and not sim and not aot"
 
+
 # Which tests are asked about a file, those that answer soonest first.
-MODEL, TRAINING = "tests/model/test_", "tests/training/test_"
-SMALL, DRAWN, PLAIN = (f"{MODEL}{name}.py" for name in ("small_print", "randomness", "defaults"))
-GENERATIVE = (PLAIN, f"{MODEL}heads_generative.py", SMALL, DRAWN, f"{MODEL}calibration.py", f"{MODEL}heads.py")
-UPDATE = (f"{TRAINING}update.py", f"{TRAINING}step.py", f"{TRAINING}optimizer.py")
+def _tests(room: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{room}/test_{name}.py" for name in names)
+
+
+PLAIN = ("defaults", "small_print_heads", "small_print")
+GENERATIVE = (*PLAIN, "heads_generative", "randomness", "continuing", "calibration", "guidance", "heads")
+UPDATE = ("update", "step", "optimizer")
+ORDER = ("order_edges", "order")
 TARGETS = {
-    "octo_like/model/tokens.py": (SMALL, f"{MODEL}masks.py"),
-    "octo_like/model/flow.py": GENERATIVE[1:3],
-    "octo_like/model/diffusion.py": (f"{MODEL}components.py", *GENERATIVE),
-    "octo_like/model/generative.py": GENERATIVE,
-    "octo_like/model/heads.py": (PLAIN, SMALL, DRAWN, f"{MODEL}heads.py", f"{MODEL}heads_embodiments.py"),
-    "octo_like/model/t5.py": (PLAIN, SMALL, f"{MODEL}components.py"),
-    "octo_like/model/stems.py": (PLAIN, SMALL, f"{MODEL}components.py", f"{MODEL}stems.py"),
-    "octo_like/model/attention.py": (PLAIN, f"{MODEL}components.py", DRAWN, f"{MODEL}attention.py", f"{MODEL}masks.py"),
-    "octo_like/model/transformer.py": (
-        PLAIN,
-        DRAWN,
-        f"{MODEL}components.py",
-        f"{MODEL}numerics.py",
-        f"{MODEL}masks.py",
+    "octo_like/model/tokens.py": _tests("model", "small_print", "small_print_heads", "masks"),
+    "octo_like/model/flow.py": _tests("model", "small_print_heads", "small_print", "heads_generative", "guidance"),
+    "octo_like/model/diffusion.py": _tests("model", "components", *GENERATIVE),
+    "octo_like/model/generative.py": _tests("model", *GENERATIVE),
+    "octo_like/model/guidance.py": _tests("model", "continuing", "guidance"),
+    "octo_like/model/heads.py": _tests("model", *PLAIN, "own_parts", "randomness", "heads", "heads_embodiments"),
+    "octo_like/model/discrete.py": _tests("model", *PLAIN, "heads", "heads_bimodal"),
+    "octo_like/model/decoder.py": _tests("model", "decoder"),
+    "octo_like/model/sequence.py": _tests("model", "decoder", "fast_head", "heads_bimodal"),
+    "octo_like/model/text_head.py": _tests("model", "text_head"),
+    "octo_like/model/points.py": _tests("model", "points"),
+    "octo_like/model/t5.py": _tests("model", *PLAIN, "components"),
+    "octo_like/model/stems.py": _tests("model", *PLAIN, "components", "stems"),
+    "octo_like/model/attention.py": _tests("model", *PLAIN, "components", "randomness", "attention", "masks"),
+    "octo_like/model/transformer.py": _tests("model", *PLAIN, "randomness", "components", "numerics", "masks"),
+    "octo_like/model/backbone.py": _tests("model", *PLAIN, "masks", "padding", "components", "heads"),
+    "octo_like/model/tokenizers.py": _tests("model", *PLAIN, "components", "stems", "heads", "masks", "padding"),
+    "octo_like/model/octo.py": _tests(
+        "model", *PLAIN, "own_parts", "randomness", "heads", "heads_embodiments", "octo_release", "loading"
     ),
-    "octo_like/model/tokenizers.py": (
-        PLAIN,
-        SMALL,
-        f"{MODEL}components.py",
-        f"{MODEL}stems.py",
-        f"{MODEL}heads.py",
-        f"{MODEL}masks.py",
-    ),
-    "octo_like/model/octo.py": (
-        PLAIN,
-        DRAWN,
-        f"{MODEL}heads.py",
-        f"{MODEL}heads_embodiments.py",
-        f"{MODEL}octo_release.py",
-        f"{MODEL}loading.py",
-    ),
-    "octo_like/training/optimizer.py": UPDATE,
-    "octo_like/training/state.py": UPDATE,
-    "octo_like/training/step.py": UPDATE,
-    "octo_like/data/order/order.py": ("tests/data/test_order_edges.py", "tests/data/test_order.py"),
+    "octo_like/training/optimizer.py": _tests("training", *UPDATE),
+    "octo_like/training/state.py": _tests("training", *UPDATE),
+    "octo_like/training/step.py": _tests("training", *UPDATE),
+    "octo_like/data/order/order.py": _tests("data", *ORDER),
+    "octo_like/data/order/walk.py": _tests("data", *ORDER),
+    "octo_like/data/order/mixture.py": _tests("data", *ORDER),
+    "octo_like/data/order/windows.py": _tests("data", "windows", "references", *ORDER),
+    "octo_like/data/order/keys.py": _tests("data", *ORDER),
 }
 
 

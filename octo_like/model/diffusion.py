@@ -254,7 +254,7 @@ class _ReverseNetwork(nn.Module):
     hidden_dim: int
     use_layer_norm: bool
     dropout_rate: float
-    with_given: bool = False
+    with_given: bool
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
