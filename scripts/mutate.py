@@ -152,6 +152,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         # Two of a kind: others would not be taken for each other, and fail at once.
         alike = len(node.args) >= 2 and type(node.args[0]) is type(node.args[1]) is not ast.Starred
+        alike = alike and ast.dump(node.args[0]) != ast.dump(node.args[1])
         if alike and called not in COMMUTATIVE:
             yield changed(args=[node.args[1], node.args[0], *node.args[2:]])
         if called in ELEMENTWISE and node.args:
