@@ -7,7 +7,7 @@ r"""Pictures with words beside robots' demonstrations: a policy that answers, sa
 
 The argument is a list of words: "no_pictures" leaves the pictures with words out and keeps the robots' samples as they
 are (the batch shrinks by the pictures' share, the number of steps stays), "no_subtasks" neither learns nor reads
-sub-tasks.
+sub-tasks, "no_long" has no long tasks, and so no sub-tasks either.
 
 Topology: 2 CPU cores, no accelerator. What comes of it: docs/language.md.
 """
@@ -30,13 +30,15 @@ def dataset(name: str) -> dict:
 
 def get_config(words: str = ""):
     chosen = set(filter(None, words.split(",")))
-    if unknown := chosen - {"no_pictures", "no_subtasks"}:
+    if unknown := chosen - {"no_pictures", "no_subtasks", "no_long"}:
         raise ValueError(
-            f"no variant {sorted(unknown)[0]!r} of configs/tabletop_words.py; valid: no_pictures, no_subtasks"
+            f"no variant {sorted(unknown)[0]!r} of configs/tabletop_words.py; valid: no_pictures, no_subtasks, no_long"
         )
+    chosen |= {"no_subtasks"} if "no_long" in chosen else set()
     config = tabletop.get_config()
     config.text.update(model="words", max_length=LONGEST)
-    robots = ("tabletop_gripper", "tabletop_arm", "tabletop_long_gripper", "tabletop_long_arm")
+    robots = ["tabletop_gripper", "tabletop_arm"]
+    robots += [] if "no_long" in chosen else ["tabletop_long_gripper", "tabletop_long_arm"]
     datasets = {name: dataset(name) | dict(weight=(1 - PICTURES) / len(robots)) for name in robots}
     datasets["tabletop_words"] = dict(
         weight=PICTURES,
@@ -61,7 +63,7 @@ def get_config(words: str = ""):
         for name in robots:
             datasets[name].pop("text_keys", None)
         model.auxiliaries.text.learns = ("answer",)
-    if len(chosen) == 2:
+    if {"no_pictures", "no_subtasks"} <= chosen:
         del model.auxiliaries.text, model.readouts.text
     config.data.datasets = datasets
     return config

@@ -4,8 +4,6 @@ Nothing is run here.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,11 +101,6 @@ class Cell:
     def cost(self) -> float:
         """What the progress bar counts: roughly seconds on one core."""
         return 30 + 0.12 * self.steps + 0.5 * self.episodes * len(GROUPS[self.group][1])
-
-
-def digest(value: Any) -> str:
-    """Short hash of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def base_cells(settings: Settings) -> list[Cell]:

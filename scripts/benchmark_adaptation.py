@@ -22,9 +22,7 @@ that, use a new --workdir.) Needs the extras `data` and `sim`.
 import argparse
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -46,15 +44,14 @@ from adaptation_cells import (  # noqa: E402
     adapted_cell,
     base_cells,
     best_of,
-    digest,
     plan,
     repeated,
     scratch_grid,
     seeds_of,
     success,
 )
+from benchmarking import CommandFailed, digest, execute, write_json  # noqa: E402
 
-from octo_like.common.files import write_whole  # noqa: E402
 from octo_like.common.locks import exclusive  # noqa: E402
 from octo_like.envs.sims import GROUPS  # noqa: E402
 from octo_like.policy.surgery import MODES  # noqa: E402
@@ -208,34 +205,6 @@ class Benchmark:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
-
-
-class CommandFailed(RuntimeError):
-    """A stage of a cell ended with an error; the message holds the command and the end of its log."""
-
-
-def execute(command: Sequence[str], log: Path) -> None:
-    """Runs a Python script of the repository in a process of its own, its output in `log`.
-
-    Raises:
-      CommandFailed: it ended with an error.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with log.open("a") as file:
-        status = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        ).returncode
-    if status:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise CommandFailed(f"status {status} from\n  python {' '.join(command)}\nThe end of {log}:\n{end}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(value, indent=1))
 
 
 def run_all(benchmark: Benchmark, groups: Sequence[str]) -> None:

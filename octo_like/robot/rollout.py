@@ -57,6 +57,7 @@ class Episode:
       frames: (steps + 1) images (h, w, 3) uint8 when recorded, all cameras side by side; else None.
       actions: executed chunks, concatenated: (steps, A), physical units.
       plans: what a planner said, in order; empty without one.
+      progress: share of the task that was done in the end (`info["progress"]`), None where the environment has none.
     """
 
     seed: int
@@ -69,11 +70,13 @@ class Episode:
     actions: np.ndarray = dataclasses.field(repr=False)
     frames: list[np.ndarray] | None = dataclasses.field(default=None, repr=False)
     plans: tuple[Plan, ...] = dataclasses.field(default=(), repr=False)
+    progress: float | None = None
 
     def summary(self) -> dict[str, Any]:
         """All but the arrays, ready for JSON."""
         fields = ("seed", "task", "instruction", "success", "steps", "reward", "flags")
-        return {field: getattr(self, field) for field in fields}
+        done = {} if self.progress is None else {"progress": self.progress}
+        return {field: getattr(self, field) for field in fields} | done
 
 
 def _executed(policy: PolicyLike, unnormalize: str | None, exec_horizon: int | None) -> int:
@@ -345,6 +348,7 @@ class _Slot:
             actions=np.stack(self.actions),
             frames=self.view.seen,
             plans=tuple(self.plans),
+            progress=None if "progress" not in self.info else float(self.info["progress"]),
         )
 
 

@@ -148,6 +148,22 @@ def test_heads_keep_what_is_frozen_and_leave_the_rest_free(name):
     assert np.isfinite(head.apply(head.groups, keys, valid=valid, guidance=vjp, method="sample")).all()
 
 
+@pytest.mark.parametrize("method", ["jacobian_free", "trained"])
+def test_nothing_pulls_on_padded_dimensions(method):
+    """Without padding the pull is the chunk laid flat, within the bounds; padded dimensions are 0, and given as 0."""
+    previous = np.array([[[0.5, -9.0, 2.0], [1.0, 0.25, -3.0]]], np.float32)
+    guidance = Guidance(previous, np.array([[1.0, 0.5]], np.float32), method=method)
+    pull = flat_pull(guidance, 5.0, None)
+    np.testing.assert_array_equal(pull.target, [[0.5, -5.0, 2.0, 1.0, 0.25, -3.0]])
+    np.testing.assert_array_equal(pull.weight, [[1.0, 1.0, 1.0, 0.5, 0.5, 0.5]])
+    valid = np.array([[True, True, False, True, True, False]])
+    padded = flat_pull(guidance, 5.0, valid)
+    np.testing.assert_array_equal(padded.target, [[0.5, -5.0, 0.0, 1.0, 0.25, 0.0]])
+    given = method == "trained"
+    np.testing.assert_array_equal(padded.weight, pull.weight if given else np.where(valid, pull.weight, 0))
+    assert padded.method == method
+
+
 def test_other_heads_say_that_they_cannot():
     entry = dict(kind="regression", readout="readout_action", action_horizon=6, action_dim=4)
     guidance = Guidance(np.zeros((4, 6, 4)), np.zeros((4, 6)))

@@ -1,0 +1,201 @@
+"""Tables and figure of scripts/benchmark_language.py, from what it collected; see `collect` there for the format."""
+
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import adaptation_report
+
+from octo_like.robot.intervals import difference_interval, success_interval, success_rate
+
+LEVEL = 0.95
+TITLES = {
+    "word": "A word that only pictures taught",
+    "subtasks": "Sub-tasks",
+    "heads": "Heads of tokens beside the others",
+}
+VARIANTS = {
+    "pictures": "robots and pictures with words",
+    "robots": "robots alone",
+    "subtasks": "reads sub-tasks",
+    "flat": "knows no sub-tasks",
+}
+TESTS = {
+    "named": "a colour that demonstrations name",
+    "taught": "the colour that only pictures name",
+    "new": "a colour that only pictures have at all",
+    "seen_pairs": "block and plate named together",
+    "new_pairs": "block and plate never named together",
+    "no plan": "nobody says what is next",
+    "predicted": "its own words",
+    "oracle": "the right words",
+    "random": "random words",
+    "corrected": "a person names another block: it is taken",
+    "not corrected": "the same block, not named",
+    "natural": "scenes as they come",
+    "wrong_nearest": "another block is nearest",
+}
+# What a study compares: (variant, test) minus (variant, test), on the same scenes.
+COMPARED = {
+    "word": [(("pictures", name), ("robots", name)) for name in ("named", "taught", "new", "new_pairs")],
+    "subtasks": [
+        *((("subtasks", name), ("flat", "no plan")) for name in ("no plan", "predicted", "oracle", "random")),
+        (("subtasks", "corrected"), ("subtasks", "not corrected")),
+    ],
+}
+
+
+def tables(collected: Mapping[str, Any]) -> str:
+    """The results in Markdown; what was not run is left out."""
+    return "\n".join(
+        f"### {TITLES[study]}\n\n{_of_study(study, variants)}" for study, variants in collected["studies"].items()
+    )
+
+
+def _of_study(study: str, variants: Mapping[str, Mapping[str, Sequence]]) -> str:
+    rows, speeds = [], []
+    for variant, tests in variants.items():
+        for test, results in tests.items():
+            there = [result for result in results if result is not None]
+            if not there:
+                continue
+            if "episodes" in there[0]:
+                rows.append([VARIANTS.get(variant, variant), TESTS.get(test, test), *_rates(there)])
+            elif "seconds" in there[0] and test == "speed":
+                tokens = there[0]["tokens"]
+                speeds.append(
+                    [variant, f"{1000 * there[0]['seconds']:.1f} ms", "" if tokens is None else f"{tokens:.1f}"]
+                )
+    head = ["policy", "test", "success of each training", "mean (95%, of scenes)", "of each task", "besides"]
+    parts = [_markdown(head, rows)] if rows else ["Not run yet.\n"]
+    if speeds:
+        parts.append(_markdown(["head", "one robot waits for a chunk", "tokens of a chunk"], speeds))
+    parts += [_compared(study, variants), _answers(variants)]
+    return "\n".join(part for part in parts if part)
+
+
+def _rates(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells of a row: rates of trainings, their mean with an interval, tasks, agreement of plans and progress."""
+    episodes = [episode for result in results for episode in result["episodes"]]
+    successes = [episode["success"] for episode in episodes]
+    low, high = success_interval(successes, LEVEL)
+    tasks = ", ".join(
+        f"{task} {success_rate([e['success'] for e in episodes if e['task'] == task]):.0%}"
+        for task in dict.fromkeys(e["task"] for e in episodes)
+    )
+    besides = []
+    if plans := sum(episode.get("plans", 0) for episode in episodes):
+        besides.append(f"right words {sum(episode.get('agreed', 0) for episode in episodes) / plans:.0%}")
+    if "progress" in episodes[0]:
+        besides.append(f"done {statistics.mean(episode['progress'] for episode in episodes):.0%}")
+    each = ", ".join(f"{success_rate([e['success'] for e in result['episodes']]):.0%}" for result in results)
+    return [
+        each,
+        f"{success_rate(successes):.0%} [{low:.0%}, {high:.0%}] of {len(successes)}",
+        tasks,
+        ", ".join(besides),
+    ]
+
+
+def _compared(study: str, variants: Mapping[str, Mapping[str, Sequence]]) -> str:
+    """Differences: of every training on the same scenes, and of the trainings as a sample."""
+    rows = []
+    for (first, one), (second, other) in COMPARED.get(study, ()):
+        pairs = [
+            (a, b)
+            for a, b in zip(variants.get(first, {}).get(one, ()), variants.get(second, {}).get(other, ()), strict=False)
+            if a is not None and b is not None
+        ]
+        if not pairs:
+            continue
+        shown, rates = [], ([], [])
+        for pair in pairs:
+            successes = [[episode["success"] for episode in result["episodes"]] for result in pair]
+            low, high = difference_interval(*successes, LEVEL)
+            for values, of_training in zip(rates, successes, strict=True):
+                values.append(success_rate(of_training))
+            shown.append(f"{100 * (rates[0][-1] - rates[1][-1]):+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]")
+        spread = ""
+        if len(pairs) > 1:
+            value, low, high = adaptation_report.difference_of_trainings(*rates)
+            spread = f"{100 * value:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+        what = f"{VARIANTS[first]}, {TESTS[one]}"
+        against = f"{VARIANTS[second]}, {TESTS[other]}"
+        rows.append([what, against, "; ".join(shown), spread])
+    head = ["", "minus", "points of each training (95%, of scenes)", "mean (95%, of trainings)"]
+    return _markdown(head, rows) if rows else ""
+
+
+def _answers(variants: Mapping[str, Mapping[str, Sequence]]) -> str:
+    """Questions about pictures that were answered exactly, by kind, with the taught word and without."""
+    said = [
+        answer
+        for tests in variants.values()
+        for result in tests.get("answers", ())
+        if result is not None
+        for answer in result["answers"]
+    ]
+    rows = []
+    for kind in dict.fromkeys(answer["kind"] for answer in said):
+        row = [kind]
+        for taught in (False, True):
+            right = [a["said"] == a["answer"] for a in said if a["kind"] == kind and a["taught"] == taught]
+            row.append(f"{success_rate(right):.0%} of {len(right)}" if right else "")
+        rows.append(row)
+    return _markdown(["questions", "answered as it is, other words", "with the taught word"], rows) if rows else ""
+
+
+COLORS = ("#1f6feb", "#bf8700", "#57606a", "#8250df", "#1a7f37", "#cf222e")
+
+
+def draw(collected: Mapping[str, Any], path: Path) -> None:
+    """Success of every test: a bar for the mean, a dot for each training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    studies = collected["studies"]
+    figure, axes = plt.subplots(len(studies), 1, figsize=(7, 3.2 * len(studies)), squeeze=False)
+    for axis, (study, variants) in zip(axes[:, 0], studies.items(), strict=True):
+        _draw_study(axis, variants)
+        axis.set_title(TITLES[study], fontsize=10, loc="left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_study(axis: Any, variants: Mapping[str, Mapping[str, Sequence]]) -> None:
+    names = dict.fromkeys(test for tests in variants.values() for test in tests)
+    names = [name for name in names if name not in ("answers", "speed")]
+    width = 0.8 / len(variants)
+    for i, ((variant, tests), color) in enumerate(zip(variants.items(), COLORS, strict=False)):
+        axis.bar(0, 0, color=color, alpha=0.6, label=VARIANTS.get(variant, variant))
+        for j, name in enumerate(names):
+            there = [result["episodes"] for result in tests.get(name, ()) if result is not None]
+            rates = [100 * success_rate([episode["success"] for episode in episodes]) for episodes in there]
+            if rates:
+                x = j + (i - (len(variants) - 1) / 2) * width
+                axis.bar(x, statistics.mean(rates), width * 0.9, color=color, alpha=0.6, zorder=1)
+                axis.plot([x] * len(rates), rates, "o", color=color, markersize=4, zorder=2)
+    axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("success (%)")
+    axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+
+
+def into_page(page: Path, text: str, figure: Path) -> None:
+    """Puts tables and figure between the page's marks; the figure goes into the folder "figures" beside it.
+
+    Raises:
+      ValueError: the page has no marks.
+    """
+    shutil.copy(figure, page.parent / "figures" / "language.png")
+    text = f"{text.strip()}\n\n![Success of every test and training](figures/language.png)"
+    page.write_text(adaptation_report.between_marks(page.read_text(), text))
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return adaptation_report._markdown(head, rows)
