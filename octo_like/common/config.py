@@ -449,7 +449,8 @@ def check_resume(
     Raises:
       ConfigMismatch: something else differs; the message is the diff.
     """
-    changes = diff(old, new)
+    # A group that was not there before, and is empty, says nothing.
+    changes = [c for c in diff(old, new) if not ((c.old is MISSING or c.new is MISSING) and {} in (c.old, c.new))]
     refused = [c for c in changes if not any(fnmatch.fnmatchcase(c.key, pattern) for pattern in allow)]
     if refused:
         lines = "\n".join(f"  {change}" for change in refused)

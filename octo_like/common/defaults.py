@@ -140,7 +140,8 @@ def adaptation_config() -> ConfigDict:
     config.mode = "full"  # what is trained: a key of octo_like.policy.surgery.MODES
     config.conditioning = "language"  # what tells the robot what to do: "language", "goal_image" or "both"
     # Parts of the pretrained model by name; see octo_like.policy.surgery.operate.
-    config.surgery = dict(task_tokenizers=dict(), observation_tokenizers=dict(), readouts=dict(), heads=dict())
+    groups = ("task_tokenizers", "observation_tokenizers", "readouts", "heads", "auxiliaries")
+    config.surgery = {group: dict() for group in groups}
     config.surgery.max_window = None  # longest window; None: the pretrained model's
     config.reinitialize = ()  # regexes of parameter paths that are not loaded although they would fit
     config.lora = dict(rank=8, alpha=16.0, targets=LORA_TARGETS)  # mode "lora"

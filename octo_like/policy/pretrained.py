@@ -304,6 +304,7 @@ def merge_params(
     frozen: frozenset[str] = frozenset(),
     copies: Mapping[str, str] | None = None,
     resize: Callable[[str, np.ndarray, np.ndarray], np.ndarray | None] = lambda path, old, new: None,
+    anew: Mapping[str, str] | None = None,
 ) -> tuple[dict, LoadReport]:
     """Puts loaded parameters into a freshly initialised tree.
 
@@ -319,6 +320,7 @@ def merge_params(
       copies: prefix of paths in the target -> prefix in the source that is loaded there instead. Position embeddings of
         copied groups of tokens are moved by a vector of the copy's own, see `_told_apart`.
       resize: (path, loaded array, initial array of another shape) to the array to use, or None; see `surgery.carry`.
+      anew: prefix of paths in the target that stay new although they would fit -> why.
 
     Returns:
       The merged parameters and the report.
@@ -340,6 +342,9 @@ def merge_params(
         moved = bool(prefix) and re.fullmatch(GROUP_POSITIONS, path) is not None
         if any(re.match(pattern, path) for pattern in reinitialize):
             notes[path] = "replaced on request"
+            used.add(origin)
+        elif why := next((why for prefix, why in (anew or {}).items() if path.startswith(prefix)), ""):
+            notes[path] = why
             used.add(origin)
         elif origin not in old:
             notes[path] = f"{origin} is not in the checkpoint" if prefix else "not in the checkpoint"

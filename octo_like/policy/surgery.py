@@ -18,7 +18,7 @@ from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.words import suggest
 from octo_like.policy.pretrained import PretrainedError
 
-GROUPS = ("task_tokenizers", "observation_tokenizers", "readouts", "heads")
+GROUPS = ("task_tokenizers", "observation_tokenizers", "readouts", "heads", "auxiliaries")
 
 # What every mode keeps as it is, as regexes of parameter paths. Only arrays that were loaded are ever frozen.
 MODES: dict[str, tuple[str, ...]] = {
@@ -248,10 +248,12 @@ class Carry:
         parts are new, wherever their weights come from: every mode trains them.
       resize: (path, pretrained array, initial array) to the array that is used, or None where the two have nothing in
         common that would make sense.
+      anew: prefixes of paths whose arrays are not taken over although they fit -> why.
     """
 
     copies: Mapping[str, str]
     resize: Resize
+    anew: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, Any]) -> Carry:
@@ -260,13 +262,15 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
     Beyond arrays of equal path and shape, and position embeddings (see `merge_params`):
     action heads of another horizon or number of dimensions keep what belongs to steps and dimensions that both have;
     first convolutions of cameras that gained or lost a goal image keep the channels that both have;
-    parts that are a copy ("copy_of") start from what they are a copy of.
+    parts that are a copy ("copy_of") start from what they are a copy of;
+    where a part says its words with another vocabulary, its rows for each word start anew.
     """
     copies: dict[str, str] = {}
     for group, prefixes in (
         ("observation_tokenizers", ("octo_transformer/observation_tokenizers_{}/", "octo_transformer/obs_{}_")),
         ("task_tokenizers", ("octo_transformer/task_tokenizers_{}/", "octo_transformer/task_{}_")),
         ("heads", ("heads_{}/",)),
+        ("auxiliaries", ("auxiliaries_{}/",)),
     ):
         for name, entry in (surgery.get(group) or {}).items():
             if isinstance(entry, Mapping) and "copy_of" in entry:
@@ -275,7 +279,7 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
     def source_of(group: str, name: str) -> Mapping[str, Any] | None:
         entry = (surgery.get(group) or {}).get(name)
         source = entry.get("copy_of", name) if isinstance(entry, Mapping) else name
-        return old.get(group, {}).get(source)
+        return (old.get(group) or {}).get(source)
 
     def resize(path: str, was: np.ndarray, now: np.ndarray) -> np.ndarray | None:
         if found := re.match(r"heads_([^/]+)/", path):
@@ -287,7 +291,14 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
             return None if before is None else _resized_stem(was, now, before, after)
         return None
 
-    return Carry(copies, resize)
+    anew = {
+        f"{group}_{name}/decoder/{part}/": "another vocabulary: the same number is another word"
+        for group in ("heads", "auxiliaries")
+        for name, after in (new.get(group) or {}).items()
+        if (before := source_of(group, name)) and _plain(before.get("vocabulary")) != _plain(after.get("vocabulary"))
+        for part in ("embedding", "logits")
+    }
+    return Carry(copies, resize, anew)
 
 
 def common_block(was: np.ndarray, now: np.ndarray) -> np.ndarray:

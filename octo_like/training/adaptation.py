@@ -446,7 +446,12 @@ def _weights(
     if config.text.t5_weights:
         source |= {path: leaf for path, leaf in flatten(params) if path in encoders}
     params, report = merge_params(
-        params, source, reinitialize=tuple(config.reinitialize), copies=rules.copies, resize=rules.resize
+        params,
+        source,
+        reinitialize=tuple(config.reinitialize),
+        copies=rules.copies,
+        resize=rules.resize,
+        anew=rules.anew,
     )
     if vocab_size:
         surgery.check_vocabulary(params, vocab_size)

@@ -298,6 +298,13 @@ class TestDiff:
         assert [c.key for c in accepted] == ["data.host_threads", "eval.every", "eval.videos", "num_steps"]
         assert cfg.check_resume(old, old) == []
 
+    def test_resume_does_not_mind_a_new_group_that_is_empty(self):
+        old, new = dict(surgery=dict(heads=dict(a=1))), dict(surgery=dict(heads=dict(a=1), auxiliaries={}))
+        assert cfg.check_resume(old, new) == cfg.check_resume(new, old) == []
+        new["surgery"]["auxiliaries"] = dict(text=None)
+        with pytest.raises(cfg.ConfigMismatch, match="surgery.auxiliaries.text"):
+            cfg.check_resume(old, new)
+
     def test_resume_refuses_the_rest_with_a_diff(self):
         old, new = dict(num_steps=10, optimizer=dict(lr=1e-3)), dict(num_steps=20, optimizer=dict(lr=1e-4))
         with pytest.raises(cfg.ConfigMismatch, match="optimizer.lr: 0.001 -> 0.0001") as error:

@@ -24,7 +24,7 @@ def merged(old_config, new_config, changes, *, old_spec=tiny.SPEC, new_spec=tiny
     old = tiny.random_values(shapes_of(old_config, old_spec), seed=1)
     new = tiny.random_values(shapes_of(new_config, new_spec), seed=2)
     rules = surgery.carry(old_config, new_config, changes)
-    tree, report = merge_params(new, old, copies=rules.copies, resize=rules.resize, **kwargs)
+    tree, report = merge_params(new, old, copies=rules.copies, resize=rules.resize, anew=rules.anew, **kwargs)
     return dict(flatten(old)), dict(flatten(new)), dict(flatten(tree)), report
 
 
@@ -255,6 +255,33 @@ def test_a_readout_and_a_head_are_added():
         "octo_transformer/readout_other_pos_embedding"
     ]
     assert all(np.array_equal(tree[path], leaf) for path, leaf in old.items())
+
+
+def test_a_part_that_speaks_is_added_given_another_vocabulary_and_removed():
+    from tests.model.test_text_head import SPEC, VOCABULARY, config
+
+    quiet_spec = dataclasses.replace(SPEC, text_target=None)
+    quiet = surgery.operate(config(), {"auxiliaries": {"text": None}, "readouts": {"text": None}})
+    assert not quiet["auxiliaries"] and sorted(quiet["readouts"]) == ["action"]
+    added = {"auxiliaries": {"text": config()["auxiliaries"]["text"]}, "readouts": {"text": 4}}
+    old, _, tree, report = merged(quiet, surgery.operate(quiet, added), added, old_spec=quiet_spec, new_spec=SPEC)
+    assert {path.split("/")[0] for path in report.paths("new")} == {"octo_transformer", "auxiliaries_text"}
+    assert all(np.array_equal(tree[path], leaf) for path, leaf in old.items())
+    removed = {"auxiliaries": {"text": None}, "readouts": {"text": None}}
+    report = merged(config(), quiet, removed, old_spec=SPEC, new_spec=quiet_spec)[3]
+    assert report.count("new") == (0, 0) and any("auxiliaries_text" in path for path in report.lost)
+
+    # As many words, but others: nothing of a word's own is kept, and everything else is.
+    others = {"auxiliaries": {"text": {"vocabulary": VOCABULARY | {"sentencepiece": "another"}}}}
+    old, new, tree, report = merged(config(), surgery.operate(config(), others), others, old_spec=SPEC, new_spec=SPEC)
+    anew = [f"auxiliaries_text/decoder/{part}" for part in ("embedding/embedding", "logits/bias", "logits/kernel")]
+    assert sorted(report.paths("new")) == anew and "another vocabulary" in str(report)
+    assert all(np.array_equal(tree[path], new[path] if path in anew else old[path]) for path in tree)
+    same = {"auxiliaries": {"text": {"weight": 0.5}}}
+    assert merged(config(), surgery.operate(config(), same), same, old_spec=SPEC, new_spec=SPEC)[3].count("new") == (
+        0,
+        0,
+    )
 
 
 def test_report_counts_equal_the_tree():

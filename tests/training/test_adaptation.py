@@ -264,6 +264,24 @@ def test_surgery_from_the_command_line(export, prepared):
     }, "what is new or a copy or has new rows, and nothing else"
 
 
+def test_a_part_that_speaks_from_the_command_line(export, prepared):
+    part = dict(kind="text", readout="readout_text", vocabulary="builtin", max_length=8, width=16, num_heads=2)
+    given = prepared(
+        *SYNTHETIC,
+        f"--config.pretrained={export}",
+        "--config.surgery.readouts.text=2",
+        f"--config.surgery.auxiliaries.text={part}",
+        "--config.num_steps=2",
+        "--config.mode=head_only",
+    )
+    params = dict(flatten(given.init_from))
+    of_part = {path for path in params if path.startswith("auxiliaries_text/")}
+    assert of_part and not of_part & given.frozen
+    assert "octo_transformer/readout_text_pos_embedding" not in given.frozen
+    batch = next(given.inputs.stream)
+    assert batch["text_target"]["input_ids"].shape[-1] == 8 and "auxiliaries_text" in given.documents["weights.txt"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copied_camera_is_trained_in_every_mode(export, prepared, mode):
     """It begins as the other camera's and is this robot's to learn; only a regex of one's own keeps it as it is."""
