@@ -32,6 +32,7 @@ class ChunkSource(Protocol):
     """What an executor needs of a policy: `PolicyClient`, or `octo_like.robot.local.LocalPolicy` in this process."""
 
     window: Mapping[str, Any]
+    subtask: str | None
 
     def reset(self, seed: int = 0) -> None: ...
 
@@ -46,8 +47,10 @@ class ChunkSource(Protocol):
         goal: Mapping[str, np.ndarray] | None = None,
         unnormalize: str | None = None,
         continuing: Mapping[str, Any] | None = None,
+        subtask: str | None = None,
+        plan: bool = False,
     ) -> np.ndarray:
-        """Actions (H, A); runs in another thread than the rest."""
+        """Actions (H, A); runs in another thread than the rest. `self.subtask` then has what was to be done next."""
 
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]: ...
 
@@ -104,6 +107,8 @@ class AsyncExecutor:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="chunks")
         self._running: tuple[Ask, concurrent.futures.Future] | None = None
         self._failed = 0
+        self._said: str | None = None
+        self._says_subtasks = False
         self.filter: ActionFilter | None = None
 
     def start(
@@ -113,10 +118,12 @@ class AsyncExecutor:
         *,
         goal: Mapping[str, np.ndarray] | None = None,
         seed: int = 0,
+        says_subtasks: bool = False,
     ) -> None:
         """Begins an episode, and waits for its first chunk, of `observation`; `step` then begins with that moment.
 
-        A plan that continues chunks asks once more, so that nothing is compiled while the robot moves.
+        A plan that continues chunks asks once more, so that nothing is compiled while the robot moves. With
+        `says_subtasks` the policy says before every chunk what to do next, and acts on it; see `say`.
 
         Raises:
           What the source raises: there is nothing to execute yet.
@@ -125,6 +132,7 @@ class AsyncExecutor:
         self.source.reset(seed)
         self.state.reset()
         self._failed, self._task, self._goal = 0, instruction, goal
+        self._said, self._says_subtasks = None, says_subtasks
         self.source.observe(observation, unnormalize=self.unnormalize)
         self._first_observation = True
         self.state.tick()
@@ -135,6 +143,18 @@ class AsyncExecutor:
             self._predict(window, Ask(0, first, executed, 0, self.plan.method))
         self.state.accept(first)
         self.filter = self.source.filter_of(self.unnormalize)
+
+    def say(self, subtask: str | None) -> None:
+        """What to do next, from the next chunk on, whatever the policy would say itself; None: that is over.
+
+        A chunk that is being executed or computed is not recalled.
+        """
+        self._said = subtask
+
+    @property
+    def subtask(self) -> str | None:
+        """What the newest chunk was told to do, or said itself; None: nothing."""
+        return self.source.subtask
 
     @property
     def takes_observation(self) -> bool:
@@ -191,8 +211,11 @@ class AsyncExecutor:
         if ask.method is not None:
             counts = {"executed": ask.executed, "delay": ask.delay}
             continuing = {"previous": ask.previous, **counts, "method": ask.method}
+        words: dict[str, Any] = {"plan": True} if self._says_subtasks else {}
+        if (said := self._said) is not None:
+            words = {"subtask": said}
         return self.source.predict(
-            window, self._task, goal=self._goal, unnormalize=self.unnormalize, continuing=continuing
+            window, self._task, goal=self._goal, unnormalize=self.unnormalize, continuing=continuing, **words
         )
 
     def _compute(self, window: Mapping[str, Any], ask: Ask) -> concurrent.futures.Future:

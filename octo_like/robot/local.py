@@ -8,8 +8,11 @@ import numpy as np
 from octo_like.common.chunks import Continuation
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
+from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.rollout import sampling_keys
 from octo_like.robot.safety import ActionFilter, action_limits, check_observation, expected_keys
+
+KEPT_TASKS = 64  # sub-tasks of an instruction
 
 
 class LocalPolicy:
@@ -17,6 +20,7 @@ class LocalPolicy:
 
     Attributes:
       window: the last W observations.
+      subtask: what the policy was told to do next in its last actions, or said itself; None: nothing.
 
     Args:
       policy: an `octo_like.policy.policy.Policy`, or what has its methods.
@@ -43,7 +47,8 @@ class LocalPolicy:
         self._sizes = {f"image_{slot}": tuple(size) for slot, size in policy.batch_spec.image_sizes.items()}
         self._history = History(policy.batch_spec.window_size)
         self._filter: ActionFilter | None = None
-        self._tasks: tuple[Any, Any] = (None, None)
+        self._tasks: tuple[Any, dict[str | None, Any]] = (None, {})
+        self._able = able_to(policy)
         self.reset()
 
     def reset(self, seed: int = 0) -> None:
@@ -51,6 +56,7 @@ class LocalPolicy:
         self._history.reset()
         self._seed = seed
         self.window: dict[str, Any] = {}
+        self.subtask: str | None = None
         if self._filter is not None:
             self._filter.reset()
 
@@ -68,20 +74,26 @@ class LocalPolicy:
         goal: Mapping[str, np.ndarray] | None = None,
         unnormalize: str | None = None,
         continuing: Mapping[str, Any] | None = None,
+        subtask: str | None = None,
+        plan: bool = False,
     ) -> np.ndarray:
         """See `PolicyClient.predict`. Raises FloatingPointError for actions that are not finite."""
         self._check(unnormalize)
+        check_words(subtask, plan, self._able)
         options = {}
         if continuing is not None:
             previous = np.asarray(continuing["previous"], np.float32)[None]
             options["continuing"] = Continuation(previous, **{k: v for k, v in continuing.items() if k != "previous"})
         rng = sampling_keys(self._rng_seed, [self._seed], [int(window["timestep"][-1])])
         rows = {key: np.asarray(value)[None] for key, value in window.items()}
-        task = self._task(instruction, goal)
+        if plan:
+            (subtask,) = self.policy.predict_text(rows, self._task(instruction, goal), unnormalize=self.unnormalize)
+        task = self._task(instruction, goal, subtask)
         actions = self.policy.sample_actions(rows, task, rng=rng, unnormalize=self.unnormalize, **options)
         actions = np.asarray(actions, np.float32)[0]
         if not np.isfinite(actions).all():
             raise FloatingPointError("the policy's actions are not finite")
+        self.subtask = subtask
         return actions
 
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:
@@ -108,11 +120,15 @@ class LocalPolicy:
     def _resized(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return resize_images({key: np.asarray(value) for key, value in observation.items()}, self._sizes)
 
-    def _task(self, instruction: str | None, goal: Mapping[str, np.ndarray] | None) -> Any:
+    def _task(self, instruction: str | None, goal: Mapping[str, np.ndarray] | None, subtask: str | None = None) -> Any:
         key = (instruction, None if goal is None else id(goal))
-        if self._tasks[0] != key:
+        if self._tasks[0] != key or len(self._tasks[1]) > KEPT_TASKS:
+            self._tasks = key, {}
+        made = self._tasks[1]
+        if subtask not in made:
             goals = None if goal is None else {k: v[None] for k, v in self._resized(goal).items()}
-            options = {} if goals is None else {"goals": goals}
+            options: dict[str, Any] = {} if goals is None else {"goals": goals}
+            options |= {} if subtask is None else {"subtasks": [subtask]}
             texts = [instruction or ""] if goal is None or instruction is not None else None
-            self._tasks = key, self.policy.create_tasks(texts=texts, **options)
-        return self._tasks[1]
+            made[subtask] = self.policy.create_tasks(texts=texts, **options)
+        return made[subtask]

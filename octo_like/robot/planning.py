@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from octo_like.common.schema import TEXT_KINDS
+
 
 class Plan(NamedTuple):
     """What was said at a step of an episode.
@@ -116,6 +118,30 @@ class RandomPlanner:
             raise ValueError("a random planner needs texts to draw from")
         drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.texts)))(rng)
         return [self.texts[int(i)] for i in np.asarray(drawn)]
+
+
+def able_to(policy: Any) -> dict[str, bool]:
+    """Whether a policy "reads" sub-tasks, and "says" what to do next itself."""
+    parts = getattr(policy, "config", {}).get("model", {}).get("auxiliaries") or {}
+    text = parts.get("text", {})
+    says = text.get("kind") == "text" and "subtask" in text.get("learns", TEXT_KINDS)
+    return {"reads": bool(policy.batch_spec.subtask), "says": says}
+
+
+def check_words(subtask: Any, plan: Any, able: Mapping[str, bool]) -> None:
+    """Checks what a robot is told to do next: a `subtask`, or to `plan` itself, of a policy that is `able_to`.
+
+    Raises:
+      ValueError: the policy cannot, or the two contradict one another.
+    """
+    if not isinstance(subtask, str | None) or not isinstance(plan, bool):
+        raise ValueError("'subtask' must be a text or nothing, and 'plan' true or false")
+    if subtask is not None and plan:
+        raise ValueError("give 'subtask', or let the policy say it ('plan'), not both")
+    if (subtask is not None or plan) and not able["reads"]:
+        raise ValueError("this policy takes no sub-tasks: no task tokenizer of its model has key='subtask'")
+    if plan and not able["says"]:
+        raise ValueError("this policy does not say what to do next: its model.auxiliaries have no 'text'; give one")
 
 
 def accuracy(plans: Sequence[Plan]) -> float:

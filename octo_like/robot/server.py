@@ -24,9 +24,10 @@ import numpy as np
 
 from octo_like.common.chunks import Continuation
 from octo_like.common.dimensions import PARTS, of_statistics
-from octo_like.common.schema import TEXT_KINDS, BatchSpec, flatten, synthetic_batch
+from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
+from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.prediction import dimensions_of
 from octo_like.robot.safety import action_limits, check_allowed, check_observation, expected_keys
 
@@ -140,7 +141,7 @@ class PolicyServer:
             },
             "expects": {name: expected_keys(batch_spec, entry) for name, entry in of_datasets.items()},
             "chunks": {name: _chunks_of(policy, name or None) for name in of_datasets},
-            "subtasks": {"reads": policy.batch_spec.subtask, "says": _says_texts(policy)},
+            "subtasks": able_to(policy),
         }
 
     def warm_up(self) -> float:
@@ -319,17 +320,9 @@ class PolicyServer:
     def _subtask(self, request: Any, observation: Any, instruction: str | None, unnormalize: str | None) -> str | None:
         """What to do next: what the request says, or with "plan" what the policy says."""
         subtask, plan = request.get("subtask"), request.get("plan", False)
-        if not isinstance(subtask, str | None) or not isinstance(plan, bool):
-            raise ValueError("'subtask' must be a text or nothing, and 'plan' true or false")
-        able = self.metadata["subtasks"]
-        if subtask is not None and plan:
-            raise ValueError("give 'subtask', or let the policy say it ('plan'), not both")
-        if (subtask is not None or plan) and not able["reads"]:
-            raise ValueError("this policy takes no sub-tasks: no task tokenizer of its model has key='subtask'")
+        check_words(subtask, plan, self.metadata["subtasks"])
         if not plan:
             return subtask
-        if not able["says"]:
-            raise ValueError("this policy does not say what to do next: its model.auxiliaries have no 'text'; give one")
         return self._tasks.said(observation, self._tasks(instruction, request.get("goal")), unnormalize)
 
     def _check(self, observation: dict[str, Any], allow_missing: Sequence[str], dataset: str) -> None:
@@ -409,13 +402,6 @@ class _TaskCache:
         policy: Any = self._policy
         with self._lock:
             return policy.predict_text(observation, task, unnormalize=unnormalize)[0]
-
-
-def _says_texts(policy: Any) -> bool:
-    """Whether a policy says what to do next."""
-    parts = getattr(policy, "config", {}).get("model", {}).get("auxiliaries") or {}
-    text = parts.get("text", {})
-    return text.get("kind") == "text" and "subtask" in text.get("learns", TEXT_KINDS)
 
 
 def _chunks_of(policy: Any, unnormalize: str | None) -> dict[str, Any]:

@@ -5,7 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from octo_like.policy.policy import Policy
+from octo_like.robot.chunking import Plan as ChunkPlan
 from octo_like.robot.client import PolicyClient, PolicyServerError
+from octo_like.robot.executor import AsyncExecutor
+from octo_like.robot.local import LocalPolicy
 from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, accuracy
 from octo_like.robot.rollout import evaluate
 from octo_like.robot.server import PolicyServer
@@ -118,7 +122,9 @@ def test_mistakes_are_named():
 @pytest.fixture(scope="module")
 def served():
     pytest.importorskip("websockets")
-    policy = text_policy()
+    silent = text_policy()
+    unit = {"mean": [0.0] * 3, "std": [1.0] * 3, "mask": [True] * 3, "min": [-9.0] * 3, "max": [9.0] * 3}
+    policy = Policy(silent.config, silent.params, {"arm": {"action": unit, "proprio": unit}}, silent.text_tokenizer)
     with PolicyServer(policy, host="127.0.0.1", port=0).running(warm=True) as server:
         yield policy, server
 
@@ -162,3 +168,36 @@ def test_a_policy_without_sub_tasks_says_so():
                 client.act(image, "go", subtask="reach")
             with pytest.raises(ValueError, match="cannot plan"):
                 client.act(image, "go", plan=True)
+
+
+def test_a_policy_in_this_process_says_the_same_and_an_executor_passes_it_on(served):
+    """Client, local policy and executor: equal sub-tasks and actions; a person's words from the next chunk on."""
+    policy, server = served
+    local = LocalPolicy(policy, "arm")
+    with PolicyClient("127.0.0.1", server.port, limits=False) as client:
+        for words in (dict(), dict(plan=True), dict(subtask="reach for the cup")):
+            client.reset()
+            local.reset()
+            wanted = client.act(moment(), "put it away", unnormalize="arm", **words)
+            local.observe(moment())
+            np.testing.assert_allclose(local.predict(local.window, "put it away", **words), wanted, atol=1e-5)
+            assert local.subtask == client.subtask and (client.subtask is None) == (not words)
+        own = local.policy.predict_text(
+            {key: np.asarray(value)[None] for key, value in local.window.items()},
+            policy.create_tasks(texts=["put it away"]),
+            unnormalize="arm",
+        )
+    with AsyncExecutor(local, ChunkPlan("wait"), delay=0) as executor:
+        executor.start(moment(), "put it away", says_subtasks=True)
+        assert executor.subtask == own[0]
+        executor.say("reach for the cup")
+        assert executor.subtask == own[0], "the chunk that is there is executed"
+        for _ in range(6):
+            executor.step(moment())
+        assert executor.subtask == "reach for the cup"
+        executor.say(None)
+        for _ in range(6):
+            executor.step(moment())
+        assert executor.subtask != "reach for the cup"
+    with pytest.raises(ValueError, match="takes no sub-tasks"):
+        LocalPolicy(tiny_policy("arm", 3, None), "arm").predict({"timestep": [0]}, "go", plan=True)
