@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from octo_like.common.schema import flatten
 from octo_like.model.attention import attend
+from octo_like.model.decoder import TokenDecoder
 from octo_like.model.diffusion import ScoreNetwork
+from octo_like.model.discrete import ActionBins
 from octo_like.model.heads import head_batch
 from octo_like.model.octo import build_model
 from octo_like.model.stems import convolve
@@ -154,3 +157,21 @@ def test_chosen_entries_are_counted_from_zero():
 def test_a_model_is_the_same_from_a_dict_a_config_and_json():
     config = light.config(heads=dict(action=tiny.diffusion()))
     assert build_model(config) == build_model(ConfigDict(config)) == build_model(json.loads(json.dumps(config)))
+
+
+def test_bins_of_the_releases_by_hand():
+    """Uniform: the last bin holds what is above, also of the range; normal: what is above the last edge falls to bin 0."""
+    bins = ActionBins.make(4, "uniform", -1.0, 1.0, 5.0, 2, compat=True)
+    x = np.array([[-3.0, -0.9], [-0.1, 0.1], [0.49, 0.51], [0.99, 7.0]], np.float32)
+    np.testing.assert_array_equal(bins.index(x), [[0, 0], [1, 2], [2, 3], [3, 3]])
+    normal = ActionBins.make(4, "normal", None, None, 5.0, 2, compat=True)
+    quartile = 0.6744898
+    x = np.array([[-9.0, -quartile - 0.01], [-0.1, quartile - 0.01], [quartile + 0.01, 2.0], [3.0, 9.0]], np.float32)
+    np.testing.assert_array_equal(normal.index(x), [[0, 0], [1, 2], [3, 3], [3, 0]])
+
+
+def test_a_decoder_s_layers_are_four_times_as_wide_inside():
+    decoder, group = TokenDecoder(5, 3, width=8, num_heads=2), TokenGroup(normal(1, 2, 8), np.ones((1, 2), bool))
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), np.zeros((1, 3), int), group)["params"])
+    widths = {leaf.shape[-1] for path, leaf in flatten(shapes) if "mlp" in path and path.endswith("kernel")}
+    assert widths == {32, 8}
