@@ -160,7 +160,7 @@ def test_a_model_is_the_same_from_a_dict_a_config_and_json():
 
 
 def test_bins_of_the_releases_by_hand():
-    """Uniform: the last bin holds what is above, also of the range; normal: what is above the last edge falls to bin 0."""
+    """Uniform: the last bin also holds what is above the range; normal: what is above the last edge is in bin 0."""
     bins = ActionBins.make(4, "uniform", -1.0, 1.0, 5.0, 2, compat=True)
     x = np.array([[-3.0, -0.9], [-0.1, 0.1], [0.49, 0.51], [0.99, 7.0]], np.float32)
     np.testing.assert_array_equal(bins.index(x), [[0, 0], [1, 2], [2, 3], [3, 3]])

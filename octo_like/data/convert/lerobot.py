@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from octo_like.data.convert import video
-from octo_like.data.convert.recording import Frame, Recording, as_rows, check_lengths, reader
+from octo_like.data.convert.recording import STEP_KEYS, Frame, Recording, as_rows, check_lengths, reader
 from octo_like.data.spec import DataError, suggest
 
 # Columns that say where a row belongs.
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 REWARD = "next.reward"
+# The column in which annotations hold until others replace them, and the style of those that say what is being done.
+ROUNDING = 1e-3  # seconds by which an annotation may begin after its frame: both are rounded
+PERSISTENT, SUBTASK = "language_persistent", "subtask"
 
 
 def _parquet() -> Any:
@@ -28,7 +31,8 @@ class LeRobot:
     """Episodes of a LeRobot dataset on disk; see `octo_like.data.convert.recording.Source`.
 
     `observation.state` becomes the vector `state`, `observation.images.front` the camera `front`; a frame is the one
-    whose presentation time is the row's timestamp, after the offset of the episode in its file.
+    whose presentation time is the row's timestamp, after the offset of the episode in its file. Columns of texts stay
+    texts of each step; of `language_persistent` (format v3.1) the annotations of style "subtask" become `subtask`.
 
     Args:
       root: the folder that holds meta/, data/ and videos/.
@@ -51,7 +55,7 @@ class LeRobot:
         self._v3 = version.startswith("v3.")
         self.description = f"LeRobot {version}, robot {self._info.get('robot_type') or 'unknown'}"
         self.control_hz = float(self._info["fps"])
-        self._cameras, self._vectors, self.left_out = self._features()
+        self._cameras, self._vectors, self._texts, self.left_out = self._features()
         if action_key not in self._vectors:
             numeric = [key for key in self._vectors if not key.startswith("observation")] or list(self._vectors)
             raise DataError(f"{path}: no actions {action_key!r}; {suggest(action_key, numeric)}")
@@ -70,9 +74,9 @@ class LeRobot:
     def __len__(self) -> int:
         return len(self._episodes)
 
-    def _features(self) -> tuple[dict[str, str], list[str], list[str]]:
-        """({column: "video" or "image"}, columns of numbers, what is left out)."""
-        cameras, vectors, left_out = {}, [], []
+    def _features(self) -> tuple[dict[str, str], list[str], list[str], list[str]]:
+        """({column: "video" or "image"}, columns of numbers, columns of texts, what is left out)."""
+        cameras, vectors, texts, left_out = {}, [], [], []
         for key, feature in self._info["features"].items():
             dtype, shape = feature["dtype"], tuple(feature["shape"])
             if key in INDEX_COLUMNS or key == REWARD:
@@ -83,6 +87,8 @@ class LeRobot:
                     left_out.append(f"{key}: a depth map")
                 else:
                     cameras[key] = dtype
+            elif key == PERSISTENT or (dtype == "string" and _short(key) not in STEP_KEYS):
+                texts.append(key)
             elif dtype in ("string", "language"):
                 left_out.append(f"{key}: text; instructions come from the tasks")
             elif key.startswith("next."):
@@ -91,7 +97,9 @@ class LeRobot:
                 left_out.append(f"{key}: numbers of shape {shape}")
             else:
                 vectors.append(key)
-        return cameras, vectors, left_out
+        if PERSISTENT in texts and SUBTASK in map(_short, texts):
+            raise DataError(f"{self._root}: sub-tasks twice, in {PERSISTENT!r} and in a column of their own")
+        return cameras, vectors, texts, left_out
 
     def _read_tasks(self) -> dict[int, str]:
         if not self._v3:
@@ -151,9 +159,10 @@ class LeRobot:
     def _rows(self, row: dict[str, Any], path: pathlib.Path) -> Any:
         """The numbers of one episode; those of the last file are kept."""
         if self._cached is None or self._cached[0] != path:
-            wanted = [*self._vectors, *INDEX_COLUMNS, REWARD]
+            needed = [*self._vectors, *INDEX_COLUMNS, *self._texts]
+            wanted = [*needed, REWARD]
             columns = set(self._columns(path))
-            missing = [key for key in (*self._vectors, *INDEX_COLUMNS) if key not in columns]
+            missing = [key for key in needed if key not in columns]
             if missing:
                 raise DataError(f"{path}: no column {missing[0]!r}, which meta/info.json describes")
             self._cached = (path, self._table(path, columns=[key for key in wanted if key in columns]))
@@ -195,7 +204,20 @@ class LeRobot:
             rewards=as_rows(_matrix(table[REWARD], where, REWARD), where, REWARD)[:, 0]
             if REWARD in table.column_names
             else None,
+            texts=dict(self._text(table[key].to_pylist(), key, times, where) for key in self._texts),
         )
+
+    def _text(self, cells: list[Any], key: str, times: np.ndarray, where: str) -> tuple[str, tuple[str, ...]]:
+        """(name, T texts) of a column."""
+        if key == PERSISTENT:
+            return SUBTASK, tuple(
+                _active(cell, time, f"{where}, {key} at step {step}")
+                for step, (cell, time) in enumerate(zip(cells, times, strict=True))
+            )
+        texts = [cell[0] if isinstance(cell, list) and len(cell) == 1 else cell for cell in cells]
+        if (odd := next((i for i, text in enumerate(texts) if not isinstance(text, str | None)), None)) is not None:
+            raise DataError(f"{where}: {key!r} has no text at step {odd}, but {type(texts[odd]).__name__}")
+        return _short(key), tuple(text or "" for text in texts)
 
     def _frames(self, row, key, kind, times, path, where):
         if kind == "image":
@@ -250,6 +272,16 @@ def _short(key: str) -> str:
     for prefix in ("observation.images.", "observation."):
         key = key.removeprefix(prefix)
     return key.replace(".", "_")
+
+
+def _active(cell: Any, time: float, where: str) -> str:
+    """The newest sub-task among annotations ({"style", "content", "timestamp", ...}) that have begun; "" for none."""
+    rows = cell or []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "style" in row for row in rows):
+        raise DataError(f"{where}: expected a list of annotations with style, content and timestamp, got {cell!r:.80}")
+    begun = [row for row in rows if row["style"] == SUBTASK and (row.get("timestamp") or 0.0) <= time + ROUNDING]
+    newest = max(begun, key=lambda row: row.get("timestamp") or 0.0, default=None)
+    return "" if newest is None else str(newest.get("content") or "")
 
 
 def _names(feature: dict[str, Any]) -> tuple[str, ...]:

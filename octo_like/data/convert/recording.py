@@ -10,6 +10,10 @@ import numpy as np
 
 from octo_like.data.spec import DataError
 
+# What every step of a written dataset has, whatever the recordings call theirs.
+STEP_KEYS = ("observation", "action", "language_instruction", "timestamp", "is_first", "is_last", "is_terminal")
+STEP_KEYS += ("reward", "discount", "task")
+
 # A frame is an (h, w, 3) uint8 array in RGB, or the bytes of a JPEG or PNG.
 Frame = np.ndarray | bytes
 
@@ -26,6 +30,7 @@ class Recording:
       instructions: T texts; "" where nothing was said.
       timestamps: (T,) float64 seconds since the first step, or None when the source has none.
       rewards: (T,) float32, or None.
+      texts: key -> T texts beside the instruction, such as what is being done ("subtask"); "" where nothing is said.
     """
 
     where: str
@@ -35,6 +40,7 @@ class Recording:
     instructions: tuple[str, ...]
     timestamps: np.ndarray | None = None
     rewards: np.ndarray | None = None
+    texts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 class Source(Protocol):

@@ -253,6 +253,7 @@ class _Writer:
                     "observation": observation,
                     "action": recording.action[t],
                     "language_instruction": recording.instructions[t],
+                    **{key: texts[t] for key, texts in recording.texts.items()},
                     **({} if times is None else {"timestamp": float(times[t])}),
                     "is_first": t == 0,
                     "is_last": t == steps - 1,
@@ -278,6 +279,10 @@ class _Writer:
                 raise DataError(f"{where}: no camera {missing[0]!r}, which {pattern} has. {mask}")
         if extra := sorted(recording.cameras.keys() - set(self._cameras)):
             raise DataError(f"{where}: a camera {extra[0]!r}, which {pattern} has not. For episodes without it, {mask}")
+        if odd := sorted(set(recording.texts) ^ set(first.texts)):
+            raise DataError(
+                f"{where}: texts {odd[0]!r} are in some episodes and not in {pattern}, or the other way round"
+            )
         if (recording.timestamps is None) != (first.timestamps is None):
             raise DataError(f"{where}: timestamps are in some episodes and not in {pattern}, or the other way round")
         mine, its = ({key: rows.shape[1] for key, rows in one.vectors.items()} for one in (recording, first))
@@ -304,6 +309,7 @@ class _Writer:
             "observation": observation,
             "action": numbers("action", first.action),
             "language_instruction": features.Text(),
+            **{key: features.Text() for key in first.texts},
         }
         if first.timestamps is not None or self._hz:
             step["timestamp"] = features.Scalar(dtype=np.float64, doc="Seconds since the first step.")
@@ -327,6 +333,7 @@ class _Writer:
 
 def _check(recording: Recording) -> None:
     lengths: Mapping[str, int] = {key: len(rows) for key, rows in recording.vectors.items()}
+    lengths |= {key: len(texts) for key, texts in recording.texts.items()}
     check_lengths(recording.where, len(recording.action), lengths)
     reserved = recording.cameras.keys() & recording.vectors.keys()
     if reserved:
