@@ -131,6 +131,7 @@ class _Opened:
         whole = self._index(split, progress, options)
         val_whole = whole if self.val_split is None else self._index(self.val_split, progress, options)
         index, instructions, damaged = whole.index, collections.Counter(whole.instructions), whole.damaged
+        targets = tuple(dict.fromkeys(whole.targets + val_whole.targets))
         if val_whole is not whole:
             instructions.update(val_whole.instructions)
             damaged += val_whole.damaged
@@ -150,7 +151,9 @@ class _Opened:
                 "training episodes: " + ", ".join(f"{name}={value}" for name, value in used.items())
             )
         where = (split.directory, split.version)
-        return PreparedDataset(key, spec, self.function, train, val, statistics, dict(instructions), *where, damaged)
+        return PreparedDataset(
+            key, spec, self.function, train, val, statistics, dict(instructions), *where, damaged, targets
+        )
 
     def _index(self, split: RldsSplit, progress: bool, options: IndexOptions) -> SplitIndex:
         return load_index(

@@ -64,6 +64,7 @@ class PreparedDataset:
         that look at values, as in Octo (which need the statistics themselves).
       instructions: every instruction of the split(s) and the number of episodes that have it.
       damaged: one message per record that could not be read or used when the dataset was indexed.
+      targets: every text that is to be learned, where that is known before reading.
     """
 
     key: str
@@ -76,6 +77,7 @@ class PreparedDataset:
     directory: str
     version: str
     damaged: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
     @property
     def seekable(self) -> bool:

@@ -195,12 +195,19 @@ def test_bad_specs(folder, fields, message):
         stream_of(folder, SPEC, dict(one=fields))
 
 
+def made_up(trajectory):
+    """A `standardize` function: texts that no file holds."""
+    return {**trajectory, "made_up": trajectory["subtask"]}
+
+
 def test_texts_that_are_too_long_are_named(folder):
-    short = TextTokenizer.load("builtin", 4)
-    spec = dataclasses.replace(SPEC, text_target=4)
-    with make_train_stream(
-        dict(moves=moves()), spec, TOKENIZER, targets=Targets(short), data_dir=folder, seed=0, batch_size=8
-    ) as stream:
+    """Before anything is read, where files hold them; else with the first one."""
+    spec, options = dataclasses.replace(SPEC, text_target=4), dict(data_dir=folder, seed=0, batch_size=8)
+    options["targets"] = Targets(TextTokenizer.load("builtin", 4))
+    with pytest.raises(DataError, match=r"moves: 1 of 2 texts to learn are longer than .* 4 ids; .* 5 with its end"):
+        make_train_stream(dict(moves=moves()), spec, TOKENIZER, **options)
+    fields = moves() | dict(standardize="tests.data.test_said:made_up", text_keys=dict(subtask="made_up"))
+    with make_train_stream(dict(moves=fields), spec, TOKENIZER, **options) as stream:
         with pytest.raises(DataError, match="episode .* ids with its end, the model's texts at most 4: '(reach|push)"):
             next(stream)
 

@@ -46,6 +46,8 @@ class Reader:
     ):
         check_spec(list(datasets.values()), spec)
         texts.check(spec, (text for one in datasets.values() for text in one.instructions))
+        for prepared in datasets.values():
+            texts.check_targets(prepared.key, prepared.targets)
         cameras, host = (spec.image_sizes, spec.depth_sizes), settings.host
         self.texts = texts
         self.sets = [

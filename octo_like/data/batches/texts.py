@@ -153,6 +153,25 @@ class Texts:
                     self._check_target(text)
             return self._target_table.rows(texts)
 
+    def check_targets(self, dataset: str, texts: Sequence[str]) -> None:
+        """Checks the texts that a dataset is to teach, before anything is read.
+
+        Raises:
+          DataError: some are longer than the batches' `text_target`; says how many, and the longest.
+        """
+        tokenizer = self.targets.text
+        if tokenizer is None or not texts:
+            return
+        lengths = {text: tokenizer.num_tokens(text) for text in texts}
+        longest = max(lengths, key=lambda text: lengths[text])
+        if lengths[longest] > tokenizer.max_length:
+            long = sum(length > tokenizer.max_length for length in lengths.values())
+            raise DataError(
+                f"{dataset}: {long} of {len(texts)} texts to learn are longer than the model's texts, which have "
+                f"{tokenizer.max_length} ids; the longest has {lengths[longest]} with its end: {longest[:80]!r}. Set "
+                f"max_length of model.auxiliaries' text to at least {lengths[longest]}, or shorten the texts"
+            )
+
     def _check_target(self, text: str) -> None:
         tokenizer = self.targets.text
         assert tokenizer is not None

@@ -314,6 +314,8 @@ def _split_index(
     if key is not None:
         number = text["texts"].index(key)
         arrays["has_language"], counts = has_text[:, number], json.loads(str(instructions[number]))
+    learned = None if function.spec.text_target is None else function.spec.text_target[1]
+    targets = json.loads(str(instructions[text["texts"].index(learned)])) if learned in text["texts"] else ()
     arrays["first"] = np.cumsum(arrays["steps"], dtype=np.int64) - arrays["steps"]
     index = Index(
         files=split.files,
@@ -327,7 +329,7 @@ def _split_index(
     _check_pictures(index, function.spec)
     if len(bits):
         index = with_usable(index, np.unpackbits(bits)[: int(arrays["steps"].sum())].astype(bool), {})
-    return SplitIndex(index, folder, counts, damaged)
+    return SplitIndex(index, folder, counts, damaged, tuple(targets))
 
 
 def _check_pictures(index: Index, spec: DatasetSpec) -> None:

@@ -96,12 +96,14 @@ class SplitIndex:
       folder: of the cache.
       instructions: every instruction and the number of episodes that have it.
       damaged: one message per record that cannot be read or used; these are not in `index`.
+      targets: every text that is to be learned, where it is a feature of the files.
     """
 
     index: Index
     folder: str
     instructions: dict[str, int]
     damaged: tuple[str, ...]
+    targets: tuple[str, ...] = ()
 
     @property
     def rows_path(self) -> str:
