@@ -24,7 +24,10 @@ def dataset(name: str) -> dict:
     robot = name.removeprefix("tabletop_").removeprefix("long_")
     fields = tabletop.dataset(f"tabletop_{robot}", wrist=robot == "arm")
     if "long" in name:
-        fields |= dict(text_keys=dict(subtask="subtask"), env=f"octo_like.envs:octo_like/TabletopLong-{robot}-v0")
+        # The places that long tasks record are those of the present sub-task, and would give it away to a policy that
+        # is to find it out, or to do without.
+        fields |= dict(point_keys={}, text_keys=dict(subtask="subtask"))
+        fields |= dict(env=f"octo_like.envs:octo_like/TabletopLong-{robot}-v0")
     return fields
 
 

@@ -6,7 +6,8 @@
     python scripts/benchmark_language.py --quick               # minutes: shows that everything works, learns nothing
 
 word      One block colour is never named in the robots' demonstrations, though such blocks stand there; pictures with
-          questions and answers name it. Does the arm obey the word, with the pictures and without them?
+          questions and answers name it. Does the arm obey the word, with the pictures, with pictures that do not name
+          it either, and without any?
 subtasks  Long tasks. A policy that reads sub-tasks is run without them, with its own, with the right ones and with
           random ones, and contradicted by a person; beside it one that knows none.
 heads     The demo's policy with six kinds of action head, on the same demonstrations.
@@ -69,7 +70,7 @@ class Benchmark:
         folder = self.folder(training)
         if (folder / "export" / "config.json").exists():
             return folder / "export"
-        data = self.data(training.study)
+        data = self.data(training.study, training.variant)
         command = [
             *("train.py", "--config", STUDIES[training.study][training.variant][0], "--workdir", str(folder)),
             f"--config.data.data_dir={data}",
@@ -83,17 +84,19 @@ class Benchmark:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the export is what is judged
         return folder / "export"
 
-    def data(self, study: str) -> Path:
-        """The datasets of a study, made unless they are there."""
+    def data(self, study: str, variant: str) -> Path:
+        """The datasets of a variant, made unless they are there."""
         settings = self.settings
-        folder = self.workdir / "data" / f"{study}-{settings.demos}-{settings.long}-{settings.rows}"
+        unnamed = ["--unnamed", TAUGHT] if variant == "pictures_unnamed" else []
+        name = variant if unnamed else study
+        folder = self.workdir / "data" / f"{name}-{settings.demos}-{settings.long}-{settings.rows}"
         share = ["--data_dir", str(folder), "--workers", str(self.processes)]
         robots = [f"tabletop_gripper={settings.demos}", f"tabletop_arm={settings.demos}"]
         long = [f"tabletop_long_gripper={settings.long}", f"tabletop_long_arm={settings.long}"]
         commands = {
             "word": [
                 [SHORT, *share, "--episodes", *robots, "--unnamed", TAUGHT],
-                ["data/tabletop_words/build.py", *share, "--rows", str(settings.rows)],
+                ["data/tabletop_words/build.py", *share, "--rows", str(settings.rows), *unnamed],
             ],
             "subtasks": [[SHORT, *share, "--episodes", *robots], [LONG, *share, "--episodes", *long]],
             "heads": [[SHORT, *share, "--episodes", f"tabletop_pusher={settings.demos}", *robots]],

@@ -13,7 +13,7 @@ from octo_like.envs.language import BLOCK_COLORS
 from octo_like.envs.long_language import LONG_TASKS
 
 TAUGHT = "purple"  # blocks of it stand in the robots' demonstrations, but only pictures name it
-NEW = "orange"  # no block of the robots' demonstrations has it
+NEW = "pink"  # nothing in the robots' demonstrations has it
 NAMED = tuple(color for color in BLOCK_COLORS if color != TAUGHT)
 ROBOTS = {"word": ("gripper", "arm"), "subtasks": ("gripper", "arm"), "heads": ("pusher", "gripper", "arm")}
 HEADS = ("diffusion", "flow", "l1", "discrete", "bins", "fast")
@@ -95,8 +95,8 @@ WORD = (
     Test("named", "short", targets=NAMED),
     Test("taught", "short", targets=(TAUGHT,)),
     Test("new", "short", options={"palette": NEW_PALETTE}, targets=(NEW,)),
-    Test("seen_pairs", "short", options={"pair": "seen"}, tasks=("pick_and_place",)),
-    Test("new_pairs", "short", options={"pair": "held_out"}, tasks=("pick_and_place",)),
+    Test("seen_pairs", "short", options={"pair": "seen", "palette": NAMED}, tasks=("pick_and_place",)),
+    Test("new_pairs", "short", options={"pair": "held_out", "palette": NAMED}, tasks=("pick_and_place",)),
 )
 ANSWERS = Test("answers", "answers")
 FLAT = Test("no plan", "long", tasks=LONG_TASKS)
@@ -115,6 +115,7 @@ DEMO = (
 STUDIES: dict[str, dict[str, tuple[str, tuple[Test, ...]]]] = {
     "word": {
         "pictures": ("configs/tabletop_words.py:no_long", (*WORD, ANSWERS)),
+        "pictures_unnamed": ("configs/tabletop_words.py:no_long", (*WORD, ANSWERS)),
         "robots": ("configs/tabletop_words.py:no_long,no_pictures", WORD),
     },
     "subtasks": {

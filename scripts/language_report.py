@@ -1,5 +1,6 @@
 """Tables and figure of scripts/benchmark_language.py, from what it collected; see `collect` there for the format."""
 
+import re
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import adaptation_report
+import numpy as np
 
 from octo_like.robot.intervals import difference_interval, success_interval, success_rate
 
@@ -18,6 +20,7 @@ TITLES = {
 }
 VARIANTS = {
     "pictures": "robots and pictures with words",
+    "pictures_unnamed": "the same without the word",
     "robots": "robots alone",
     "subtasks": "reads sub-tasks",
     "flat": "knows no sub-tasks",
@@ -25,7 +28,7 @@ VARIANTS = {
 TESTS = {
     "named": "a colour that demonstrations name",
     "taught": "the colour that only pictures name",
-    "new": "a colour that only pictures have at all",
+    "new": "a colour that nothing in demonstrations has",
     "seen_pairs": "block and plate named together",
     "new_pairs": "block and plate never named together",
     "no plan": "nobody says what is next",
@@ -39,7 +42,11 @@ TESTS = {
 }
 # What a study compares: (variant, test) minus (variant, test), on the same scenes.
 COMPARED = {
-    "word": [(("pictures", name), ("robots", name)) for name in ("named", "taught", "new", "new_pairs")],
+    "word": [
+        (("pictures", name), (other, name))
+        for other in ("pictures_unnamed", "robots")
+        for name in ("named", "taught", "new", "new_pairs")
+    ],
     "subtasks": [
         *((("subtasks", name), ("flat", "no plan")) for name in ("no plan", "predicted", "oracle", "random")),
         (("subtasks", "corrected"), ("subtasks", "not corrected")),
@@ -79,8 +86,7 @@ def _of_study(study: str, variants: Mapping[str, Mapping[str, Sequence]]) -> str
 def _rates(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Cells of a row: rates of trainings, their mean with an interval, tasks, agreement of plans and progress."""
     episodes = [episode for result in results for episode in result["episodes"]]
-    successes = [episode["success"] for episode in episodes]
-    low, high = success_interval(successes, LEVEL)
+    rate, low, high, scenes = _mean(results)
     tasks = ", ".join(
         f"{task} {success_rate([e['success'] for e in episodes if e['task'] == task]):.0%}"
         for task in dict.fromkeys(e["task"] for e in episodes)
@@ -91,12 +97,24 @@ def _rates(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if "progress" in episodes[0]:
         besides.append(f"done {statistics.mean(episode['progress'] for episode in episodes):.0%}")
     each = ", ".join(f"{success_rate([e['success'] for e in result['episodes']]):.0%}" for result in results)
+    mean = f"{rate:.0%} [{low:.0%}, {high:.0%}] of {scenes}"
     return [
         each,
-        f"{success_rate(successes):.0%} [{low:.0%}, {high:.0%}] of {len(successes)}",
+        mean,
         tasks,
         ", ".join(besides),
     ]
+
+
+def _mean(results: Sequence[Mapping[str, Any]]) -> tuple[float, float, float, int]:
+    """(mean success, its interval over scenes, number of scenes); trainings of a scene are averaged first: they are not
+    scenes more."""
+    by_scene = np.array([[episode["success"] for episode in result["episodes"]] for result in results], float).mean(0)
+    if len(results) == 1:
+        return float(by_scene.mean()), *success_interval(by_scene > 0, LEVEL), len(by_scene)
+    drawn = np.random.default_rng(0).integers(0, len(by_scene), (4000, len(by_scene)))
+    low, high = np.quantile(by_scene[drawn].mean(1), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return float(by_scene.mean()), float(low), float(high), len(by_scene)
 
 
 def _compared(study: str, variants: Mapping[str, Mapping[str, Sequence]]) -> str:
@@ -129,22 +147,41 @@ def _compared(study: str, variants: Mapping[str, Mapping[str, Sequence]]) -> str
 
 
 def _answers(variants: Mapping[str, Mapping[str, Sequence]]) -> str:
-    """Questions about pictures that were answered exactly, by kind, with the taught word and without."""
-    said = [
-        answer
-        for tests in variants.values()
-        for result in tests.get("answers", ())
-        if result is not None
-        for answer in result["answers"]
-    ]
-    rows = []
-    for kind in dict.fromkeys(answer["kind"] for answer in said):
-        row = [kind]
-        for taught in (False, True):
-            right = [a["said"] == a["answer"] for a in said if a["kind"] == kind and a["taught"] == taught]
-            row.append(f"{success_rate(right):.0%} of {len(right)}" if right else "")
+    """Questions about pictures, by kind: what the commonest answer would get, and every variant, with the taught word
+    and without. Places are right within `NEAR` bins of each axis; other answers when they are the same text."""
+    by_variant = {
+        variant: [answer for result in tests["answers"] if result is not None for answer in result["answers"]]
+        for variant, tests in variants.items()
+        if any(tests.get("answers", ()))
+    }
+    if not by_variant:
+        return ""
+    rows, first = [], next(iter(by_variant.values()))
+    for kind in dict.fromkeys(answer["kind"] for answer in first):
+        wanted = [answer["answer"] for answer in first if answer["kind"] == kind]
+        row = [kind, f"{max(wanted.count(one) for one in set(wanted)) / len(wanted):.0%}"]
+        for answers in by_variant.values():
+            for taught in (False, True):
+                right = [
+                    is_right(a["said"], a["answer"]) for a in answers if (a["kind"], a["taught"]) == (kind, taught)
+                ]
+                row.append(f"{success_rate(right):.0%} of {len(right)}" if right else "")
         rows.append(row)
-    return _markdown(["questions", "answered as it is, other words", "with the taught word"], rows) if rows else ""
+    head = [
+        f"{VARIANTS.get(name, name)}, {words}" for name in by_variant for words in ("other words", "the taught word")
+    ]
+    return _markdown(["questions", "the commonest answer", *head], rows)
+
+
+NEAR = 2  # bins of 64
+
+
+def is_right(said: str, wanted: str) -> bool:
+    """Whether an answer is the wanted one; of places, whether every number of it is within `NEAR` bins."""
+    places, found = (re.findall(r"<loc(\d+)>", text) for text in (wanted, said))
+    if not places:
+        return said == wanted
+    return len(places) == len(found) and all(abs(int(a) - int(b)) <= NEAR for a, b in zip(places, found, strict=True))
 
 
 COLORS = ("#1f6feb", "#bf8700", "#57606a", "#8250df", "#1a7f37", "#cf222e")

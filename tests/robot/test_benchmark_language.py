@@ -22,9 +22,9 @@ def test_a_cell_is_keyed_by_all_that_was_asked_for(scripts):
     cells = scripts("language_cells")
     settings = cells.Settings()
     all_of_them = cells.trainings(settings, tuple(cells.STUDIES))
-    assert len(all_of_them) == 3 * (2 + 2 + 6) and [t.seed for t in all_of_them] == sorted(t.seed for t in all_of_them)
+    assert len(all_of_them) == 3 * (3 + 2 + 6) and [t.seed for t in all_of_them] == sorted(t.seed for t in all_of_them)
     keys = {cells.key(training, settings, test) for training in all_of_them for test in cells.tests_of(training)}
-    assert len(keys) == 3 * (6 + 5 + 6 + 1 + 6 * 3)
+    assert len(keys) == 3 * (6 + 6 + 5 + 6 + 1 + 6 * 3)
     word = all_of_them[0]
     fewer = dataclasses.replace(settings, rows=100)
     assert cells.key(word, fewer) != cells.key(word, settings)
@@ -67,6 +67,23 @@ def test_a_person_asks_for_another_block_and_it_counts_when_it_is_in_the_hand(sc
             assert reward == 1 and terminated and info["success"]
 
 
+def test_an_episode_that_ends_by_itself_is_a_failure(scripts):
+    """An expert that does not listen finishes its own task, or breaks its order, before the time to obey is over."""
+    episodes = scripts("language_episodes")
+    ended = 0
+    for seed in range(3):
+        env = episodes.Corrected(LongTabletopEnv("gripper"))
+        _, info = env.reset(seed=EVALUATION_SEEDS + seed, options={"task": "clear"})
+        expert = env.unwrapped.expert(np.random.default_rng(seed))
+        over, steps = False, 0
+        while not over:
+            *_, terminated, truncated, info = env.step(expert.act())
+            over, steps = terminated or truncated, steps + 1
+        assert info["success"] == terminated
+        ended += steps < episodes.CORRECTED_AT + episodes.TIME_TO_OBEY and not info["success"]
+    assert ended
+
+
 def made_up(rates, progress=False):
     """A result for each rate, of 20 episodes on the same scenes."""
     return [
@@ -106,7 +123,9 @@ def test_tables_and_figure(scripts, tmp_path):
     difference = next(line for line in lines if line.startswith("| robots and pictures with words, the colour that"))
     assert "| +60 [" in difference and ";" not in difference, "the second has no partner"
     assert any("+0 [+0, +0]; +0 [+0, +0] | +0 [" in line for line in lines)
-    assert "| colour | 50% of 2 | 100% of 1 |" in lines
+    assert "| colour | 100% | 50% of 2 | 100% of 1 |" in lines
+    assert report.is_right("<loc03><loc60>", "<loc05><loc61>") and not report.is_right("<loc03>", "<loc03><loc04>")
+    assert not report.is_right("<loc03><loc60>", "<loc06><loc60>") and not report.is_right("red", "blue")
     assert any("right words 75%, done 50%" in line for line in lines)
     assert "| bins | 12.3 ms | 28.0 |" in lines
     report.draw({"studies": found}, tmp_path / "language.png")
@@ -125,9 +144,11 @@ def test_commands_name_data_steps_and_seed(scripts, monkeypatch, tmp_path):
     bench = benchmark.Benchmark(tmp_path, cells.QUICK)
     for training in cells.trainings(cells.QUICK, ("word", "heads")):
         assert not (bench.train(training) / "config.json").exists()
-    assert sum("--unnamed purple" in command for command in commands) == 2, "robots' data, for each variant"
+    assert sum("--unnamed purple" in command for command in commands) == 4, (
+        "robots' data of every variant, and one variant's pictures"
+    )
     trained = [command for command in commands if command.startswith("train.py")]
-    assert len(trained) == 8 and all("--config.num_steps=3 --config.seed=0" in command for command in trained)
+    assert len(trained) == 9 and all("--config.num_steps=3 --config.seed=0" in command for command in trained)
     assert [command for command in trained if "vocabulary=" in command] == [trained[-1]]
     assert any("train_action_tokenizer.py" in command for command in commands)
     result = bench.result_path(cells.Training("word", "robots", 0), cells.WORD[0])
