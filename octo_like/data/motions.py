@@ -42,7 +42,7 @@ def language_motions(places_td: "tf.Tensor", motions: Sequence[Motion], *, steps
 
     Args:
       places_td: (T, D) floats: where things are at every step. At the end of an episode the last step stands for those
-        that would come after it. Actions that are displacements become places with `tf.cumsum(actions)`.
+        that would come after it. Of actions that are displacements, `tf.cumsum(actions, exclusive=True)` are.
       motions: in the order in which they are said, joined by "and". Where nothing moves enough: "stay".
       steps: how far ahead to look, at least 1.
 

@@ -220,9 +220,8 @@ class FastHead(SequenceHead):
         *,
         tokens: jax.Array,
     ) -> dict[str, jax.Array]:
-        """Masked sums of the cross-entropy "loss" (nats of a chunk's tokens, so that the mean over entries can be
-        compared with that of other vocabularies) and "accuracy", the share of the coefficients whose token is the
-        likeliest given the right ones before it.
+        """Masked sums of the cross-entropy "loss" (nats of a chunk's tokens; comparable between vocabularies of one
+        scale only) and "accuracy", the share of the coefficients whose token is the likeliest given those before it.
 
         Args:
           tokens: (B, W, M) int32 ids of the chunks, 0 behind the last; all 0 of a chunk that is not whole.

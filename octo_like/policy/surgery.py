@@ -28,6 +28,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "head_mlp_only": (r"^octo_transformer/", r"^heads_[^/]+/map_head/(probe$|MultiHeadDotProductAttention_0/)"),
     "lora": (r"^octo_transformer/",),  # and factors beside the kernels that config.lora.targets names
 }
+SAYING = ("text", "fast", "bins", "discrete")  # kinds of parts that say numbers with a meaning
 CONDITIONINGS = ("language", "goal_image", "both")
 
 
@@ -263,7 +264,7 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
     action heads of another horizon or number of dimensions keep what belongs to steps and dimensions that both have;
     first convolutions of cameras that gained or lost a goal image keep the channels that both have;
     parts that are a copy ("copy_of") start from what they are a copy of;
-    where a part says its words with another vocabulary, its rows for each word start anew.
+    where a part says its words with another vocabulary, or has other bins, its rows for each of them start anew.
     """
     copies: dict[str, str] = {}
     for group, prefixes in (
@@ -292,13 +293,20 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
         return None
 
     anew = {
-        f"{group}_{name}/decoder/{part}/": "another vocabulary: the same number is another word"
+        f"{group}_{name}/{part}/": "other bins or another vocabulary: the same number means something else"
         for group in ("heads", "auxiliaries")
         for name, after in (new.get(group) or {}).items()
-        if (before := source_of(group, name)) and _plain(before.get("vocabulary")) != _plain(after.get("vocabulary"))
-        for part in ("embedding", "logits")
+        if (before := source_of(group, name)) and _numbers_mean(before) != _numbers_mean(after)
+        for part in ("decoder/embedding", "decoder/logits", "vocab_proj")
     }
     return Carry(copies, resize, anew)
+
+
+def _numbers_mean(part: Mapping[str, Any]) -> Any:
+    """What decides the meaning of the ids that a part says."""
+    fields = ("vocabulary", "bin_type", "low", "high")
+    fields += () if part.get("low") is not None and part.get("high") is not None else ("max_action",)
+    return _plain([part.get(field) for field in fields]) if part.get("kind") in SAYING else None
 
 
 def common_block(was: np.ndarray, now: np.ndarray) -> np.ndarray:

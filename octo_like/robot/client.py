@@ -112,7 +112,7 @@ class PolicyClient:
         """Starts an episode: forgets the observations; `seed` determines the policy's sampling noise."""
         self._history.reset()
         self._seed = seed
-        self._chunk, self._executed = None, 0
+        self._chunk, self._executed, self.subtask = None, 0, None
         for each in self._filters.values():
             each.reset()
 

@@ -370,7 +370,7 @@ class _TaskCache:
     """Tasks of instructions, encoded once: the last ones that fit into TASK_CACHE_BYTES."""
 
     def __init__(self, policy: ServedPolicy):
-        self._policy, self._lock = policy, threading.Lock()
+        self._policy, self._lock, self._saying = policy, threading.Lock(), threading.Lock()
         self._kept: collections.OrderedDict[tuple[str, str | None], tuple[Any, int]] = collections.OrderedDict()
         self._bytes = 0
 
@@ -398,9 +398,9 @@ class _TaskCache:
             return self._kept[said][0]
 
     def said(self, observation: Any, task: Any, unnormalize: str | None) -> str:
-        """What the policy says is to be done next."""
+        """What the policy says is to be done next. One robot's at a time; those that do not ask need not wait."""
         policy: Any = self._policy
-        with self._lock:
+        with self._saying:
             return policy.predict_text(observation, task, unnormalize=unnormalize)[0]
 
 

@@ -47,8 +47,25 @@ def test_batches_have_the_ids_of_their_own_whole_chunks(toy):
         make_train_stream({"toy": toy.fields()}, spec, None, **options)
 
 
-def _words_of(toy, scale=1.0):
+def test_a_vocabulary_is_for_its_own_head_s_rows(toy):
+    """Rows of another head, whose numbers the vocabulary could not say, are neither judged by it nor encoded."""
+    words = _words_of(toy, kind="bounds")
+    sizes = dict(heads=("action", "other"), action_tokens={"action": words.max_tokens})
+    spec = BatchSpec(1, H, 4, {"primary": (20, 26)}, proprio_dim=4, **sizes)
+    datasets = {
+        "own": toy.fields(normalization="bounds"),
+        "other": toy.fields(head="other", weight=7.0),
+    }
+    options = dict(targets=Targets(None, {"action": words}), data_dir=toy.data_dir, seed=0, batch_size=32)
+    with make_train_stream(datasets, spec, None, **options) as stream:
+        batch = next(stream)
+    own = batch["action_head_mask"]["action"]
+    assert 0 < own.sum() < 12 and not batch["action_tokens"]["action"][~own].any()
+    assert batch["action_tokens"]["action"][own].any()
+
+
+def _words_of(toy, scale=1.0, kind="normal"):
     actions = np.concatenate([[step["control"] for step in episode] for episode in toy.episodes])
-    normal = normalize(actions, compute_statistics(actions), "normal")
+    normal = normalize(actions, compute_statistics(actions), kind)
     chunks = scale * np.stack([normal[i : i + H] for i in range(len(normal) - H)])
     return fast.train(chunks, vocab_size=120, scale=4.0, clip_share=0.001)

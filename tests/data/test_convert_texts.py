@@ -48,6 +48,14 @@ def annotated(plain, tmp_path):
     return demos, add
 
 
+def with_subtasks(root, texts):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"subtask_index": list(range(len(texts))), "__index_level_0__": list(texts)})
+    pq.write_table(table, root / "meta/subtasks.parquet")
+
+
 def phase_of(demos):
     """The phase of every row: the first three steps of an episode, and the rest."""
     return [PHASES[step >= 3] for demo in demos for step in range(len(demo["action"]))]
@@ -66,11 +74,21 @@ def annotations(demos):
     return cells
 
 
-@pytest.mark.parametrize("name", ["subtask", "language_persistent"])
+@pytest.mark.parametrize("name", ["subtask", "subtask_index", "language_persistent"])
 def test_texts_of_a_step_become_what_is_learned(annotated, tmp_path, name):
     demos, add = annotated
-    cells = phase_of(demos) if name == "subtask" else annotations(demos)
-    source = LeRobot(add(name, "string" if name == "subtask" else "language", cells))
+    cells = {
+        "subtask": phase_of(demos),
+        "subtask_index": [PHASES.index(phase) for phase in phase_of(demos)],
+        "language_persistent": annotations(demos),
+    }
+    dtype = {"subtask": "string", "subtask_index": "int64", "language_persistent": "language"}[name]
+    root = add(name, dtype, cells[name])
+    if name == "subtask_index":
+        with pytest.raises(DataError, match="subtasks.parquet: the file is missing"):
+            LeRobot(root)
+        with_subtasks(root, PHASES)
+    source = LeRobot(root)
     read = [text for number in range(len(source)) for text in source.read(number).texts["subtask"]]
     assert read == phase_of(demos) and not any("subtask" in line for line in source.left_out)
     write_rlds(source, str(tmp_path / "out"), "real")
@@ -94,15 +112,19 @@ def test_episodes_without_annotations_say_nothing(annotated):
     assert set(texts[0]) == {""} and texts[-1][-2:] == ("", "now")
 
 
-@pytest.mark.parametrize("kind", ["numbers", "strings for annotations", "twice"])
+@pytest.mark.parametrize("kind", ["numbers", "strings for annotations", "no such sub-task", "twice"])
 def test_columns_that_hold_something_else(annotated, kind):
     demos, add = annotated
     steps = len(phase_of(demos))
     if kind == "numbers":
         source, words = LeRobot(add("note", "string", np.arange(steps))), "'note' has no text at step 0, but int"
+    elif kind == "no such sub-task":
+        root = add("subtask_index", "int64", np.full(steps, 2))
+        with_subtasks(root, PHASES)
+        source, words = LeRobot(root), "subtask_index 2 is not among the sub-tasks"
     elif kind == "twice":
         add("subtask", "string", phase_of(demos))
-        with pytest.raises(DataError, match="sub-tasks twice"):
+        with pytest.raises(DataError, match="sub-tasks in more than one column: subtask, language_persistent"):
             LeRobot(add("language_persistent", "language", annotations(demos)))
         return
     else:

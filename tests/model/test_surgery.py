@@ -277,6 +277,12 @@ def test_a_part_that_speaks_is_added_given_another_vocabulary_and_removed():
     anew = [f"auxiliaries_text/decoder/{part}" for part in ("embedding/embedding", "logits/bias", "logits/kernel")]
     assert sorted(report.paths("new")) == anew and "another vocabulary" in str(report)
     assert all(np.array_equal(tree[path], new[path] if path in anew else old[path]) for path in tree)
+    bins = light.config(readouts=dict(action=2), heads=dict(action=HEADS["regression"] | dict(
+        kind="bins", num_bins=8, low=-3.0, high=3.0, width=16, num_heads=2)))  # fmt: skip
+    narrower = {"heads": {"action": {"low": -1.0}}}
+    report = merged(bins, surgery.operate(bins, narrower), narrower, old_spec=light.SPEC, new_spec=light.SPEC)[3]
+    parts = ("embedding/embedding", "logits/bias", "logits/kernel")
+    assert sorted(report.paths("new")) == [f"heads_action/decoder/{part}" for part in parts]
     same = {"auxiliaries": {"text": {"weight": 0.5}}}
     assert merged(config(), surgery.operate(config(), same), same, old_spec=SPEC, new_spec=SPEC)[3].count("new") == (
         0,

@@ -252,7 +252,7 @@ class Assembler:
             "action_pad_mask": action_mask,
             **self._points(episodes, window, named),
             **self._text_target(request.dataset, episodes, t, named & ~told),
-            **self._action_tokens(action, action_mask),
+            **self._action_tokens(request.dataset, action, action_mask),
             "action_head_mask": {head: mask[request.dataset] for head, mask in self._heads.items()},
             "dataset_id": request.dataset.astype(np.int32),
             "sample_id": request.sample_id.astype(np.int64),
@@ -340,16 +340,16 @@ class Assembler:
         kind = np.where(rows != 0, self._text_kind[dataset], 0).astype(np.int32)
         return {"text_target": self._texts.encoded_targets(rows), "text_target_kind": kind}
 
-    def _action_tokens(self, action: np.ndarray, mask: np.ndarray) -> Tree:
-        """The chunks (N, W, H, A) as ids of each head that has a vocabulary; none of a chunk that is not whole: what
-        comes after the end is not known, and the ids of a chunk stand for all of it."""
+    def _action_tokens(self, dataset: np.ndarray, action: np.ndarray, mask: np.ndarray) -> Tree:
+        """The chunks (N, W, H, A) as ids of each head that has a vocabulary and learns from them; none of a chunk that
+        is not whole: what comes after the end is not known, and the ids of a chunk stand for all of it."""
         if not self._spec.action_tokens:
             return {}
         tokens: Tree = {}
         for head, vocabulary in self._texts.targets.actions.items():
             size = (slice(None), slice(None), slice(vocabulary.horizon), slice(vocabulary.dim))
             chunks, known = action[size], mask[size]
-            whole = known.any((2, 3)) & (known == known[:, :, :1]).all((2, 3))
+            whole = known.any((2, 3)) & (known == known[:, :, :1]).all((2, 3)) & self._heads[head][dataset][:, None]
             ids = np.zeros((*whole.shape, vocabulary.max_tokens), np.int32)
             if whole.any():
                 wanted = np.where(known, chunks, 0.0)[whole]

@@ -17,6 +17,7 @@ from octo_like.data.spec import DataError, suggest
 
 # Columns that say where a row belongs.
 INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+SUBTASK_INDEX = "subtask_index"
 REWARD = "next.reward"
 # The column in which annotations hold until others replace them, and the style of those that say what is being done.
 ROUNDING = 1e-3  # seconds by which an annotation may begin after its frame: both are rounded
@@ -32,7 +33,8 @@ class LeRobot:
 
     `observation.state` becomes the vector `state`, `observation.images.front` the camera `front`; a frame is the one
     whose presentation time is the row's timestamp, after the offset of the episode in its file. Columns of texts stay
-    texts of each step; of `language_persistent` (format v3.1) the annotations of style "subtask" become `subtask`.
+    texts of each step. What is being done becomes `subtask`: a column of that name, `subtask_index` with its table
+    meta/subtasks, or of `language_persistent` (format v3.1) the annotations of style "subtask".
 
     Args:
       root: the folder that holds meta/, data/ and videos/.
@@ -67,7 +69,8 @@ class LeRobot:
         }
         names["action"] = _names(self._info["features"][action_key])
         self.names = {key: value for key, value in names.items() if value}
-        self._tasks = self._read_tasks()
+        self._tasks = self._read_table("tasks", "task")
+        self._subtasks = self._read_table("subtasks", "subtask") if SUBTASK_INDEX in self._texts else {}
         self._episodes = self._read_episodes()
         self._cached: tuple[pathlib.Path, Any] | None = None
 
@@ -87,7 +90,7 @@ class LeRobot:
                     left_out.append(f"{key}: a depth map")
                 else:
                     cameras[key] = dtype
-            elif key == PERSISTENT or (dtype == "string" and _short(key) not in STEP_KEYS):
+            elif key in (PERSISTENT, SUBTASK_INDEX) or (dtype == "string" and _short(key) not in STEP_KEYS):
                 texts.append(key)
             elif dtype in ("string", "language"):
                 left_out.append(f"{key}: text; instructions come from the tasks")
@@ -97,17 +100,20 @@ class LeRobot:
                 left_out.append(f"{key}: numbers of shape {shape}")
             else:
                 vectors.append(key)
-        if PERSISTENT in texts and SUBTASK in map(_short, texts):
-            raise DataError(f"{self._root}: sub-tasks twice, in {PERSISTENT!r} and in a column of their own")
+        twice = [key for key in texts if key in (PERSISTENT, SUBTASK_INDEX) or _short(key) == SUBTASK]
+        if len(twice) > 1:
+            raise DataError(f"{self._root}: sub-tasks in more than one column: {', '.join(twice)}")
         return cameras, vectors, texts, left_out
 
-    def _read_tasks(self) -> dict[int, str]:
-        if not self._v3:
-            return {int(row["task_index"]): str(row["task"]) for row in _json_lines(self._root / "meta/tasks.jsonl")}
-        path = self._root / "meta/tasks.parquet"
+    def _read_table(self, table: str, what: str) -> dict[int, str]:
+        """{number: text} of meta/tasks or meta/subtasks."""
+        path = self._root / "meta" / f"{table}.parquet"
+        if not self._v3 and not path.is_file():
+            lines = _json_lines(path.with_suffix(".jsonl"))
+            return {int(row[f"{what}_index"]): str(row[what]) for row in lines}
         rows = self._table(path).to_pylist()
         # The text is the table's index, which parquet keeps under a name of its own.
-        return {int(row.pop("task_index")): str(next(v for v in row.values() if isinstance(v, str))) for row in rows}
+        return {int(row.pop(f"{what}_index")): str(next(v for v in row.values() if isinstance(v, str))) for row in rows}
 
     def _read_episodes(self) -> list[dict[str, Any]]:
         """Rows of the table of episodes, without their statistics."""
@@ -209,6 +215,10 @@ class LeRobot:
 
     def _text(self, cells: list[Any], key: str, times: np.ndarray, where: str) -> tuple[str, tuple[str, ...]]:
         """(name, T texts) of a column."""
+        if key == SUBTASK_INDEX:
+            if (unknown := next((i for i in cells if i is not None and i not in self._subtasks), None)) is not None:
+                raise DataError(f"{where}: {key} {unknown} is not among the sub-tasks of meta/subtasks")
+            return SUBTASK, tuple("" if i is None else self._subtasks[i] for i in cells)
         if key == PERSISTENT:
             return SUBTASK, tuple(
                 _active(cell, time, f"{where}, {key} at step {step}")
