@@ -65,7 +65,7 @@ def test_what_should_not_be_kept_is_told_of(keep):
     assert found(shown, error) == ["code cell 0: an error: ValueError: no"]
     warning = nbformat.v4.new_output("stream", name="stderr", text="deprecated\n")
     assert found(shown, warning) == ["code cell 0: printed on stderr: deprecated\n"]
-    for text in ("saved to /tmp/tmpab/export", "'/home/me/x'", "File C:\\Users\\me"):
+    for text in ("saved to /tmp/tmpab/export", "'/opt/me/x'", "File C:\\Users\\me"):
         assert "names a folder of the machine" in found(shown, nbformat.v4.new_output("stream", text=text))[0]
         assert "names a folder" in found(shown, nbformat.v4.new_output("execute_result", {"text/html": text}))[0]
     assert found(shown, size=400_001) == ["it has 400001 bytes; at most 400000 are kept"]
