@@ -3,6 +3,9 @@
     python train.py --config configs/tabletop_delay.py --workdir runs/delay/plain
     python train.py --config configs/tabletop_delay.py:trained --workdir runs/delay/trained
     python scripts/bench_delay.py --policy runs/delay/plain/export --trained runs/delay/trained/export --out runs/delay
+    python scripts/bench_delay.py --robot metaworld_pretrain --policy runs/sims/pretrain/export --out runs/delay_sims
+
+The last is Meta-World: simulators of other makers (the extra `sim`), and the policy of configs/metaworld.py.
 
 Every chunk of actions arrives a given number of control steps after its observation, in simulated time: nothing depends
 on this machine's speed. The same scenes and noise for all modes and delays. Cells that are in OUT/delay.jsonl are not
@@ -20,11 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from octo_like import Policy
 from octo_like.common.chunks import Continuation
-from octo_like.envs import EVALUATION_SEEDS, TabletopEnv
+from octo_like.envs import EMBODIMENTS, EVALUATION_SEEDS, TabletopEnv
+from octo_like.envs.sims import GROUPS
+from octo_like.envs.sims.remote import RemoteEnv
 from octo_like.robot.chunking import MODES, Ask, Chunks, Plan
 from octo_like.robot.history import History
 from octo_like.robot.intervals import difference_interval, success_interval, success_rate
@@ -34,25 +40,59 @@ from octo_like.training.distributed import setup_compilation_cache
 SHOWN = ("steps", "seam_jump", "inside_jump", "held")
 
 
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Whom a policy moves.
+
+    Attributes:
+      name: a robot of the tabletop, or a group of simulated tasks.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in (*EMBODIMENTS, *GROUPS):
+            raise ValueError(f"unknown robot {self.name!r}; valid: {', '.join((*EMBODIMENTS, *GROUPS))}")
+
+    @property
+    def dataset(self) -> str:
+        """Whose statistics a policy's actions have."""
+        return self.name if self.name in GROUPS else f"tabletop_{self.name}"
+
+    def tasks(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        """Those of the names, all when None. Raises ValueError for one that does not exist."""
+        known = tuple(GROUPS[self.name][1]) if self.name in GROUPS else EMBODIMENTS[self.name].tasks
+        if unknown := sorted(set(names or ()) - set(known)):
+            raise ValueError(f"{self.name} has no task {', '.join(unknown)}; valid: {', '.join(known)}")
+        return known if names is None else tuple(names)
+
+    def make(self, policy: Policy, time_factor: float) -> tuple[gymnasium.Env, Sequence[str], dict[str, Any]]:
+        """An environment with the policy's pictures, names of its action dimensions, options of every reset."""
+        sizes = {slot: size[0] for slot, size in policy.batch_spec.image_sizes.items()}
+        if self.name in GROUPS:
+            remote = RemoteEnv(self.name, sizes)
+            return remote, remote.action_names, {"max_steps": round(time_factor * remote.max_steps)}
+        env = TabletopEnv(self.name, image_size=sizes["primary"])
+        limits = {task: round(time_factor * steps) for task, steps in env.embodiment.max_steps.items()}
+        env.embodiment = dataclasses.replace(env.embodiment, max_steps=limits)
+        return env, env.embodiment.action_names, {}
+
+
 class Robot:
     """One simulated robot and its episode; commands are counted and compared."""
 
-    def __init__(self, embodiment: str, policy: Policy, time_factor: float):
-        size = policy.batch_spec.image_sizes["primary"][0]
-        self.env = TabletopEnv(embodiment, image_size=size)
-        limits = {task: round(time_factor * steps) for task, steps in self.env.embodiment.max_steps.items()}
-        self.env.embodiment = dataclasses.replace(self.env.embodiment, max_steps=limits)
+    def __init__(self, world: World, policy: Policy, time_factor: float):
+        self.env, names, self.options = world.make(policy, time_factor)
         self.history = History(policy.batch_spec.window_size)
-        names = self.env.embodiment.action_names
-        self.moves = np.array([name != "gripper" for name in names])
+        self.moves = np.array([not name.startswith("gripper") for name in names])
         self.is_change = np.array([name.startswith("d") for name in names])
-        std = np.asarray(policy.statistics[f"tabletop_{embodiment}"]["action"]["std"])
+        std = np.asarray(policy.statistics[world.dataset]["action"]["std"])
         self.scale = np.where(self.moves, np.maximum(std, 1e-6), 1.0)
         self.used = std > 1e-3 * std.max()
 
     def start(self, seed: int, task: str, chunks: Chunks) -> None:
         self.seed, self.task, self.chunks = seed, task, chunks
-        observation, self.info = self.env.reset(seed=seed, options={"task": task})
+        observation, self.info = self.env.reset(seed=seed, options={**self.options, "task": task})
         self.history.reset()
         self.window = self.history.append(observation)
         self.commands: list[np.ndarray] = []
@@ -63,9 +103,9 @@ class Robot:
         action = self.chunks.action()
         self.held.append(action is None)
         if action is None:
-            last = self.commands[-1] if self.commands else np.ones(len(self.moves), np.float32)
-            action = np.where(self.is_change, 0.0, last).astype(np.float32)
-        action = self.env.embodiment.clip(action)
+            # There is a last command: the first chunk is there when the episode begins.
+            action = np.where(self.is_change, 0.0, self.commands[-1]).astype(np.float32)
+        action = np.clip(action, self.env.action_space.low, self.env.action_space.high)
         self.commands.append(np.asarray(action, np.float32))
         observation, _, terminated, truncated, self.info = self.env.step(action)
         self.window = self.history.append(observation)
@@ -91,11 +131,12 @@ class Robot:
         }
 
 
-def predict(policy: Policy, robots: Sequence[Robot], asks: Sequence[Ask], method: str | None, rows: int) -> np.ndarray:
+def predict(
+    policy: Policy, dataset: str, robots: Sequence[Robot], asks: Sequence[Ask], method: str | None, rows: int
+) -> np.ndarray:
     """Chunks (n, H, A) for n robots; the batch is filled up to `rows`."""
     filled = [*robots, *[robots[-1]] * (rows - len(robots))]
     padded = [*asks, *[asks[-1]] * (rows - len(asks))]
-    dataset = f"tabletop_{robots[0].env.embodiment.name}"
     observations = {key: np.stack([robot.window[key] for robot in filled]) for key in robots[0].window}
     tasks = policy.create_tasks(texts=[robot.info["instruction"] for robot in filled])
     rng = sampling_keys(0, [robot.seed for robot in filled], [ask.tick for ask in padded])
@@ -113,9 +154,10 @@ def predict(policy: Policy, robots: Sequence[Robot], asks: Sequence[Ask], method
 
 def run(policy: Policy, cells: Sequence[tuple[int, str]], plan: Plan, delay: int, args) -> list[dict[str, Any]]:
     """One episode for each (seed, task): chunks arrive `delay` steps after they were asked for."""
-    horizon = policy.chunk_horizon(f"tabletop_{args.robot}")
+    world = World(args.robot)
+    horizon = policy.chunk_horizon(world.dataset)
     waiting, outcomes = list(reversed(cells)), {}
-    robots = [Robot(args.robot, policy, args.time_factor) for _ in range(min(args.batch_size, len(cells)))]
+    robots = [Robot(world, policy, args.time_factor) for _ in range(min(args.batch_size, len(cells)))]
     pending: dict[int, tuple[int, np.ndarray]] = {}  # robot: (tick at which its chunk arrives, the chunk)
     live: list[int] = []
     for i, robot in enumerate(robots):
@@ -134,7 +176,8 @@ def run(policy: Policy, cells: Sequence[tuple[int, str]], plan: Plan, delay: int
                 asking.append((i, at))
                 asks.append(chunks.ask())
         if asking:
-            found = predict(policy, [robots[i] for i, _ in asking], asks, plan.method, args.batch_size)
+            moved = [robots[i] for i, _ in asking]
+            found = predict(policy, world.dataset, moved, asks, plan.method, args.batch_size)
             pending |= {i: (at, chunk) for (i, at), chunk in zip(asking, found, strict=True)}
         for i in list(live):
             robot = robots[i]
@@ -148,6 +191,8 @@ def run(policy: Policy, cells: Sequence[tuple[int, str]], plan: Plan, delay: int
                     robot.start(*waiting.pop(), Chunks(plan, horizon))
                 else:
                     live.remove(i)
+    for robot in robots:
+        robot.env.close()
     return [outcomes[cell] for cell in cells]
 
 
@@ -229,7 +274,8 @@ def main() -> None:
     parser.add_argument("--policy", help="export of a policy whose head draws from noise")
     parser.add_argument("--trained", help="export of one trained with max_delay, for the mode 'trained'")
     parser.add_argument("--out", type=Path, default=Path("runs/delay"))
-    parser.add_argument("--robot", default="gripper", help="of the tabletop")
+    parser.add_argument("--robot", default="gripper", help="of the tabletop, or a group as metaworld_pretrain")
+    parser.add_argument("--tasks", nargs="+", help="of the robot; default: all")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--delays", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6, 8], help="control steps")
     parser.add_argument("--per_task", type=int, default=100, help="episodes of each task")
@@ -254,6 +300,12 @@ def measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     file = args.out / "delay.jsonl"
     file.touch()
     settings = {key: getattr(args, key) for key in ("policy", "trained", "robot", "per_task", "time_factor")}
+    settings |= {} if args.tasks is None else {"tasks": args.tasks}
+    try:
+        world = World(args.robot)
+        tasks = world.tasks(args.tasks)
+    except ValueError as error:
+        parser.error(str(error))
     for delay in args.delays:
         for mode in args.modes:
             path = args.trained if mode == "trained" else args.policy
@@ -261,17 +313,15 @@ def measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 print(f"{mode}: no policy for it; skipped")
                 continue
             policy = load(path)
-            dataset = f"tabletop_{args.robot}"
-            s = args.exec_horizon or max(1, policy.chunk_horizon(dataset) // 2)
+            s = args.exec_horizon or max(1, policy.chunk_horizon(world.dataset) // 2)
             key = {**settings, "policy": path, "trained": None, "exec_horizon": s, "mode": mode, "delay": delay}
             done = [json.loads(line)["key"] for line in file.read_text().splitlines()]
             if key in done:
                 continue
-            methods = policy.continuation_methods(dataset)
+            methods = policy.continuation_methods(world.dataset)
             plan = Plan(mode, s, initial_delay=delay, max_delay=methods.get("trained"))
             if plan.method not in (None, *methods):
                 parser.error(f"{path}: its head cannot continue chunks by {plan.method!r}; it can by {list(methods)}")
-            tasks = TabletopEnv(args.robot).embodiment.tasks
             cells = [(EVALUATION_SEEDS + i, task) for i in range(args.per_task) for task in tasks]
             begun = time.monotonic()
             episodes = run(policy, cells, plan, delay, args)

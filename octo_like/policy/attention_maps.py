@@ -11,7 +11,12 @@ from octo_like.policy import describe
 
 
 def attention_over_image(
-    policy: Any, observation: Mapping[str, Any], instruction: str, camera: str, readout: str
+    policy: Any,
+    observation: Mapping[str, Any],
+    instruction: str,
+    camera: str,
+    readout: str,
+    unnormalize: str | None = None,
 ) -> np.ndarray:
     """How much the last timestep's readout attends to every patch of a camera; for a keypoint stem, where they are.
 
@@ -20,6 +25,7 @@ def attention_over_image(
       instruction: what the policy is told.
       camera: slot, "primary" for instance.
       readout: the token group that attends, "readout_action" for instance.
+      unnormalize: dataset in whose units the proprio and other sensors are, as for `Policy.sample_actions`.
 
     Returns:
       (layers, rows, columns), the mean over attention heads; or (keypoints, rows, columns), each summing to 1.
@@ -28,7 +34,7 @@ def attention_over_image(
       ValueError: no such group, or its tokens are no grid (a token learner, a keypoint stem).
     """
     tasks = policy.create_tasks(texts=[instruction])
-    observation = policy.prepare_observations(observation)
+    observation = policy.prepare_observations(observation, unnormalize)
     report = describe.token_report(policy.model, policy.batch_spec)
     last = policy.batch_spec.window_size - 1
     keypoints = _keypoints(policy, observation, tasks, camera)

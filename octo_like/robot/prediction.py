@@ -78,6 +78,8 @@ def plot_prediction(
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.margins(x=0.01)
+        if along:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         # Labels of axes, since those of a figure would share their place with the legend.
         if d + columns >= width:
             axis.set_xlabel("step of the episode" if along else "true", fontsize=9)

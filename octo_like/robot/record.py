@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SUCCESS_COLOUR = (46, 160, 67)
 FAILURE_COLOUR = (207, 34, 46)
+INSTRUCTION_COLOUR, SUBTASK_COLOUR = (20, 20, 20), (9, 80, 190)
 BORDER = 4
 FONT_SIZE = 12
 HOLD_LAST_FRAME_S = 1.0
@@ -29,35 +30,80 @@ def _enlarge(view: np.ndarray, height: int) -> np.ndarray:
     return view[rows[:, None], columns]
 
 
-def annotate(frame: np.ndarray, caption: str, success: bool | None, scale: int) -> Image.Image:
-    """One picture: the frame enlarged by `scale`, the caption above it, and a border: green success, red failure."""
+def annotate(
+    frame: np.ndarray, caption: str, success: bool | None, scale: int, subtask: str = "", subtask_lines: int = 0
+) -> Image.Image:
+    """One picture: the frame enlarged by `scale`, the captions above it, and a border: green success, red failure.
+
+    Args:
+      caption: the instruction.
+      subtask: what the robot is doing of it; stands below, in another colour.
+      subtask_lines: lines that are kept for it at least, so that all pictures of an episode are of one size.
+    """
     height, width = frame.shape[0] * scale, frame.shape[1] * scale
     font = ImageFont.load_default(size=FONT_SIZE)
-    lines = textwrap.wrap(caption, max(10, int(width / (FONT_SIZE * 0.52)))) if caption else []
+    lines = [(line, INSTRUCTION_COLOUR) for line in _wrap(caption, width)]
+    below = [(line, SUBTASK_COLOUR) for line in _wrap(subtask, width)]
+    lines += below + [("", SUBTASK_COLOUR)] * (subtask_lines - len(below))
     top = len(lines) * (FONT_SIZE + 3) + (4 if lines else 0)
     colour = {True: SUCCESS_COLOUR, False: FAILURE_COLOUR, None: (60, 60, 60)}[success]
     picture = Image.new("RGB", (width + 2 * BORDER, height + top + 2 * BORDER), colour)
     draw = ImageDraw.Draw(picture)
     if lines:
         draw.rectangle([BORDER, BORDER, BORDER + width - 1, BORDER + top - 1], fill=(255, 255, 255))
-    for i, line in enumerate(lines):
-        draw.text((BORDER + 3, BORDER + 1 + i * (FONT_SIZE + 3)), line, fill=(20, 20, 20), font=font)
+    for i, (line, ink) in enumerate(lines):
+        draw.text((BORDER + 3, BORDER + 1 + i * (FONT_SIZE + 3)), line, fill=ink, font=font)
     enlarged = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
     picture.paste(enlarged, (BORDER, BORDER + top))
     return picture
 
 
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(10, int(width / (FONT_SIZE * 0.52))))
+
+
+def annotate_all(
+    frames: Sequence[np.ndarray],
+    caption: str,
+    success: bool | None,
+    scale: int,
+    subtasks: Sequence[str] | None = None,
+) -> list[Image.Image]:
+    """`annotate` of all frames of an episode: pictures of one size.
+
+    Args:
+      subtasks: of every frame, `Episode.subtasks` for instance; None: none.
+
+    Raises:
+      ValueError: not one sub-task for each frame.
+    """
+    subtasks = [""] * len(frames) if subtasks is None else subtasks
+    if len(subtasks) != len(frames):
+        raise ValueError(f"{len(subtasks)} sub-tasks for {len(frames)} frames: each needs one")
+    pairs = list(zip([np.asarray(frame) for frame in frames], subtasks, strict=True))
+    lines = max((len(_wrap(text, frame.shape[1] * scale)) for frame, text in pairs), default=0)
+    return [annotate(frame, caption, success, scale, text, lines) for frame, text in pairs]
+
+
 def encode_gif(
-    frames: Sequence[np.ndarray], caption: str = "", success: bool | None = None, scale: int = 3, fps: float = 8.0
+    frames: Sequence[np.ndarray],
+    caption: str = "",
+    success: bool | None = None,
+    scale: int = 3,
+    fps: float = 8.0,
+    subtasks: Sequence[str] | None = None,
 ) -> bytes:
     """A looping GIF of frames (h, w, 3) uint8 of one size; the last frame is held for a second.
 
+    Args:
+      subtasks: what the robot was doing in every frame, shown below the caption (`Episode.subtasks`).
+
     Raises:
-      ValueError: no frames.
+      ValueError: no frames, or not one sub-task for each.
     """
     if len(frames) == 0:
         raise ValueError("no frames to make an animation of")
-    pictures = [annotate(np.asarray(frame), caption, success, scale) for frame in frames]
+    pictures = annotate_all(frames, caption, success, scale, subtasks)
     # One palette for all frames: smaller files, and the colours of objects do not flicker.
     palette = pictures[len(pictures) // 2].quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]

@@ -72,6 +72,14 @@ class Episode:
     plans: tuple[Plan, ...] = dataclasses.field(default=(), repr=False)
     progress: float | None = None
 
+    @property
+    def subtasks(self) -> list[str] | None:
+        """What a planner had said last, for each of steps + 1 frames; None without a planner."""
+        if not self.plans:
+            return None
+        said = np.searchsorted([plan.step for plan in self.plans], np.arange(self.steps + 1), side="right") - 1
+        return [self.plans[i].text for i in said]
+
     def summary(self) -> dict[str, Any]:
         """All but the arrays, ready for JSON."""
         fields = ("seed", "task", "instruction", "success", "steps", "reward", "flags")

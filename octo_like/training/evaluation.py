@@ -17,7 +17,7 @@ from octo_like.common.dimensions import grippers, of_statistics
 from octo_like.common.normalization import CONSTANT, to_absolute, unnormalize
 from octo_like.robot.intervals import success_interval
 from octo_like.robot.prediction import Prediction, dimensions_of
-from octo_like.robot.record import annotate
+from octo_like.robot.record import annotate_all
 from octo_like.robot.rollout import Episode, PolicyLike, evaluate, gym_env_maker
 from octo_like.training.probe_frames import Frames, action_width
 
@@ -300,7 +300,10 @@ def closed_loop(
     )
     videos = {
         f"{episode.seed - seed}": np.stack(
-            [np.asarray(annotate(frame, episode.instruction, episode.success, scale=2)) for frame in episode.frames]
+            [
+                np.asarray(picture)
+                for picture in annotate_all(episode.frames, episode.instruction, episode.success, 2, episode.subtasks)
+            ]
         )
         for episode in outcomes
         if episode.frames is not None

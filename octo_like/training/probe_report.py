@@ -197,7 +197,7 @@ def _draw_probes(probed: Probed):
         axis.set_xticks(range(len(scopes[point])), [s.replace(" ", "\n") for s in scopes[point]], fontsize=6)
         axis.set_ylim(-0.2, 1.05)
         axis.axhline(0, color="black", lw=0.5)
-        axis.set_ylabel("test $R^2$")
+        axis.set_ylabel("test R²")
         axis.set_title(point, fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7)
     return figure
@@ -219,7 +219,7 @@ def _draw_errors(probed: Probed):
         axis.set_xticks(range(len(names)), names, fontsize=7, **slanted)
         axis.set_ylabel("normalised error")
         axis.set_title(f"{dataset} (line: always the mean action)", fontsize=9)
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -28,7 +28,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     text, kinds = run("explore_data", tmp_path, monkeypatch, tensorflow=True, **settings)
     assert kinds.count("image/png") == 5, "two sheets, two pairs of histograms, one batch"
     assert "bench_32x32_0" in text and "passes" in text and "put block 1" in text
-    assert "observation/image_primary" in text and "(8, 2, 32, 32, 3)" in text and "action (8, 2, 4, 7)" in text
+    assert "observation/image_primary" in text and "(8, 2, 32, 32, 3)" in text and "(8, 2, 4, 7)" in text
+    assert "task/language_instruction/input_ids" in text and "actions that count: 0." in text
     assert sorted(os.listdir(tmp_path / "out")) == [
         f"bench_32x32_{i}{end}.png" for i in range(2) for end in ("", "_actions")
     ]

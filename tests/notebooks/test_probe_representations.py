@@ -14,4 +14,4 @@ def test_the_notebook_probes_a_policy(tmp_path, monkeypatch):
     settings = {"OCTO_CHECKPOINT": tmp_path / "export", "OCTO_EPISODES": 3}
     text, kinds = run("probe_representations", tmp_path, monkeypatch, **settings)
     assert "target" in text and "readout_action" in text and "effector" in text
-    assert kinds.count("image/png") == 2
+    assert kinds.count("image/png") == 4, "frames, what is read off the tokens, errors, attention"

@@ -1,6 +1,8 @@
-"""scripts/bench_delay.py on the real tabletop, with a policy that says nothing new."""
+"""scripts/bench_delay.py on the real tabletop and the real Meta-World, with a policy that says nothing new."""
 
+import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec
+from octo_like.envs.sims.remote import EXTRA
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -17,18 +20,18 @@ H = 8
 
 
 class Steady:
-    """Chunks 1, 2, ... of (n, 0, 0, ...) mm: every takeover changes the command by one millimetre."""
+    """Chunks 1, 2, ... of (n, 0, 0, ...) thousandths: every takeover changes the command by one of them."""
 
-    def __init__(self):
+    def __init__(self, dataset: str = "tabletop_gripper", width: int = 7):
         self.batch_spec = BatchSpec(
             window_size=1,
             action_horizon=H,
-            action_dim=7,
+            action_dim=width,
             image_sizes={"primary": (16, 16)},
-            proprio_dim=7,
+            proprio_dim=width,
             language_length=4,
         )
-        self.statistics = {"tabletop_gripper": {"action": {"std": np.array([0.001] + [0.0] * 5 + [0.4])}}}
+        self.statistics = {dataset: {"action": {"std": np.array([0.001] + [0.0] * (width - 2) + [0.4])}}}
         self.asked: list = []
         self.number = {}
 
@@ -43,7 +46,7 @@ class Steady:
 
     def sample_actions(self, observations, tasks, *, rng, unnormalize, continuing=None):
         self.asked.append(continuing)
-        chunks = np.zeros((len(tasks), H, 7), np.float32)
+        chunks = np.zeros((len(tasks), H, self.batch_spec.action_dim), np.float32)
         for row, key in enumerate(observations["timestep"][:, -1]):
             chunks[row, :, 0] = 0.001 * (int(key) // 4 + 1)
         return chunks
@@ -79,3 +82,39 @@ def test_delays_are_what_they_say(monkeypatch, tmp_path, capsys):
     before = len(policy.asked)
     bench_delay.main()
     assert len(policy.asked) == before  # nothing is done twice
+
+
+@pytest.mark.sim
+@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in EXTRA), reason="needs the extra sim")
+def test_a_group_of_simulated_tasks_is_a_world_like_the_tabletop(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_delay.Policy, "load_pretrained", lambda path: Steady("metaworld_pretrain", 4))
+    command = ["bench", "--policy", "steady", "--out", str(tmp_path), "--per_task", "2", "--batch_size", "3"]
+    command += ["--robot", "metaworld_pretrain", "--tasks", "door-open", "reach", "--time_factor", "1.5"]
+    monkeypatch.setattr(sys, "argv", [*command, "--modes", "wait", "naive", "--delays", "0", "2"])
+    bench_delay.main()
+    rows = {(row["mode"], row["delay"]): row for row in map(json.loads, (tmp_path / "delay.jsonl").open())}
+    assert sorted(rows) == [("naive", 0), ("naive", 2), ("wait", 0), ("wait", 2)]
+    for (mode, delay), row in rows.items():
+        assert [one["task"] for one in row["episodes"]] == ["door-open", "reach"] * 2
+        for one in row["episodes"]:
+            cycle = 4 + (delay if mode == "wait" else 0)
+            assert one["steps"] == 60 and not one["success"]  # 1.5 times the world's limit of 40
+            assert one["held"] == (60 - 4 * (60 // cycle) if cycle > 4 else 0)
+            assert one["inside"][0] == pytest.approx(0, abs=1e-5)
+            if mode == "naive":
+                assert one["seam"][0] == pytest.approx(one["seam"][1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--robot", "griper"), "unknown robot 'griper'; valid: pusher, gripper, .*metaworld_pretrain"),
+        (("--robot", "metaworld_pretrain", "--tasks", "reach", "fly"), "metaworld_pretrain has no task fly; valid: re"),
+        (("--tasks", "push"), "gripper has no task push; valid: reach, pick_and_place"),
+    ],
+)
+def test_a_robot_or_task_that_does_not_exist_is_told_of(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["bench", "--policy", "none", "--out", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit):
+        bench_delay.main()
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))

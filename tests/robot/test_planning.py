@@ -1,9 +1,11 @@
 """A policy that is told what to do next: by itself, by the environment, or by chance."""
 
+import io
 import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from octo_like.policy.policy import Policy
 from octo_like.robot.chunking import Plan as ChunkPlan
@@ -11,6 +13,7 @@ from octo_like.robot.client import PolicyClient, PolicyServerError
 from octo_like.robot.executor import AsyncExecutor
 from octo_like.robot.local import LocalPolicy
 from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, accuracy
+from octo_like.robot.record import BORDER, FONT_SIZE, annotate_all, encode_gif
 from octo_like.robot.rollout import evaluate
 from octo_like.robot.server import PolicyServer
 from tests.model.test_text_head import policy as text_policy
@@ -71,6 +74,35 @@ def test_the_oracle_s_words_lead_there_and_back():
         assert [plan.step for plan in episode.plans] == list(range(0, episode.steps, 3))
     # Without a plan, a policy that obeys nothing else stays where it is.
     assert not any(e.success or e.plans for e in evaluate(PlanningPolicy(), ThereAndBackEnv, SEEDS[:3], batch_size=3))
+
+
+def test_an_animation_says_in_every_frame_which_sub_task_was_in_force():
+    (episode,) = evaluate(
+        PlanningPolicy(), ThereAndBackEnv, SEEDS[:1], batch_size=1, planner=OraclePlanner(), plan_every=2, record=1
+    )
+    # Said at steps 0, 6, 12, ...: frame t is what is seen after t actions.
+    assert [plan.step for plan in episode.plans[:2]] == [0, 6] and episode.steps > 6
+    assert episode.subtasks == [episode.plans[t // 6].text for t in range(episode.steps + 1)]
+    assert set(episode.subtasks) == set(TEXTS)
+    pictures = annotate_all(episode.frames, episode.instruction, True, 16, episode.subtasks)
+    plain = annotate_all(episode.frames, episode.instruction, True, 16)
+    above = plain[0].height - BORDER - 16 * SIZE  # the border and the instruction
+    assert {one.height - plain[0].height for one in pictures} == {FONT_SIZE + 3}  # one more line, in all frames
+    shown = {}
+    for text, picture in zip(episode.subtasks, pictures, strict=True):
+        line = np.asarray(picture, int)[above : above + FONT_SIZE + 3, BORDER:-BORDER]
+        assert (line.max(-1) - line.min(-1)).max() > 60, "in a colour of its own"
+        np.testing.assert_array_equal(line, shown.setdefault(text, line))
+    assert not np.array_equal(*shown.values())
+    gif = Image.open(io.BytesIO(encode_gif(episode.frames, episode.instruction, True, 16, subtasks=episode.subtasks)))
+    assert gif.size == pictures[0].size
+    # Without a planner nothing is kept free for it; texts of different length leave pictures of one size.
+    assert evaluate(PlanningPolicy(), ThereAndBackEnv, SEEDS[:1], batch_size=1)[0].subtasks is None
+    long = ["go left", "go left until the end is reached and then some more"] * len(episode.frames)
+    sizes = {one.size for one in annotate_all(episode.frames, "both", None, 8, long[: len(episode.frames)])}
+    assert len(sizes) == 1
+    with pytest.raises(ValueError, match=r"2 sub-tasks for \d+ frames"):
+        encode_gif(episode.frames, subtasks=long[:2])
 
 
 def test_an_episode_depends_neither_on_its_company_nor_on_its_slot():

@@ -152,6 +152,18 @@ def test_doing_nothing_solves_nothing(group, pool):
     env.close()
 
 
+def test_an_episode_may_have_a_limit_of_its_own(pool):
+    env = RemoteEnv("metaworld_pretrain", pool=pool)
+    # Also beyond the environment's own limit of 500 steps, 5 to an action; the next episode has the usual one again.
+    for limit in (3, 110, env.max_steps):
+        env.reset(seed=5, options={"task": "door-open"} | ({} if limit == env.max_steps else {"max_steps": limit}))
+        truncated = [env.step(np.zeros(4))[3] for _ in range(limit)]
+        assert truncated == [False] * (limit - 1) + [True]
+    with pytest.raises(ValueError, match="'max_steps' must be at least 1, got 0"):
+        env.reset(seed=5, options={"max_steps": 0})
+    env.close()
+
+
 class Replay:
     """Answers with recorded actions, normalised, cut into chunks and turned back as a policy's are."""
 

@@ -173,7 +173,9 @@ def contact_sheet(
                 axis.plot(values[:, d], lw=1, label=label)
             axis.tick_params(labelsize=7)
             axis.set_title(title, fontsize=8)
-        physical.legend(fontsize=6, ncols=4, loc="upper right", framealpha=0.4)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        # Beside the last panel: within one it would lie over what it explains.
+        seen.legend(fontsize=6, ncols=1 + len(seen.lines) // 16, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(f"{prepared.key}  {prepared.version}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=90)

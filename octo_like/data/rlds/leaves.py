@@ -164,7 +164,8 @@ class Selected(abc.ABC):
 def text_keys(features: Any) -> set[str]:
     """Where texts may be: the string features of a step, and where standardising functions put the instruction."""
     found = vocabulary.leaves_of(features["steps"].get_tensor_info())
-    return {"language_instruction", *(key for key, one in found.items() if one.dtype == tf.string and one.shape == ())}
+    texts = (key for key, one in found.items() if one.tf_dtype == tf.string and one.shape == ())
+    return {"language_instruction", *texts}
 
 
 def texts_of(trajectory: Mapping[str, Any], keys: Iterable[str]) -> dict[str, tf.Tensor]:

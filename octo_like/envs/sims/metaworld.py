@@ -39,6 +39,7 @@ class MetaWorld(Simulation):
         env._partially_observable = False
         env.__dict__.pop("sawyer_observation_space", None)
         env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
+        env.max_path_length = 10**9  # it would refuse to go on after 500 steps: an episode's limit is ours to set
         env.expert = getattr(policies, task.expert)()
         return env
 

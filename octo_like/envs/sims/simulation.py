@@ -14,7 +14,7 @@ import numpy as np
 from octo_like.envs.sims.camera import Camera, View
 from octo_like.envs.sims.tasks import SimTask, find_task
 
-RESET_OPTIONS = ("task", "start")
+RESET_OPTIONS = ("task", "start", "max_steps")
 CAMERAS_OPEN = 32  # each holds the model's meshes and textures: 80 MB; opening one takes as long as 50 pictures
 
 _IDLE: dict[tuple[str, str], list[Any]] = defaultdict(list)  # (simulator, task) -> environments that no episode uses
@@ -28,7 +28,7 @@ class Simulation(gymnasium.Env, abc.ABC):
     of PROPRIO. Action: (4,) float32 in the environment's own units, ACTION; what is out of range is clipped. An action
     is held for ACTION_REPEAT of the environment's steps. `info` holds "instruction", "task" and "success", the
     environment's own judgement. Reward is 1 on success. The episode terminates on success and is cut off after
-    MAX_STEPS.
+    MAX_STEPS actions.
 
     Args:
       tasks: what may be asked; the seed draws one unless `reset(options={"task": name})` names it.
@@ -78,15 +78,20 @@ class Simulation(gymnasium.Env, abc.ABC):
 
         Args:
           options: "task": name of the task. "start": (dx, dy, dz) metres by which the hand is moved, open, before the
-            episode begins (so far as the robot gets in the steps that this takes).
+            episode begins (so far as the robot gets in the steps that this takes). "max_steps": actions after which
+            the episode is cut off, in place of MAX_STEPS.
 
         Raises:
-          ValueError: an option or a task that does not exist, or a start that is not three finite numbers.
+          ValueError: an option or a task that does not exist, a start that is not three finite numbers, or a limit of
+            less than one action.
         """
         super().reset(seed=seed)
         options = dict(options or {})
         if unknown := sorted(set(options) - set(RESET_OPTIONS)):
             raise ValueError(f"unknown reset options {unknown}; valid: {', '.join(RESET_OPTIONS)}")
+        limit = int(options.get("max_steps", self.MAX_STEPS))
+        if limit < 1:
+            raise ValueError(f"reset option 'max_steps' must be at least 1, got {limit}")
         episode_seed = seed if seed is not None else int(self.np_random.integers(2**31))
         rng = np.random.default_rng([episode_seed, 0x51])
         drawn = list(self.tasks)[int(rng.integers(len(self.tasks)))]
@@ -98,7 +103,7 @@ class Simulation(gymnasium.Env, abc.ABC):
         self._env = idle.pop() if idle else self._make(task)
         self._start(self._env, episode_seed)
         self._move_hand(np.asarray(options.get("start", (0.0, 0.0, 0.0)), np.float64))
-        self.success, self._steps, self._done = False, 0, False
+        self.success, self._steps, self._limit, self._done = False, 0, limit, False
         return self._observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -119,7 +124,7 @@ class Simulation(gymnasium.Env, abc.ABC):
             if self.success:
                 break
         self._steps += 1
-        truncated = not self.success and self._steps >= self.MAX_STEPS
+        truncated = not self.success and self._steps >= self._limit
         self._done = self.success or truncated
         return self._observation(), float(self.success), self.success, truncated, self._info()
 
