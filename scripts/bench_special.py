@@ -24,25 +24,32 @@ from ml_collections import ConfigDict
 from octo_like.common.config import load_config
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import synthetic_batch
-from octo_like.model import octo, special, transformer
+from octo_like.model import attention, octo, special, transformer
 from octo_like.model.octo import build_model, init_params
 from octo_like.training import program, sharding
+
+
+def _plain_attention(uniform, q, k, v, mask):
+    return attention._plain(q, k, v, mask, uniform)
+
 
 # Path -> (what is measured, [(module, name, what stands in its place), ...]).
 PATHS = {
     "layers": ("trace", [(transformer, "_shared_block", transformer._block)]),
     "collector": ("trace", [(special, "spare_the_collector", lambda: None)]),
+    "attention": ("run", [(attention, "cpu_attention", _plain_attention)]),
     "options": ("place", [(module, "run_once_options", dict) for module in (octo, program)]),
 }
 
 
 class Step:
-    """The training step of a config, traced and compiled anew."""
+    """The training step and `sample` of a config, traced and compiled anew."""
 
     def __init__(self, config, model_config, spec):
         jax.clear_caches()
         gc.unfreeze()
         self._model, mesh = build_model(model_config), sharding.make_mesh(1, 1, jax.devices()[:1])
+        self._spec = spec
         self._program = program.build_program(
             config,
             self._model,
@@ -52,6 +59,7 @@ class Step:
             frozen=frozenset(),
         )
         self._batch = sharding.put_batch(synthetic_batch(spec, config.batch_size), mesh)
+        self._compiled = None
 
     def trace(self) -> dict[str, float]:
         special.spare_the_collector()
@@ -59,6 +67,28 @@ class Step:
 
     def place(self) -> dict[str, float]:
         return {"first state": timed(lambda: self._program.place(jax.random.key(0)))}
+
+    def run(self) -> dict[str, float]:
+        if self._compiled is None:
+            self._state = self._program.place(jax.random.key(0))
+            self._compiled = self._program.step.lower(self._state, self._batch).compile()
+            params, head = jax.device_get(self._state.params), next(iter(self._model.heads))
+
+            def act(rows):
+                batch, keys = synthetic_batch(self._spec, rows), jax.random.split(jax.random.key(0), rows)
+                sample = jax.jit(
+                    lambda p, o, t: self._model.apply({"params": p}, o, t, keys, head=head, method="sample")
+                )
+                compiled = sample.lower(params, batch["observation"], batch["task"]).compile()
+                return lambda: compiled(params, batch["observation"], batch["task"])
+
+            self._acting = {f"act, {rows} at a time": act(rows) for rows in (1, 20)}
+
+        def run():
+            self._state, metrics = self._compiled(self._state, self._batch)
+            return self._state, metrics
+
+        return {"step": timed(run)} | {name: timed(run) for name, run in self._acting.items()}
 
 
 def timed(function) -> float:
@@ -86,13 +116,15 @@ def main(argv=None) -> int:
     result = {}
     for path in flags.paths:
         measure, patches = PATHS[path]
-        seconds = {True: {}, False: {}}
+        steps, seconds = {}, {True: {}, False: {}}
         for number in range(flags.rounds):
             for special_path in (True, False):
                 with contextlib.ExitStack() as stack:
                     for patch in [] if special_path else patches:
                         stack.enter_context(mock.patch.object(*patch))
-                    values = getattr(Step(config, model_config, spec), measure)()
+                    if measure != "run" or special_path not in steps:
+                        steps[special_path] = Step(config, model_config, spec)
+                    values = getattr(steps[special_path], measure)()
                 for name, value in values.items() if number else ():
                     seconds[special_path].setdefault(name, []).append(value)
         for name in seconds[True]:

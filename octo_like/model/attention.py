@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What a masked logit is replaced by: finite, so that a query without any key gives the uniform distribution, not NaN.
-MASKED = float(np.finfo(np.float32).min)
+from octo_like.model.special import MASKED, cpu_attention, drop_empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,17 @@ def attend(
         dense = jnp.ones((1, q_bqhd.shape[1], k_bkhd.shape[1]), bool)
     if implementation == "cudnn":
         return _cudnn(q_bqhd, k_bkhd, v_bkhd, dense)
-    return _plain(q_bqhd, k_bkhd, v_bkhd, dense, uniform_when_masked, weights_fn)
+    if weights_fn is not None:
+        return _plain(q_bqhd, k_bkhd, v_bkhd, dense, uniform_when_masked, weights_fn)
+    # Decided when the program is compiled, so that a CPU machine compiles the right one for an accelerator.
+    return jax.lax.platform_dependent(
+        q_bqhd,
+        k_bkhd,
+        v_bkhd,
+        dense,
+        cpu=lambda *args: cpu_attention(uniform_when_masked, *args),
+        default=lambda q, k, v, mask: _plain(q, k, v, mask, uniform_when_masked),
+    )
 
 
 def recorded_weights(run: Callable[[], object], *, tokens: int) -> list[jax.Array]:
@@ -189,7 +198,7 @@ def _cudnn(q, k, v, mask):
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         raise ValueError(f"attention 'cudnn' needs a head_dim that is a multiple of 8 up to 128, got {q.shape[-1]}")
     out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    return jnp.where(mask.any(-1)[..., None, None], out, 0)  # zero for queries without any valid key
+    return drop_empty(out, mask, False)
 
 
 SPLASH_BLOCK = 128
