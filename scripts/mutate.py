@@ -54,15 +54,17 @@ TARGETS = {
     "octo_like/model/guidance.py": _tests("model", "continuing", "guidance"),
     "octo_like/model/heads.py": _tests("model", *PLAIN, "own_parts", "randomness", "heads", "heads_embodiments"),
     "octo_like/model/discrete.py": _tests("model", *PLAIN, "heads", "heads_bimodal"),
-    "octo_like/model/decoder.py": _tests("model", "decoder"),
-    "octo_like/model/sequence.py": _tests("model", "decoder", "fast_head", "heads_bimodal"),
-    "octo_like/model/text_head.py": _tests("model", "text_head"),
+    "octo_like/model/decoder.py": _tests("model", "small_print_heads", "decoder"),
+    "octo_like/model/sequence.py": _tests("model", *PLAIN, "decoder", "fast_head", "heads_bimodal"),
+    "octo_like/model/text_head.py": _tests("model", *PLAIN, "text_head"),
     "octo_like/model/points.py": _tests("model", "points"),
     "octo_like/model/t5.py": _tests("model", *PLAIN, "components"),
     "octo_like/model/stems.py": _tests("model", *PLAIN, "components", "stems"),
     "octo_like/model/attention.py": _tests("model", *PLAIN, "components", "randomness", "attention", "masks"),
     "octo_like/model/transformer.py": _tests("model", *PLAIN, "randomness", "components", "numerics", "masks"),
-    "octo_like/model/backbone.py": _tests("model", *PLAIN, "masks", "padding", "components", "heads"),
+    "octo_like/model/backbone.py": _tests(
+        "model", *PLAIN, "own_parts", "masks", "padding", "components", "heads", "octo_release"
+    ),
     "octo_like/model/tokenizers.py": _tests("model", *PLAIN, "components", "stems", "heads", "masks", "padding"),
     "octo_like/model/octo.py": _tests(
         "model", *PLAIN, "own_parts", "randomness", "heads", "heads_embodiments", "octo_release", "loading"
@@ -71,7 +73,7 @@ TARGETS = {
     "octo_like/training/state.py": _tests("training", *UPDATE),
     "octo_like/training/step.py": _tests("training", *UPDATE),
     "octo_like/data/order/order.py": _tests("data", *ORDER),
-    "octo_like/data/order/walk.py": _tests("data", *ORDER),
+    "octo_like/data/order/walk.py": (*_tests("data", *ORDER), "tests/test_behaviour.py"),
     "octo_like/data/order/mixture.py": _tests("data", *ORDER),
     "octo_like/data/order/windows.py": _tests("data", "windows", "references", *ORDER),
     "octo_like/data/order/keys.py": _tests("data", *ORDER),

@@ -47,6 +47,22 @@ def apply(*args, method, params=None, **options):
     return module.apply({"params": mine if params is None else params}, *args, method=method, **options)
 
 
+def test_the_loss_is_that_of_the_tokens_and_nothing_behind_them():
+    """Every piece in turn, the first id too: its cross-entropy given those before; padding costs nothing."""
+    module, params, groups = head()
+    ids = np.zeros((4, 2, vocabulary().max_tokens), np.int32)
+    ids[0, 0, :3], ids[1, 1, :2], ids[2, 0, :1] = (1, 5, 1), (7, 1), (1,)
+    mask = np.broadcast_to(ids.any(-1)[..., None, None], (4, 2, H, A)).astype(np.float32)
+    zeros = np.zeros((4, 2, H, A), np.float32)
+    terms = apply(groups, zeros, mask, None, tokens=ids, method="loss_terms")
+    flat = ids.reshape(8, -1)
+    logits = np.asarray(
+        module.apply({"params": params}, method=lambda m: m.decoder(jnp.asarray(flat), m.read(groups))), np.float64
+    )
+    each = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, flat[..., None], -1)[..., 0]
+    np.testing.assert_allclose(terms["loss"], (each * (flat > 0)).sum(), rtol=1e-4)
+
+
 def test_chunks_of_ids_are_those_of_the_vocabulary():
     chunks = np.random.default_rng(1).normal(size=(50, H, A)).cumsum(1) / 3
     ids, _ = vocabulary().encode(chunks.astype(np.float32), low_pass=True)

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from octo_like.common.schema import flatten
-from octo_like.model.attention import attend
+from octo_like.model.attention import BlockMask, GroupLayout, StaticRule, attend, block_mask
 from octo_like.model.decoder import TokenDecoder
 from octo_like.model.diffusion import ScoreNetwork
 from octo_like.model.discrete import ActionBins
@@ -19,7 +19,7 @@ from octo_like.model.octo import build_model
 from octo_like.model.stems import convolve
 from octo_like.model.tokenizers import LanguageTokenizer, LowdimTokenizer
 from octo_like.model.tokens import TokenGroup, masked_mean
-from octo_like.model.transformer import MapPooling
+from octo_like.model.transformer import MapPooling, Transformer
 from tests.model import light, tiny
 from tests.model.light import FLOW, HeadAlone
 
@@ -122,11 +122,49 @@ def test_patches_that_do_not_cover_the_picture_are_those_of_a_convolution():
         np.testing.assert_allclose(out.transpose(0, 2, 1, 3) if turned else out, want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_fused_kernel_is_given_heads_of_128():
-    q = jnp.zeros((1, 4, 2, 128), jnp.bfloat16)
-    with mock.patch.object(jax.nn, "dot_product_attention", return_value=q) as kernel:
-        attend(q, q, q, jnp.ones((1, 4, 4), bool), implementation="cudnn")
-    kernel.assert_called_once()
+def test_the_fused_kernel_is_given_heads_of_128_and_its_empty_rows_are_zero():
+    """JAX's own attention in the kernel's place: as plain attention, also where nothing may be attended."""
+    q, k, v = (jnp.asarray(normal(1, 4, 2, 128), jnp.bfloat16) for _ in "qkv")
+    mask = jnp.tril(jnp.ones((1, 4, 4), bool), -1)  # the first query sees nothing
+    own = jax.nn.dot_product_attention
+
+    def kernel(q, k, v, *, mask, implementation):
+        assert implementation == "cudnn"
+        return own(q, k, v, mask=mask)
+
+    with mock.patch.object(jax.nn, "dot_product_attention", kernel):
+        out = np.asarray(attend(q, k, v, mask, implementation="cudnn"), np.float32)
+    np.testing.assert_allclose(out, np.asarray(attend(q, k, v, mask), np.float32), atol=0.03)
+    assert not out[:, 0].any() and out[:, 1:].any((0, 2, 3)).all()
+
+
+def test_only_some_rows_of_the_last_block():
+    """The same as all rows, of which these are taken: the blocks before need every token."""
+    net = Transformer(num_layers=2, num_heads=2, mlp_dim=8)
+    layouts = (GroupLayout("obs", "obs", 3, 0), GroupLayout("readout_a", "readout", 2, 0))
+    mask = BlockMask(StaticRule(block_mask(layouts)), jnp.ones((2, 5), bool))
+    x = jnp.asarray(normal(2, 5, 8))
+    params = tiny.random_values(jax.eval_shape(lambda: net.init(jax.random.key(0), x, mask))["params"])
+    whole = net.apply({"params": params}, x, mask)
+    some = net.apply({"params": params}, x, mask, rows=(3, 2))
+    np.testing.assert_allclose(some, whole[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_of_bins_by_hand():
+    head = HeadAlone(dict(kind="bins", readout="readout_action", action_horizon=2, action_dim=3, num_bins=5, low=-1.0,
+                          high=1.0, width=8, num_heads=2, num_layers=1))  # fmt: skip
+    action = np.clip(0.5 * normal(4, 2, 2, 3), -0.99, 0.99)
+    mask = (RNG.random((4, 2, 2, 3)) < 0.7).astype(np.float32)
+    terms = head.apply(head.groups, action, mask, method="loss_terms")
+    logits = np.asarray(head.apply(head.groups, action, mask, method="logits"), np.float64)
+    target = np.floor((action + 1) / 0.4).astype(int)
+    guess = logits.argmax(-1)
+    log_sum = np.log(np.exp(logits).sum(-1))
+    entropy = log_sum - np.take_along_axis(logits, target[..., None], -1)[..., 0]
+    np.testing.assert_allclose(terms["loss"], (entropy * mask).sum(), rtol=1e-4)
+    assert terms["accuracy"] == ((guess == target) * mask).sum()
+    centre = -1 + 0.4 * (guess + 0.5)
+    np.testing.assert_allclose(terms["mse"], 3 * ((centre - action) ** 2 * mask).sum(), rtol=1e-4)
 
 
 def test_pooling_computes_in_the_type_it_is_told():

@@ -76,6 +76,17 @@ def test_the_loss_is_the_mean_negative_log_probability_of_the_texts():
     np.testing.assert_allclose(float(terms["loss"]), -(each * mask).sum(), rtol=1e-5)
     counts = model.apply({}, batch, method="counts")
     assert float(counts["text"]) == 18
+
+    def logits(model):
+        return model.auxiliaries["text"].decoder(ids, model.auxiliaries["text"]._read(model.groups(*inputs)))
+
+    likeliest = np.asarray(model.apply({"params": params}, method=logits)).argmax(-1)
+    taught = dict(batch, text_target={"input_ids": np.where(mask, likeliest, 0), "attention_mask": mask})
+    first = mask & (np.arange(LENGTH) == 0)  # the first id depends on nothing that was said
+    only_first = dict(taught, text_target={"input_ids": np.where(first, likeliest, 0), "attention_mask": first})
+    assert float(terms_of(model, params, only_first)["text"]["accuracy"]) == first.sum() == 3
+    right = (likeliest == ids) & mask
+    assert float(terms["accuracy"]) == right.sum()
     of_text = np.where(ids == 1, 1, ids)
     of_text[np.arange(4), mask.sum(1) - 1] = 1  # each ends with its end
     whole = model.apply({"params": params}, *inputs, of_text, method="text_log_probs")

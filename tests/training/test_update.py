@@ -7,7 +7,15 @@ import pytest
 
 from octo_like.training.optimizer import global_norm, make_optimizer, make_schedule
 from octo_like.training.state import create_state
-from octo_like.training.step import StepConfig, make_eval_step, make_train_step, mean_terms, norms_by_part, sample_keys
+from octo_like.training.step import (
+    StepConfig,
+    _accumulated,
+    make_eval_step,
+    make_train_step,
+    mean_terms,
+    norms_by_part,
+    sample_keys,
+)
 
 HEADS = {"near": 2.0, "far": 1.0}  # weights of the losses
 
@@ -107,6 +115,18 @@ def test_one_update_is_what_the_formulas_say(accumulate):
     np.testing.assert_array_equal(samples["count"], data["near"] + data["far"])
     np.testing.assert_allclose(samples["loss"], (2 * data["near"] + data["far"]) * error**2, rtol=1e-4, atol=1e-6)
     assert np.isclose(metrics["near/loss"], np.mean(error[:3] ** 2), rtol=1e-5) and "near/count" not in metrics
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_micro_batches_are_one_after_the_other(number):
+    """Whole batches at once would give the same sums in several times the memory."""
+    part = lambda batch, keys: ({"sum": batch.sum()}, batch[:, 0])  # noqa: E731
+    batch, keys = jnp.arange(16.0).reshape(8, 2), jax.random.split(jax.random.key(0), 8)
+    sums, by_sample = _accumulated(part, batch, keys, number)
+    assert sums["sum"] == batch.sum() and (by_sample == batch[:, 0]).all()
+    program = jax.make_jaxpr(lambda: _accumulated(part, batch, keys, number))()
+    loops = [equation for equation in program.eqns if equation.primitive.name == "scan"]
+    assert [loop.params["length"] for loop in loops] == ([] if number == 1 else [number])
 
 
 def test_the_average_warms_up_and_then_decays_as_asked():
