@@ -340,10 +340,9 @@ def merge_params(
         origin = copies[prefix] + path.removeprefix(prefix) if prefix else path
         copied = f"copied from {origin}" if prefix else ""
         moved = bool(prefix) and re.fullmatch(GROUP_POSITIONS, path) is not None
-        if any(re.match(pattern, path) for pattern in reinitialize):
-            notes[path] = "replaced on request"
-            used.add(origin)
-        elif why := next((why for prefix, why in (anew or {}).items() if path.startswith(prefix)), ""):
+        on_request = any(re.match(pattern, path) for pattern in reinitialize)
+        begins = (why for beginning, why in (anew or {}).items() if path.startswith(beginning))
+        if why := "replaced on request" if on_request else next(begins, ""):
             notes[path] = why
             used.add(origin)
         elif origin not in old:
@@ -352,15 +351,12 @@ def merge_params(
             merged[path], status[path] = np.asarray(old[origin], leaf.dtype), "loaded"
             used.add(origin)
             carried.add(origin)
-            if copied:
-                notes[path] = copied
+            notes |= {path: copied} if copied else {}
         else:
             used.add(origin)
             was, value = np.asarray(old[origin]), None
             if was.ndim == leaf.ndim and "pos_embed" in path.rsplit("/", 1)[-1]:
-                value = np.array(leaf)
-                common = tuple(slice(0, min(a, b)) for a, b in zip(was.shape, leaf.shape, strict=True))
-                value[common] = _told_apart(was[common], value) if moved else was[common]
+                value = _resized_positions(was, leaf, moved)
             elif was.ndim == leaf.ndim:
                 value = resize(path, was, np.asarray(leaf))
             if value is not None:
@@ -380,6 +376,14 @@ def merge_params(
     itemsizes = {path: np.dtype(leaf.dtype).itemsize for path, leaf in new.items()}
     lost = {path: int(np.prod(np.shape(leaf))) for path, leaf in old.items() if path not in carried}
     return unflatten(merged), LoadReport(status, notes, unused, sizes, frozen, itemsizes, lost)
+
+
+def _resized_positions(was: np.ndarray, fresh: np.ndarray, moved: bool) -> np.ndarray:
+    """`fresh` with the entries that both have, as they were; `moved` by a vector of its own if it is a copy's."""
+    value = np.array(fresh)
+    common = tuple(slice(0, min(a, b)) for a, b in zip(was.shape, fresh.shape, strict=True))
+    value[common] = _told_apart(was[common], value) if moved else was[common]
+    return value
 
 
 # What is added to all tokens of a camera, of the proprioception, or of a task.

@@ -177,9 +177,11 @@ def test_a_client_can_say_what_to_do_next_or_let_the_policy_say_it(served):
         planned = client.act(moment(), "put it away", plan=True)
         task = policy.create_tasks(texts=["put it away"])
         window = {key: np.asarray(value)[None] for key, value in client.window.items()}
-        assert client.subtask == policy.predict_text(window, task)[0]
+        said = client.subtask
+        assert said == policy.predict_text(window, task)[0]
         client.reset()
-        again = client.act(moment(), "put it away", subtask=client.subtask)
+        assert client.subtask is None
+        again = client.act(moment(), "put it away", subtask=said)
         np.testing.assert_array_equal(planned, again)
         with pytest.raises(PolicyServerError, match="give 'subtask', or let the policy say it"):
             client.act(moment(), "put it away", subtask="reach", plan=True)
