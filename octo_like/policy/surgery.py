@@ -304,8 +304,8 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
 
 def _numbers_mean(part: Mapping[str, Any]) -> Any:
     """What decides the meaning of the ids that a part says."""
-    fields = ("vocabulary", "bin_type", "low", "high")
-    fields += () if part.get("low") is not None and part.get("high") is not None else ("max_action",)
+    bounded = part.get("low") is not None and part.get("high") is not None
+    fields = ("vocabulary", "bin_type", "low", "high", *(() if bounded else ("max_action",)))
     return _plain([part.get(field) for field in fields]) if part.get("kind") in SAYING else None
 
 

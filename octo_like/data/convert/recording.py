@@ -11,8 +11,8 @@ import numpy as np
 from octo_like.data.spec import DataError
 
 # What every step of a written dataset has, whatever the recordings call theirs.
-STEP_KEYS = ("observation", "action", "language_instruction", "timestamp", "is_first", "is_last", "is_terminal")
-STEP_KEYS += ("reward", "discount", "task")
+_OF_AN_EPISODE = ("timestamp", "is_first", "is_last", "is_terminal", "reward", "discount")
+STEP_KEYS = ("observation", "action", "language_instruction", "task", *_OF_AN_EPISODE)
 
 # A frame is an (h, w, 3) uint8 array in RGB, or the bytes of a JPEG or PNG.
 Frame = np.ndarray | bytes

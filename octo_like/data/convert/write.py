@@ -332,7 +332,7 @@ class _Writer:
 
 
 def _check(recording: Recording) -> None:
-    lengths: Mapping[str, int] = {key: len(rows) for key, rows in recording.vectors.items()}
+    lengths: dict[str, int] = {key: len(rows) for key, rows in recording.vectors.items()}
     lengths |= {key: len(texts) for key, texts in recording.texts.items()}
     check_lengths(recording.where, len(recording.action), lengths)
     reserved = recording.cameras.keys() & recording.vectors.keys()
