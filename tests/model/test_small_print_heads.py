@@ -64,10 +64,11 @@ def test_a_regression_is_bounded_smoothly_and_its_loss_is_the_error(loss):
     want = 2 * np.tanh(np.asarray(raw) / 2).reshape(4, 2, 3, 4)
     assert np.abs(want).max() > 1.99, "the bound must show"
     np.testing.assert_allclose(head.apply(head.groups, method="predict", params=scaled), want, rtol=1e-4, atol=1e-4)
-    action, mask = normal(4, 2, 3, 4), np.ones((4, 2, 3, 4), np.float32)
+    action, mask = normal(4, 2, 3, 4), (RNG.random((4, 2, 3, 4)) < 0.7).astype(np.float32)
     terms = head.apply(head.groups, action, mask, method="loss_terms", params=scaled)
     error = np.abs(want - action)
-    np.testing.assert_allclose(terms["loss"], 4 * (error if loss == "l1" else error**2).sum(), rtol=1e-4)
+    np.testing.assert_allclose(terms["loss"], 4 * ((error if loss == "l1" else error**2) * mask).sum(), rtol=1e-4)
+    np.testing.assert_allclose(terms["mse"], 4 * (error**2 * mask).sum(), rtol=1e-4)
 
 
 def test_a_flow_leaves_padded_entries_on_the_straight_path_from_noise_to_zero():
@@ -148,6 +149,18 @@ def test_only_some_rows_of_the_last_block():
     whole = net.apply({"params": params}, x, mask)
     some = net.apply({"params": params}, x, mask, rows=(3, 2))
     np.testing.assert_allclose(some, whole[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_discrete_loss_s_error_is_that_of_the_likeliest_bins():
+    head = HeadAlone(dict(kind="discrete", readout="readout_action", action_horizon=2, action_dim=3, num_bins=5,
+                          token_per="", low=-1.0, high=1.0))  # fmt: skip
+    action = np.clip(0.5 * normal(4, 2, 2, 3), -0.99, 0.99)
+    mask = (RNG.random((4, 2, 2, 3)) < 0.7).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 4)
+    terms = head.apply(head.groups, action, mask, keys, method="loss_terms")
+    guess = np.asarray(head.apply(head.groups, method="logits"), np.float64).argmax(-1).reshape(4, 2, 2, 3)
+    centre = -1 + 0.4 * (guess + 0.5)
+    np.testing.assert_allclose(terms["mse"], 3 * ((centre - action) ** 2 * mask).sum(), rtol=1e-4)
 
 
 def test_a_loss_of_bins_by_hand():
