@@ -11,7 +11,6 @@ import pytest
 
 from octo_like.data.order import order as order_lib
 from octo_like.data.order.keys import shuffled
-from octo_like.data.order.mixture import _apportioned
 from octo_like.data.order.order import PERIOD, WINDOW, DatasetFrames, Mixture, Order
 
 
@@ -352,25 +351,6 @@ def test_live_episodes_of_processes():
     assert sorted(set(parts[0]) | set(parts[1])) == order.live(30)
     shown = order.samples(order.batch_rows(30, 1, 2))
     assert set(zip(shown.dataset.tolist(), shown.episode.tolist(), strict=True)) <= set(parts[1])
-
-
-def test_what_is_live_is_each_walk_s_at_its_next_sample():
-    order = make_order(4, batch_size=4, scale=10, mixed=40)
-    for batch in (30, 31, 77):
-        following = {}
-        for later in range(batch, batch + 200):
-            shown = order.samples(order.batch_rows(later, 0, 1))
-            for d, walk, position in zip(shown.dataset, shown.walk, shown.position, strict=True):
-                following.setdefault((int(d), int(walk)), int(position))
-        wanted = {(d, e) for (d, w), at in following.items() for e in live_episodes(order, d, w, at).tolist()}
-        often = {pair for pair in order.live(batch) if pair[0] in (0, 1)}  # the third is too rare to be seen again
-        assert often == {pair for pair in wanted if pair[0] in (0, 1)} and {d for d, _ in often} == {0, 1}
-
-
-def test_what_is_left_over_goes_to_the_first_of_equals():
-    """Also among more than numpy sorts in their order by chance."""
-    units = _apportioned(np.full(24, 1 / 24), 1000)
-    assert units.tolist() == [42] * 16 + [41] * 8
 
 
 def test_shuffled_is_a_permutation_and_uniform():

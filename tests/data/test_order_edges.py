@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from octo_like.common.lanes import MAX_LANES
+from octo_like.data.order.mixture import _apportioned
 from octo_like.data.order.order import VERSION, WINDOW, DatasetFrames, Mixture, Order
+from tests.data.test_order import live_episodes, make_order
 
 
 def test_the_smallest_mixture_is_accepted():
@@ -51,3 +53,22 @@ def test_the_order_is_that_of_its_version():
     for part in (numbers.astype(np.int64), samples.key, substitutes.astype(np.int64)):
         digest.update(np.ascontiguousarray(part).tobytes())
     assert (VERSION, digest.hexdigest()[:16]) == (3, "68d269fbbd7a4f37")
+
+
+def test_what_is_live_is_each_walk_s_at_its_next_sample():
+    order = make_order(4, batch_size=4, scale=10, mixed=40)
+    for batch in (30, 31, 77):
+        following = {}
+        for later in range(batch, batch + 200):
+            shown = order.samples(order.batch_rows(later, 0, 1))
+            for d, walk, position in zip(shown.dataset, shown.walk, shown.position, strict=True):
+                following.setdefault((int(d), int(walk)), int(position))
+        wanted = {(d, e) for (d, w), at in following.items() for e in live_episodes(order, d, w, at).tolist()}
+        often = {pair for pair in order.live(batch) if pair[0] in (0, 1)}  # the third is too rare to be seen again
+        assert often == {pair for pair in wanted if pair[0] in (0, 1)} and {d for d, _ in often} == {0, 1}
+
+
+def test_what_is_left_over_goes_to_the_first_of_equals():
+    """Also among more than numpy sorts in their order by chance."""
+    units = _apportioned(np.full(24, 1 / 24), 1000)
+    assert units.tolist() == [42] * 16 + [41] * 8

@@ -20,8 +20,8 @@ INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_ind
 SUBTASK_INDEX = "subtask_index"
 REWARD = "next.reward"
 # The column in which annotations hold until others replace them, and the style of those that say what is being done.
-ROUNDING = 1e-3  # seconds by which an annotation may begin after its frame: both are rounded
 PERSISTENT, SUBTASK = "language_persistent", "subtask"
+ROUNDING = 1e-3  # seconds by which an annotation may begin after its frame: both are rounded
 
 
 def _parquet() -> Any:
