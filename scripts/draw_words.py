@@ -1,6 +1,6 @@
-"""Draws the pictures of docs/language.md: rows of pictures and words, and long tasks with their sub-tasks.
+"""Draws pictures of docs/language.md: rows of pictures and words, long tasks with their sub-tasks, paths of the hand.
 
-python scripts/draw_words.py      # docs/figures/words.png and docs/figures/long_tasks.png
+python scripts/draw_words.py      # docs/figures/words.png, long_tasks.png and hand_paths.png
 """
 
 import argparse
@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw
 
 from octo_like.common import location_tokens
 from octo_like.envs import LongTabletopEnv, picture_rows
+from octo_like.envs.paths import PathsAhead
 from octo_like.envs.picture_words import KINDS
+from octo_like.robot.record import annotate
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "docs" / "figures"
 SIZE, WIDTH, TEXT = 128, 196, 62  # of a picture, of its column, of the words below it, in pixels
@@ -80,6 +82,22 @@ def long_tasks() -> Image.Image:
     return Image.fromarray(np.concatenate(strips))
 
 
+def hand_paths() -> Image.Image:
+    """An expert's episode of a long task, every few steps, with the path that it takes from there."""
+    env = PathsAhead(LongTabletopEnv("arm", image_size=SIZE))
+    observation, info = env.reset(seed=3)
+    expert, pictures, done = env.unwrapped.expert(np.random.default_rng(0)), [], False
+    while not done:
+        pictures.append(annotate(observation["image_primary"], info["instruction"], None, 2, info["path"]))
+        observation, _, terminated, truncated, info = env.step(expert.act())
+        done = terminated or truncated
+    chosen = pictures[:: len(pictures) // 4][:4]
+    sheet = Image.new("RGB", (len(chosen) * (chosen[0].width + 8) - 8, chosen[0].height), "white")
+    for number, picture in enumerate(chosen):
+        sheet.paste(picture, (number * (picture.width + 8), 0))
+    return sheet
+
+
 def _runs(texts: list[str]) -> list[tuple[int, int]]:
     """(first, last) index of each stretch of equal texts."""
     starts = [i for i, text in enumerate(texts) if i == 0 or text != texts[i - 1]]
@@ -91,7 +109,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER, help="the folder to write to")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("words", words), ("long_tasks", long_tasks)):
+    for name, draw in (("words", words), ("long_tasks", long_tasks), ("hand_paths", hand_paths)):
         draw().save(output / f"{name}.png", optimize=True)
         print(f"wrote {output / name}.png")
 

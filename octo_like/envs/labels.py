@@ -12,6 +12,7 @@ import numpy as np
 from octo_like.envs.demonstrations import first_seed, points
 from octo_like.envs.embodiments import EMBODIMENTS
 from octo_like.envs.language import HELD_OUT_PAIRS
+from octo_like.envs.paths import place
 from octo_like.envs.tabletop import TabletopEnv
 
 POINTS = ("target", "plate", "effector")
@@ -92,8 +93,8 @@ def _episode(env: TabletopEnv, seed: int, sizes: Mapping[str, int], goals: Seque
 
 
 def _points(env: TabletopEnv) -> dict[str, np.ndarray]:
-    tip = np.array(env.project(*map(float, env.effector.tip)), np.float32) / env.image_size
-    return {f"point_{name.removesuffix('_point')}": xy for name, xy in points(env).items()} | {"point_effector": tip}
+    named = {f"point_{name.removesuffix('_point')}": xy for name, xy in points(env).items()}
+    return named | {"point_effector": place(env)}
 
 
 def _phases(env: TabletopEnv, action: np.ndarray) -> dict[str, bool]:

@@ -20,7 +20,8 @@ class Plan(NamedTuple):
     Attributes:
       step: actions that had been executed.
       text: what to do next.
-      wanted: what the environment would have said (`info["subtask"]`), None where it says nothing.
+      wanted: what the environment would have said (`info["subtask"]`), None where it says nothing, and where the text
+        is a path of the hand.
     """
 
     step: int

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from octo_like.common import hand_paths
+
 SUCCESS_COLOUR = (46, 160, 67)
 FAILURE_COLOUR = (207, 34, 46)
 INSTRUCTION_COLOUR, SUBTASK_COLOUR = (20, 20, 20), (9, 80, 190)
+PATH_COLOUR, EVENT_COLOURS = (255, 221, 0), {hand_paths.CLOSE: (207, 34, 46), hand_paths.OPEN: (46, 160, 67)}
 BORDER = 4
 FONT_SIZE = 12
 HOLD_LAST_FRAME_S = 1.0
@@ -37,12 +40,16 @@ def annotate(
 
     Args:
       caption: the instruction.
-      subtask: what the robot is doing of it; stands below, in another colour.
+      subtask: what the robot is doing of it; stands below, in another colour. A path of the hand
+        (`octo_like.common.hand_paths`) is drawn into the picture instead, with a dot where the gripper closes (red) or
+        opens (green). It is that of the leftmost view, which is taken to be as wide as the frame is high, or all of it.
       subtask_lines: lines that are kept for it at least, so that all pictures of an episode are of one size.
     """
     height, width = frame.shape[0] * scale, frame.shape[1] * scale
     font = ImageFont.load_default(size=FONT_SIZE)
     lines = [(line, INSTRUCTION_COLOUR) for line in _wrap(caption, width)]
+    path = hand_paths.decode(subtask) if hand_paths.is_path(subtask) else None
+    subtask = "" if path else subtask
     below = [(line, SUBTASK_COLOUR) for line in _wrap(subtask, width)]
     lines += below + [("", SUBTASK_COLOUR)] * (subtask_lines - len(below))
     top = len(lines) * (FONT_SIZE + 3) + (4 if lines else 0)
@@ -54,8 +61,21 @@ def annotate(
     for i, (line, ink) in enumerate(lines):
         draw.text((BORDER + 3, BORDER + 1 + i * (FONT_SIZE + 3)), line, fill=ink, font=font)
     enlarged = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+    if path is not None:
+        _draw_path(enlarged, path, min(width, height))
     picture.paste(enlarged, (BORDER, BORDER + top))
     return picture
+
+
+def _draw_path(picture: Image.Image, path: hand_paths.HandPath, width: int) -> None:
+    """A line through the points, in the leftmost `width` pixels."""
+    draw = ImageDraw.Draw(picture)
+    places = [(column * width, row * picture.height) for row, column in path.points]
+    thick = max(1, picture.height // 96)
+    draw.line(places, fill=PATH_COLOUR, width=thick, joint="curve")
+    dots = {0: PATH_COLOUR} | {number: EVENT_COLOURS[what] for number, what in path.events}
+    for number, colour in dots.items():
+        draw.circle(places[number], 2 * thick + 1, fill=colour, outline=(255, 255, 255))
 
 
 def _wrap(text: str, width: int) -> list[str]:
@@ -81,7 +101,8 @@ def annotate_all(
     if len(subtasks) != len(frames):
         raise ValueError(f"{len(subtasks)} sub-tasks for {len(frames)} frames: each needs one")
     pairs = list(zip([np.asarray(frame) for frame in frames], subtasks, strict=True))
-    lines = max((len(_wrap(text, frame.shape[1] * scale)) for frame, text in pairs), default=0)
+    below = [(frame, text) for frame, text in pairs if not hand_paths.is_path(text)]
+    lines = max((len(_wrap(text, frame.shape[1] * scale)) for frame, text in below), default=0)
     return [annotate(frame, caption, success, scale, text, lines) for frame, text in pairs]
 
 

@@ -17,6 +17,7 @@ import gymnasium as gym
 import jax
 import numpy as np
 
+from octo_like.common import hand_paths
 from octo_like.common.schema import BatchSpec
 from octo_like.common.words import nearest
 from octo_like.robot.images import resize_images
@@ -324,7 +325,8 @@ class _Slot:
         return not self.plans or self.chunks - self.planned >= every
 
     def plan(self, text: str) -> None:
-        wanted = self.info.get("subtask")
+        # Two paths are never the same: nothing to compare.
+        wanted = None if hand_paths.is_path(text) else self.info.get("subtask")
         self.plans.append(Plan(self.steps, text, None if wanted is None else str(wanted)))
         self.planned = self.chunks
 

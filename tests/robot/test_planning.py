@@ -13,7 +13,7 @@ from octo_like.robot.client import PolicyClient, PolicyServerError
 from octo_like.robot.executor import AsyncExecutor
 from octo_like.robot.local import LocalPolicy
 from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, accuracy
-from octo_like.robot.record import BORDER, FONT_SIZE, annotate_all, encode_gif
+from octo_like.robot.record import BORDER, EVENT_COLOURS, FONT_SIZE, PATH_COLOUR, annotate_all, encode_gif
 from octo_like.robot.rollout import evaluate
 from octo_like.robot.server import PolicyServer
 from tests.model.test_text_head import policy as text_policy
@@ -103,6 +103,22 @@ def test_an_animation_says_in_every_frame_which_sub_task_was_in_force():
     assert len(sizes) == 1
     with pytest.raises(ValueError, match=r"2 sub-tasks for \d+ frames"):
         encode_gif(episode.frames, subtasks=long[:2])
+
+
+def test_a_path_is_drawn_into_the_picture_and_not_written_above_it():
+    frame = np.zeros((16, 32, 3), np.uint8)  # two views
+    path = "<loc08><loc08><loc32><loc32> close <loc32><loc56> open"
+    plain, drawn = annotate_all([frame, frame], "go", None, 10, ["", path])
+    assert drawn.size == plain.size
+    pixels, before = (np.asarray(picture)[-160 - BORDER : -BORDER, BORDER:-BORDER] for picture in (drawn, plain))
+    assert pixels.shape == (160, 320, 3)
+    bins = 160 / 64  # pixels of the first view
+    assert tuple(pixels[int(32.5 * bins), int(32.5 * bins)]) == EVENT_COLOURS["close"]
+    assert tuple(pixels[int(32.5 * bins), int(56.5 * bins)]) == EVENT_COLOURS["open"]
+    assert tuple(pixels[int(8.5 * bins), int(8.5 * bins)]) == PATH_COLOUR
+    assert tuple(pixels[int(20.5 * bins), int(20.5 * bins)]) == PATH_COLOUR
+    np.testing.assert_array_equal(pixels[:, 160:], before[:, 160:])
+    np.testing.assert_array_equal(np.asarray(drawn)[: -160 - BORDER], np.asarray(plain)[: -160 - BORDER])
 
 
 def test_an_episode_depends_neither_on_its_company_nor_on_its_slot():
