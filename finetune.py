@@ -47,6 +47,8 @@ from octo_like.training.adaptation import (
 )
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
+from octo_like.training.own_words import check as check_own_subtasks
+from octo_like.training.program import own_subtasks
 from octo_like.training.run import Run, describe
 from octo_like.training.sharding import check_batch_size, make_mesh
 
@@ -83,6 +85,7 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     check_inputs(model_config, spec)
     vocab_size = tokenizer.vocab_size if tokenizer else 0
     model = build_model(model_config, vocab_size=vocab_size, modules=modules)
+    check_own_subtasks(own_subtasks(config), model, tokenizer)
     check_weights(config, model, model_config, spec, pretrained, vocab_size=vocab_size)
 
     # --------------------------------------------------------------------------------------------------------- data

@@ -69,6 +69,9 @@ def default_config() -> ConfigDict:
         host_memory_gb=4.0,  # of a process, for episodes and batches; decides episodes_mixed at the first start
         prefetch=2,
     )
+    # Samples that are told an instruction and a sub-task: the share whose sub-task is what the model itself would say,
+    # from step `after` on (docs/language.md).
+    config.own_subtasks = dict(prob=0.0, after=0, part="text")
     # Camera -> fields of octo_like.training.augment.Augmentation, or kind="module:Class" and its fields.
     config.augmentation = dict()
     config.optimizer = dict(

@@ -26,6 +26,8 @@ from octo_like.policy.pretrained import load_t5, with_t5
 from octo_like.training import sharding
 from octo_like.training.augment import augmentation_from_config
 from octo_like.training.optimizer import Schedule, find_optimizer, frozen_paths, make_optimizer, make_schedule
+from octo_like.training.own_words import OwnSubtasks
+from octo_like.training.own_words import check as check_own_subtasks
 from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_train_step
 
@@ -63,6 +65,7 @@ def network_from_config(config: Any, *, load_weights: bool = True) -> Network:
     tokenizer = TextTokenizer.load(config.text.model, config.text.max_length) if config.text.model else None
     spec = batch_spec(config)
     model = build_model(config.model, vocab_size=tokenizer.vocab_size if tokenizer else 0)
+    check_own_subtasks(own_subtasks(config), model, tokenizer)
     t5 = load_t5(config.text.t5_weights) if config.text.t5_weights and load_weights else None
 
     def initial(key):
@@ -70,6 +73,18 @@ def network_from_config(config: Any, *, load_weights: bool = True) -> Network:
 
     shapes = jax.eval_shape(initial, jax.random.key(0))
     return Network(tokenizer, spec, model, initial, frozen_paths(shapes, tuple(config.optimizer.freeze)))
+
+
+def own_subtasks(config: Any) -> OwnSubtasks:
+    """`config.own_subtasks`, which configs of earlier versions have not.
+
+    Raises:
+      ConfigError: numbers that make no sense.
+    """
+    try:
+        return OwnSubtasks(**to_dict(config.get("own_subtasks", {})))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def own_parts(config: Any) -> dict[str, str]:
@@ -149,7 +164,7 @@ def build_program(
         return sharding.gather(trained, shardings.trained), sharding.gather(rest, shardings.frozen)
 
     augmentation = {slot: augmentation_from_config(slot, fields) for slot, fields in config.augmentation.items()}
-    step = StepConfig(config.seed, config.accumulate, config.ema_decay, augmentation)
+    step = StepConfig(config.seed, config.accumulate, config.ema_decay, augmentation, own_subtasks(config))
     train_step = make_train_step(model, tx, schedule, step, gather)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return Program(mesh, tx, create, train_step, shardings, state, jit_train_step(train_step, shardings, mesh))

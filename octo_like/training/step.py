@@ -19,9 +19,11 @@ from octo_like.model.parts import reported_losses
 from octo_like.policy.pretrained import module_of
 from octo_like.training.augment import Augmenter, augment_batch
 from octo_like.training.optimizer import Schedule, global_norm, join_params, sum_of_squares
+from octo_like.training.own_words import OwnSubtasks, told
 from octo_like.training.state import TrainState
 
 Metrics = dict[str, Any]
+OWN_WORDS = 2**20  # of a sample's key, far from those of the heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,14 @@ class StepConfig:
       accumulate: number of micro-batches the batch is split into.
       ema_decay: of the parameter average; the effective decay at step t is min(ema_decay, (1 + t) / (10 + t)).
       augmentation: by camera slot.
+      own_subtasks: which samples are told the model's own words.
     """
 
     seed: int = 0
     accumulate: int = 1
     ema_decay: float = 0.999
     augmentation: Mapping[str, Augmenter] = dataclasses.field(default_factory=dict)
+    own_subtasks: OwnSubtasks = OwnSubtasks()
 
 
 def sample_keys(seed: int, step: jax.Array | int, sample_id: jax.Array | np.ndarray) -> jax.Array:
@@ -78,6 +82,10 @@ def make_train_step(
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
         def part(batch, keys_b):
+            if config.own_subtasks.prob:
+                params = join_params(*gather(state.trained, state.frozen))
+                own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys_b, OWN_WORDS)
+                batch = told(config.own_subtasks, model, params, batch, own_keys, state.step)
             (loss, (terms, by_sample)), grads = gradient(state.trained, state.frozen, batch, keys_b, counts)
             return (loss, terms, grads), by_sample
 
