@@ -33,6 +33,7 @@ COMMANDS = {
     "build_tabletop_words": "data/tabletop_words/build.py",
     "build_tabletop_long": "data/tabletop_long/build.py",
     "convert_demos": "scripts/convert_demos.py",
+    "ask_demos": "scripts/ask_demos.py",
     "check_demos": "scripts/check_demos.py",
     "check_policy": "scripts/check_policy.py",
     "probe_policy": "scripts/probe_policy.py",
