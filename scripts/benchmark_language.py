@@ -7,7 +7,7 @@
 
 word      One block colour is never named in the robots' demonstrations, though such blocks stand there; pictures with
           questions and answers name it. Does the arm obey the word, with the pictures, with pictures that do not name
-          it either, and without any?
+          it either, with words alone (which say, but do not show, where a thing is), and without any?
 subtasks  Long tasks. A policy that reads sub-tasks is run without them, with its own, with the right ones and with
           random ones, and contradicted by a person; beside it one that knows none.
 heads     The demo's policy with six kinds of action head, on the same demonstrations.
@@ -21,7 +21,9 @@ a new --workdir.) Needs the extra `data`.
 import argparse
 import dataclasses
 import json
+import re
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -31,6 +33,7 @@ from benchmarking import ROOT, CommandFailed, execute, write_json
 from language_cells import QUICK, STUDIES, TAUGHT, Settings, Test, Training, key, tests_of, trainings
 
 from octo_like.common.locks import exclusive
+from octo_like.training.metrics import read_metrics
 
 SHORT, LONG = "data/tabletop/build.py", "data/tabletop_long/build.py"
 
@@ -84,6 +87,17 @@ class Benchmark:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the export is what is judged
         return folder / "export"
 
+    def curves(self, training: Training) -> dict[str, list[tuple[int, float]]]:
+        """Validation losses of a training, means over its datasets: {"text" or "action": [(step, nats or MSE)]}."""
+        folder = self.folder(training)
+        found: dict[str, list[tuple[int, float]]] = {}
+        for entry in read_metrics(folder) if (folder / "metrics.jsonl").exists() else ():
+            for what in ("text", "action"):
+                values = [value for key, value in entry.items() if re.fullmatch(rf"val/\w+/{what}/loss", key)]
+                if values:
+                    found.setdefault(what, []).append((entry["step"], statistics.mean(values)))
+        return found
+
     def data(self, study: str, variant: str) -> Path:
         """The datasets of a variant, made unless they are there."""
         settings = self.settings
@@ -117,14 +131,14 @@ class Benchmark:
         return path
 
 
-def run_all(benchmark: Benchmark, studies: tuple[str, ...]) -> None:
-    """Runs every cell that is not finished, with a bar over all, and renews the report after each training."""
+def run_all(benchmark: Benchmark, studies: tuple[str, ...], variants: tuple[str, ...] = ()) -> None:
+    """Runs every cell (of these variants) that is not finished, with a bar over all; renews the report after each."""
     from tqdm import tqdm
 
     settings = benchmark.settings
     waiting = [
         (training, test)
-        for training in trainings(settings, studies)
+        for training in trainings(settings, studies, variants)
         for test in tests_of(training)
         if benchmark.result(training, test) is None
     ]
@@ -138,14 +152,18 @@ def run_all(benchmark: Benchmark, studies: tuple[str, ...]) -> None:
 
 
 def collect(benchmark: Benchmark, studies: tuple[str, ...]) -> dict[str, Any]:
-    """{"settings", "studies": {study: {variant: {test: [result of each seed, or None]}}}}."""
+    """{"settings", "studies": {study: {variant: {test: [result of each seed, or None]}}}, "losses": {study: {variant:
+    [`Benchmark.curves` of each seed that has begun]}}}."""
     settings = benchmark.settings
     found: dict[str, Any] = {}
+    losses: dict[str, Any] = {}
     for training in trainings(settings, studies):
         of_variant = found.setdefault(training.study, {}).setdefault(training.variant, {})
         for test in tests_of(training):
             of_variant.setdefault(test.name, []).append(benchmark.result(training, test))
-    return {"settings": dataclasses.asdict(settings), "studies": found}
+        if curves := benchmark.curves(training):
+            losses.setdefault(training.study, {}).setdefault(training.variant, []).append(curves)
+    return {"settings": dataclasses.asdict(settings), "studies": found, "losses": losses}
 
 
 def write_report(benchmark: Benchmark, studies: tuple[str, ...], page: Path | None = None) -> str:
@@ -166,6 +184,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, help="default: runs/language, or runs/language_quick with --quick")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    every = list(dict.fromkeys(variant for study in STUDIES.values() for variant in study))
+    parser.add_argument("--variants", nargs="+", choices=every, default=[], help="run only these (default: all)")
     parser.add_argument("--seeds", type=int, help="trainings of every variant (default: 3)")
     parser.add_argument("--episodes", type=int, help="of each test (default: 120)")
     parser.add_argument("--processes", type=int, default=2, help="that simulate demonstrations")
@@ -185,7 +205,7 @@ def main(argv=None) -> int:
             from octo_like.training.distributed import setup_compilation_cache
 
             setup_compilation_cache()
-            run_all(benchmark, studies)
+            run_all(benchmark, studies, tuple(args.variants))
         print(write_report(benchmark, studies, args.page))
     except CommandFailed as error:
         print(f"benchmark_language.py: error: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ class Settings:
     """
 
     demos: int = 3000
-    long: int = 700
+    long: int = 2000
     rows: int = 12000
     steps: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"word": 3200, "subtasks": 4800, "heads": 3200}
@@ -116,6 +116,7 @@ STUDIES: dict[str, dict[str, tuple[str, tuple[Test, ...]]]] = {
     "word": {
         "pictures": ("configs/tabletop_words.py:no_long", (*WORD, ANSWERS)),
         "pictures_unnamed": ("configs/tabletop_words.py:no_long", (*WORD, ANSWERS)),
+        "pictures_words": ("configs/tabletop_words.py:no_long,no_points", (*WORD, ANSWERS)),
         "robots": ("configs/tabletop_words.py:no_long,no_pictures", WORD),
     },
     "subtasks": {
@@ -126,13 +127,18 @@ STUDIES: dict[str, dict[str, tuple[str, tuple[Test, ...]]]] = {
 }
 
 
-def trainings(settings: Settings, studies: tuple[str, ...]) -> list[Training]:
-    """In the order of running: all variants of all studies with the first seed, then with the next."""
+def trainings(settings: Settings, studies: tuple[str, ...], variants: tuple[str, ...] = ()) -> list[Training]:
+    """In the order of running: all variants of all studies with the first seed, then with the next.
+
+    Args:
+      variants: only these, of whatever study; none: all.
+    """
     return [
         Training(study, variant, seed)
         for seed in range(settings.seeds)
         for study in studies
         for variant in STUDIES[study]
+        if not variants or variant in variants
     ]
 
 

@@ -21,6 +21,7 @@ TITLES = {
 VARIANTS = {
     "pictures": "robots and pictures with words",
     "pictures_unnamed": "the same without the word",
+    "pictures_words": "the same without the places",
     "robots": "robots alone",
     "subtasks": "reads sub-tasks",
     "flat": "knows no sub-tasks",
@@ -44,7 +45,7 @@ TESTS = {
 COMPARED = {
     "word": [
         (("pictures", name), (other, name))
-        for other in ("pictures_unnamed", "robots")
+        for other in ("pictures_unnamed", "pictures_words", "robots")
         for name in ("named", "taught", "new", "new_pairs")
     ],
     "subtasks": [
@@ -195,10 +196,17 @@ def draw(collected: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     studies = collected["studies"]
-    figure, axes = plt.subplots(len(studies), 1, figsize=(7, 3.2 * len(studies)), squeeze=False)
-    for axis, (study, variants) in zip(axes[:, 0], studies.items(), strict=True):
-        _draw_study(axis, variants)
-        axis.set_title(TITLES[study], fontsize=10, loc="left")
+    figure, axes = plt.subplots(
+        len(studies), 3, figsize=(13, 3.2 * len(studies)), width_ratios=[3, 1, 1], squeeze=False
+    )
+    for row, (study, variants) in zip(axes, studies.items(), strict=True):
+        _draw_study(row[0], variants)
+        row[0].set_title(TITLES[study], fontsize=10, loc="left")
+        for axis, what, unit in zip(
+            row[1:], ("action", "text"), ("MSE of noise or actions", "nats an id"), strict=True
+        ):
+            _draw_losses(axis, what, list(variants), collected.get("losses", {}).get(study, {}))
+            axis.set_title(f"validation loss, {what} ({unit})", fontsize=8, loc="left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -221,6 +229,21 @@ def _draw_study(axis: Any, variants: Mapping[str, Mapping[str, Sequence]]) -> No
     axis.set_ylim(0, 100)
     axis.set_ylabel("success (%)")
     axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+
+
+def _draw_losses(axis: Any, what: str, variants: Sequence[str], losses: Mapping[str, Sequence[Mapping]]) -> None:
+    """A line for each training, in the variant's colour."""
+    drawn = False
+    for variant, color in zip(variants, COLORS, strict=False):
+        for curves in losses.get(variant, ()):
+            if curves.get(what):
+                axis.plot(*zip(*curves[what], strict=True), color=color, alpha=0.8)
+                drawn = True
+    if drawn:
+        axis.set_yscale("log")
+        axis.set_xlabel("step", fontsize=8)
+    else:
+        axis.axis("off")
 
 
 def into_page(page: Path, text: str, figure: Path) -> None:

@@ -1,6 +1,6 @@
 """What the four tabletop datasets share: an RLDS builder around `octo_like.envs.demonstrations`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     code_path = epath.Path(__file__)
     EMBODIMENT: str
     STEP_TEXTS: tuple[str, ...] = ()  # of a step, besides the instruction
+    STEP_POINTS: Mapping[str, str] = {  # observations, and what they are the places of
+        "target_point": "the named block",
+        "plate_point": "the named plate; NaN when none is named",
+    }
     SIMULATOR: type[demonstrations.Simulator] = demonstrations.Simulator
 
     def __init__(
@@ -64,8 +68,8 @@ class TabletopBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         if embodiment.proprio_dim:
             doc = ", ".join(embodiment.proprio_names)
             observation["state"] = features.Tensor(shape=(embodiment.proprio_dim,), dtype=np.float32, doc=doc)
-        for name, what in (("target_point", "block"), ("plate_point", "plate; NaN when none is named")):
-            doc = f"Column and row in the primary image, as fractions of it, of the named {what}."
+        for name, what in self.STEP_POINTS.items():
+            doc = f"Column and row in the primary image, as fractions of it, of {what}."
             observation[name] = features.Tensor(shape=(2,), dtype=np.float32, doc=doc)
         actions = zip(embodiment.action_names, embodiment.action_units, strict=True)
         doc = ", ".join(f"{name} [{unit}]" for name, unit in actions)

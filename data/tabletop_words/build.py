@@ -50,7 +50,7 @@ def build(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="where the dataset goes: DATA_DIR/tabletop_words/1.0.0")
+    parser.add_argument("--data_dir", required=True, help="where the dataset goes: DATA_DIR/tabletop_words/1.1.0")
     parser.add_argument("--rows", type=parse_rows, default="4000+200", metavar="TRAIN[+VAL]", help="default: 4000+200")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of questions (default: all)")
     parser.add_argument("--robots", nargs="+", choices=tuple(EMBODIMENTS), default=ROBOTS, help="in the pictures")

@@ -16,11 +16,16 @@ import numpy as np
 
 from octo_like.envs import experts, long_language, scene
 from octo_like.envs.embodiments import EMBODIMENTS, Embodiment
+from octo_like.envs.language import BLOCK_COLORS
 from octo_like.envs.long_tasks import LongGoal, Part, Progress, next_part, sample_long_scene
 from octo_like.envs.tabletop import SCENE, WORDS, TabletopEnv
 
 LONG_EMBODIMENTS = tuple(name for name, embodiment in EMBODIMENTS.items() if embodiment.grasps)
 _CHOICES = {"task": long_language.LONG_TASKS, "phrasing": ("seen", "unseen"), "instruction": ("shuffled", "empty")}
+
+MISHAP_PROBABILITY = 0.8  # of an episode
+CLOSED_TOO_EARLY = 0.6  # of what befalls an empty hand
+BETWEEN_MISHAPS = (4, 14)  # steps
 
 
 class LongTabletopEnv(TabletopEnv):
@@ -33,17 +38,22 @@ class LongTabletopEnv(TabletopEnv):
 
     `info` has `progress`, the share of the blocks that are served (0 to 1), and `subtask`, what is to be done next.
 
-    Args: as for `TabletopEnv`.
+    Args: as for `TabletopEnv`, and:
+      mishaps: things go wrong in most episodes and more than once: bumps, a load that is lost, a hand that closes too
+        early and holds nothing. For demonstrations of what is to be done then.
     """
 
     last_bump = 40
 
     goal: Any  # a LongGoal
 
-    def __init__(self, embodiment: str = "gripper", **arguments: Any):
+    def __init__(self, embodiment: str = "gripper", *, mishaps: bool = False, **arguments: Any):
         if embodiment not in LONG_EMBODIMENTS:
             raise ValueError(f"embodiment {embodiment!r} has no long tasks; valid: {', '.join(LONG_EMBODIMENTS)}")
-        super().__init__(embodiment, **arguments)
+        super().__init__(embodiment, **({"bumps": True} if mishaps else {}), **arguments)
+        self.mishaps = mishaps
+        if mishaps:
+            self.bump_probability = MISHAP_PROBABILITY
 
     def _checked_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Reset options: task; phrasing and instruction as in `TabletopEnv.reset` (without "absent")."""
@@ -85,6 +95,15 @@ class LongTabletopEnv(TabletopEnv):
 
     def _info(self) -> dict[str, Any]:
         return super()._info() | {"progress": self._fraction, "subtask": self.part().text}
+
+    def _bump(self) -> None:
+        if not self.mishaps:
+            return super()._bump()
+        if self.world.held is None and self._bump_rng.random() < CLOSED_TOO_EARLY:
+            self.effector.opening = 0.0
+        else:
+            super()._bump()
+        self._bump_at = self._steps + int(self._bump_rng.integers(*BETWEEN_MISHAPS))
 
     def goal_image(self) -> dict[str, np.ndarray]:
         """The images of this scene as if the task had been done: {"image_primary": ...}; the same all episode long."""
@@ -180,6 +199,22 @@ class LongExpert:
         self._view.success = False
         self._view.goal, self._skill.color = part.goal, part.block
         return self._skill.act()
+
+
+def thing_points(env: LongTabletopEnv) -> dict[str, np.ndarray]:
+    """Where every thing is in the primary image, whatever is being done: {"red_block_point", ..., "white_plate_point"},
+    (2,) float32, column and row as fractions of the image; NaN where there is no such thing."""
+    nowhere = (math.nan, math.nan, math.nan)
+    places = {f"{color}_block_point": nowhere for color in BLOCK_COLORS}
+    places |= {f"{color}_plate_point": nowhere for color in long_language.LONG_PLATE_COLORS}
+    places |= {
+        f"{block.color}_block_point": (float(block.xy[0]), float(block.xy[1]), float(block.z))
+        for block in env.world.blocks
+    }
+    places |= {
+        f"{plate.color}_plate_point": (float(plate.xy[0]), float(plate.xy[1]), 0.0) for plate in env.world.plates
+    }
+    return {name: np.array(env.project(*xyz), np.float32) / env.image_size for name, xyz in places.items()}
 
 
 def part_points(env: LongTabletopEnv) -> dict[str, np.ndarray]:

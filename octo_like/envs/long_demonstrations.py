@@ -1,4 +1,4 @@
-"""Demonstrations of the long tasks, with the sub-task of every step. No TensorFlow.
+"""Demonstrations of the long tasks, with the sub-task of every step and the way of the hand. No TensorFlow.
 
 Seeds: robot k (in the order of `EMBODIMENTS`) of data seed s uses 1e8 + 1e7 k + 1e5 s + i for training and as much from
 6e8 on for validation. Scenes in which a block goes to a plate against `Colors` are passed over.
@@ -12,7 +12,8 @@ import numpy as np
 
 from octo_like.envs.colors import Colors
 from octo_like.envs.demonstrations import IMAGE_SIZE, WRIST_SIZE, Simulator, first_seed, jpeg, record
-from octo_like.envs.long import LongTabletopEnv, part_points
+from octo_like.envs.long import LongTabletopEnv, part_points, thing_points
+from octo_like.envs.paths import paths_of, place
 from octo_like.envs.pool import EPISODES_PER_CALL, Attempt
 
 AFTER_SHORT = 100_000_000  # from the seeds of the short tasks' datasets to those of the long tasks'
@@ -26,7 +27,7 @@ def first_long_seed(embodiment: str, split: str, seed: int = 0) -> int:
 @functools.cache
 def _environment(embodiment: str, render: bool = True) -> LongTabletopEnv:
     sizes = {"image_size": IMAGE_SIZE, "wrist_size": WRIST_SIZE}
-    return LongTabletopEnv(embodiment, **sizes, bumps=True, render_images=render)
+    return LongTabletopEnv(embodiment, **sizes, mishaps=True, render_images=render)
 
 
 def is_excluded(embodiment: str, seed: int, colors: Colors) -> bool:
@@ -44,10 +45,21 @@ def is_excluded(embodiment: str, seed: int, colors: Colors) -> bool:
 def simulate_long(embodiment: str, seed: int, encode: Callable[[np.ndarray], Any] = jpeg) -> dict[str, Any] | None:
     """One expert episode in RLDS form, or None when the expert failed; see `demonstrations.simulate`.
 
-    Every step also has `subtask`, what is to be done next. The points are those of what this is about.
+    Every step also has `subtask`, what is to be done next, and `path`, the way of the hand from there. The points are
+    those of what the sub-task is about, of every thing, and `hand_point`.
     """
     env = _environment(embodiment)
-    return record(env, seed, encode, {}, places=part_points, words=lambda info: {"subtask": info["subtask"]})
+    episode = record(env, seed, encode, {}, places=_points, words=lambda info: {"subtask": info["subtask"]})
+    if episode is not None:
+        steps = episode["steps"]
+        hands, actions = zip(*((step["observation"]["hand_point"], step["action"]) for step in steps), strict=True)
+        for step, path in zip(steps, paths_of(hands, actions), strict=True):
+            step["path"] = path
+    return episode
+
+
+def _points(env: Any) -> dict[str, np.ndarray]:
+    return part_points(env) | thing_points(env) | {"hand_point": place(env)}
 
 
 def _simulate_range(embodiment: str, start: int, encode: Callable, colors: Colors) -> list[Attempt]:

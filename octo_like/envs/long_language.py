@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from octo_like.envs.language import BLOCK_COLORS, EXTRA_PLATE_COLORS, PLATE_COLORS
 
 LONG_TASKS = ("match", "touch_in_order", "place_in_order", "clear", "all_but_one")
+LONG_PLATE_COLORS = tuple(dict.fromkeys(PLATE_COLORS + EXTRA_PLATE_COLORS))
 MATCHING_COLORS = ("red", "green", "blue", "yellow")  # there are blocks and plates of each
 
 # {blocks}: "the red block, then the blue block"; {colors}: "red, then blue".
@@ -70,14 +71,12 @@ def long_instruction(
 
 def all_subtasks() -> list[str]:
     """Every sub-task text there is, in a fixed order."""
-    plates = tuple(dict.fromkeys(PLATE_COLORS + EXTRA_PLATE_COLORS))
     texts = [text.format(block=block) for text in (PICK, TOUCH) for block in BLOCK_COLORS]
-    return [*texts, *(PLACE.format(plate=plate) for plate in plates), PUT_DOWN, DONE]
+    return [*texts, *(PLACE.format(plate=plate) for plate in LONG_PLATE_COLORS), PUT_DOWN, DONE]
 
 
 def all_long_instructions() -> list[str]:
     """Sentences of the long tasks with every colour in every place (not every combination), in a fixed order."""
-    plates = tuple(dict.fromkeys(PLATE_COLORS + EXTRA_PLATE_COLORS))
     sentences = []
     for table in (LONG_PHRASINGS, LONG_UNSEEN_PHRASINGS):
         for task in LONG_TASKS:
@@ -88,6 +87,6 @@ def all_long_instructions() -> list[str]:
                             long_instruction(
                                 task, phrasing, (first, second), plate=plate, spared=first, phrasings=table
                             )
-                            for plate in plates
+                            for plate in LONG_PLATE_COLORS
                         ]
     return list(dict.fromkeys(sentences))

@@ -87,10 +87,16 @@ def row(
 
 
 def episode(seed: int, found: tuple[Picture, Row], encode: Callable[[np.ndarray], Any]) -> dict[str, Any]:
-    """A row in RLDS form: an episode of one step, without an action."""
+    """A row in RLDS form: an episode of one step, without an action. The points are those of the robots' datasets: of
+    the block and the plate that are named, column and row as fractions of the image, NaN where none is."""
     seen, asked = found
+    places = {"target_point": asked.block, "plate_point": asked.plate}
+    nowhere = (np.nan, np.nan)
     step = {
-        "observation": {"image": encode(seen.image)},
+        "observation": {
+            "image": encode(seen.image),
+            **{name: np.array((place or nowhere)[::-1], np.float32) for name, place in places.items()},
+        },
         "language_instruction": asked.prompt,
         "answer": asked.answer,
         "is_first": True,

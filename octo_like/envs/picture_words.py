@@ -108,12 +108,18 @@ KINDS = tuple(PROMPTS)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A question about a picture: its kind, which of the kind's questions it is, prompt and answer."""
+    """A question about a picture: its kind, which of the kind's questions it is, prompt and answer.
+
+    `block`, `plate`: (row, column), as fractions of the image, of the first block and plate that the prompt names, None
+    where it names none that is there.
+    """
 
     kind: str
     question: str
     prompt: str
     answer: str
+    block: tuple[float, float] | None = None
+    plate: tuple[float, float] | None = None
 
 
 def ask(picture: Picture, kind: str, rng: np.random.Generator, colors: Colors) -> Row | None:
@@ -133,8 +139,13 @@ def ask(picture: Picture, kind: str, rng: np.random.Generator, colors: Colors) -
             continue
         phrasings = PROMPTS[kind][str(question)]
         prompt = _articles(phrasings[rng.integers(len(phrasings))].format(**names))
-        return Row(kind, str(question), prompt, answer)
+        block, plate = _point_of(picture.blocks, names.get("block")), _point_of(picture.plates, names.get("plate"))
+        return Row(kind, str(question), prompt, answer, block, plate)
     return None
+
+
+def _point_of(things: Sequence[Thing], color: str | None) -> tuple[float, float] | None:
+    return next((thing.point for thing in things if thing.color == color), None)
 
 
 def _allowed(named: Iterable[Thing], colors: Colors) -> bool:

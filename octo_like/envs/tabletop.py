@@ -66,6 +66,7 @@ class TabletopEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    bump_probability = BUMP_PROBABILITY
     last_bump = 10  # bumps come at an earlier step
 
     def __init__(
@@ -134,7 +135,7 @@ class TabletopEnv(gymnasium.Env):
         self._look = render.sample_look(streams[LOOK], self.embodiment.name, self.world)
         self._backgrounds: dict[int, Any] = {}
         self._bump_at = -1
-        if self.bumps and self._bump_rng.random() < BUMP_PROBABILITY:
+        if self.bumps and self._bump_rng.random() < self.bump_probability:
             self._bump_at = int(self._bump_rng.integers(1, self.last_bump))
             self._awkward_start()
         tip = self.effector.tip[:2]

@@ -40,11 +40,11 @@ def test_pictures_and_words(builds, tmp_path, capsys):
         build.build(tmp_path, build.parse_rows(rows), picture_rows.PictureSimulator(**arguments))
 
     make()
-    info, rows = read(tmp_path / "tabletop_words" / "1.0.0")
+    info, rows = read(tmp_path / "tabletop_words" / "1.1.0")
     assert set(info.features["steps"].keys()) == {
         "observation", "language_instruction", "answer", "is_first", "is_last", "is_terminal", "reward", "discount"
     }  # fmt: skip
-    assert len(rows) == 12 and len(read(tmp_path / "tabletop_words" / "1.0.0", "val")[1]) == 2
+    assert len(rows) == 12 and len(read(tmp_path / "tabletop_words" / "1.1.0", "val")[1]) == 2
     for metadata, steps in rows:
         picture, row = picture_rows.row(int(metadata["seed"]))
         (step,) = steps
@@ -53,6 +53,8 @@ def test_pictures_and_words(builds, tmp_path, capsys):
         assert step["observation"]["image"].shape == (64, 64, 3)
         assert np.abs(step["observation"]["image"].astype(int) - picture.image).mean() < 4  # JPEG, quality 95
         assert step["is_first"] and step["is_last"] and step["is_terminal"]
+        for name, place in (("target_point", row.block), ("plate_point", row.plate)):
+            np.testing.assert_allclose(step["observation"][name], (place or (np.nan, np.nan))[::-1], rtol=1e-6)
     assert info.metadata["robots"] == ["gripper", "arm"] and "passed_over" in info.metadata
     assert [path.name for path in tmp_path.iterdir()] == ["tabletop_words"]
     make()
@@ -71,9 +73,9 @@ def test_long_tasks(builds, tmp_path, capsys):
     build.build(tmp_path, requests, workers=0)
     assert "tabletop_long_arm: wrote 3 + 1 episodes, left out 0 that the expert failed" in capsys.readouterr().out
     for name, count in (("arm", 3), ("gripper", 2)):
-        info, episodes = read(tmp_path / f"tabletop_long_{name}" / "1.0.0")
+        info, episodes = read(tmp_path / f"tabletop_long_{name}" / "1.1.0")
         assert len(episodes) == count
-        env = LongTabletopEnv(name, bumps=True)
+        env = LongTabletopEnv(name, mishaps=True)
         for metadata, steps in episodes:
             seed = int(metadata["seed"])
             observation, told = env.reset(seed=seed)
@@ -136,7 +138,7 @@ def test_tfds_build(repository, tmp_path, monkeypatch):
         monkeypatch.chdir(repository / "data" / folder / name)
         parse = cli_utils.make_flags_parser(command.Args, description="")
         parse(["build", "--data_dir", str(tmp_path), "--max_examples_per_split", "2"]).execute()
-        assert len(read(tmp_path / name / "1.0.0")[1]) == 2
+        assert len(read(next((tmp_path / name).glob("?.?.?")))[1]) == 2
 
 
 def test_no_two_datasets_share_a_seed():

@@ -22,9 +22,12 @@ def test_a_cell_is_keyed_by_all_that_was_asked_for(scripts):
     cells = scripts("language_cells")
     settings = cells.Settings()
     all_of_them = cells.trainings(settings, tuple(cells.STUDIES))
-    assert len(all_of_them) == 3 * (3 + 2 + 6) and [t.seed for t in all_of_them] == sorted(t.seed for t in all_of_them)
+    assert len(all_of_them) == 3 * (4 + 2 + 6) and [t.seed for t in all_of_them] == sorted(t.seed for t in all_of_them)
     keys = {cells.key(training, settings, test) for training in all_of_them for test in cells.tests_of(training)}
-    assert len(keys) == 3 * (6 + 6 + 5 + 6 + 1 + 6 * 3)
+    assert len(keys) == 3 * (6 + 6 + 6 + 5 + 6 + 1 + 6 * 3)
+    assert [t.name for t in cells.trainings(settings, ("word", "heads"), ("robots", "fast"))] == [
+        f"{name}-{seed}" for seed in range(3) for name in ("word-robots", "heads-fast")
+    ]
     word = all_of_them[0]
     fewer = dataclasses.replace(settings, rows=100)
     assert cells.key(word, fewer) != cells.key(word, settings)
@@ -144,11 +147,11 @@ def test_commands_name_data_steps_and_seed(scripts, monkeypatch, tmp_path):
     bench = benchmark.Benchmark(tmp_path, cells.QUICK)
     for training in cells.trainings(cells.QUICK, ("word", "heads")):
         assert not (bench.train(training) / "config.json").exists()
-    assert sum("--unnamed purple" in command for command in commands) == 4, (
+    assert sum("--unnamed purple" in command for command in commands) == 5, (
         "robots' data of every variant, and one variant's pictures"
     )
     trained = [command for command in commands if command.startswith("train.py")]
-    assert len(trained) == 9 and all("--config.num_steps=3 --config.seed=0" in command for command in trained)
+    assert len(trained) == 10 and all("--config.num_steps=3 --config.seed=0" in command for command in trained)
     assert [command for command in trained if "vocabulary=" in command] == [trained[-1]]
     assert any("train_action_tokenizer.py" in command for command in commands)
     result = bench.result_path(cells.Training("word", "robots", 0), cells.WORD[0])

@@ -20,8 +20,8 @@ class TabletopWords(tfds.core.GeneratorBasedBuilder):
       on_episode: called after each row with 1, for a progress bar.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "First release.", "1.1.0": "Points of the things that are asked about."}
     # TFDS would look this up through `importlib_resources`, which its own dependencies do not install.
     code_path = epath.Path(__file__)
 
@@ -42,8 +42,16 @@ class TabletopWords(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features
         image = features.Image(shape=(IMAGE_SIZE, IMAGE_SIZE, 3), encoding_format="jpeg", doc="Primary camera.")
+        points = {
+            f"{name}_point": features.Tensor(
+                shape=(2,),
+                dtype=np.float32,
+                doc=f"Column and row in the image, as fractions of it, of the {thing} asked about; NaN: none is.",
+            )
+            for name, thing in (("target", "block"), ("plate", "plate"))
+        }
         step = {
-            "observation": features.FeaturesDict({"image": image}),
+            "observation": features.FeaturesDict({"image": image, **points}),
             "language_instruction": features.Text(doc="What is asked."),
             "answer": features.Text(doc="Short, lower case; places as location tokens."),
             "is_first": features.Scalar(dtype=np.bool_),
