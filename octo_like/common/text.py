@@ -109,6 +109,13 @@ class TextTokenizer:
             mask[row, : len(pieces)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
+    def pieces(self) -> list[str]:
+        """What each id stands for, as sentencepiece writes it: U+2581 for a space, "<0x41>" for a byte; "" for the
+        padding and </s>, and for an unknown word what `decode` says."""
+        processor, unknown = self._processor, self._processor.unk_id()
+        pieces = ["" if i in (PAD, EOS) else processor.id_to_piece(i) for i in range(self.vocab_size)]
+        return [processor.decode([unknown]) if i == unknown else piece for i, piece in enumerate(pieces)]
+
     def num_tokens(self, text: str) -> int:
         """Tokens of a text with its </s>; beyond `max_length`, `encode` cuts them off."""
         return len(self._processor.encode(text)) + 1

@@ -132,7 +132,7 @@ class Attention(nn.Module):
         """(N, L, D) of queries (N, L, D); `mask` (N or 1, L or 1, M) bool says what each may see."""
         # Keys and values have the sequences' rows, or one for a group of neighbouring rows (several samples).
         k, v = (jnp.repeat(t, x_nld.shape[0] // t.shape[0], axis=0) for t in keys_values)
-        mask = jnp.repeat(mask, x_nld.shape[0] // mask.shape[0], axis=0) if mask.shape[0] > 1 else mask
+        mask = jnp.repeat(mask, x_nld.shape[0] // mask.shape[0], axis=0) if mask.shape[0] != 1 else mask
         mask = jnp.broadcast_to(mask[:, None], (mask.shape[0], 1, x_nld.shape[1], k.shape[1]))
         out = jax.nn.dot_product_attention(self._heads(self.query(x_nld)), k, v, mask=mask)
         return self.out(out.reshape(x_nld.shape))

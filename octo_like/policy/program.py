@@ -3,7 +3,8 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax import export
 
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # of a vocabulary that spells what it does not know
 
 
 class Program:
@@ -32,6 +34,7 @@ class Program:
         if not here & set(self.spec["platforms"]):
             raise ValueError(f"{folder} is for {', '.join(self.spec['platforms'])}; JAX runs on {' or '.join(here)}")
         self._params = jax.device_put(read_safetensors(self._files.pop("params.safetensors")))
+        self._known = {text: np.array(ids, np.int32) for text, ids in self.spec["instructions"].items()}
 
     def create_tasks(
         self,
@@ -40,22 +43,30 @@ class Program:
         *,
         tokens: Any = None,
         embeddings: Any = None,
+        subtasks: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Tasks of B instructions, of goals {"image_...": (B, h, w, 3)}, or of both; what is not given is marked so.
-        In place of texts: `tokens`, ids (B, L), or `embeddings`, for policies that read those."""
+        In place of texts: `tokens`, ids (B, L), or `embeddings`, for policies that read those. `subtasks`: what to do
+        next, B texts that were exported with the program or said by `predict_text`; "" means none."""
         given, inputs = {key: np.asarray(goal) for key, goal in (goals or {}).items()}, self._part("task")
+        if subtasks is not None and "subtask/input_ids" not in inputs:
+            raise ValueError("this policy takes no subtasks")
         if embeddings is not None:
             given["language_instruction"] = np.asarray(embeddings)
         tokens = self._tokens(texts) if texts is not None else tokens
-        if tokens is None and not given:
+        if tokens is None and not given and subtasks is None:
             raise ValueError("a task needs texts, goals, tokens or embeddings")
-        b = len(next(iter(given.values())) if tokens is None else tokens)
+        b = len(tokens if tokens is not None else next(iter([*given.values(), subtasks])))
         task = {key: np.zeros((b, *entry["shape"][1:]), entry["dtype"]) for key, entry in inputs.items()}
         task |= {f"pad_mask_dict/{key}": np.ones(b, bool) for key in given} | given
-        if tokens is not None or "language_instruction/input_ids" in inputs:
-            ids = self._tokens([""] * b) if tokens is None else np.asarray(tokens)
-            words = {"language_instruction/input_ids": ids, "language_instruction/attention_mask": ids != 0}
-            task |= {**words, "pad_mask_dict/language_instruction": (ids != 0).sum(-1) > 1}  # 1: no more than the end
+        heard = {"language_instruction": tokens, "subtask": None if subtasks is None else self._tokens(subtasks)}
+        words = {}
+        for key, ids in heard.items():
+            if ids is not None or f"{key}/input_ids" in inputs:
+                ids = np.asarray(self._tokens([""] * b) if ids is None else ids)
+                words |= {f"{key}/input_ids": ids, f"{key}/attention_mask": ids != 0}
+                task[f"pad_mask_dict/{key}"] = (ids != 0).sum(-1) > 1  # 1: no more than the end
+        task |= words
         task = self._checked("task", task)
         if "encode_language" in self.spec["programs"]:
             task |= self._call("encode_language", {f"task/{key}": task[f"task/{key}"] for key in words})
@@ -63,31 +74,44 @@ class Program:
 
     def sample_actions(self, observations: Mapping, tasks: Mapping, *, rng: jax.Array) -> jax.Array:
         """Actions (B, H, A); `observations`: arrays (B, W, ...), nested or by path; `rng`: one key, or one per row."""
-        mask = np.asarray(observations.get("timestep_pad_mask", np.ones((1, 1), bool)))
-        defaults = {key: np.ones(mask.shape, bool) for key in self._part("observation") if "pad_mask_dict/" in key}
-        defaults["timestep"] = np.broadcast_to(np.arange(mask.shape[-1], dtype=np.int32), mask.shape)
-        inputs = self._checked("observation", {**defaults, **dict(flat(observations))})
-        inputs |= self._checked("task", dict(flat(tasks)))
-        rng = jnp.asarray(rng)
+        inputs, rng = self._inputs(observations, tasks), jnp.asarray(rng)
         data = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
         if data.dtype != jnp.uint32 or data.shape[-1:] != (2,):
             raise ValueError(
                 f"rng must be a threefry key, jax.random.key(0), or one per row; got {rng.dtype}{rng.shape}"
             )
         if data.ndim == 1:
-            data = jax.vmap(jax.random.fold_in, (None, 0))(data, jnp.arange(len(mask)))
+            data = jax.vmap(jax.random.fold_in, (None, 0))(data, jnp.arange(_rows(observations)))
         return self._call("sample_actions", {**inputs, "keys": data})
+
+    def predict_text(self, observations: Mapping, tasks: Mapping) -> list[str]:
+        """B texts, the likeliest words: answers to instructions that ask, or what to do next, for `create_tasks`."""
+        if "predict_text" not in self.spec["programs"]:
+            raise ValueError("this policy says nothing: it has no program predict_text")
+        says, ids = self.spec["says"], np.asarray(self._call("predict_text", self._inputs(observations, tasks)))
+        texts = [decode(says["pieces"], row) for row in ids]
+        if says["length"]:  # its words can be told to it, cut or padded to what it reads
+            wide = np.pad(ids, ((0, 0), (0, max(0, says["length"] - ids.shape[1]))))[:, : says["length"]]
+            wide[:, -1] = np.where((wide == 1).any(-1), wide[:, -1], 1)
+            self._known |= dict(zip(texts, wide, strict=True))
+        return texts
+
+    def _inputs(self, observations, tasks):
+        mask = np.asarray(observations.get("timestep_pad_mask", np.ones((1, 1), bool)))
+        defaults = {key: np.ones(mask.shape, bool) for key in self._part("observation") if "pad_mask_dict/" in key}
+        defaults["timestep"] = np.broadcast_to(np.arange(mask.shape[-1], dtype=np.int32), mask.shape)
+        inputs = self._checked("observation", {**defaults, **dict(flat(observations))})
+        return inputs | self._checked("task", dict(flat(tasks)))
 
     def _part(self, part):
         inputs = self.spec["inputs"].items()
         return {key.removeprefix(f"{part}/"): entry for key, entry in inputs if key.startswith(f"{part}/")}
 
     def _tokens(self, texts):
-        known = self.spec["instructions"]
-        if isinstance(texts, str) or (unknown := [text for text in texts if text not in known]):
+        if isinstance(texts, str) or (unknown := [text for text in texts if text not in self._known]):
             what = "texts must be a list" if isinstance(texts, str) else f"no tokens of {unknown[0]!r}; give tokens="
-            raise ValueError(f"{what}; texts that were exported with the program: {', '.join(map(repr, known))}")
-        return np.array([known[text] for text in texts], np.int32)
+            raise ValueError(f"{what}; texts that were exported or said: {', '.join(map(repr, self._known))}")
+        return np.array([self._known[text] for text in texts], np.int32)
 
     def _checked(self, part, given):
         given, want, wrong = {key: np.asarray(value) for key, value in given.items()}, self._part(part), []
@@ -115,6 +139,21 @@ class Program:
         if (file := programs[size]) not in self._calls:
             self._calls[file] = jax.jit(export.deserialize(bytearray(self._files[file])).call)
         return self._calls[file](self._params, inputs)
+
+
+def _rows(observations):
+    return len(np.asarray(observations["timestep_pad_mask"]))
+
+
+def decode(pieces: Sequence[str], ids: Iterable[int]) -> str:
+    """The text of ids up to the first end (1), as sentencepiece decodes them."""
+    data = bytearray()
+    for number in ids:
+        if number == 1:
+            break
+        piece = pieces[number]
+        data += bytes([int(piece[3:5], 16)]) if BYTE.fullmatch(piece) else piece.replace("\u2581", " ").encode()
+    return data.decode(errors="replace").removeprefix(" ")
 
 
 def flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ A folder is written:
     program.json              format, what goes in and comes out (shapes, dtypes, units), statistics, digests
     sample_actions*.bin       what `jax.export` serialises: normalisation, network, sampler, physical units
     encode_language*.bin      the same for the frozen language encoder, of policies that have one
+    predict_text*.bin         what the policy says, the likeliest words, of policies that speak
     params.safetensors        the parameters that these read
     text/                     the sentencepiece model, of policies that have one
     program.py                the loader, `octo_like.policy.program`
@@ -30,7 +31,9 @@ from jax import export
 from octo_like.common import normalization
 from octo_like.common.robot import Description
 from octo_like.common.schema import Leaf, flatten, unflatten
+from octo_like.common.vocabularies import tokenizer_of
 from octo_like.common.words import suggest
+from octo_like.model.text_head import TextHead
 from octo_like.policy import program
 from octo_like.policy.policy import Policy
 from octo_like.policy.pretrained import PARAMS_FILE, TEXT_DIR, whole_directory
@@ -105,6 +108,7 @@ def export_program(
             "programs": programs,
             "unnormalize": unnormalize,
             **_description(policy, unnormalize, inputs, made.out_avals[0].shape[1:]),
+            "says": _says(policy),
             "instructions": texts,
             "files": {file: hashlib.sha256((staging / file).read_bytes()).hexdigest() for file in files},
         }
@@ -164,16 +168,43 @@ def _functions(policy, unnormalize, head, inputs) -> dict[str, tuple[Callable, d
         rng = jax.random.wrap_key_data(tree[KEYS], impl="threefry2x32")
         return traced.sample_actions(tree["observation"], tree["task"], rng=rng, unnormalize=unnormalize, head=head)
 
+    def predict_text(params, given):
+        tree = unflatten(given)
+        observations = policy.prepare_observations(tree["observation"], unnormalize)
+        options = dict(part=speaker(policy), temperature=0.0, top_k=0)
+        return policy.text_program(unflatten(params), observations, tree["task"], None, **options)
+
     def encode_language(params, given):
         encoded = policy.language_program(unflatten(params), unflatten(given)["task"])
         return {f"{ENCODED}/{name}": value for name, value in encoded.items()}
 
     functions: dict[str, tuple[Callable, dict[str, Leaf]]] = {"sample_actions": (sample_actions, inputs)}
     if any(key.startswith(ENCODED) for key in inputs):
-        words = {key: leaf for key, leaf in inputs.items() if key.startswith("task/language_instruction/")}
+        texts = ("task/language_instruction/", "task/subtask/")
+        words = {key: leaf for key, leaf in inputs.items() if key.startswith(texts)}
         words = {key: leaf for key, leaf in words.items() if key.endswith(("/input_ids", "/attention_mask"))}
         functions["encode_language"] = (encode_language, words)
+    if speaker(policy) is not None:
+        functions["predict_text"] = (predict_text, {key: leaf for key, leaf in inputs.items() if key != KEYS})
     return functions
+
+
+def speaker(policy: Policy) -> str | None:
+    """The part of the policy whose words a program says: "text", or the only one that speaks; None: none does."""
+    parts = [name for name, part in policy.model.auxiliaries.items() if isinstance(part, TextHead)]
+    return "text" if "text" in parts else parts[0] if len(parts) == 1 else None
+
+
+def _says(policy: Policy) -> dict[str, Any]:
+    """For program.json: "pieces" of the words, by id, and the "length" of what can be told to the policy in the same
+    ids, 0 if nothing can."""
+    part = speaker(policy)
+    if part is None:
+        return {}
+    entry, told = policy.config["model"]["auxiliaries"][part], policy.text_tokenizer
+    words = tokenizer_of(entry["vocabulary"], told.max_length if told is not None else 1)
+    same = told is not None and told.fingerprint == words.fingerprint
+    return {"part": part, "pieces": words.pieces(), "length": words.max_length if same else 0}
 
 
 def _exported(function, params, leaves: Mapping[str, Leaf], size, platforms) -> export.Exported:

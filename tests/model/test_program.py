@@ -14,12 +14,13 @@ from octo_like.common.normalization import compute_statistics
 from octo_like.common.robot import Description, absolute, gripper
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
-from octo_like.model.octo import build_model
+from octo_like.common.vocabularies import load_words
+from octo_like.model.octo import build_model, init_params
 from octo_like.policy.policy import Policy
 from octo_like.policy.pretrained import PretrainedError
-from octo_like.policy.program import Program
+from octo_like.policy.program import Program, decode
 from octo_like.policy.program_export import export_program
-from tests.model import light, tiny
+from tests.model import light, test_text_head, tiny
 from tests.robot.tiny import tiny_policy
 
 TEXTS = ["reach the red block", "push it left"]
@@ -159,6 +160,72 @@ def test_a_frozen_encoder_is_a_program_of_its_own(with_encoder, tmp_path):
     want = policy.sample_actions(observation, other, rng=jax.random.key(0), unnormalize="arm")
     got = program.sample_actions(observation, program.create_tasks(tokens=ids), rng=jax.random.key(0))
     np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_a_policy_that_speaks(tmp_path):
+    """What it says, and what it does when it is told that, or what somebody else says."""
+    policy = test_text_head.policy()
+    program = Program(export_program(policy, tmp_path / "p", instructions=TEXTS, platforms=["cpu"]))
+    assert set(program.spec["programs"]) == {"sample_actions", "predict_text"}
+    observation, _ = given(policy, 3)
+    texts = [*TEXTS, ""]
+    said = policy.predict_text(observation, policy.create_tasks(texts=texts))
+    assert program.predict_text(observation, program.create_tasks(texts=texts)) == said and len(set(said)) > 1
+    heard = ["reach the red block", "push it left", ""]
+    for asked in (dict(texts=texts, subtasks=heard), dict(subtasks=heard)):
+        compare(policy, program, observation, asked, None)
+    # What it says can be told to it, in the ids that it said (of LENGTH, cut to those that it reads, with an end).
+    ids = np.array(policy.text_program(
+        policy.params, policy.prepare_observations(observation), policy.create_tasks(texts=texts), None,
+        part="text", temperature=0.0, top_k=0,
+    ))[:, :6]  # fmt: skip
+    ids[(ids != 1).all(-1), -1] = 1
+    np.testing.assert_array_equal(program.create_tasks(texts=texts, subtasks=said)["subtask/input_ids"], ids)
+    with pytest.raises(ValueError, match="no tokens of 'dance'"):
+        program.create_tasks(texts=texts, subtasks=["dance", "", ""])
+    mute = Program(export_program(make_policy(light.config(), light.SPEC, {}), tmp_path / "mute", platforms=["cpu"]))
+    with pytest.raises(ValueError, match="takes no subtasks"):
+        mute.create_tasks(texts=[""], subtasks=[""])
+    with pytest.raises(ValueError, match="says nothing"):
+        mute.predict_text({}, {})
+
+
+def test_a_frozen_encoder_reads_sub_tasks_too(tmp_path):
+    config = test_text_head.config()
+    words = dict(kind="language", encoder="t5", t5=T5, encoder_dtype="float32")
+    config["task_tokenizers"] = dict(language=words, subtask=dict(**words, key="subtask"))
+    policy = make_policy(config, test_text_head.SPEC, {})
+    program = Program(export_program(policy, tmp_path / "p", instructions=TEXTS, platforms=["cpu"]))
+    observation, _ = given(policy, 2)
+    told = compare(policy, program, observation, dict(texts=TEXTS, subtasks=TEXTS[::-1]), None)
+    untold = compare(policy, program, observation, dict(texts=TEXTS), None)
+    assert np.abs(np.asarray(told - untold)).max() > 1e-3
+
+
+def test_words_that_cannot_be_told_are_still_said(tmp_path):
+    """The ids of what is said are those of another vocabulary than the ids of what is read."""
+    config = test_text_head.config(text=dict(vocabulary=load_words("words")))
+    params = init_params(build_model(config), test_text_head.SPEC, KEY)
+    described = {"model": config, "batch_spec": test_text_head.SPEC.to_json()}
+    policy = Policy(described, params, {}, TextTokenizer.load("builtin", 6))
+    program = Program(export_program(policy, tmp_path / "p", platforms=["cpu"]))
+    observation, _ = given(policy, 2)
+    said = program.predict_text(observation, program.create_tasks(texts=["", ""]))
+    assert said == policy.predict_text(observation, policy.create_tasks(texts=["", ""]))
+    with pytest.raises(ValueError, match="no tokens of"):
+        program.create_tasks(subtasks=said)
+
+
+@pytest.mark.parametrize("name", ["builtin", "words"])
+def test_ids_are_decoded_as_sentencepiece_does(name):
+    tokenizer = TextTokenizer.load(name, 40)
+    sentences = ["put the red block on the white plate", "<loc21><loc40> close <loc03><loc63> open", "it is done", ""]
+    rng = np.random.default_rng(0)
+    rows = [row for row in tokenizer.encode(sentences)["input_ids"]]
+    rows += [np.append(rng.integers(3, tokenizer.vocab_size, 9), [1, 0, 0]) for _ in range(50)]
+    for row in rows:
+        assert decode(tokenizer.pieces(), row) == tokenizer.decode(row[None])[0]
+    assert decode(["", "", "?", "\u2581caf", "<0xC3>", "<0xA9>"], [3, 4, 5, 1, 3]) == "café"
 
 
 def test_embeddings_in_place_of_words(tmp_path):
