@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like.common.config import ConfigError
 from octo_like.common.schema import flatten
 from octo_like.model.octo import OctoModel
+from octo_like.model.text_head import TextHead
 from octo_like.policy.policy import Policy
 from octo_like.training.attempt import Attempt
 
@@ -44,6 +46,26 @@ class Run:
     loaded_from: str | None = None
     frozen: frozenset[str] = frozenset()
     documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def check_words(model: OctoModel, order_spec: Mapping[str, Any]) -> None:
+    """Checks that some dataset has what each part that speaks is to learn: parameters that are made for this run would
+    end as they began.
+
+    Raises:
+      ConfigError: none has; names the part, its kinds of texts, and what the datasets have.
+    """
+    views = order_spec.get("views")  # synthetic data has texts, and none
+    if not views:
+        return
+    kinds = {name: [kind for kind, key in view["text_keys"].items() if key is not None] for name, view in views.items()}
+    for name, part in model.auxiliaries.items():
+        if isinstance(part, TextHead) and not set(part.learns) & {kind for found in kinds.values() for kind in found}:
+            have = "; ".join(f"{dataset}: {', '.join(found) or 'none'}" for dataset, found in kinds.items())
+            raise ConfigError(
+                f"model.auxiliaries.{name} learns texts ({', '.join(part.learns)}), and no dataset has any of these. "
+                f"Texts of the datasets (text_keys): {have}. Add such a dataset, or leave the part out"
+            )
 
 
 def describe(run: Run) -> str:

@@ -1,9 +1,10 @@
-"""A config for tests: pictures with questions and answers beside a robot that says what it is doing."""
+"""A config for tests: pictures with questions and answers beside a robot that says what it is doing. With
+the argument "mute" the pictures are missing, and answers are all that is to be learned."""
 
 from octo_like.common.defaults import default_config
 
 
-def get_config():
+def get_config(variant=""):
     config = default_config()
     config.num_steps = 100
     config.batch_size = 32
@@ -15,8 +16,12 @@ def get_config():
         questions=dict(**images, name="questions", action_key=None, text_keys=dict(answer="answer")),
         moves=dict(**images, name="moves", text_keys=dict(subtask="subtask")),
     )
+    if variant == "mute":
+        del config.data.datasets.questions
     config.data.episodes_mixed = 8
     words = dict(kind="language", encoder="small", dim=16, num_layers=0, max_length=14, pool=True)
+    said = dict(kind="text", readout="readout_text", vocabulary="builtin", max_length=14, width=32, weight=0.5)
+    said |= dict(learns=("answer",)) if variant == "mute" else {}
     config.model = dict(
         token_dim=32,
         max_window=1,
@@ -29,9 +34,7 @@ def get_config():
         heads=dict(
             action=dict(kind="bins", readout="readout_action", action_horizon=2, action_dim=3, num_bins=16, width=32)
         ),
-        auxiliaries=dict(
-            text=dict(kind="text", readout="readout_text", vocabulary="builtin", max_length=14, width=32, weight=0.5)
-        ),
+        auxiliaries=dict(text=said),
     )
     config.optimizer.update(schedule="constant", peak=3e-3, warmup_steps=5)
     config.checkpoint.every = 50

@@ -71,3 +71,11 @@ def test_a_vocabulary_that_is_not_there_is_named(data_dir, tmp_path):
     named = "--config.model.auxiliaries.text.vocabulary=no.model"
     done = train(tmp_path / "none", data_dir, named, check=False)
     assert done.returncode == 2 and "no sentencepiece model at 'no.model'; valid: 'words'" in done.stderr
+
+
+def test_a_part_that_no_dataset_has_words_for_is_named(data_dir, tmp_path):
+    command = ["train.py", "--config", f"{CONFIG}:mute", "--workdir", tmp_path, f"--config.data.data_dir={data_dir}"]
+    done = run(*command, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "model.auxiliaries.text learns texts (answer), and no dataset has any of these" in done.stderr
+    assert "moves: subtask" in done.stderr
