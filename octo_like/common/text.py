@@ -120,6 +120,11 @@ class TextTokenizer:
         """Tokens of a text with its </s>; beyond `max_length`, `encode` cuts them off."""
         return len(self._processor.encode(text)) + 1
 
+    def unknown(self, text: str) -> list[str]:
+        """Parts of a text that no id stands for: they become <unk>."""
+        pieces, unknown = self._processor.encode(text, out_type=str), self._processor.unk_id()
+        return [piece for piece in pieces if self._processor.piece_to_id(piece) == unknown]
+
     def decode(self, input_ids: np.ndarray) -> list[str]:
         """Texts of (B, L) ids, without padding and </s>."""
         return [self._processor.decode([int(i) for i in row if i not in (PAD, EOS)]) for row in np.asarray(input_ids)]

@@ -10,8 +10,10 @@ import pytest
 from octo_like.common.schema import TEXT_KINDS, BatchSpec, check_batch, flatten
 from octo_like.common.text import TextTokenizer
 from octo_like.common.vocabularies import NO_TARGETS, Targets
+from octo_like.data.batches.texts import Texts
 from octo_like.data.in_memory import _columns, prepare_in_memory
 from octo_like.data.spec import DataError, DatasetSpec
+from octo_like.data.tf import tf
 from tests.data import said
 from tests.data.streams import make_train_stream, make_val_iterators
 
@@ -209,6 +211,20 @@ def test_texts_that_are_too_long_are_named(folder):
     fields = moves() | dict(standardize="tests.data.test_said:made_up", text_keys=dict(subtask="made_up"))
     with make_train_stream(dict(moves=fields), spec, TOKENIZER, **options) as stream:
         with pytest.raises(DataError, match="episode .* ids with its end, the model's texts at most 4: '(reach|push)"):
+            next(stream)
+
+
+def strange(trajectory):
+    return {**trajectory, "made_up": tf.strings.join([trajectory["subtask"], " \u00e9"])}
+
+
+def test_what_the_vocabulary_cannot_say_is_named(folder):
+    said_so = r"'ol\u00e9' has '\u00e9', which the vocabulary of model.auxiliaries' text cannot say"
+    with pytest.raises(DataError, match=f"moves: 1 of 2 texts to learn: {said_so}"):
+        Texts(TOKENIZER, targets=Targets(TARGETS)).check_targets("moves", ["it is red", "ol\u00e9"])
+    fields = moves() | dict(standardize="tests.data.test_said:strange", text_keys=dict(subtask="made_up"))
+    with stream_of(folder, datasets=dict(moves=fields)) as stream:
+        with pytest.raises(DataError, match="episode .* '(reach|push).*\u00e9' has '\u00e9', which"):
             next(stream)
 
 

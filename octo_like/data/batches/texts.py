@@ -143,7 +143,8 @@ class Texts:
         """Row numbers (N,) int32 of texts that are learned; 0 is none. Safe to call from several threads.
 
         Raises:
-          DataError: one is longer than the batches' `text_target`: what the model said would end in its middle.
+          DataError: one is longer than the batches' `text_target`: what the model said would end in its middle; or one
+            has what no word of the model stands for.
         """
         if self._target_table is None:
             return np.zeros(len(texts), np.int32)
@@ -157,11 +158,14 @@ class Texts:
         """Checks the texts that a dataset is to teach, before anything is read.
 
         Raises:
-          DataError: some are longer than the batches' `text_target`; says how many, and the longest.
+          DataError: some are longer than the batches' `text_target`, or have what no word of the model stands for; says
+            how many, and names one.
         """
         tokenizer = self.targets.text
         if tokenizer is None or not texts:
             return
+        if strange := [text for text in texts if tokenizer.unknown(text)]:
+            raise DataError(f"{dataset}: {len(strange)} of {len(texts)} texts to learn: {_strange(tokenizer, strange[0])}")
         lengths = {text: tokenizer.num_tokens(text) for text in texts}
         longest = max(lengths, key=lambda text: lengths[text])
         if lengths[longest] > tokenizer.max_length:
@@ -175,6 +179,8 @@ class Texts:
     def _check_target(self, text: str) -> None:
         tokenizer = self.targets.text
         assert tokenizer is not None
+        if tokenizer.unknown(text):
+            raise DataError(f"a text to learn: {_strange(tokenizer, text)}")
         length = tokenizer.num_tokens(text)
         if length > tokenizer.max_length:
             raise DataError(
@@ -223,3 +229,11 @@ class WordList:
             return np.array([self.texts.index(text) for text in texts], np.int32)
 
     target_rows = rows  # texts that are learned, in the same list
+
+
+def _strange(tokenizer: TextTokenizer, text: str) -> str:
+    parts = ", ".join(map(repr, dict.fromkeys(tokenizer.unknown(text))))
+    return (
+        f"{text[:80]!r} has {parts}, which the vocabulary of model.auxiliaries' text cannot say. Train one on these texts "
+        "(scripts/train_tokenizer.py), or leave them out"
+    )
