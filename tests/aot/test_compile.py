@@ -284,3 +284,12 @@ def test_real_program():
     assert 25e6 < report.trained_parameters < 30e6 and report.parameters - report.trained_parameters > 100e6
     # Two frames and a goal of 256x256 and 128x128, 12 blocks of 384: about 0.1 TFLOP a sample.
     assert 0.08e12 < report.model_flops / 64 < 0.2e12
+
+
+def test_robots_beside_pictures_with_words():
+    """A mixed run whose decoder reads sub-tasks and says them: one program for all rows."""
+    report = proof.prove_training(load_config("configs/tabletop_words.py", []), parse_topology("v5e:2x2"), name="words")
+    assert report.fits and report.chips == 4 and report.loops == []
+    assert report.activation_gathers == []
+    assert 1e6 < report.parameters == report.trained_parameters < 3e6
+    assert report.collectives["all-reduce"]["count"] > 0
