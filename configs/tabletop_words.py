@@ -74,17 +74,18 @@ def get_config(words: str = ""):
     language = model.task_tokenizers.language.to_dict() | dict(max_length=longest, dim=128)
     model.task_tokenizers = dict(language=language)
     if long:
+        # What is to be done next depends on where everything is: also learned by those who do not say it.
         model.auxiliaries.points.update(names=(*NAMED, *THINGS), weight=6.0)
-    if with_pictures or subtasks:
+        model.auxiliaries.next = dict(model.auxiliaries.points, readout="readout_text", weight=2.0)
+    if with_pictures or long:
         model.readouts.text = 4
+    if with_pictures or subtasks:
         said = dict(kind="text", readout="readout_text", reads="all", vocabulary="words")
         model.auxiliaries.text = said | dict(max_length=ANSWER, width=64, weight=1.0)
     if with_pictures and not subtasks:
         model.auxiliaries.text.learns = ("answer",)
     if subtasks:
         model.task_tokenizers.subtask = language | dict(key="subtask")
-        # What is to be done next depends on where everything is.
-        model.auxiliaries.next = dict(model.auxiliaries.points, readout="readout_text", weight=2.0)
         config.data.drop_subtask_prob = 0.5
     else:
         for name in robots:

@@ -25,7 +25,7 @@ _CHOICES = {"task": long_language.LONG_TASKS, "phrasing": ("seen", "unseen"), "i
 
 MISHAP_PROBABILITY = 0.8  # of an episode
 CLOSED_TOO_EARLY = 0.6  # of what befalls an empty hand
-BETWEEN_MISHAPS = (4, 14)  # steps
+FIRST_MISHAP, BETWEEN_MISHAPS = 14, (4, 14)  # steps: the first before that one; from one to the next
 
 
 class LongTabletopEnv(TabletopEnv):
@@ -39,8 +39,8 @@ class LongTabletopEnv(TabletopEnv):
     `info` has `progress`, the share of the blocks that are served (0 to 1), and `subtask`, what is to be done next.
 
     Args: as for `TabletopEnv`, and:
-      mishaps: things go wrong in most episodes and more than once: bumps, a load that is lost, a hand that closes too
-        early and holds nothing. For demonstrations of what is to be done then.
+      mishaps: things go wrong in three of four episodes of an expert, mostly more than once: bumps, a load that is
+        lost, a hand that closes too early and holds nothing. For demonstrations of what is to be done then.
     """
 
     last_bump = 40
@@ -95,6 +95,11 @@ class LongTabletopEnv(TabletopEnv):
 
     def _info(self) -> dict[str, Any]:
         return super()._info() | {"progress": self._fraction, "subtask": self.part().text}
+
+    def _awkward_start(self) -> None:
+        super()._awkward_start()
+        if self.mishaps:
+            self._bump_at = int(self._bump_rng.integers(1, FIRST_MISHAP))
 
     def _bump(self) -> None:
         if not self.mishaps:

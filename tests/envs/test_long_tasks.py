@@ -353,3 +353,24 @@ def test_scenes_that_demonstrations_leave_out():
         assert not pairs & colors.unnamed_pairs
     with pytest.raises(ValueError, match="no other palette"):
         long_demonstrations.LongSimulator(colors=Colors(palette=("red", "green", "blue", "yellow")))
+
+
+@pytest.mark.parametrize("embodiment", LONG_EMBODIMENTS[:2])
+def test_things_go_wrong_in_most_demonstrations_and_experts_put_them_right(embodiment, monkeypatch):
+    befell = []
+    bump = LongTabletopEnv._bump
+    monkeypatch.setattr(LongTabletopEnv, "_bump", lambda env: (befell.append(env.episode_seed), bump(env))[1])
+    env = LongTabletopEnv(embodiment, mishaps=True, render_images=False)
+    frames = empty = 0
+    for seed in range(100):
+        env.reset(seed=seed)
+        expert, done = env.expert(np.random.default_rng(seed)), False
+        while not done:
+            *_, terminated, truncated, info = env.step(expert.act())
+            done = terminated or truncated
+            frames += 1
+            empty += env.world.held is None and env.effector.opening < 0.5
+        assert info["success"], seed
+    times = [befell.count(seed) for seed in range(100)]
+    assert 65 <= sum(count > 0 for count in times) <= 90 and sum(count > 1 for count in times) >= 40
+    assert 0.02 < empty / frames < 0.06, "a closed hand with nothing in it is seen, and opened"

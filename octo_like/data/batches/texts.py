@@ -165,7 +165,9 @@ class Texts:
         if tokenizer is None or not texts:
             return
         if strange := [text for text in texts if tokenizer.unknown(text)]:
-            raise DataError(f"{dataset}: {len(strange)} of {len(texts)} texts to learn: {_strange(tokenizer, strange[0])}")
+            raise DataError(
+                f"{dataset}: {len(strange)} of {len(texts)} texts to learn: {_strange(tokenizer, strange[0])}"
+            )
         lengths = {text: tokenizer.num_tokens(text) for text in texts}
         longest = max(lengths, key=lambda text: lengths[text])
         if lengths[longest] > tokenizer.max_length:
