@@ -13,6 +13,7 @@ import numpy as np
 from jax import export
 
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+SAID = 1000  # texts that are remembered
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # of a vocabulary that spells what it does not know
 
 
@@ -35,6 +36,7 @@ class Program:
             raise ValueError(f"{folder} is for {', '.join(self.spec['platforms'])}; JAX runs on {' or '.join(here)}")
         self._params = jax.device_put(read_safetensors(self._files.pop("params.safetensors")))
         self._known = {text: np.array(ids, np.int32) for text, ids in self.spec["instructions"].items()}
+        self._said: dict[str, np.ndarray] = {}  # the newest texts, by which they can be told to it
 
     def create_tasks(
         self,
@@ -43,11 +45,11 @@ class Program:
         *,
         tokens: Any = None,
         embeddings: Any = None,
-        subtasks: Sequence[str] | None = None,
+        subtasks: Any = None,
     ) -> dict[str, np.ndarray]:
         """Tasks of B instructions, of goals {"image_...": (B, h, w, 3)}, or of both; what is not given is marked so.
         In place of texts: `tokens`, ids (B, L), or `embeddings`, for policies that read those. `subtasks`: what to do
-        next, B texts that were exported with the program or said by `predict_text`; "" means none."""
+        next, B texts that were exported with the program or said lately by `predict_text` ("" means none), or ids."""
         given, inputs = {key: np.asarray(goal) for key, goal in (goals or {}).items()}, self._part("task")
         if subtasks is not None and "subtask/input_ids" not in inputs:
             raise ValueError("this policy takes no subtasks")
@@ -59,7 +61,7 @@ class Program:
         b = len(tokens if tokens is not None else next(iter([*given.values(), subtasks])))
         task = {key: np.zeros((b, *entry["shape"][1:]), entry["dtype"]) for key, entry in inputs.items()}
         task |= {f"pad_mask_dict/{key}": np.ones(b, bool) for key in given} | given
-        heard = {"language_instruction": tokens, "subtask": None if subtasks is None else self._tokens(subtasks)}
+        heard = {"language_instruction": tokens, "subtask": self._subtasks(subtasks)}
         words = {}
         for key, ids in heard.items():
             if ids is not None or f"{key}/input_ids" in inputs:
@@ -93,7 +95,9 @@ class Program:
         if says["length"]:  # its words can be told to it, cut or padded to what it reads
             wide = np.pad(ids, ((0, 0), (0, max(0, says["length"] - ids.shape[1]))))[:, : says["length"]]
             wide[:, -1] = np.where((wide == 1).any(-1), wide[:, -1], 1)
-            self._known |= dict(zip(texts, wide, strict=True))
+            self._said |= dict(zip(texts, wide, strict=True))
+            for text in list(self._said)[:-SAID]:
+                del self._said[text]
         return texts
 
     def _inputs(self, observations, tasks):
@@ -110,8 +114,18 @@ class Program:
     def _tokens(self, texts):
         if isinstance(texts, str) or (unknown := [text for text in texts if text not in self._known]):
             what = "texts must be a list" if isinstance(texts, str) else f"no tokens of {unknown[0]!r}; give tokens="
-            raise ValueError(f"{what}; texts that were exported or said: {', '.join(map(repr, self._known))}")
+            raise ValueError(f"{what}; texts that were exported with the program: {', '.join(map(repr, self._known))}")
         return np.array([self._known[text] for text in texts], np.int32)
+
+    def _subtasks(self, given):
+        if given is None or np.asarray(given).dtype.kind in "iu":
+            return given
+        known = {**self._said, **self._known}  # what was exported stays what it was, whatever is said
+        if isinstance(given, str) or (unknown := [text for text in given if text not in known]):
+            what = "subtasks must be a list" if isinstance(given, str) else f"no tokens of {unknown[0]!r}; give ids"
+            exported = ", ".join(map(repr, self._known))
+            raise ValueError(f"{what}, or texts that predict_text said lately or that were exported: {exported}")
+        return np.array([known[text] for text in given], np.int32)
 
     def _checked(self, part, given):
         given, want, wrong = {key: np.asarray(value) for key, value in given.items()}, self._part(part), []

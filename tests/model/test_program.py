@@ -181,8 +181,11 @@ def test_a_policy_that_speaks(tmp_path):
     ))[:, :6]  # fmt: skip
     ids[(ids != 1).all(-1), -1] = 1
     np.testing.assert_array_equal(program.create_tasks(texts=texts, subtasks=said)["subtask/input_ids"], ids)
-    with pytest.raises(ValueError, match="no tokens of 'dance'"):
-        program.create_tasks(texts=texts, subtasks=["dance", "", ""])
+    given_ids = program.create_tasks(texts=texts, subtasks=ids)
+    np.testing.assert_array_equal(given_ids["subtask/input_ids"], ids)
+    for wrong in (["dance", "", ""], "dance"):
+        with pytest.raises(ValueError, match="no tokens of 'dance'; give ids|subtasks must be a list"):
+            program.create_tasks(texts=texts, subtasks=wrong)
     mute = Program(export_program(make_policy(light.config(), light.SPEC, {}), tmp_path / "mute", platforms=["cpu"]))
     with pytest.raises(ValueError, match="takes no subtasks"):
         mute.create_tasks(texts=[""], subtasks=[""])
@@ -200,6 +203,24 @@ def test_a_frozen_encoder_reads_sub_tasks_too(tmp_path):
     told = compare(policy, program, observation, dict(texts=TEXTS, subtasks=TEXTS[::-1]), None)
     untold = compare(policy, program, observation, dict(texts=TEXTS), None)
     assert np.abs(np.asarray(told - untold)).max() > 1e-3
+
+
+def test_what_is_said_changes_no_exported_text_and_is_not_kept_for_ever(tmp_path, monkeypatch):
+    program = Program(export_program(test_text_head.policy(), tmp_path / "p", instructions=TEXTS, platforms=["cpu"]))
+    before = program.create_tasks(texts=[TEXTS[0], ""])
+    pieces = program.spec["says"]["pieces"]
+    space = pieces.index("\u2581")  # alone it says nothing
+    says = iter([np.array([[space, 1] + [0] * 8], np.int32), *(np.array([[i, 1] + [0] * 8]) for i in range(3, 103))])
+    monkeypatch.setattr(program, "_call", lambda name, inputs: next(says))
+    monkeypatch.setattr(program, "_inputs", lambda *_: {})
+    monkeypatch.setattr("octo_like.policy.program.SAID", 10)
+    assert program.predict_text({}, {}) == [""]
+    for key, value in before.items():
+        np.testing.assert_array_equal(program.create_tasks(texts=[TEXTS[0], ""])[key], value, err_msg=key)
+    assert not program.create_tasks(texts=[TEXTS[0]], subtasks=[""])["pad_mask_dict/subtask"].any()
+    for _ in range(100):
+        program.predict_text({}, {})
+    assert len(program._said) == 10
 
 
 def test_words_that_cannot_be_told_are_still_said(tmp_path):
