@@ -49,7 +49,7 @@ from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
 from octo_like.training.own_words import check as check_own_subtasks
 from octo_like.training.program import own_subtasks
-from octo_like.training.run import Run, describe
+from octo_like.training.run import Run, check_words, describe
 from octo_like.training.sharding import check_batch_size, make_mesh
 
 
@@ -97,6 +97,8 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
     config = with_schedule(config, transitions, validated=bool(inputs.validation))
     untrained = check_actions(model, inputs.statistics)
+    new = to_dict(config)["surgery"]["auxiliaries"] if pretrained else model.auxiliaries
+    check_words(model, inputs.stream.order_spec, new=tuple(new), own_subtasks=own_subtasks(config).prob)
 
     # ------------------------------------------------------------------------------------------------------ weights
     weights = make_weights(

@@ -35,7 +35,7 @@ from octo_like.data.inputs import inputs_from_config
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
-from octo_like.training.program import network_from_config, optimizer_from_config
+from octo_like.training.program import network_from_config, optimizer_from_config, own_subtasks
 from octo_like.training.run import Run, check_words, describe
 from octo_like.training.sharding import make_mesh
 from octo_like.training.warm_start import warm_start
@@ -66,8 +66,8 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
             workdir=flags.workdir,
             **processes,
         )
-    if not config.init_from:
-        check_words(network.model, inputs.stream.order_spec)
+    new = () if config.init_from else tuple(network.model.auxiliaries)
+    check_words(network.model, inputs.stream.order_spec, new=new, own_subtasks=own_subtasks(config).prob)
 
     # ------------------------------------------------------------------------------------------------------ weights
     init, source, documents, loaded_from = network.init_params, jax.random.key(config.seed), {}, None

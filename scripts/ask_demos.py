@@ -70,25 +70,28 @@ def rows_of(prepared, args):
                 yield image, f"{prepared.key}/{number:06}_{one.step:04}.png", one
 
 
-def write(datasets, args) -> int:
-    """Writes the rows of all datasets; returns how many."""
+def write(datasets, args, folder: pathlib.Path) -> int:
+    """Writes the rows of all datasets into a folder; returns how many."""
     from PIL import Image
     from tqdm import tqdm
 
-    args.output.mkdir(parents=True)
+    from octo_like.data.spec import DataError
+
     shown, count = [], 0
-    with open(args.output / "rows.jsonl", "w", encoding="utf-8") as file:
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for prepared in datasets.values():
-            (args.output / prepared.key).mkdir()
+            (folder / prepared.key).mkdir()
             total = min(args.episodes, len(prepared.train)) * args.questions
             for image, name, one in tqdm(rows_of(prepared, args), total=total, desc=prepared.key, unit="row"):
-                Image.fromarray(image).save(args.output / name)
+                Image.fromarray(image).save(folder / name)
                 row = {"image": name, "prompt": one.prompt, "answer": one.answer, "kind": one.kind}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
                 if count % max(1, total // 12) == 0 and len(shown) < 24:
                     shown.append((image, one))
-    _sheet(shown, args.output / "sheet.png")
+    if not count:
+        raise DataError(f"{', '.join(datasets)}: no question can be asked: no step has an instruction and a picture")
+    _sheet(shown, folder / "sheet.png")
     return count
 
 
@@ -129,13 +132,16 @@ def main() -> int:
         help="of the proprioception, in its units; once for each direction",
     )
     parser.add_argument("--steps_ahead", type=int, default=8, help="that a motion is about (default: %(default)s)")
-    parser.add_argument("--unfinished", action="store_true", help="the last step does not show that it is done")
+    parser.add_argument(
+        "--unfinished", action="store_true", help="the last step does not show that it is done: that is not asked"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_intermixed_args()
     if min(args.episodes, args.questions, args.steps_ahead, *args.image_size) < 1:
         parser.error("--episodes, --questions, --steps_ahead and --image_size must be at least 1")
 
     from octo_like.common.config import ConfigError
+    from octo_like.common.files import whole_folder
     from octo_like.data.prepare import prepare_dataset
     from octo_like.data.spec import DataError
 
@@ -146,7 +152,8 @@ def main() -> int:
         datasets = {name: prepare_dataset(name, spec, args.data_dir, args.cache_dir) for name, spec in specs.items()}
         if mute := [name for name, prepared in datasets.items() if not prepared.seekable]:
             raise DataError(f"{mute[0]}: only datasets of files can be asked about")
-        count = write(datasets, args)
+        with whole_folder(args.output) as folder:
+            count = write(datasets, args, folder)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

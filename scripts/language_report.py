@@ -205,6 +205,9 @@ def draw(collected: Mapping[str, Any], path: Path) -> None:
         for axis, what, unit in zip(
             row[1:], ("action", "text"), ("MSE of noise or actions", "nats an id"), strict=True
         ):
+            if study == "heads":  # nats, squares and absolute values have no axis in common
+                axis.axis("off")
+                continue
             _draw_losses(axis, what, list(variants), collected.get("losses", {}).get(study, {}))
             axis.set_title(f"validation loss, {what} ({unit})", fontsize=8, loc="left")
     figure.tight_layout()

@@ -4,7 +4,9 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -83,3 +85,18 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     temporary = target.with_name(f"{target.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to fill, which becomes `path`, where nothing is yet, when the block ends well; else it is removed."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

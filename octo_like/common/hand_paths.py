@@ -7,7 +7,6 @@ draw such a path into the image of the policy that follows it; here it is a sub-
 read, contradicted by a person, drawn into animations.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -105,6 +104,22 @@ def paths_ahead(
     Raises:
       ValueError: shapes, places that are not finite, too few points.
     """
+    places, closed, moves = _checked(places_t2, closed_t, points, events)
+    return [_path(places, closed, moves[moves >= start], start, points, events) for start in range(len(places))]
+
+
+def path_ahead(
+    places_t2: np.ndarray, closed_t: Sequence[bool] | np.ndarray, *, points: int = 5, events: int = 2
+) -> str:
+    """The one of the first step, see `paths_ahead`."""
+    places, closed, moves = _checked(places_t2, closed_t, points, events)
+    return _path(places, closed, moves, 0, points, events)
+
+
+def _checked(
+    places_t2: np.ndarray, closed_t: Sequence[bool] | np.ndarray, points: int, events: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places within the image, whether the gripper is closed, and the steps at which that changes."""
     places = np.asarray(places_t2, np.float64)
     closed = np.asarray(closed_t, bool)
     if places.ndim != 2 or places.shape[1] != 2 or closed.shape != places.shape[:1] or not len(places):
@@ -113,16 +128,16 @@ def paths_ahead(
         raise ValueError(f"paths: the place of step {int(np.argmin(np.isfinite(places).all(1)))} is not finite")
     if events < 0 or points < 2 + events:
         raise ValueError(f"paths: {points} points for {events} events; valid: at least {2 + max(events, 0)}")
-    places = np.clip(places, 0.0, 1.0)
-    moves = np.flatnonzero(closed[1:] != closed[:-1]) + 1
-    texts = []
-    for start in range(len(places)):
-        ahead = [int(move) for move in moves[moves >= start][:events]]
-        end = ahead[-1] if events and len(ahead) == events else len(places) - 1
-        kept = _simplified(places, sorted({start, *ahead, end}), points)
-        happens = tuple((kept.index(move), CLOSE if closed[move] else OPEN) for move in ahead)
-        texts.append(encode(_without_repeats(HandPath(tuple(map(tuple, places[kept])), happens))))
-    return texts
+    return np.clip(places, 0.0, 1.0), closed, np.flatnonzero(closed[1:] != closed[:-1]) + 1
+
+
+def _path(places: np.ndarray, closed: np.ndarray, ahead: np.ndarray, start: int, points: int, events: int) -> str:
+    """From `start` on; `ahead`: the steps at which the gripper moves from there on."""
+    moves = [int(move) for move in ahead[:events]]
+    end = moves[-1] if events and len(moves) == events else len(places) - 1
+    kept = _simplified(places, sorted({start, *moves, end}), points)
+    happens = tuple((kept.index(move), CLOSE if closed[move] else OPEN) for move in moves)
+    return encode(_without_repeats(HandPath(tuple(map(tuple, places[kept])), happens)))
 
 
 def _simplified(places: np.ndarray, kept: list[int], points: int) -> list[int]:
@@ -130,22 +145,23 @@ def _simplified(places: np.ndarray, kept: list[int], points: int) -> list[int]:
     while len(kept) < points:
         farthest, most = -1, TOLERANCE
         for first, last in zip(kept[:-1], kept[1:], strict=True):
-            for step in range(first + 1, last):
-                distance = _distance(places[step], places[first], places[last])
-                if distance > most:
-                    farthest, most = step, distance
+            if last - first > 1:
+                distances = _distances(places[first + 1 : last], places[first], places[last])
+                worst = int(np.argmax(distances))
+                if distances[worst] > most:
+                    farthest, most = first + 1 + worst, distances[worst]
         if farthest < 0:
             break
         kept = sorted([*kept, farthest])
     return kept
 
 
-def _distance(point: np.ndarray, first: np.ndarray, last: np.ndarray) -> float:
-    """Of a point from the piece of a line between two others."""
+def _distances(points_n2: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """(N,) of points from the piece of a line between two others."""
     along = last - first
     length = float(along @ along)
-    share = 0.0 if length == 0.0 else min(1.0, max(0.0, float((point - first) @ along) / length))
-    return math.dist(point, first + share * along)
+    shares = np.zeros(len(points_n2)) if length == 0.0 else np.clip((points_n2 - first) @ along / length, 0.0, 1.0)
+    return np.linalg.norm(points_n2 - first - shares[:, None] * along, axis=-1)
 
 
 def _without_repeats(path: HandPath) -> HandPath:

@@ -50,7 +50,7 @@ class LongTabletopEnv(TabletopEnv):
     def __init__(self, embodiment: str = "gripper", *, mishaps: bool = False, **arguments: Any):
         if embodiment not in LONG_EMBODIMENTS:
             raise ValueError(f"embodiment {embodiment!r} has no long tasks; valid: {', '.join(LONG_EMBODIMENTS)}")
-        super().__init__(embodiment, **({"bumps": True} if mishaps else {}), **arguments)
+        super().__init__(embodiment, **(arguments | ({"bumps": True} if mishaps else {})))
         self.mishaps = mishaps
         if mishaps:
             self.bump_probability = MISHAP_PROBABILITY

@@ -66,6 +66,6 @@ class PathsAhead(gym.Wrapper):
             hands.append(place(ahead))
             actions.append(action)
             if over:
-                return paths_of(hands, actions)[0]
+                return hand_paths.path_ahead(np.stack(hands)[:, ::-1], [is_closing(action) for action in actions])
             *_, terminated, truncated, _ = ahead.step(action)
             over = terminated or truncated

@@ -2,7 +2,8 @@
 
 A policy that is only ever told the right sub-task does not know what to do after its own mistake (exposure bias). So
 some of the samples are told what the policy itself would say just now, given the instruction, with the labels of their
-actions unchanged.
+actions unchanged. They are told the ids that it says; a policy at run time decodes its words and encodes them again,
+which gives the same ids of all texts that it has learned to say.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Everything a run is made of, as train.py and finetune.py put it together for the loop."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -48,9 +48,15 @@ class Run:
     documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def check_words(model: OctoModel, order_spec: Mapping[str, Any]) -> None:
+def check_words(
+    model: OctoModel, order_spec: Mapping[str, Any], *, new: Collection[str], own_subtasks: float = 0.0
+) -> None:
     """Checks that some dataset has what each part that speaks is to learn: parameters that are made for this run would
     end as they began.
+
+    Args:
+      new: names of the auxiliaries whose parameters are made for this run.
+      own_subtasks: share of the samples that are to be told their own sub-task.
 
     Raises:
       ConfigError: none has; names the part, its kinds of texts, and what the datasets have.
@@ -58,14 +64,18 @@ def check_words(model: OctoModel, order_spec: Mapping[str, Any]) -> None:
     views = order_spec.get("views")  # synthetic data has texts, and none
     if not views:
         return
-    kinds = {name: [kind for kind, key in view["text_keys"].items() if key is not None] for name, view in views.items()}
+    texts = {name: view.get("text_keys", {}) for name, view in views.items()}  # left out of the views that have none
+    kinds = {name: [kind for kind, key in found.items() if key is not None] for name, found in texts.items()}
+    there = {kind for found in kinds.values() for kind in found}
+    have = "; ".join(f"{dataset}: {', '.join(found) or 'none'}" for dataset, found in kinds.items())
     for name, part in model.auxiliaries.items():
-        if isinstance(part, TextHead) and not set(part.learns) & {kind for found in kinds.values() for kind in found}:
-            have = "; ".join(f"{dataset}: {', '.join(found) or 'none'}" for dataset, found in kinds.items())
+        if isinstance(part, TextHead) and name in new and not set(part.learns) & there:
             raise ConfigError(
                 f"model.auxiliaries.{name} learns texts ({', '.join(part.learns)}), and no dataset has any of these. "
                 f"Texts of the datasets (text_keys): {have}. Add such a dataset, or leave the part out"
             )
+    if own_subtasks and "subtask" not in there:
+        raise ConfigError(f"own_subtasks.prob={own_subtasks}, but no dataset has sub-tasks (text_keys): {have}")
 
 
 def describe(run: Run) -> str:

@@ -18,6 +18,7 @@ def get_config(variant=""):
     )
     if variant == "mute":
         del config.data.datasets.questions
+        config.data.datasets.silent = dict(**images, name="moves")
     config.data.episodes_mixed = 8
     words = dict(kind="language", encoder="small", dim=16, num_layers=0, max_length=14, pool=True)
     said = dict(kind="text", readout="readout_text", vocabulary="builtin", max_length=14, width=32, weight=0.5)

@@ -78,4 +78,4 @@ def test_a_part_that_no_dataset_has_words_for_is_named(data_dir, tmp_path):
     done = run(*command, check=False)
     assert done.returncode == 2, done.stderr
     assert "model.auxiliaries.text learns texts (answer), and no dataset has any of these" in done.stderr
-    assert "moves: subtask" in done.stderr
+    assert "moves: subtask; silent: none" in done.stderr

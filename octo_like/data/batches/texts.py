@@ -236,6 +236,6 @@ class WordList:
 def _strange(tokenizer: TextTokenizer, text: str) -> str:
     parts = ", ".join(map(repr, dict.fromkeys(tokenizer.unknown(text))))
     return (
-        f"{text[:80]!r} has {parts}, which the vocabulary of model.auxiliaries' text cannot say. Train one on these texts "
-        "(scripts/train_tokenizer.py), or leave them out"
+        f"{text[:80]!r} has {parts}, which the vocabulary of model.auxiliaries' text cannot say. Train one on these "
+        "texts (scripts/train_tokenizer.py), or leave them out"
     )

@@ -52,7 +52,7 @@ def questions(
       count: of questions, at most.
       subtasks: T texts, "" where there is none; or none at all.
       places_td: (T, D), what `motions` are about, see `language_motions`.
-      finished: whether the last step shows it done.
+      finished: whether the last step shows it done; else nobody asks whether it is: the answer would always be no.
     """
     length = len(instructions)
     said = [text.strip().rstrip(".") for text in instructions]
@@ -61,7 +61,7 @@ def questions(
         share = step / max(1, length - 1)
         if share >= DOING and step < length - 1:
             answers["task"][step] = text
-        if share <= UNDONE and step < length - 1:
+        if finished and share <= UNDONE and step < length - 1:
             answers["done"][step] = "no"
         if step < len(subtasks) and subtasks[step]:
             answers["next"][step] = subtasks[step]
@@ -73,7 +73,7 @@ def questions(
     used: set[tuple[str, int]] = set()
     for number in range(count if len(able) else 0):
         kind = str(able[number % len(able)])
-        if kind == "done" and finished and rng.random() < 0.5:
+        if kind == "done" and rng.random() < 0.5:
             step, answer = length - 1, "yes"
         else:
             choices = sorted(answers[kind])
