@@ -29,7 +29,8 @@ class Request:
       task: of one row, from `create_tasks`.
       unnormalize: dataset of the units. seed, step: of the sampling noise.
       continuing: the chunk of one row that the actions go on from, or None.
-      done: gets the actions (H, A).
+      words: whether it is what to do next that is wanted, in words, and not actions.
+      done: gets the actions (H, A), or the text.
     """
 
     observation: Mapping[str, Any]
@@ -38,6 +39,7 @@ class Request:
     seed: int
     step: int
     continuing: Continuation | None = None
+    words: bool = False
     done: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
     arrived: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -46,7 +48,7 @@ class Request:
         """Requests of one kind fit into one batch."""
         shapes = jax.tree.map(lambda x: (np.shape(x), np.asarray(x).dtype.str), (self.observation, self.task))
         how = None if self.continuing is None else (*_settings(self.continuing), np.shape(self.continuing.previous))
-        return self.unnormalize, str(shapes), how
+        return self.unnormalize, self.words, str(shapes), how
 
 
 class Batcher:
@@ -55,7 +57,7 @@ class Batcher:
     Attributes:
       sizes: batch sizes that are compiled: powers of two, and `max_batch`.
       batches: {size: number of batches}, of requests in them before filling up.
-      latencies: seconds from arrival to actions on the host, of the last requests.
+      latencies: seconds from arrival to the answer on the host, of the last requests.
 
     Args:
       policy: see `octo_like.robot.rollout.PolicyLike`.
@@ -99,11 +101,14 @@ class Batcher:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
 
-    def compute(self, requests: Sequence[Request]) -> np.ndarray:
-        """Actions (N, H, A) of requests of one kind."""
+    def compute(self, requests: Sequence[Request]) -> Sequence[Any]:
+        """Actions (N, H, A) of requests of one kind, or N texts."""
         size = next(size for size in self.sizes if size >= len(requests))
         rows = [*requests, *[requests[-1]] * (size - len(requests))]
         observation, task = (_stacked([getattr(row, part) for row in rows]) for part in ("observation", "task"))
+        if requests[0].words:
+            speaker: Any = self.policy
+            return speaker.predict_text(observation, task, unnormalize=requests[0].unnormalize)[: len(requests)]
         rng = sampling_keys(self.rng_seed, [row.seed for row in rows], [row.step for row in rows])
         options: dict[str, Any] = {"unnormalize": requests[0].unnormalize}
         if requests[0].continuing is not None:
@@ -125,7 +130,7 @@ class Batcher:
 
     def _answer(self, batch: Sequence[Request]) -> None:
         try:
-            actions = self.compute(batch)
+            answers = self.compute(batch)
         except Exception as error:
             if len(batch) == 1:
                 batch[0].done.set_exception(error)
@@ -134,7 +139,7 @@ class Batcher:
                 self._answer([request])
             return
         self.batches[len(batch)] += 1
-        for request, each in zip(batch, actions, strict=True):
+        for request, each in zip(batch, answers, strict=True):
             self.latencies.append(time.monotonic() - request.arrived)
             request.done.set_result(each)
 

@@ -152,12 +152,12 @@ class PolicyServer:
         observation = {key: value for key, value in example["observation"].items() if key not in dropped}
         task = example["task"] if self.policy.batch_spec.language_length is None else self._tasks.of_text("")
         for size in self.batcher.sizes:
-            chunk = self.batcher.compute([Request(observation, task, None, 0, 0)] * size)[:1]
+            chunk = np.asarray(self.batcher.compute([Request(observation, task, None, 0, 0)] * size))[:1]
             for method in self.continue_by:
                 nothing = Continuation(np.zeros_like(chunk), chunk.shape[1], 0, method)
                 self.batcher.compute([Request(observation, task, None, 0, 0, nothing)] * size)
-        if self.metadata["subtasks"]["says"]:
-            self._tasks.said(observation, task, None)
+            if self.metadata["subtasks"]["says"]:
+                self.batcher.compute([Request(observation, task, None, 0, 0, words=True)] * size)
         return time.monotonic() - start
 
     @contextlib.contextmanager
@@ -323,7 +323,8 @@ class PolicyServer:
         check_words(subtask, plan, self.metadata["subtasks"])
         if not plan:
             return subtask
-        return self._tasks.said(observation, self._tasks(instruction, request.get("goal")), unnormalize)
+        task = self._tasks(instruction, request.get("goal"))
+        return self.batcher.submit(Request(observation, task, unnormalize, 0, 0, words=True)).result()
 
     def _check(self, observation: dict[str, Any], allow_missing: Sequence[str], dataset: str) -> None:
         """Raises ValueError for what is missing, unknown or not finite: a policy would act on it all the same."""
@@ -370,7 +371,7 @@ class _TaskCache:
     """Tasks of instructions, encoded once: the last ones that fit into TASK_CACHE_BYTES."""
 
     def __init__(self, policy: ServedPolicy):
-        self._policy, self._lock, self._saying = policy, threading.Lock(), threading.Lock()
+        self._policy, self._lock = policy, threading.Lock()
         self._kept: collections.OrderedDict[tuple[str, str | None], tuple[Any, int]] = collections.OrderedDict()
         self._bytes = 0
 
@@ -396,12 +397,6 @@ class _TaskCache:
                     self._bytes -= self._kept.popitem(last=False)[1][1]
             self._kept.move_to_end(said)
             return self._kept[said][0]
-
-    def said(self, observation: Any, task: Any, unnormalize: str | None) -> str:
-        """What the policy says is to be done next. One robot's at a time; those that do not ask need not wait."""
-        policy: Any = self._policy
-        with self._saying:
-            return policy.predict_text(observation, task, unnormalize=unnormalize)[0]
 
 
 def _chunks_of(policy: Any, unnormalize: str | None) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import urllib.request
 import numpy as np
 import pytest
 
+from octo_like.common.schema import synthetic_batch
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.client import PolicyClient, PolicyServerError
 from octo_like.robot.messages import pack
 from octo_like.robot.server import PolicyServer
+from tests.model import test_text_head
 from tests.robot.tiny import tiny_policy
 from tests.robot.toy import SIZE, LinePolicy
 
@@ -98,6 +100,29 @@ def test_a_batch_has_the_actions_of_its_rows_alone():
     for row, one in zip(together, requests, strict=True):
         np.testing.assert_allclose(row, batcher.compute([one])[0], rtol=1e-4, atol=1e-6)
     assert not np.allclose(together[0], together[1], rtol=1e-4, atol=1e-6)
+
+
+def test_words_of_several_robots_are_one_batch():
+    policy = test_text_head.policy()
+    calls = []
+    program = policy.text_program
+    policy.text_program = lambda *args, **options: (
+        calls.append(len(args[2]["pad_mask_dict"]["subtask"])) or program(*args, **options)
+    )
+    batcher = Batcher(policy, max_batch=4)
+    batch = synthetic_batch(policy.batch_spec, 3, seed=2)["observation"]
+    asked = []
+    for row, text in enumerate(("go", "go", "stop")):
+        window = {key: leaf[row : row + 1] for key, leaf in batch.items() if not isinstance(leaf, dict)}
+        asked.append(Request(window, policy.create_tasks(texts=[text]), None, 0, 0, words=True))
+    acting = Request(asked[0].observation, asked[0].task, None, 0, 0)
+    futures = [batcher.submit(one) for one in (*asked, acting)]  # before the start: one batch of words, one of actions
+    batcher.start()
+    said = [future.result(60) for future in futures]
+    assert said[:3] == [batcher.compute([one])[0] for one in asked] and len(set(said[:3])) > 1
+    assert np.shape(said[3]) == (2, 3)
+    assert calls[0] == 4 and dict(batcher.batches) == {3: 1, 1: 1}
+    batcher.close()
 
 
 def test_an_error_of_a_batch_reaches_all_its_askers_and_the_next_one_works():
