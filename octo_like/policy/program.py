@@ -62,7 +62,7 @@ class Program:
         task = {key: np.zeros((b, *entry["shape"][1:]), entry["dtype"]) for key, entry in inputs.items()}
         task |= {f"pad_mask_dict/{key}": np.ones(b, bool) for key in given} | given
         heard = {"language_instruction": tokens, "subtask": self._subtasks(subtasks)}
-        words = {}
+        words: dict[str, np.ndarray] = {}
         for key, ids in heard.items():
             if ids is not None or f"{key}/input_ids" in inputs:
                 ids = np.asarray(self._tokens([""] * b) if ids is None else ids)

@@ -101,7 +101,7 @@ class Batcher:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
 
-    def compute(self, requests: Sequence[Request]) -> Sequence[Any]:
+    def compute(self, requests: Sequence[Request]) -> np.ndarray | list[str]:
         """Actions (N, H, A) of requests of one kind, or N texts."""
         size = next(size for size in self.sizes if size >= len(requests))
         rows = [*requests, *[requests[-1]] * (size - len(requests))]
