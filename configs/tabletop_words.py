@@ -62,10 +62,11 @@ def get_config(words: str = ""):
     config = tabletop.get_config()
     longest = QUESTION if with_pictures else INSTRUCTION
     config.text.update(model="words", max_length=longest)
-    robots = ["tabletop_gripper", "tabletop_arm"]
-    robots += ["tabletop_long_gripper", "tabletop_long_arm"] if long else []
+    short = 0.3 if long else 1.0  # what is next is learned from long tasks alone
+    robots = {"tabletop_gripper": short / 2, "tabletop_arm": short / 2}
+    robots |= {"tabletop_long_gripper": (1 - short) / 2, "tabletop_long_arm": (1 - short) / 2} if long else {}
     kind = "path" if "paths" in chosen else "subtask"
-    datasets = {name: dataset(name, kind) | dict(weight=(1 - PICTURES) / len(robots)) for name in robots}
+    datasets = {name: dataset(name, kind) | dict(weight=(1 - PICTURES) * share) for name, share in robots.items()}
     if with_pictures:
         datasets["tabletop_words"] = pictures("no_points" not in chosen)
     else:
@@ -86,7 +87,7 @@ def get_config(words: str = ""):
         model.auxiliaries.text.learns = ("answer",)
     if subtasks:
         model.task_tokenizers.subtask = language | dict(key="subtask")
-        config.data.drop_subtask_prob = 0.5
+        config.data.drop_subtask_prob = 0.6  # who is told is not asked
     else:
         for name in robots:
             datasets[name].pop("text_keys", None)

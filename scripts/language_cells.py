@@ -37,7 +37,7 @@ class Settings:
     long: int = 2000
     rows: int = 12000
     steps: Mapping[str, int] = dataclasses.field(
-        default_factory=lambda: {"word": 3200, "subtasks": 4800, "heads": 1600}
+        default_factory=lambda: {"word": 3200, "subtasks": 4000, "heads": 1600}
     )
     seeds: int = 3
     episodes: int = 120

@@ -23,9 +23,9 @@ from octo_like.envs.tabletop import SCENE, WORDS, TabletopEnv
 LONG_EMBODIMENTS = tuple(name for name, embodiment in EMBODIMENTS.items() if embodiment.grasps)
 _CHOICES = {"task": long_language.LONG_TASKS, "phrasing": ("seen", "unseen"), "instruction": ("shuffled", "empty")}
 
-MISHAP_PROBABILITY = 0.8  # of an episode
+MISHAP_PROBABILITY = 0.4  # of an episode
 CLOSED_TOO_EARLY = 0.6  # of what befalls an empty hand
-FIRST_MISHAP, BETWEEN_MISHAPS = 14, (4, 14)  # steps: the first before that one; from one to the next
+FIRST_MISHAP, BETWEEN_MISHAPS = 14, (8, 24)  # steps: the first before that one; from one to the next
 
 
 class LongTabletopEnv(TabletopEnv):
@@ -39,7 +39,7 @@ class LongTabletopEnv(TabletopEnv):
     `info` has `progress`, the share of the blocks that are served (0 to 1), and `subtask`, what is to be done next.
 
     Args: as for `TabletopEnv`, and:
-      mishaps: things go wrong in three of four episodes of an expert, mostly more than once: bumps, a load that is
+      mishaps: things go wrong in four of nine episodes of an expert, mostly more than once: bumps, a load that is
         lost, a hand that closes too early and holds nothing. For demonstrations of what is to be done then.
     """
 

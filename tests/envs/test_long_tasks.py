@@ -356,7 +356,7 @@ def test_scenes_that_demonstrations_leave_out():
 
 
 @pytest.mark.parametrize("embodiment", LONG_EMBODIMENTS[:2])
-def test_things_go_wrong_in_most_demonstrations_and_experts_put_them_right(embodiment, monkeypatch):
+def test_things_go_wrong_in_many_demonstrations_and_experts_put_them_right(embodiment, monkeypatch):
     befell = []
     bump = LongTabletopEnv._bump
     monkeypatch.setattr(LongTabletopEnv, "_bump", lambda env: (befell.append(env.episode_seed), bump(env))[1])
@@ -372,5 +372,5 @@ def test_things_go_wrong_in_most_demonstrations_and_experts_put_them_right(embod
             empty += env.world.held is None and env.effector.opening < 0.5
         assert info["success"], seed
     times = [befell.count(seed) for seed in range(100)]
-    assert 65 <= sum(count > 0 for count in times) <= 90 and sum(count > 1 for count in times) >= 40
-    assert 0.02 < empty / frames < 0.06, "a closed hand with nothing in it is seen, and opened"
+    assert 35 <= sum(count > 0 for count in times) <= 55 and sum(count > 1 for count in times) >= 15
+    assert 0.008 < empty / frames < 0.02, "a closed hand with nothing in it is seen, and opened"
