@@ -2,7 +2,8 @@
 
     python scripts/benchmark_language.py                       # everything, below runs/language
     python scripts/benchmark_language.py --studies word --seeds 1
-    python scripts/benchmark_language.py --report --page docs/language.md
+    python scripts/benchmark_language.py --kept docs/language/results.json     # only what is not in that file yet
+    python scripts/benchmark_language.py --kept docs/language/results.json --report --page docs/language.md
     python scripts/benchmark_language.py --quick               # minutes: shows that everything works, learns nothing
 
 word      One block colour is never named in the robots' demonstrations, though such blocks stand there; pictures with
@@ -31,6 +32,7 @@ from typing import Any
 
 from benchmarking import ROOT, CommandFailed, execute, write_json
 from language_cells import QUICK, STUDIES, TAUGHT, Settings, Test, Training, key, tests_of, trainings
+from language_kept import Kept
 
 from octo_like.common.locks import exclusive
 from octo_like.training.metrics import read_metrics
@@ -41,8 +43,8 @@ SHORT, LONG = "data/tabletop/build.py", "data/tabletop_long/build.py"
 class Benchmark:
     """Runs cells below a workdir; what is finished is read from there."""
 
-    def __init__(self, workdir: Path, settings: Settings, processes: int = 1):
-        self.workdir, self.settings, self.processes = workdir, settings, processes
+    def __init__(self, workdir: Path, settings: Settings, processes: int = 1, kept: Kept | None = None):
+        self.workdir, self.settings, self.processes, self.kept = workdir, settings, processes, kept
 
     def folder(self, training: Training) -> Path:
         return self.workdir / "training" / f"{training.name}-{key(training, self.settings)}"
@@ -54,7 +56,9 @@ class Benchmark:
     def result(self, training: Training, test: Test) -> dict[str, Any] | None:
         """A finished test's result, or None."""
         path = self.result_path(training, test)
-        return json.loads(path.read_text()) if path.exists() else None
+        if path.exists():
+            return json.loads(path.read_text())
+        return self.kept.result(path.stem) if self.kept is not None else None
 
     def run(self, training: Training, test: Test) -> dict[str, Any]:
         """A test's result, from its file or by making it, and before it whatever it needs."""
@@ -90,6 +94,8 @@ class Benchmark:
     def curves(self, training: Training) -> dict[str, list[tuple[int, float]]]:
         """Validation losses of a training, means over its datasets: {"text" or "action": [(step, nats or MSE)]}."""
         folder = self.folder(training)
+        if self.kept is not None and folder.name in self.kept.losses and not (folder / "metrics.jsonl").exists():
+            return self.kept.losses[folder.name]
         found: dict[str, list[tuple[int, float]]] = {}
         for entry in read_metrics(folder) if (folder / "metrics.jsonl").exists() else ():
             for what in ("text", "action"):
@@ -166,11 +172,26 @@ def collect(benchmark: Benchmark, studies: tuple[str, ...]) -> dict[str, Any]:
     return {"settings": dataclasses.asdict(settings), "studies": found, "losses": losses}
 
 
+def keep(benchmark: Benchmark, studies: tuple[str, ...]) -> None:
+    """Adds what is finished to the file of kept results."""
+    kept = benchmark.kept
+    assert kept is not None
+    for training in trainings(benchmark.settings, studies):
+        finished = [(test, result) for test in tests_of(training) if (result := benchmark.result(training, test))]
+        for test, result in finished:
+            kept.add(benchmark.result_path(training, test).stem, result)
+        if finished and (curves := benchmark.curves(training)):
+            kept.losses[benchmark.folder(training).name] = curves
+    kept.save()
+
+
 def write_report(benchmark: Benchmark, studies: tuple[str, ...], page: Path | None = None) -> str:
     """results.json, table.md and language.png below the workdir, and into a page of the documentation."""
     import language_report
 
     collected = collect(benchmark, studies)
+    if benchmark.kept is not None:
+        keep(benchmark, studies)
     text = language_report.tables(collected)
     write_json(benchmark.workdir / "results.json", collected)
     (benchmark.workdir / "table.md").write_text(text)
@@ -191,6 +212,7 @@ def main(argv=None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="that simulate demonstrations")
     parser.add_argument("--report", action="store_true", help="only tables and figure of what is there")
     parser.add_argument("--page", type=Path, help="with --report: puts them into this page of the documentation")
+    parser.add_argument("--kept", type=Path, help="a file of results: those in it count as finished, new ones go there")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in ("seeds", "episodes") if getattr(args, name) is not None}
@@ -198,7 +220,7 @@ def main(argv=None) -> int:
         parser.error("--seeds and --episodes must be at least 1")
     workdir = args.workdir or ROOT / "runs" / ("language_quick" if args.quick else "language")
     settings = dataclasses.replace(QUICK if args.quick else Settings(), **given)
-    benchmark = Benchmark(workdir.resolve(), settings, args.processes)
+    benchmark = Benchmark(workdir.resolve(), settings, args.processes, Kept(args.kept) if args.kept else None)
     studies = tuple(args.studies)
     try:
         if not args.report:

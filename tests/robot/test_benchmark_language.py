@@ -159,3 +159,36 @@ def test_commands_name_data_steps_and_seed(scripts, monkeypatch, tmp_path):
     benchmark.write_json(result, {"episodes": []})
     assert bench.run(cells.Training("word", "robots", 0), cells.WORD[0]) == {"episodes": []}
     assert json.loads(result.read_text()) == {"episodes": []}
+
+
+def test_results_are_kept_in_a_file_and_not_made_again(scripts, tmp_path):
+    """A workdir that is lost: what the file has counts as finished, with the tables that it gave before."""
+    benchmark, cells, kept = scripts("benchmark_language"), scripts("language_cells"), scripts("language_kept")
+    settings, studies = dataclasses.replace(cells.QUICK, seeds=2), ("word", "subtasks")
+    first = benchmark.Benchmark(tmp_path / "first", settings, kept=kept.Kept(tmp_path / "kept" / "results.json"))
+    done = [t for t in cells.trainings(settings, studies) if t.variant in ("pictures", "subtasks")]
+    answers = [
+        {"kind": "colour", "question": "?", "answer": "red", "said": s, "taught": s == "red"} for s in ("red", "blue")
+    ]
+    for training in done:
+        for test in cells.tests_of(training):
+            result = (
+                {"answers": answers} if test.kind == "answers" else made_up([0.75], progress=test.kind != "short")[0]
+            )
+            benchmark.write_json(first.result_path(training, test), {"seconds": 1.0, **result})
+        folder = first.folder(training)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "time": 1.0, "val/moves/text/loss": 0.5}) + "\n")
+    text = benchmark.write_report(first, studies)
+    again = benchmark.Benchmark(tmp_path / "second", settings, kept=kept.Kept(tmp_path / "kept" / "results.json"))
+    assert all(again.result(training, test) for training in done for test in cells.tests_of(training))
+    assert (
+        again.curves(done[0]) == {"text": [[4, 0.5]]} and again.result(done[0], cells.WORD[0])["episodes"][3]["success"]
+    )
+    assert benchmark.write_report(again, studies) == text
+    ran = []
+    again.run = lambda training, test: ran.append((training, test))
+    benchmark.run_all(again, studies)
+    assert {training.variant for training, _ in ran} == {"pictures_unnamed", "pictures_words", "robots", "flat"}
+    other = benchmark.Benchmark(tmp_path / "second", dataclasses.replace(settings, rows=25), kept=again.kept)
+    assert other.result(done[0], cells.WORD[0]) is None
