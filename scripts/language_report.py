@@ -137,7 +137,7 @@ def _compared(study: str, variants: Mapping[str, Mapping[str, Sequence]]) -> str
                 values.append(success_rate(of_training))
             shown.append(f"{100 * (rates[0][-1] - rates[1][-1]):+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]")
         spread = ""
-        if len(pairs) > 1:
+        if len(pairs) > 2:  # two say next to nothing of their spread
             value, low, high = adaptation_report.difference_of_trainings(*rates)
             spread = f"{100 * value:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
         what = f"{VARIANTS[first]}, {TESTS[one]}"
@@ -195,7 +195,8 @@ def draw(collected: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    studies = collected["studies"]
+    studies = {study: _finished(variants) for study, variants in collected["studies"].items()}
+    studies = {study: variants for study, variants in studies.items() if variants} or collected["studies"]
     figure, axes = plt.subplots(
         len(studies), 3, figsize=(13, 3.2 * len(studies)), width_ratios=[3, 1, 1], squeeze=False
     )
@@ -213,6 +214,11 @@ def draw(collected: Mapping[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _finished(variants: Mapping[str, Mapping[str, Sequence]]) -> dict[str, Mapping[str, Sequence]]:
+    """Variants of which a test has been run."""
+    return {name: tests for name, tests in variants.items() if any(map(any, tests.values()))}
 
 
 def _draw_study(axis: Any, variants: Mapping[str, Mapping[str, Sequence]]) -> None:

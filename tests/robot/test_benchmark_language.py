@@ -110,11 +110,11 @@ def test_tables_and_figure(scripts, tmp_path):
     found = {
         "word": {
             "pictures": {
-                "named": made_up([1.0, 0.9]),
+                "named": made_up([1.0, 0.9, 0.9]),
                 "taught": made_up([0.8, 0.6]),
                 "answers": [{"answers": answers}],
             },
-            "robots": {"named": made_up([1.0, 0.9]), "taught": [*made_up([0.2]), None]},
+            "robots": {"named": made_up([1.0, 0.9, 0.9]), "taught": [*made_up([0.2]), None]},
         },
         "subtasks": {"subtasks": {"predicted": made_up([0.5], progress=True)}, "flat": {"no plan": [None]}},
         "heads": {"bins": {"natural": made_up([0.95]), "speed": [{"seconds": 0.0123, "tokens": 28}]}},
@@ -125,7 +125,10 @@ def test_tables_and_figure(scripts, tmp_path):
     assert "| 20% | 20% [8%, 42%] of 20 | pick_and_place 20%, reach 20% |" in taught
     difference = next(line for line in lines if line.startswith("| robots and pictures with words, the colour that"))
     assert "| +60 [" in difference and ";" not in difference, "the second has no partner"
-    assert any("+0 [+0, +0]; +0 [+0, +0] | +0 [" in line for line in lines)
+    assert any("| +0 [+0, +0]; +0 [+0, +0]; +0 [+0, +0] | +0 [" in line for line in lines)
+    without = {**found, "word": {**found["word"], "robots": {"named": made_up([1.0, 0.9])}}}
+    two = report.tables({"studies": without}).splitlines()
+    assert any(line.endswith("| +0 [+0, +0]; +0 [+0, +0] |  |") for line in two), "two trainings have no interval"
     assert "| colour | 100% | 50% of 2 | 100% of 1 |" in lines
     assert report.is_right("<loc03><loc60>", "<loc05><loc61>") and not report.is_right("<loc03>", "<loc03><loc04>")
     assert not report.is_right("<loc03><loc60>", "<loc06><loc60>") and not report.is_right("red", "blue")
