@@ -98,7 +98,8 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     config = with_schedule(config, transitions, validated=bool(inputs.validation))
     untrained = check_actions(model, inputs.statistics)
     new = to_dict(config)["surgery"]["auxiliaries"] if pretrained else model.auxiliaries
-    check_words(model, inputs.stream.order_spec, new=tuple(new), own_subtasks=own_subtasks(config).prob)
+    shares = dict(own_subtasks=own_subtasks(config).prob, last_subtask=config.data.get("last_subtask_prob", 0.0))
+    check_words(model, inputs.stream.order_spec, new=tuple(new), **shares)
 
     # ------------------------------------------------------------------------------------------------------ weights
     weights = make_weights(

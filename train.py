@@ -67,7 +67,8 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
             **processes,
         )
     new = () if config.init_from else tuple(network.model.auxiliaries)
-    check_words(network.model, inputs.stream.order_spec, new=new, own_subtasks=own_subtasks(config).prob)
+    shares = dict(own_subtasks=own_subtasks(config).prob, last_subtask=config.data.get("last_subtask_prob", 0.0))
+    check_words(network.model, inputs.stream.order_spec, new=new, **shares)
 
     # ------------------------------------------------------------------------------------------------------ weights
     init, source, documents, loaded_from = network.init_params, jax.random.key(config.seed), {}, None

@@ -8,7 +8,8 @@ r"""Pictures with words beside robots' demonstrations: a policy that answers, sa
 The argument is a list of words: "no_pictures" leaves the pictures with words out and keeps the robots' samples as they
 are (the batch shrinks by the pictures' share, the number of steps stays), "no_points" leaves out where in the pictures
 the things are that are asked about, so that they teach by words alone, "no_subtasks" neither learns nor reads
-sub-tasks, "no_long" has no long tasks, and so no sub-tasks either. With "paths" the sub-tasks are ways of the hand
+sub-tasks, "no_long" has no long tasks, and so no sub-tasks either. With "memory" the policy says what to do next given
+what it said last, so that its words are a memory of what has been done. With "paths" the sub-tasks are ways of the hand
 through the image (`octo_like.common.hand_paths`) instead of sentences.
 
 Topology: 2 CPU cores, no accelerator. What comes of it, and why it is so: docs/language.md.
@@ -18,7 +19,7 @@ from configs import tabletop
 from octo_like.envs.language import BLOCK_COLORS
 from octo_like.envs.long_language import LONG_PLATE_COLORS
 
-VARIANTS = ("no_pictures", "no_points", "no_subtasks", "no_long", "paths")
+VARIANTS = ("no_pictures", "no_points", "no_subtasks", "no_long", "memory", "paths")
 PICTURES = 0.2  # share of the samples
 # Ids with their end: of a question, of an instruction of a long task, of an answer, of a sub-task, of a path. What is
 # longer than it has to be costs most of a step: every id is embedded with its neighbours, and decoded, for every row.
@@ -88,6 +89,8 @@ def get_config(words: str = ""):
     if subtasks:
         model.task_tokenizers.subtask = language | dict(key="subtask")
         config.data.drop_subtask_prob = 0.6  # who is told is not asked
+        if "memory" in chosen:
+            config.data.last_subtask_prob, model.auxiliaries.text.remembers = 0.5, True
     else:
         for name in robots:
             datasets[name].pop("text_keys", None)

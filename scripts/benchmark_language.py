@@ -10,7 +10,8 @@ word      One block colour is never named in the robots' demonstrations, though 
           questions and answers name it. Does the arm obey the word, with the pictures, with pictures that do not name
           it either, with words alone (which say, but do not show, where a thing is), and without any?
 subtasks  Long tasks. A policy that reads sub-tasks is run without them, with its own, with the right ones and with
-          random ones, and contradicted by a person; beside it one that knows none.
+          random ones, and contradicted by a person; beside it one that is asked with what it said last, and one
+          that knows no sub-tasks.
 heads     The demo's policy with six kinds of action head, on the same demonstrations.
 
 A cell is a training (configs/tabletop_words.py, configs/tabletop_heads.py) or a test of one. Its result is a JSON file

@@ -121,6 +121,7 @@ STUDIES: dict[str, dict[str, tuple[str, tuple[Test, ...]]]] = {
     },
     "subtasks": {
         "subtasks": ("configs/tabletop_words.py:no_pictures", (FLAT, *PLANNED)),
+        "memory": ("configs/tabletop_words.py:no_pictures,memory", (FLAT, *PLANNED)),
         "flat": ("configs/tabletop_words.py:no_pictures,no_subtasks", (FLAT,)),
     },
     "heads": {kind: (f"configs/tabletop_heads.py:{kind}", DEMO) for kind in HEADS},

@@ -24,6 +24,7 @@ VARIANTS = {
     "pictures_words": "the same without the places",
     "robots": "robots alone",
     "subtasks": "reads sub-tasks",
+    "memory": "is asked with its last words",
     "flat": "knows no sub-tasks",
 }
 TESTS = {
@@ -51,6 +52,9 @@ COMPARED = {
     "subtasks": [
         *((("subtasks", name), ("flat", "no plan")) for name in ("no plan", "predicted", "oracle", "random")),
         (("subtasks", "corrected"), ("subtasks", "not corrected")),
+        *((("memory", name), ("flat", "no plan")) for name in ("no plan", "predicted", "oracle", "random")),
+        (("memory", "predicted"), ("subtasks", "predicted")),
+        (("memory", "corrected"), ("memory", "not corrected")),
     ],
 }
 

@@ -63,6 +63,8 @@ RESUME_ALLOWED = (
     # order spec, which must be the same.
     "data.drop_subtask_prob",
     "data.subtask_alone_prob",
+    "data.last_subtask_prob",
+    "data.last_subtask_steps",
     "log_*",
     "max_bad_steps",
     "modules",

@@ -60,6 +60,9 @@ class TaskOptions:
       paraphrase_prob: of the samples whose task is an instruction that has paraphrases, the share that gets one.
       drop_subtask_prob: share of the samples with a sub-task that are not told it.
       subtask_alone_prob: of those that are, the share that is told nothing else: no instruction.
+      last_subtask_prob: of those that are not, the share that hears what was done a little before, and does not learn
+        its actions: for parts that say what to do next, given what they said last (`TextHead.remembers`).
+      last_subtask_steps: a little before is 1 to this many steps, each as often.
       image_dropout_prob: probability that a camera's observations (all of a window) are dropped.
       image_dropout_keep: the camera that is never dropped; None: of those that a sample has, one drawn by its key.
     """
@@ -71,6 +74,8 @@ class TaskOptions:
     paraphrase_prob: float = 0.5
     drop_subtask_prob: float = 0.3
     subtask_alone_prob: float = 0.2
+    last_subtask_prob: float = 0.0
+    last_subtask_steps: int = 8
     image_dropout_prob: float = 0.0
     image_dropout_keep: str | None = None
 
@@ -80,6 +85,8 @@ class TaskOptions:
                 raise DataError(f"{field} must be in [0, 1], got {getattr(self, field)}")
         if self.max_goal_distance is not None and self.max_goal_distance < 1:
             raise DataError(f"max_goal_distance must be at least 1 or None, got {self.max_goal_distance}")
+        if self.last_subtask_steps < 1:
+            raise DataError(f"last_subtask_steps must be at least 1, got {self.last_subtask_steps}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +162,8 @@ class Settings:
         task = dataclasses.asdict(self.task)
         if not subtasks:  # runs without them are what they were before there were any
             del task["drop_subtask_prob"], task["subtask_alone_prob"]
+        if not subtasks or not self.task.last_subtask_prob:
+            del task["last_subtask_prob"], task["last_subtask_steps"]
         if self.paraphrases is None:
             task["paraphrase_prob"] = 0.0
         derived = self.order.episodes_mixed is None

@@ -31,6 +31,8 @@ class TextHead(nn.Module):
       learns: kinds of texts that it learns, of `octo_like.common.schema.TEXT_KINDS`.
       reads: "readout", or "all": the task's and the observations' tokens as well.
       width, num_layers, num_heads, mlp_dim: of the decoder, see `TokenDecoder`.
+      remembers: it has learned what to do next given what was done before (`data.last_subtask_prob`), so who asks it
+        hands back what was said last, as the task's sub-task. Nothing is computed otherwise.
     """
 
     readout: str
@@ -42,6 +44,7 @@ class TextHead(nn.Module):
     num_layers: int = 2
     num_heads: int = 4
     mlp_dim: int = 0
+    remembers: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:

@@ -196,15 +196,16 @@ def speaker(policy: Policy) -> str | None:
 
 
 def _says(policy: Policy) -> dict[str, Any]:
-    """For program.json: "pieces" of the words, by id, and the "length" of what can be told to the policy in the same
-    ids, 0 if nothing can."""
+    """For program.json: "pieces" of the words, by id, the "length" of what can be told to the policy in the same ids, 0
+    if nothing can, and whether it "remembers": is to be asked with what it said last, as the task's sub-task."""
     part = speaker(policy)
     if part is None:
         return {}
     entry, told = policy.config["model"]["auxiliaries"][part], policy.text_tokenizer
     words = tokenizer_of(entry["vocabulary"], told.max_length if told is not None else 1)
     same = told is not None and told.fingerprint == words.fingerprint
-    return {"part": part, "pieces": words.pieces(), "length": words.max_length if same else 0}
+    says = {"part": part, "pieces": words.pieces(), "length": words.max_length if same else 0}
+    return says | {"remembers": bool(entry.get("remembers", False))}
 
 
 def _exported(function, params, leaves: Mapping[str, Leaf], size, platforms) -> export.Exported:

@@ -192,8 +192,11 @@ class PolicyClient:
                 )
         words: dict[str, Any] = {} if subtask is None else {"subtask": subtask}
         words |= {"plan": True} if plan else {}
-        if words and not self.metadata.get("subtasks", {}).get("says" if plan else "reads"):
+        able = self.metadata.get("subtasks", {})
+        if words and not able.get("says" if plan else "reads"):
             raise ValueError(f"the server's policy, or its version, cannot {'plan' if plan else 'be told a subtask'}")
+        if plan and able.get("remembers"):
+            words["last_subtask"] = self.subtask
         reply = self._request(
             {
                 "type": "act",

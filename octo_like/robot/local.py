@@ -87,7 +87,8 @@ class LocalPolicy:
         rng = sampling_keys(self._rng_seed, [self._seed], [int(window["timestep"][-1])])
         rows = {key: np.asarray(value)[None] for key, value in window.items()}
         if plan:
-            (subtask,) = self.policy.predict_text(rows, self._task(instruction, goal), unnormalize=self.unnormalize)
+            asked = self._task(instruction, goal, self.subtask if self._able["remembers"] else None)
+            (subtask,) = self.policy.predict_text(rows, asked, unnormalize=self.unnormalize)
         task = self._task(instruction, goal, subtask)
         actions = self.policy.sample_actions(rows, task, rng=rng, unnormalize=self.unnormalize, **options)
         actions = np.asarray(actions, np.float32)[0]

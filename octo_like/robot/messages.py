@@ -8,6 +8,7 @@ nothing that is received is ever executed.
     client                  {"type": "act", "id": int, "observation": {...: (W, ...)}, "allow_missing": [...],
                              "instruction": str | None, "goal": {...} | None, "unnormalize": str | None, "seed": int,
                              "step": int, "subtask": str | None, "plan": bool,
+                             "last_subtask": str | None,
                              "continuing": {"previous": (H, A), "executed": int, "delay": int, "method": str}}
     server                  {"type": "actions", "id": int, "actions": (H, A) float32, "seconds": float,
                              "warnings": [...], "subtask": str}
@@ -18,7 +19,8 @@ server that can do it says so in its metadata, "chunks": {dataset: {"horizon": H
 those that never could do not have it. Without it, old and new ones understand each other.
 
 "subtask" is what to do next, in words; with "plan" the policy says it itself, and the reply has what was said. A server
-whose policy can has "subtasks": {"reads": bool, "says": bool} in its metadata.
+whose policy can has "subtasks": {"reads": bool, "says": bool, "remembers": bool} in its metadata; one that remembers
+is told with "plan" what the robot was told before, "last_subtask": the server keeps nothing of a robot.
 
 A reply has the id of its request: an answer that comes after its client has given up is recognised and dropped.
 """

@@ -41,6 +41,7 @@ class Planner(Protocol):
         *,
         rng: jax.Array,
         unnormalize: str | None,
+        last: Sequence[str],
     ) -> list[str]:
         """B texts; "" says nothing.
 
@@ -48,13 +49,14 @@ class Planner(Protocol):
           observations: (B, W, ...), as `Policy.sample_actions` takes them.
           instructions: of the rows. infos: of their environments.
           rng: B keys, one per row.
+          last: what was said last in the episodes of the rows, by whomever; "" at their beginning.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictedPlanner:
-    """The policy says itself what it is going to do, given the instruction.
+    """The policy says itself what it is going to do, given the instruction, and what was said last if it remembers.
 
     Attributes:
       part: of `model.auxiliaries`. temperature: 0 says the likeliest.
@@ -72,8 +74,10 @@ class PredictedPlanner:
         *,
         rng: jax.Array,
         unnormalize: str | None,
+        last: Sequence[str],
     ) -> list[str]:
-        tasks = policy.create_tasks(texts=list(instructions))
+        reminded = {"subtasks": list(last)} if able_to(policy)["remembers"] else {}
+        tasks = policy.create_tasks(texts=list(instructions), **reminded)
         options: dict[str, Any] = dict(part=self.part, temperature=self.temperature)
         return policy.predict_text(observations, tasks, rng=rng, unnormalize=unnormalize, **options)
 
@@ -93,6 +97,7 @@ class OraclePlanner:
         *,
         rng: jax.Array,
         unnormalize: str | None,
+        last: Sequence[str],
     ) -> list[str]:
         if missing := [sorted(info) for info in infos if self.key not in info]:
             raise ValueError(f"the environment's info has no {self.key!r} to plan by; it has {missing[0]}")
@@ -114,6 +119,7 @@ class RandomPlanner:
         *,
         rng: jax.Array,
         unnormalize: str | None,
+        last: Sequence[str],
     ) -> list[str]:
         if not self.texts:
             raise ValueError("a random planner needs texts to draw from")
@@ -122,11 +128,12 @@ class RandomPlanner:
 
 
 def able_to(policy: Any) -> dict[str, bool]:
-    """Whether a policy "reads" sub-tasks, and "says" what to do next itself."""
+    """Whether a policy "reads" sub-tasks, "says" what to do next itself, and "remembers" for that what it said last."""
     parts = getattr(policy, "config", {}).get("model", {}).get("auxiliaries") or {}
     text = parts.get("text", {})
     says = text.get("kind") == "text" and "subtask" in text.get("learns", TEXT_KINDS)
-    return {"reads": bool(policy.batch_spec.subtask), "says": says}
+    reads = bool(policy.batch_spec.subtask)
+    return {"reads": reads, "says": says, "remembers": reads and says and bool(text.get("remembers"))}
 
 
 def check_words(subtask: Any, plan: Any, able: Mapping[str, bool]) -> None:

@@ -205,8 +205,8 @@ class _Acting:
         rng = sampling_keys(self.rng_seed, [slot.seed for slot in rows], [slot.steps for slot in rows])
         due = {id(slot): i for i, slot in enumerate(rows) if slot.needs_plan(self.plan_every)}
         if self.planner is not None and due:
-            infos = [slot.info for slot in rows]
-            said = self.planner(self.policy, observations, texts, infos, rng=rng, unnormalize=self.units)
+            infos, last = [slot.info for slot in rows], [slot.plans[-1].text if slot.plans else "" for slot in rows]
+            said = self.planner(self.policy, observations, texts, infos, rng=rng, unnormalize=self.units, last=last)
             for i in due.values():
                 rows[i].plan(said[i])
             self.tasks = None

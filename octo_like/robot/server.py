@@ -323,7 +323,10 @@ class PolicyServer:
         check_words(subtask, plan, self.metadata["subtasks"])
         if not plan:
             return subtask
-        task = self._tasks(instruction, request.get("goal"))
+        last = request.get("last_subtask")
+        if not isinstance(last, str | None) or (last and not self.metadata["subtasks"]["remembers"]):
+            raise ValueError("'last_subtask' must be a text or nothing, for a policy that remembers what was said last")
+        task = self._tasks(instruction, request.get("goal"), last)
         return self.batcher.submit(Request(observation, task, unnormalize, 0, 0, words=True)).result()
 
     def _check(self, observation: dict[str, Any], allow_missing: Sequence[str], dataset: str) -> None:

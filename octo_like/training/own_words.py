@@ -24,7 +24,7 @@ class OwnSubtasks:
     """Which samples are told the model's own words instead of the dataset's.
 
     Attributes:
-      prob: share of the samples that are told both an instruction and a sub-task.
+      prob: share of the samples that are told both an instruction and what to do next.
       after: steps before that, in which the model learns to speak.
       part: of `model.auxiliaries`, which says them.
     """
@@ -71,6 +71,8 @@ def told(
     pads = task["pad_mask_dict"]
     drawn = jax.vmap(jax.random.uniform)(keys_b) < own.prob
     chosen = drawn & jnp.asarray(pads["subtask"], bool) & jnp.asarray(pads["language_instruction"], bool)
+    if "text_target_kind" in batch:  # who is asked hears what was done before, which is not to be acted on
+        chosen &= jnp.asarray(batch["text_target_kind"]) == 0
     given = jax.tree.map(jnp.asarray, task["subtask"])
     nothing = jnp.zeros_like(given["input_ids"]).at[:, 0].set(EOS)
     untold = {

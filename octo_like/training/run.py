@@ -49,7 +49,12 @@ class Run:
 
 
 def check_words(
-    model: OctoModel, order_spec: Mapping[str, Any], *, new: Collection[str], own_subtasks: float = 0.0
+    model: OctoModel,
+    order_spec: Mapping[str, Any],
+    *,
+    new: Collection[str],
+    own_subtasks: float = 0.0,
+    last_subtask: float = 0.0,
 ) -> None:
     """Checks that some dataset has what each part that speaks is to learn: parameters that are made for this run would
     end as they began.
@@ -57,10 +62,23 @@ def check_words(
     Args:
       new: names of the auxiliaries whose parameters are made for this run.
       own_subtasks: share of the samples that are to be told their own sub-task.
+      last_subtask: `data.last_subtask_prob`.
 
     Raises:
-      ConfigError: none has; names the part, its kinds of texts, and what the datasets have.
+      ConfigError: none has; names the part, its kinds of texts, and what the datasets have. Or samples hear what was
+        done before, and no part has `remembers`, or the other way round.
     """
+    remembering = [name for name, part in model.auxiliaries.items() if isinstance(part, TextHead) and part.remembers]
+    if last_subtask and not remembering:
+        raise ConfigError(
+            f"data.last_subtask_prob={last_subtask}: samples would hear what was done before, and no part of "
+            "model.auxiliaries is asked so at run time; give the one of kind 'text' remembers=True"
+        )
+    if not last_subtask and (name := next((name for name in remembering if name in new), None)):
+        raise ConfigError(
+            f"model.auxiliaries.{name} has remembers=True, and data.last_subtask_prob is 0: it would be asked with "
+            "what was said last, and has not learned what that means; 0.5 is a good share"
+        )
     views = order_spec.get("views")  # synthetic data has texts, and none
     if not views:
         return

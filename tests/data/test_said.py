@@ -102,6 +102,47 @@ def test_a_share_of_the_samples_is_told_the_sub_task_too_and_a_share_nothing_els
     np.testing.assert_allclose([share[1, 0], share[0, 1]], [0.3, 0.7 * 0.2], atol=0.04)
 
 
+def test_a_share_of_those_who_are_asked_hears_what_was_done_a_little_before(folder):
+    options = dict(keep_goal_prob=0.0, drop_subtask_prob=0.6)
+    reminding = dict(last_subtask_prob=0.5, last_subtask_steps=3)
+    with (
+        stream_of(folder, WITH_SUBTASK, dict(moves=moves()), **options) as without,
+        stream_of(folder, WITH_SUBTASK, dict(moves=moves()), **options, **reminding) as stream,
+    ):
+        assert "last_subtask_prob" not in without.order_spec["task"]
+        assert stream.order_spec["task"]["last_subtask_steps"] == 3
+        batches, twins = ([next(each) for _ in range(60)] for each in (stream, without))
+    made = said.make_moves(15)
+    reminded_rows = asked_rows = expected = 0
+    ago = {1: 0, 2: 0, 3: 0}
+    for batch, twin in zip(batches, twins, strict=True):
+        check_batch(batch, WITH_SUBTASK)
+        asked = batch["text_target_kind"] != 0
+        heard = TOKENIZER.decode(batch["task"]["subtask"]["input_ids"])
+        reminded = asked & batch["task"]["pad_mask_dict"]["subtask"]
+        told = ~asked & batch["task"]["pad_mask_dict"]["subtask"]
+        # Who hears what was done before does not learn its actions; all else is as without: masks, words to say, told.
+        np.testing.assert_array_equal(batch["action_head_mask"]["action"], ~reminded)
+        np.testing.assert_array_equal(told, twin["task"]["pad_mask_dict"]["subtask"])
+        for (path, a), (_, b) in zip(flatten(batch), flatten(twin), strict=True):
+            if "subtask" not in path and "action_head_mask" not in path:
+                np.testing.assert_array_equal(a, b, err_msg=path)
+        for row in np.flatnonzero(asked):
+            asked_rows += 1
+            t = int(batch["observation"]["timestep"][row, -1])
+            reminded_rows += bool(reminded[row])
+            expected += 0.5 * min(t, 3) / 3  # before the beginning there was nothing
+            if reminded[row]:
+                number = int(batch["observation"]["image_primary"][row, -1, 16, 16, 0])
+                possible = [n for n in ago if t >= n and made[number][t - n]["subtask"] == heard[row]]
+                assert possible, (t, heard[row])
+                for n in possible:
+                    ago[n] += len(possible) == 1
+    assert asked_rows > 600
+    np.testing.assert_allclose(reminded_rows, expected, rtol=0.1)
+    assert ago[3]
+
+
 def test_a_run_without_texts_to_learn_has_the_batches_it_had(folder):
     plain = BatchSpec(2, 2, 3, {"primary": (32, 32)}, language_length=14, goal_images=("primary",))
     with (
@@ -120,7 +161,7 @@ def test_a_run_without_texts_to_learn_has_the_batches_it_had(folder):
 
 
 def test_seeking_and_lanes(folder):
-    with stream_of(folder, WITH_SUBTASK) as stream:
+    with stream_of(folder, WITH_SUBTASK, last_subtask_prob=0.5) as stream:
         batches = [next(stream) for _ in range(4)]
         stream.seek(64)
         again = next(stream)
@@ -138,7 +179,7 @@ def test_batches_from_memory_are_those_of_files(folder):
         found = tfds.as_numpy(builder.as_dataset(split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1)))
         episodes = [_columns({"steps": list(e["steps"])}, name) for e in found]
         held[name] = prepare_in_memory(name, DatasetSpec.from_dict(fields), {"train": episodes})
-    options = dict(decode="fast", keep_goal_prob=0.3)
+    options = dict(decode="fast", keep_goal_prob=0.3, last_subtask_prob=0.5)
     with (
         stream_of(folder, WITH_SUBTASK, specs, **options) as files,
         stream_of(None, WITH_SUBTASK, held, **options) as memory,

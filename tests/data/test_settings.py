@@ -38,8 +38,10 @@ def test_what_changes_batches_is_in_the_order_spec():
     spec = settings.spec()
     assert spec["memory"] == {"host_memory_gb": 2.0} and spec["decode"] == "fast"
     every = {field.name for field in dataclasses.fields(TaskOptions)}
-    assert set(settings.spec(subtasks=True)["task"]) == every
-    assert set(spec["task"]) == every - {"drop_subtask_prob", "subtask_alone_prob"}  # a run without them has none
+    told, last = {"drop_subtask_prob", "subtask_alone_prob"}, {"last_subtask_prob", "last_subtask_steps"}
+    assert set(spec["task"]) == every - told - last  # a run without them has none
+    assert set(settings.spec(subtasks=True)["task"]) == every - last
+    assert set(Settings.of(batch_size=8, last_subtask_prob=0.5).spec(subtasks=True)["task"]) == every
     assert spec["task"]["drop_task_prob"] == 0.1 and spec["task"]["paraphrase_prob"] == 0.0  # there are none
     assert Settings.of(batch_size=8, paraphrases="x.json").spec()["task"]["paraphrase_prob"] == 0.5
     assert Settings.of(batch_size=8, episodes_mixed=3).spec()["memory"] is None

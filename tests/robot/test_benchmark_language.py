@@ -22,9 +22,9 @@ def test_a_cell_is_keyed_by_all_that_was_asked_for(scripts):
     cells = scripts("language_cells")
     settings = cells.Settings()
     all_of_them = cells.trainings(settings, tuple(cells.STUDIES))
-    assert len(all_of_them) == 3 * (4 + 2 + 6) and [t.seed for t in all_of_them] == sorted(t.seed for t in all_of_them)
+    assert len(all_of_them) == 3 * (4 + 3 + 6) and [t.seed for t in all_of_them] == sorted(t.seed for t in all_of_them)
     keys = {cells.key(training, settings, test) for training in all_of_them for test in cells.tests_of(training)}
-    assert len(keys) == 3 * (6 + 6 + 6 + 5 + 6 + 1 + 6 * 3)
+    assert len(keys) == 3 * (6 + 6 + 6 + 5 + 6 + 6 + 1 + 6 * 3)
     assert [t.name for t in cells.trainings(settings, ("word", "heads"), ("robots", "fast"))] == [
         f"{name}-{seed}" for seed in range(3) for name in ("word-robots", "heads-fast")
     ]
@@ -192,6 +192,12 @@ def test_results_are_kept_in_a_file_and_not_made_again(scripts, tmp_path):
     ran = []
     again.run = lambda training, test: ran.append((training, test))
     benchmark.run_all(again, studies)
-    assert {training.variant for training, _ in ran} == {"pictures_unnamed", "pictures_words", "robots", "flat"}
+    assert {training.variant for training, _ in ran} == {
+        "pictures_unnamed",
+        "pictures_words",
+        "robots",
+        "memory",
+        "flat",
+    }
     other = benchmark.Benchmark(tmp_path / "second", dataclasses.replace(settings, rows=25), kept=again.kept)
     assert other.result(done[0], cells.WORD[0]) is None

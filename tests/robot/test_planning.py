@@ -1,5 +1,7 @@
 """A policy that is told what to do next: by itself, by the environment, or by chance."""
 
+import copy
+import dataclasses
 import io
 import math
 
@@ -12,7 +14,7 @@ from octo_like.robot.chunking import Plan as ChunkPlan
 from octo_like.robot.client import PolicyClient, PolicyServerError
 from octo_like.robot.executor import AsyncExecutor
 from octo_like.robot.local import LocalPolicy
-from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, accuracy
+from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, able_to, accuracy
 from octo_like.robot.record import BORDER, EVENT_COLOURS, FONT_SIZE, PATH_COLOUR, annotate_all, encode_gif
 from octo_like.robot.rollout import evaluate
 from octo_like.robot.server import PolicyServer
@@ -150,6 +152,44 @@ def test_what_the_policy_says_itself_is_handed_back_to_it_and_compared_with_the_
     assert all(plan.wanted in TEXTS for e in episodes for plan in e.plans)
 
 
+class RememberingPolicy(PlanningPolicy):
+    """Says the end that the instruction names first, and at that end, told that it was going there, the other one. The
+    picture alone does not say which is next."""
+
+    def __init__(self, remembers=True):
+        super().__init__(noise=0.0)
+        self.config = {"model": {"auxiliaries": {"text": {"kind": "text", "remembers": remembers}}}}
+        self.batch_spec = dataclasses.replace(self.batch_spec, subtask=True)
+
+    def create_tasks(self, texts, subtasks=None):
+        self.asked = list(zip(texts, subtasks or [""] * len(texts), strict=True))
+        return super().create_tasks(texts, subtasks)
+
+    def predict_text(self, observations, tasks, **_):
+        places = observations["image_primary"][:, -1].max(axis=(1, 3)).argmax(-1)
+        said = []
+        for place, (text, last) in zip(places, self.asked, strict=True):
+            end = place < 1 if last == TEXTS[0] else place > SIZE - 2
+            other = TEXTS[1 - TEXTS.index(last)] if last else ""
+            said.append((other if end else last) if last else f"go {text.split()[0]}")
+        return said
+
+
+def test_a_policy_that_remembers_is_asked_with_what_was_said_last_in_its_own_episode():
+    evaluated = [
+        evaluate(RememberingPolicy(), ThereAndBackEnv, SEEDS, batch_size=size, planner=PredictedPlanner())
+        for size in (1, 4, 16)
+    ]
+    for episodes in zip(*evaluated, strict=True):
+        assert all(one.success for one in episodes)
+        assert len({one.plans for one in episodes}) == 1
+        assert episodes[0].plans[0].text == f"go {episodes[0].task}"
+    forgetful = evaluate(RememberingPolicy(False), ThereAndBackEnv, SEEDS[:3], batch_size=4, planner=PredictedPlanner())
+    assert not any(one.success for one in forgetful)
+    assert able_to(RememberingPolicy()) == {"reads": True, "says": True, "remembers": True}
+    assert able_to(RememberingPolicy(False))["remembers"] is able_to(PlanningPolicy())["remembers"] is False
+
+
 def test_accuracy_is_of_the_plans_that_can_be_judged():
     assert accuracy([Plan(0, "a", "a"), Plan(3, "b", "a"), Plan(6, "b", None)]) == 0.5
     assert math.isnan(accuracy([Plan(0, "a", None)]))
@@ -207,6 +247,47 @@ def test_a_client_can_say_what_to_do_next_or_let_the_policy_say_it(served):
                 PolicyServerError, match="'subtask' must be a text or nothing, and 'plan' true or false"
             ):
                 reply({"type": "act", "observation": client.window, "instruction": "go", "step": 0, **bad})
+
+
+def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served):
+    """Over the wire and in this process, and what was said is whatever the robot was told: a person's words, too."""
+    policy, forgetful = served[0], served[1]
+    model = copy.deepcopy(policy.config["model"])
+    model["auxiliaries"]["text"]["remembers"] = True
+    remembering = Policy({**policy.config, "model": model}, policy.params, policy.statistics, policy.text_tokenizer)
+    rng = np.random.default_rng(0)
+    seen = [moment() | {"image_primary": rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)} for _ in range(4)]
+    local = LocalPolicy(remembering, "arm")
+    with PolicyServer(remembering, host="127.0.0.1", port=0).running() as server:
+        with PolicyClient("127.0.0.1", server.port, limits=False) as client:
+            assert client.metadata["subtasks"]["remembers"]
+            last, differs = None, 0
+            said = [dict(plan=True), dict(plan=True), dict(subtask="reach"), dict(plan=True)]
+            for observation, words in zip(seen, said, strict=True):
+                client.act(observation, "put it away", unnormalize="arm", **words)
+                window = {key: np.asarray(value)[None] for key, value in client.window.items()}
+                local.observe(observation)
+                local.predict(local.window, "put it away", **words)
+                assert local.subtask == client.subtask
+                if "plan" in words:
+                    tasks = [
+                        remembering.create_tasks(texts=["put it away"], **told)
+                        for told in ({}, {} if last is None else {"subtasks": [last]})
+                    ]
+                    alone, expected = (remembering.predict_text(window, task)[0] for task in tasks)
+                    assert client.subtask == expected
+                    differs += alone != expected
+                last = client.subtask
+            assert last and differs, "what was said last makes no difference"
+            client.reset()
+            assert client.subtask is None
+            request = {"type": "act", "observation": client.window, "instruction": "go", "step": 0, "plan": True}
+            with pytest.raises(PolicyServerError, match="'last_subtask' must be a text or nothing"):
+                client._request({**request, "last_subtask": 3})
+    with PolicyClient("127.0.0.1", forgetful.port, limits=False) as client:
+        assert not client.metadata["subtasks"]["remembers"]
+        with pytest.raises(PolicyServerError, match="for a policy that remembers what was said last"):
+            client._request({**request, "last_subtask": "reach"})
 
 
 def test_a_policy_without_sub_tasks_says_so():

@@ -78,6 +78,11 @@ def test_who_is_told_what():
     assert own["action"] is batch["action"]
     early = told(OwnSubtasks(1.0, after=3), Parrot(), "them", batch, keys, jnp.int32(2))
     assert words(early) == words(batch)
+    # Who is asked, and hears what was done before, is not told what to do now.
+    reminded = told(
+        OwnSubtasks(1.0), Parrot(), "them", batch | {"text_target_kind": np.array([2, 2, 0, 0, 0])}, keys, jnp.int32(0)
+    )
+    assert words(reminded) == ["pick up the red block", "", "pick up the red block", "", OWN]
     # Who says nothing is told nothing.
     silent = told(OwnSubtasks(1.0), Parrot(""), "them", batch, keys, jnp.int32(0))
     assert words(silent) == ["", "", "pick up the red block", "", ""]
@@ -107,6 +112,7 @@ def test_a_real_model_is_told_what_its_policy_would_say():
     batch["task"] |= batch_of(ROWS)["task"] | {
         "pad_mask_dict": batch["task"]["pad_mask_dict"] | batch_of(ROWS)["task"]["pad_mask_dict"]
     }
+    batch["text_target_kind"] = np.zeros(5, np.int32)
     keys = jax.random.split(jax.random.key(0), 5)
     own = jax.jit(lambda p, b: told(OwnSubtasks(1.0), model, p, b, keys, jnp.int32(0)))(params, batch)
     asked = policy.predict_text(batch["observation"], policy.create_tasks(texts=["match"] * 5))

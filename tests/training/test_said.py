@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from octo_like.common.errors import ConfigError
+from octo_like.common.vocabularies import load_words
+from octo_like.model.octo import build_model
 from octo_like.policy.policy import Policy
 from octo_like.training.metrics import read_metrics
+from octo_like.training.run import check_words
 from tests.data import said
+from tests.training import said_config
 from tests.training.test_scripts import params_of, run
 
 CONFIG = "tests/training/said_config.py"
@@ -79,3 +84,21 @@ def test_a_part_that_no_dataset_has_words_for_is_named(data_dir, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "model.auxiliaries.text learns texts (answer), and no dataset has any of these" in done.stderr
     assert "moves: subtask; silent: none" in done.stderr
+
+
+def test_who_hears_what_was_done_before_must_be_asked_so_and_the_other_way_round():
+    config = said_config.get_config().model.to_dict()
+    config["auxiliaries"]["text"]["vocabulary"] = load_words("builtin")
+    spec = {"views": {"moves": {"text_keys": {"subtask": "subtask"}}}}
+    forgetful = build_model(config, vocab_size=192)
+    config["auxiliaries"]["text"]["remembers"] = True
+    remembering = build_model(config, vocab_size=192)
+    check_words(forgetful, spec, new=("text",))
+    check_words(remembering, spec, new=("text",), last_subtask=0.5)
+    check_words(remembering, spec, new=())  # it has learned it before
+    with pytest.raises(
+        ConfigError, match="no part of model.auxiliaries is asked so at run time; give .* remembers=True"
+    ):
+        check_words(forgetful, spec, new=("text",), last_subtask=0.5)
+    with pytest.raises(ConfigError, match="text has remembers=True, and data.last_subtask_prob is 0"):
+        check_words(remembering, spec, new=("text",))

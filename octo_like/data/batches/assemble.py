@@ -206,7 +206,7 @@ class Assembler:
         use_goal, use_text = self._choose_task(request, text)
         # The task is an instruction, said or, beside a sub-task, left out; of a picture without a question, to say it.
         named = use_text | (~self._has_actions[request.dataset] & (text == 0))
-        told = np.zeros(len(t), bool)  # what to do next
+        told, acts = np.zeros(len(t), bool), np.ones(len(t), bool)  # told what to do next; learns its actions
 
         drawn = windows.goal_step(
             uniform(request.key, "goal").astype(np.float32), t, length, self._task.max_goal_distance
@@ -238,10 +238,10 @@ class Assembler:
             task["language_instruction"] = self._texts.encoded(rows)
             task_masks["language_instruction"] = use_text
             if spec.subtask:
-                use_text, subtask = self._subtask(request, episodes, t, use_text)
-                told = subtask != 0
+                use_text, told, subtask = self._subtask(request, episodes, t, use_text)
                 task["subtask"] = self._texts.encoded(subtask)
-                task_masks |= {"language_instruction": use_text, "subtask": told}
+                task_masks |= {"language_instruction": use_text, "subtask": subtask != 0}
+                acts = told | (subtask == 0)  # what was done before is nothing to act on
         task |= seen.goals
         task["timestep"] = goal
         task["pad_mask_dict"] = task_masks | seen.goal_masks
@@ -253,7 +253,7 @@ class Assembler:
             **self._points(episodes, window, named),
             **self._text_target(request.dataset, episodes, t, named & ~told),
             **self._action_tokens(request.dataset, action, action_mask),
-            "action_head_mask": {head: mask[request.dataset] for head, mask in self._heads.items()},
+            "action_head_mask": {head: mask[request.dataset] & acts for head, mask in self._heads.items()},
             "dataset_id": request.dataset.astype(np.int32),
             "sample_id": request.sample_id.astype(np.int64),
         }
@@ -318,15 +318,25 @@ class Assembler:
 
     def _subtask(
         self, request: Request, episodes: Sequence[Episode], t: np.ndarray, use_text: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(whether the instruction is said, rows of the sub-tasks that are said), (N,) each: for a share of the samples
-        the one or the other, so that a policy acts on either and on both."""
-        rows = np.array(
-            [0 if e.subtask is None else e.subtask[step] for e, step in zip(episodes, t, strict=True)], np.int32
-        )
-        said = use_text & (rows != 0) & (uniform(request.key, "subtask") >= self._task.drop_subtask_prob)
-        alone = said & (uniform(request.key, "subtask alone") < self._task.subtask_alone_prob)
-        return use_text & ~alone, np.where(said, rows, 0)
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(whether the instruction is said, whether the sub-task is, rows of the sub-tasks that are heard), (N,) each:
+        for a share of the samples the one or the other, so that a policy acts on either and on both. A share of those
+        that are not told what to do next hears what was done a little before."""
+
+        def rows(steps: np.ndarray) -> np.ndarray:
+            known = [0 if e.subtask is None or s < 0 else e.subtask[s] for e, s in zip(episodes, steps, strict=True)]
+            return np.array(known, np.int32)
+
+        now, options = rows(t), self._task
+        there = use_text & (now != 0)
+        told = there & (uniform(request.key, "subtask") >= options.drop_subtask_prob)
+        alone = told & (uniform(request.key, "subtask alone") < options.subtask_alone_prob)
+        heard = np.where(told, now, 0)
+        if options.last_subtask_prob:
+            reminded = there & ~told & (uniform(request.key, "last subtask") < options.last_subtask_prob)
+            ago = 1 + (uniform(request.key, "steps since") * options.last_subtask_steps).astype(np.int64)
+            heard = np.where(reminded, rows(t - ago), heard)
+        return use_text & ~alone, told, heard
 
     def _text_target(self, dataset: np.ndarray, episodes: Sequence[Episode], t: np.ndarray, asked: np.ndarray) -> Tree:
         """What the model learns to say at steps t (N,), where it is asked (N,): the task says what to do, and does not
