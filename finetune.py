@@ -33,7 +33,7 @@ from octo_like.common.defaults import batch_spec
 from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import build_model
-from octo_like.policy.surgery import check_inputs, condition, operate, replaced
+from octo_like.policy.surgery import check_inputs, condition, operate, replaced, untaught
 from octo_like.training.adaptation import (
     check_actions,
     check_settings,
@@ -97,9 +97,9 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
     config = with_schedule(config, transitions, validated=bool(inputs.validation))
     untrained = check_actions(model, inputs.statistics)
-    new = to_dict(config)["surgery"]["auxiliaries"] if pretrained else model.auxiliaries
+    new = untaught(base if pretrained else {}, model_config)
     shares = dict(own_subtasks=own_subtasks(config).prob, last_subtask=config.data.get("last_subtask_prob", 0.0))
-    check_words(model, inputs.stream.order_spec, new=tuple(new), **shares)
+    check_words(model, inputs.stream.order_spec, new=new, **shares)
 
     # ------------------------------------------------------------------------------------------------------ weights
     weights = make_weights(

@@ -61,8 +61,8 @@ def default_config() -> ConfigDict:
         paraphrase_prob=0.5,  # of the instructions that have paraphrases
         drop_subtask_prob=0.3,  # samples with a sub-task that are not told it
         subtask_alone_prob=0.2,  # of those that are, the ones that are told nothing else
-        last_subtask_prob=0.0,  # of those that are not, the ones that hear what was done a little before
-        last_subtask_steps=8,  # a little: 1 to this many steps
+        last_subtask_prob=0.0,  # samples not told their sub-task that hear what was done a little before
+        last_subtask_steps=8,  # a little before: 1 to this many steps
         image_dropout_prob=0.0,  # of each camera of a sample
         image_dropout_keep=None,  # the camera that is never dropped; None: one of them, drawn
         octo_compat=False,  # Octo's action mask and its reading of registry datasets, mistakes included

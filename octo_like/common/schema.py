@@ -21,7 +21,7 @@ Letters: B batch, W window (history), H action horizon, A action dim, P proprio 
     task/pad_mask_dict/{key}               B          bool
     action                                 B W H A    float32, normalised
     action_pad_mask                        B W H A    bool, False: padded dimension, or past the goal/end
-    task/subtask/{input_ids,attention_mask} B L       int32, what to do next, in words; of `subtask`
+    task/subtask/{input_ids,attention_mask} B L       int32, what to do next (or was done last), in words; of `subtask`
     points                                 B W K 2    float32, column and row of named things, fractions of the image
     points_pad_mask                        B W K      bool, False: not labelled, or not in the picture
     text_target/input_ids                  B M        int32, what the model learns to say at the window's last step

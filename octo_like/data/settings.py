@@ -60,8 +60,9 @@ class TaskOptions:
       paraphrase_prob: of the samples whose task is an instruction that has paraphrases, the share that gets one.
       drop_subtask_prob: share of the samples with a sub-task that are not told it.
       subtask_alone_prob: of those that are, the share that is told nothing else: no instruction.
-      last_subtask_prob: of those that are not, the share that hears what was done a little before, and does not learn
-        its actions: for parts that say what to do next, given what they said last (`TextHead.remembers`).
+      last_subtask_prob: of the samples that are not told their sub-task, the share that hears what was done a little
+        before, and does not learn its actions: for parts that say what to do next, given what they said last
+        (`TextHead.remembers`).
       last_subtask_steps: a little before is 1 to this many steps, each as often.
       image_dropout_prob: probability that a camera's observations (all of a window) are dropped.
       image_dropout_keep: the camera that is never dropped; None: of those that a sample has, one drawn by its key.
@@ -87,6 +88,11 @@ class TaskOptions:
             raise DataError(f"max_goal_distance must be at least 1 or None, got {self.max_goal_distance}")
         if self.last_subtask_steps < 1:
             raise DataError(f"last_subtask_steps must be at least 1, got {self.last_subtask_steps}")
+        if self.last_subtask_prob and not self.drop_subtask_prob:
+            raise DataError(
+                f"last_subtask_prob={self.last_subtask_prob} is a share of the samples that are not told their "
+                "sub-task, and drop_subtask_prob=0 leaves none; 0.3 is a good share"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

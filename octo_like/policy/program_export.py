@@ -205,7 +205,8 @@ def _says(policy: Policy) -> dict[str, Any]:
     words = tokenizer_of(entry["vocabulary"], told.max_length if told is not None else 1)
     same = told is not None and told.fingerprint == words.fingerprint
     says = {"part": part, "pieces": words.pieces(), "length": words.max_length if same else 0}
-    return says | {"remembers": bool(entry.get("remembers", False))}
+    head: Any = policy.model.auxiliaries[part]
+    return says | {"remembers": bool(head.remembers and policy.batch_spec.subtask and "subtask" in head.learns)}
 
 
 def _exported(function, params, leaves: Mapping[str, Leaf], size, platforms) -> export.Exported:

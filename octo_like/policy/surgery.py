@@ -302,6 +302,23 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
     return Carry(copies, resize, anew)
 
 
+def untaught(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the auxiliaries of `new` that have to learn something in this run: those that `old` has not, and those
+    that are asked for something else, or with something else. Another weight, or to be asked with less, is nothing to
+    learn."""
+
+    def asked(part: Mapping[str, Any]) -> Any:
+        return _plain({field: value for field, value in part.items() if field not in ("weight", "remembers")})
+
+    def taught(after: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
+        if before is None or asked(before) != asked(after):
+            return False
+        return bool(before.get("remembers")) or not after.get("remembers")
+
+    known = old.get("auxiliaries") or {}
+    return tuple(name for name, part in (new.get("auxiliaries") or {}).items() if not taught(part, known.get(name)))
+
+
 def _numbers_mean(part: Mapping[str, Any]) -> Any:
     """What decides the meaning of the ids that a part says."""
     bounded = part.get("low") is not None and part.get("high") is not None

@@ -113,6 +113,7 @@ class PolicyClient:
         self._history.reset()
         self._seed = seed
         self._chunk, self._executed, self.subtask = None, 0, None
+        self._instruction: str | None = None
         for each in self._filters.values():
             each.reset()
 
@@ -146,7 +147,8 @@ class PolicyClient:
           goal: what it should look like: `image_{slot}` (h, w, 3) uint8.
           unnormalize: name of the statistics of the actions' units; the server's default when None.
           subtask: what to do next, in words: a planner's, or a correction of what the policy wanted to do.
-          plan: let the policy say that itself first; `self.subtask` then has it.
+          plan: let the policy say that itself first; `self.subtask` then has it. One that remembers is asked with what
+            it was told last, since `reset` and for this instruction.
 
         Raises:
           ValueError: see `observe`; nothing was sent.
@@ -196,7 +198,7 @@ class PolicyClient:
         if words and not able.get("says" if plan else "reads"):
             raise ValueError(f"the server's policy, or its version, cannot {'plan' if plan else 'be told a subtask'}")
         if plan and able.get("remembers"):
-            words["last_subtask"] = self.subtask
+            words["last_subtask"] = self.subtask if instruction == self._instruction else None
         reply = self._request(
             {
                 "type": "act",
@@ -211,7 +213,7 @@ class PolicyClient:
                 **words,
             }
         )
-        self.subtask = reply.get("subtask")
+        self.subtask, self._instruction = reply.get("subtask"), instruction
         for warning in set(reply.get("warnings", ())) - self._warned:
             log.warning("policy server: %s", warning)
             self._warned.add(warning)

@@ -123,7 +123,8 @@ class AsyncExecutor:
         """Begins an episode, and waits for its first chunk, of `observation`; `step` then begins with that moment.
 
         A plan that continues chunks asks once more, so that nothing is compiled while the robot moves. With
-        `says_subtasks` the policy says before every chunk what to do next, and acts on it; see `say`.
+        `says_subtasks` the policy says before every chunk what to do next, and acts on it; see `say`. One that
+        remembers is asked with what the chunk before was told.
 
         Raises:
           What the source raises: there is nothing to execute yet.
@@ -139,8 +140,9 @@ class AsyncExecutor:
         ask, window = self.state.ask(), self.source.window
         first = self._predict(window, ask)
         if self.plan.method is not None:
-            executed = min(1, len(first) - 1)
+            executed, told = min(1, len(first) - 1), self.source.subtask
             self._predict(window, Ask(0, first, executed, 0, self.plan.method))
+            self.source.subtask = told  # of the chunk that will be executed
         self.state.accept(first)
         self.filter = self.source.filter_of(self.unnormalize)
 

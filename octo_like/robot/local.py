@@ -57,6 +57,7 @@ class LocalPolicy:
         self._seed = seed
         self.window: dict[str, Any] = {}
         self.subtask: str | None = None
+        self._instruction: str | None = None
         if self._filter is not None:
             self._filter.reset()
 
@@ -87,14 +88,15 @@ class LocalPolicy:
         rng = sampling_keys(self._rng_seed, [self._seed], [int(window["timestep"][-1])])
         rows = {key: np.asarray(value)[None] for key, value in window.items()}
         if plan:
-            asked = self._task(instruction, goal, self.subtask if self._able["remembers"] else None)
+            last = self.subtask if self._able["remembers"] and instruction == self._instruction else None
+            asked = self._task(instruction, goal, last)
             (subtask,) = self.policy.predict_text(rows, asked, unnormalize=self.unnormalize)
         task = self._task(instruction, goal, subtask)
         actions = self.policy.sample_actions(rows, task, rng=rng, unnormalize=self.unnormalize, **options)
         actions = np.asarray(actions, np.float32)[0]
         if not np.isfinite(actions).all():
             raise FloatingPointError("the policy's actions are not finite")
-        self.subtask = subtask
+        self.subtask, self._instruction = subtask, instruction
         return actions
 
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Everything a run is made of, as train.py and finetune.py put it together for the loop."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from octo_like.model.octo import OctoModel
 from octo_like.model.text_head import TextHead
 from octo_like.policy.policy import Policy
 from octo_like.training.attempt import Attempt
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -66,19 +69,9 @@ def check_words(
 
     Raises:
       ConfigError: none has; names the part, its kinds of texts, and what the datasets have. Or samples hear what was
-        done before, and no part has `remembers`, or the other way round.
+        done before, and no part is asked so when it acts, or the other way round.
     """
-    remembering = [name for name, part in model.auxiliaries.items() if isinstance(part, TextHead) and part.remembers]
-    if last_subtask and not remembering:
-        raise ConfigError(
-            f"data.last_subtask_prob={last_subtask}: samples would hear what was done before, and no part of "
-            "model.auxiliaries is asked so at run time; give the one of kind 'text' remembers=True"
-        )
-    if not last_subtask and (name := next((name for name in remembering if name in new), None)):
-        raise ConfigError(
-            f"model.auxiliaries.{name} has remembers=True, and data.last_subtask_prob is 0: it would be asked with "
-            "what was said last, and has not learned what that means; 0.5 is a good share"
-        )
+    _check_memory(model, new, own_subtasks, last_subtask)
     views = order_spec.get("views")  # synthetic data has texts, and none
     if not views:
         return
@@ -94,6 +87,47 @@ def check_words(
             )
     if own_subtasks and "subtask" not in there:
         raise ConfigError(f"own_subtasks.prob={own_subtasks}, but no dataset has sub-tasks (text_keys): {have}")
+    if last_subtask and "subtask" not in there:
+        raise ConfigError(f"data.last_subtask_prob={last_subtask}, but no dataset has sub-tasks (text_keys): {have}")
+
+
+def _check_memory(model: OctoModel, new: Collection[str], own_subtasks: float, last_subtask: float) -> None:
+    """Checks that a part that is asked with what was said last learns what that means, and the other way round."""
+    for name, part in model.auxiliaries.items():
+        if not isinstance(part, TextHead) or not part.remembers:
+            continue
+        where = f"model.auxiliaries.{name} has remembers=True"
+        if name != "text" or "subtask" not in part.learns:
+            raise ConfigError(
+                f"{where}: only the part named 'text' is asked what to do next, and it must learn sub-tasks; this one "
+                f"learns {', '.join(part.learns)}"
+            )
+        if not any(
+            getattr(reader, "key", "") == "subtask" for reader in model.octo_transformer.task_tokenizers.values()
+        ):
+            raise ConfigError(
+                f"{where}, and no task tokenizer of the model has key='subtask', to hear what was said last"
+            )
+        if own_subtasks:
+            raise ConfigError(
+                f"{where}, and own_subtasks.prob={own_subtasks}: a single picture of training has no last words of the "
+                "model's own, so it would say something else than when it acts; use one of the two"
+            )
+        if not last_subtask and name in new:
+            raise ConfigError(
+                f"{where}, and data.last_subtask_prob is 0: it would be asked with what was said last, and has not "
+                "learned what that means; 0.5 is a good share"
+            )
+        if not last_subtask:
+            log.warning(
+                "%s, and data.last_subtask_prob is 0: it does not learn from this run's data what that means", where
+            )
+    text = model.auxiliaries.get("text")
+    if last_subtask and not (isinstance(text, TextHead) and text.remembers):
+        raise ConfigError(
+            f"data.last_subtask_prob={last_subtask}: samples would hear what was done before, and no part of "
+            "model.auxiliaries is asked so at run time; give 'text', of kind 'text', remembers=True"
+        )
 
 
 def describe(run: Run) -> str:

@@ -70,6 +70,11 @@ def test_validation_drops_nothing_and_takes_a_share_of_the_memory():
         (lambda: Settings.of(batch_size=8, drop_task_probability=0.1), "'drop_task_probability'; did you mean 'drop_"),
         (lambda: Settings.of(batch_size=8, keep_goal_prob=1.5), r"keep_goal_prob must be in \[0, 1\], got 1.5"),
         (lambda: Settings.of(batch_size=8, max_goal_distance=0), "max_goal_distance must be at least 1 or None"),
+        (
+            lambda: Settings.of(batch_size=8, last_subtask_prob=0.5, drop_subtask_prob=0.0),
+            "share of the samples that are not told their sub-task, and drop_subtask_prob=0 leaves none",
+        ),
+        (lambda: Settings.of(batch_size=8, last_subtask_steps=0), "last_subtask_steps must be at least 1, got 0"),
         (lambda: Settings.of(batch_size=8, decode="quick"), "decode mode 'quick'; .*valid: fast, parity"),
         (lambda: Settings.of(batch_size=8, prefetch=0), "prefetch must be at least 1"),
         (lambda: HostOptions(max_bad_fraction=2.0), r"max_bad_fraction must be in \[0, 1\], got 2.0"),

@@ -80,7 +80,7 @@ PARTS = {
     ),
     HEADS["bins"]: HEAD | SEQUENCE | dict(num_bins=256, bin_type="uniform", low=None, high=None),
     HEADS["fast"]: HEAD | SEQUENCE,
-    AUXILIARIES["text"]: DECODER | dict(max_length=24, learns=("answer", "subtask"), reads="readout"),
+    AUXILIARIES["text"]: DECODER | dict(max_length=24, learns=("answer", "subtask"), reads="readout", remembers=False),
     TokenDecoder: DECODER,
     MultiHeadAttention: dict(dropout_rate=0.0, uniform_when_masked=False, attention="xla", qk_norm=False),
     Mlp: dict(dropout_rate=0.0),

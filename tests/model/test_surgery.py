@@ -283,6 +283,16 @@ def test_a_part_that_speaks_is_added_given_another_vocabulary_and_removed():
     report = merged(bins, surgery.operate(bins, narrower), narrower, old_spec=light.SPEC, new_spec=light.SPEC)[3]
     parts = ("embedding/embedding", "logits/bias", "logits/kernel")
     assert sorted(report.paths("new")) == [f"heads_action/decoder/{part}" for part in parts]
+    untaught = lambda *changes: surgery.untaught(*(surgery.operate(config(), change) for change in changes))  # noqa: E731
+    for fields in (
+        {"vocabulary": others["auxiliaries"]["text"]["vocabulary"]},
+        {"remembers": True},
+        {"learns": ("answer",)},
+    ):
+        assert untaught({}, {"auxiliaries": {"text": fields}}) == ("text",), fields
+    assert untaught(removed, {}) == ("text",) and untaught({}, removed) == ()
+    assert untaught({}, {"auxiliaries": {"text": {"weight": 0.5}}}) == ()
+    assert untaught({"auxiliaries": {"text": {"remembers": True}}}, {}) == (), "asked with less than it has learned"
     same = {"auxiliaries": {"text": {"weight": 0.5}}}
     assert merged(config(), surgery.operate(config(), same), same, old_spec=SPEC, new_spec=SPEC)[3].count("new") == (
         0,

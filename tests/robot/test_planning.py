@@ -279,6 +279,13 @@ def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served
                     differs += alone != expected
                 last = client.subtask
             assert last and differs, "what was said last makes no difference"
+            for other in ("another task", "put it away"):  # it was not said of this task
+                client.act(seen[0], other, unnormalize="arm", plan=True)
+                local.observe(seen[0])
+                local.predict(local.window, other, plan=True)
+                window = {key: np.asarray(value)[None] for key, value in client.window.items()}
+                expected = remembering.predict_text(window, remembering.create_tasks(texts=[other]))
+                assert [client.subtask] == [local.subtask] == expected
             client.reset()
             assert client.subtask is None
             request = {"type": "act", "observation": client.window, "instruction": "go", "step": 0, "plan": True}
@@ -288,6 +295,39 @@ def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served
         assert not client.metadata["subtasks"]["remembers"]
         with pytest.raises(PolicyServerError, match="for a policy that remembers what was said last"):
             client._request({**request, "last_subtask": "reach"})
+
+
+class Counting:
+    """A source whose policy says how often it was asked."""
+
+    window, subtask, asked = {"timestep": np.array([0])}, None, 0
+
+    def reset(self, seed=0):
+        self.subtask = None
+
+    def observe(self, observation, *, unnormalize=None):
+        self.window = dict(self.window)
+
+    def predict(self, window, instruction=None, *, plan=False, **_):
+        self.asked += 1
+        self.subtask = f"{self.asked}, after {self.subtask}" if plan else None
+        return np.full((4, 2), self.asked, np.float32)
+
+    def chunks(self, unnormalize=None):
+        return {"horizon": 4, "continues": {"jacobian_free": 4}}
+
+    def filter_of(self, unnormalize=None):
+        return None
+
+
+def test_what_is_only_compiled_was_not_said():
+    source = Counting()
+    with AsyncExecutor(source, ChunkPlan("guided", exec_horizon=4), delay=0) as executor:
+        executor.start({}, "put it away", says_subtasks=True)
+        assert source.asked == 2 and executor.subtask == "1, after None"
+        for _ in range(5):
+            executor.step({})
+        assert executor.subtask.endswith(", after 1, after None")
 
 
 def test_a_policy_without_sub_tasks_says_so():

@@ -86,19 +86,43 @@ def test_a_part_that_no_dataset_has_words_for_is_named(data_dir, tmp_path):
     assert "moves: subtask; silent: none" in done.stderr
 
 
-def test_who_hears_what_was_done_before_must_be_asked_so_and_the_other_way_round():
-    config = said_config.get_config().model.to_dict()
-    config["auxiliaries"]["text"]["vocabulary"] = load_words("builtin")
+def test_who_hears_what_was_done_before_must_be_asked_so_and_the_other_way_round(caplog):
+    def model(**fields):
+        config = said_config.get_config().model.to_dict()
+        config["auxiliaries"]["text"] |= {"vocabulary": load_words("builtin"), **fields.pop("text", {})}
+        config["auxiliaries"] |= fields
+        return build_model(config, vocab_size=192)
+
     spec = {"views": {"moves": {"text_keys": {"subtask": "subtask"}}}}
-    forgetful = build_model(config, vocab_size=192)
-    config["auxiliaries"]["text"]["remembers"] = True
-    remembering = build_model(config, vocab_size=192)
+    forgetful, remembering = model(), model(text={"remembers": True})
     check_words(forgetful, spec, new=("text",))
     check_words(remembering, spec, new=("text",), last_subtask=0.5)
+    assert not caplog.records
     check_words(remembering, spec, new=())  # it has learned it before
-    with pytest.raises(
-        ConfigError, match="no part of model.auxiliaries is asked so at run time; give .* remembers=True"
+    assert "data.last_subtask_prob is 0: it does not learn from this run's data" in caplog.text
+    other = {"text": {"learns": ("answer",)}, "second": {**said_config.get_config().model.auxiliaries.text}}
+    other["second"] |= {"vocabulary": load_words("builtin"), "remembers": True}
+    for network, shares, message in (
+        (forgetful, dict(last_subtask=0.5), "no part of model.auxiliaries is asked so at run time; give 'text'"),
+        (remembering, {}, "text has remembers=True, and data.last_subtask_prob is 0"),
+        (
+            model(text={"remembers": True, "learns": ("answer",)}),
+            dict(last_subtask=0.5),
+            "must learn sub-tasks; this one",
+        ),
+        (model(**other), dict(last_subtask=0.5), "second has remembers=True: only the part named 'text'"),
+        (remembering, dict(last_subtask=0.5, own_subtasks=0.2), "own_subtasks.prob=0.2: .* use one of the two"),
     ):
-        check_words(forgetful, spec, new=("text",), last_subtask=0.5)
-    with pytest.raises(ConfigError, match="text has remembers=True, and data.last_subtask_prob is 0"):
-        check_words(remembering, spec, new=("text",))
+        with pytest.raises(ConfigError, match=message):
+            check_words(network, spec, new=("text",), **shares)
+    with pytest.raises(ConfigError, match="last_subtask_prob=0.5, but no dataset has sub-tasks .*: answers: answer"):
+        check_words(
+            remembering, {"views": {"answers": {"text_keys": {"answer": "a"}}}}, new=("text",), last_subtask=0.5
+        )
+    deaf = said_config.get_config().model.to_dict()
+    deaf["auxiliaries"]["text"] |= {"vocabulary": load_words("builtin"), "remembers": True}
+    del deaf["task_tokenizers"]["subtask"]
+    with pytest.raises(
+        ConfigError, match="no task tokenizer of the model has key='subtask', to hear what was said last"
+    ):
+        check_words(build_model(deaf, vocab_size=192), spec, new=("text",), last_subtask=0.5)
