@@ -49,7 +49,7 @@ from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
 from octo_like.training.own_words import check as check_own_subtasks
 from octo_like.training.program import own_subtasks
-from octo_like.training.run import Run, check_words, describe
+from octo_like.training.run import Run, asked_words, check_words, describe
 from octo_like.training.sharding import check_batch_size, make_mesh
 
 
@@ -98,8 +98,7 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     config = with_schedule(config, transitions, validated=bool(inputs.validation))
     untrained = check_actions(model, inputs.statistics)
     new = untaught(base if pretrained else {}, model_config)
-    shares = dict(own_subtasks=own_subtasks(config).prob, last_subtask=config.data.get("last_subtask_prob", 0.0))
-    check_words(model, inputs.stream.order_spec, new=new, **shares)
+    check_words(model, inputs.stream.order_spec, new=new, **asked_words(config))
 
     # ------------------------------------------------------------------------------------------------------ weights
     weights = make_weights(

@@ -35,8 +35,8 @@ from octo_like.data.inputs import inputs_from_config
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
-from octo_like.training.program import network_from_config, optimizer_from_config, own_subtasks
-from octo_like.training.run import Run, check_words, describe
+from octo_like.training.program import network_from_config, optimizer_from_config
+from octo_like.training.run import Run, asked_words, check_words, describe
 from octo_like.training.sharding import make_mesh
 from octo_like.training.warm_start import warm_start
 
@@ -67,8 +67,7 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
             **processes,
         )
     new = () if config.init_from else tuple(network.model.auxiliaries)
-    shares = dict(own_subtasks=own_subtasks(config).prob, last_subtask=config.data.get("last_subtask_prob", 0.0))
-    check_words(network.model, inputs.stream.order_spec, new=new, **shares)
+    check_words(network.model, inputs.stream.order_spec, new=new, **asked_words(config))
 
     # ------------------------------------------------------------------------------------------------------ weights
     init, source, documents, loaded_from = network.init_params, jax.random.key(config.seed), {}, None

@@ -58,6 +58,9 @@ def get_config(words: str = ""):
         raise ValueError(
             f"no variant {sorted(unknown)[0]!r} of configs/tabletop_words.py; valid: {', '.join(VARIANTS)}"
         )
+    for without in ("no_subtasks", "no_long"):  # which leaves no sub-tasks either
+        if without in chosen and (about := sorted(chosen & {"memory", "paths"})):
+            raise ValueError(f"{about[0]!r} of configs/tabletop_words.py is about sub-tasks, {without!r} has none")
     with_pictures, long = "no_pictures" not in chosen, "no_long" not in chosen
     subtasks = long and "no_subtasks" not in chosen
     config = tabletop.get_config()

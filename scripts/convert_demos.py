@@ -38,7 +38,7 @@ def make_source(args):
             raise DataError(
                 "pictures have prompts, and no actions: --instruction, --action_key and --control_hz do not apply"
             )
-        return Pictures(args.source)
+        return Pictures(args.source, skip_broken=args.skip_broken)
     if args.format == "lerobot":
         from octo_like.data.convert.lerobot import LeRobot
 
@@ -75,13 +75,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tolerance_s", type=float, default=1e-3, help="between a timestamp and its video frame (default: %(default)s)"
     )
-    parser.add_argument("--skip_broken", action="store_true", help="leave out, and list, episodes that cannot be read")
+    parser.add_argument("--skip_broken", action="store_true", help="leave out, and list, what cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this name and version")
     return parser.parse_args()
 
 
-def report_pictures(written, preview, picture: str) -> int:
+def report_pictures(source, written, preview, picture: str) -> int:
     """Says what was written. Returns the exit status."""
+    for name, count in source.unread.most_common():
+        print(f"not read: the field {name!r} of {count:,} rows")
     for line in written.broken:
         print(f"left out: {line}")
     print(f"{written.directory}: {written.rows:,} rows, {written.bytes / 1e6:.1f} MB of pictures")
@@ -128,6 +130,7 @@ def main() -> int:
 
             if args.format == "pictures":
                 return report_pictures(
+                    source,
                     write_pictures(source, args.data_dir, name, options=options, preview=preview, advance=advance),
                     preview,
                     os.path.join(args.data_dir, f"{name}_preview.png"),

@@ -113,7 +113,7 @@ def _of_robot(policy: Policy, robot: str, study: str, test: Test, episodes: int,
     for episode in found:
         if episode.frames is not None:
             name = f"{robot}-{episode.task}-{episode.seed - EVALUATION_SEEDS}.gif"
-            caption = dict(scale=2, subtasks=episode.subtasks)
+            caption = dict(scale=2, subtasks=episode.subtasks, first_width=episode.first_width)
             write_gif(gifs / name, episode.frames, episode.instruction, episode.success, **caption)
         # A person's words are not what the environment would have said.
         judged = [plan.text == plan.wanted for plan in episode.plans] if test.kind == "long" else []

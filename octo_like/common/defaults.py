@@ -113,6 +113,7 @@ def default_config() -> ConfigDict:
         batches=16,  # per dataset
         rollouts=0,  # closed-loop episodes per dataset that names an environment
         exec_horizon=None,  # actions executed per prediction; None: the whole chunk
+        plan_every=None,  # chunks after which the policy says anew what it does next; None: it does not say it
     )
     # Stops after so many evaluations in a row without a better checkpoint.best_metric; None: trains to the end.
     config.early_stopping = dict(patience=None)

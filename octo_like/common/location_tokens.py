@@ -78,6 +78,11 @@ def decode_box(text: str) -> tuple[float, float, float, float]:
     return top, left, bottom, right
 
 
+def has_any(text: str) -> bool:
+    """Whether there is a location token in a text."""
+    return _TOKEN.search(text) is not None
+
+
 def check(text: str) -> None:
     """Raises ValueError when something in a text looks like a location token and is none."""
     for found in _ANYTHING_LIKE_IT.findall(text):

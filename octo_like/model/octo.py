@@ -38,6 +38,7 @@ HEADS = {
     "fast": FastHead,
 }
 AUXILIARIES = {"points": PointsHead, "text": TextHead}
+TEXT_WEIGHT = 0.1  # of the loss of a text, unless its config says another; of any other part 1
 TRANSFORMER_OPTIONS = (
     "num_layers",
     "num_heads",
@@ -258,7 +259,7 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0, modules: Modu
         if name in heads:
             raise PartError(f"model.auxiliaries.{name}: there is a head of that name")
         entry = dict(entry)
-        weights[name] = float(entry.pop("weight", 1.0))
+        weights[name] = float(entry.pop("weight", TEXT_WEIGHT if entry.get("kind") == "text" else 1.0))
         auxiliaries[name] = _make(AUXILIARIES, entry, shared, "auxiliary", f"model.auxiliaries.{name}", modules)
     transformer = OctoTransformer(
         task_tokenizers=tokenizers("task_tokenizers"),

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.robot.history import History
+from octo_like.robot.history import History, LastWords
 from octo_like.robot.images import resize_images
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
 from octo_like.robot.safety import ActionFilter, check_allowed, check_observation
@@ -105,7 +105,7 @@ class PolicyClient:
         check_allowed(self.allow_missing, self.metadata["expects"][""])
         spec = self.metadata["batch_spec"]
         self._sizes = {f"image_{slot}": tuple(size) for slot, size in spec["image_sizes"].items()}
-        self._history = History(spec["window_size"])
+        self._history, self._last = History(spec["window_size"]), LastWords()
         self.reset()
 
     def reset(self, seed: int = 0) -> None:
@@ -113,7 +113,7 @@ class PolicyClient:
         self._history.reset()
         self._seed = seed
         self._chunk, self._executed, self.subtask = None, 0, None
-        self._instruction: str | None = None
+        self._last.reset()
         for each in self._filters.values():
             each.reset()
 
@@ -198,7 +198,7 @@ class PolicyClient:
         if words and not able.get("says" if plan else "reads"):
             raise ValueError(f"the server's policy, or its version, cannot {'plan' if plan else 'be told a subtask'}")
         if plan and able.get("remembers"):
-            words["last_subtask"] = self.subtask if instruction == self._instruction else None
+            words["last_subtask"] = self._last.of(instruction)
         reply = self._request(
             {
                 "type": "act",
@@ -213,7 +213,8 @@ class PolicyClient:
                 **words,
             }
         )
-        self.subtask, self._instruction = reply.get("subtask"), instruction
+        self.subtask = reply.get("subtask")
+        self._last.keep(instruction, self.subtask)
         for warning in set(reply.get("warnings", ())) - self._warned:
             log.warning("policy server: %s", warning)
             self._warned.add(warning)

@@ -140,9 +140,9 @@ class AsyncExecutor:
         ask, window = self.state.ask(), self.source.window
         first = self._predict(window, ask)
         if self.plan.method is not None:
-            executed, told = min(1, len(first) - 1), self.source.subtask
+            executed, self._said = min(1, len(first) - 1), self.source.subtask  # nothing new is said
             self._predict(window, Ask(0, first, executed, 0, self.plan.method))
-            self.source.subtask = told  # of the chunk that will be executed
+            self._said = None
         self.state.accept(first)
         self.filter = self.source.filter_of(self.unnormalize)
 

@@ -1,4 +1,5 @@
-"""The window of past observations that a policy reads. NumPy only: a robot's own computer needs no more."""
+"""What a robot keeps for its policy: the window of past observations, and what it was told last. NumPy only: a robot's
+own computer needs no more."""
 
 from __future__ import annotations
 
@@ -42,3 +43,23 @@ class History:
         stacked["timestep"] = np.maximum(steps, 0)
         stacked["timestep_pad_mask"] = steps >= 0
         return stacked
+
+
+class LastWords:
+    """What a robot was told last to do next, by itself or a person, since its episode began and of one instruction."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self._instruction: str | None = None
+        self._subtask: str | None = None
+
+    def of(self, instruction: str | None) -> str | None:
+        """The words; None: nothing was said of this instruction."""
+        return self._subtask if instruction == self._instruction else None
+
+    def keep(self, instruction: str | None, subtask: str | None) -> None:
+        """Of a chunk that was told `subtask`: None forgets nothing, another instruction everything."""
+        self._subtask = self.of(instruction) if subtask is None else subtask
+        self._instruction = instruction

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.chunks import Continuation
-from octo_like.robot.history import History
+from octo_like.robot.history import History, LastWords
 from octo_like.robot.images import resize_images
 from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.rollout import sampling_keys
@@ -48,7 +48,7 @@ class LocalPolicy:
         self._history = History(policy.batch_spec.window_size)
         self._filter: ActionFilter | None = None
         self._tasks: tuple[Any, dict[str | None, Any]] = (None, {})
-        self._able = able_to(policy)
+        self._able, self._last = able_to(policy), LastWords()
         self.reset()
 
     def reset(self, seed: int = 0) -> None:
@@ -57,7 +57,7 @@ class LocalPolicy:
         self._seed = seed
         self.window: dict[str, Any] = {}
         self.subtask: str | None = None
-        self._instruction: str | None = None
+        self._last.reset()
         if self._filter is not None:
             self._filter.reset()
 
@@ -88,7 +88,7 @@ class LocalPolicy:
         rng = sampling_keys(self._rng_seed, [self._seed], [int(window["timestep"][-1])])
         rows = {key: np.asarray(value)[None] for key, value in window.items()}
         if plan:
-            last = self.subtask if self._able["remembers"] and instruction == self._instruction else None
+            last = self._last.of(instruction) if self._able["remembers"] else None
             asked = self._task(instruction, goal, last)
             (subtask,) = self.policy.predict_text(rows, asked, unnormalize=self.unnormalize)
         task = self._task(instruction, goal, subtask)
@@ -96,7 +96,8 @@ class LocalPolicy:
         actions = np.asarray(actions, np.float32)[0]
         if not np.isfinite(actions).all():
             raise FloatingPointError("the policy's actions are not finite")
-        self.subtask, self._instruction = subtask, instruction
+        self.subtask = subtask
+        self._last.keep(instruction, subtask)
         return actions
 
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:

@@ -34,7 +34,13 @@ def _enlarge(view: np.ndarray, height: int) -> np.ndarray:
 
 
 def annotate(
-    frame: np.ndarray, caption: str, success: bool | None, scale: int, subtask: str = "", subtask_lines: int = 0
+    frame: np.ndarray,
+    caption: str,
+    success: bool | None,
+    scale: int,
+    subtask: str = "",
+    subtask_lines: int = 0,
+    first_width: int | None = None,
 ) -> Image.Image:
     """One picture: the frame enlarged by `scale`, the captions above it, and a border: green success, red failure.
 
@@ -42,8 +48,10 @@ def annotate(
       caption: the instruction.
       subtask: what the robot is doing of it; stands below, in another colour. A path of the hand
         (`octo_like.common.hand_paths`) is drawn into the picture instead, with a dot where the gripper closes (red) or
-        opens (green). It is that of the leftmost view, which is taken to be as wide as the frame is high, or all of it.
+        opens (green). It is that of the leftmost view.
       subtask_lines: lines that are kept for it at least, so that all pictures of an episode are of one size.
+      first_width: of the leftmost view, in pixels of the frame (`Episode.first_width`); None: as wide as the frame is
+        high, or all of it.
     """
     height, width = frame.shape[0] * scale, frame.shape[1] * scale
     font = ImageFont.load_default(size=FONT_SIZE)
@@ -62,7 +70,7 @@ def annotate(
         draw.text((BORDER + 3, BORDER + 1 + i * (FONT_SIZE + 3)), line, fill=ink, font=font)
     enlarged = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
     if path is not None:
-        _draw_path(enlarged, path, min(width, height))
+        _draw_path(enlarged, path, min(width, height) if first_width is None else first_width * scale)
     picture.paste(enlarged, (BORDER, BORDER + top))
     return picture
 
@@ -88,11 +96,13 @@ def annotate_all(
     success: bool | None,
     scale: int,
     subtasks: Sequence[str] | None = None,
+    first_width: int | None = None,
 ) -> list[Image.Image]:
     """`annotate` of all frames of an episode: pictures of one size.
 
     Args:
       subtasks: of every frame, `Episode.subtasks` for instance; None: none.
+      first_width: see `annotate`.
 
     Raises:
       ValueError: not one sub-task for each frame.
@@ -103,7 +113,7 @@ def annotate_all(
     pairs = list(zip([np.asarray(frame) for frame in frames], subtasks, strict=True))
     below = [(frame, text) for frame, text in pairs if not hand_paths.is_path(text)]
     lines = max((len(_wrap(text, frame.shape[1] * scale)) for frame, text in below), default=0)
-    return [annotate(frame, caption, success, scale, text, lines) for frame, text in pairs]
+    return [annotate(frame, caption, success, scale, text, lines, first_width) for frame, text in pairs]
 
 
 def encode_gif(
@@ -113,18 +123,20 @@ def encode_gif(
     scale: int = 3,
     fps: float = 8.0,
     subtasks: Sequence[str] | None = None,
+    first_width: int | None = None,
 ) -> bytes:
     """A looping GIF of frames (h, w, 3) uint8 of one size; the last frame is held for a second.
 
     Args:
       subtasks: what the robot was doing in every frame, shown below the caption (`Episode.subtasks`).
+      first_width: see `annotate`.
 
     Raises:
       ValueError: no frames, or not one sub-task for each.
     """
     if len(frames) == 0:
         raise ValueError("no frames to make an animation of")
-    pictures = annotate_all(frames, caption, success, scale, subtasks)
+    pictures = annotate_all(frames, caption, success, scale, subtasks, first_width)
     # One palette for all frames: smaller files, and the colours of objects do not flicker.
     palette = pictures[len(pictures) // 2].quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]

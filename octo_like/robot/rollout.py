@@ -17,7 +17,7 @@ import gymnasium as gym
 import jax
 import numpy as np
 
-from octo_like.common import hand_paths
+from octo_like.common import location_tokens
 from octo_like.common.schema import BatchSpec
 from octo_like.common.words import nearest
 from octo_like.robot.images import resize_images
@@ -56,6 +56,7 @@ class Episode:
       reward: their sum.
       flags: every boolean of the environment's last info.
       frames: (steps + 1) images (h, w, 3) uint8 when recorded, all cameras side by side; else None.
+      first_width: pixels of a frame that belong to the leftmost camera, when recorded.
       actions: executed chunks, concatenated: (steps, A), physical units.
       plans: what a planner said, in order; empty without one.
       progress: share of the task that was done in the end (`info["progress"]`), None where the environment has none.
@@ -72,6 +73,7 @@ class Episode:
     frames: list[np.ndarray] | None = dataclasses.field(default=None, repr=False)
     plans: tuple[Plan, ...] = dataclasses.field(default=(), repr=False)
     progress: float | None = None
+    first_width: int | None = None
 
     @property
     def subtasks(self) -> list[str] | None:
@@ -286,6 +288,7 @@ class _PolicyView(gym.ObservationWrapper):
             }
         )
         self.seen: list[np.ndarray] | None = None
+        self.first_width: int | None = None
 
     def look(self, needed: bool) -> None:
         """Tells an environment that can leave out pictures (it has an attribute `looks`) whether the next is needed."""
@@ -296,6 +299,8 @@ class _PolicyView(gym.ObservationWrapper):
         if self.seen is not None:
             cameras = sorted(key for key in observation if key.startswith("image_"))
             self.seen.append(join_views([observation[key] for key in cameras]))
+            height, width = observation[cameras[0]].shape[:2]
+            self.first_width = round(width * len(self.seen[-1]) / height)
         return resize_images({key: observation[key] for key in self.keys}, self.sizes)
 
 
@@ -325,8 +330,8 @@ class _Slot:
         return not self.plans or self.chunks - self.planned >= every
 
     def plan(self, text: str) -> None:
-        # Two paths are never the same: nothing to compare.
-        wanted = None if hand_paths.is_path(text) else self.info.get("subtask")
+        # Two paths are never the same: nothing to compare, nor with half a path.
+        wanted = None if location_tokens.has_any(text) else self.info.get("subtask")
         self.plans.append(Plan(self.steps, text, None if wanted is None else str(wanted)))
         self.planned = self.chunks
 
@@ -357,6 +362,7 @@ class _Slot:
             flags={key: bool(value) for key, value in self.info.items() if isinstance(value, bool | np.bool_)},
             actions=np.stack(self.actions),
             frames=self.view.seen,
+            first_width=None if self.view.seen is None else self.view.first_width,
             plans=tuple(self.plans),
             progress=None if "progress" not in self.info else float(self.info["progress"]),
         )

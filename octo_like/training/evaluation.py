@@ -16,6 +16,7 @@ import numpy as np
 from octo_like.common.dimensions import grippers, of_statistics
 from octo_like.common.normalization import CONSTANT, to_absolute, unnormalize
 from octo_like.robot.intervals import success_interval
+from octo_like.robot.planning import PredictedPlanner
 from octo_like.robot.prediction import Prediction, dimensions_of
 from octo_like.robot.record import annotate_all
 from octo_like.robot.rollout import Episode, PolicyLike, evaluate, gym_env_maker
@@ -281,6 +282,7 @@ def closed_loop(
     batch_size: int = 20,
     seed: int = EVALUATION_SEEDS,
     record: int = 2,
+    plan_every: int | None = None,
 ) -> ClosedLoop:
     """Success of the policy in a registered gymnasium environment; the episodes' seeds are seed, seed + 1, ...
 
@@ -288,7 +290,9 @@ def closed_loop(
       policy: e.g. made from the parameters of the moment.
       env: id of the environment ("module:id" imports a module first).
       dataset: name of the statistics that give actions their units.
+      plan_every: the policy says what it does next, anew after so many chunks, and acts on it; None: it does not.
     """
+    said: dict[str, Any] = {} if plan_every is None else {"planner": PredictedPlanner(), "plan_every": plan_every}
     outcomes = evaluate(
         policy,
         gym_env_maker(env),
@@ -297,12 +301,15 @@ def closed_loop(
         exec_horizon=exec_horizon,
         batch_size=min(batch_size, episodes),
         record=record,
+        **said,
     )
     videos = {
         f"{episode.seed - seed}": np.stack(
             [
                 np.asarray(picture)
-                for picture in annotate_all(episode.frames, episode.instruction, episode.success, 2, episode.subtasks)
+                for picture in annotate_all(
+                    episode.frames, episode.instruction, episode.success, 2, episode.subtasks, episode.first_width
+                )
             ]
         )
         for episode in outcomes

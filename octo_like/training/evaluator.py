@@ -118,6 +118,7 @@ class Evaluator:
                     name,
                     episodes=len(mine),
                     exec_horizon=run.config.eval.exec_horizon,
+                    plan_every=run.config.eval.get("plan_every"),
                     seed=EVALUATION_SEEDS + mine.start,
                     record=RECORDED if distributed.is_main() else 0,
                 )

@@ -14,6 +14,7 @@ from octo_like.model.octo import OctoModel
 from octo_like.model.text_head import TextHead
 from octo_like.policy.policy import Policy
 from octo_like.training.attempt import Attempt
+from octo_like.training.program import own_subtasks
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,15 @@ class Run:
     documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def asked_words(config: Any) -> dict[str, Any]:
+    """What a config wants of a model that speaks, as `check_words` takes it."""
+    return {
+        "own_subtasks": own_subtasks(config).prob,
+        "last_subtask": config.data.get("last_subtask_prob", 0.0),
+        "plan_every": config.eval.get("plan_every"),
+    }
+
+
 def check_words(
     model: OctoModel,
     order_spec: Mapping[str, Any],
@@ -58,6 +68,7 @@ def check_words(
     new: Collection[str],
     own_subtasks: float = 0.0,
     last_subtask: float = 0.0,
+    plan_every: int | None = None,
 ) -> None:
     """Checks that some dataset has what each part that speaks is to learn: parameters that are made for this run would
     end as they began.
@@ -66,11 +77,18 @@ def check_words(
       new: names of the auxiliaries whose parameters are made for this run.
       own_subtasks: share of the samples that are to be told their own sub-task.
       last_subtask: `data.last_subtask_prob`.
+      plan_every: `eval.plan_every`.
 
     Raises:
       ConfigError: none has; names the part, its kinds of texts, and what the datasets have. Or samples hear what was
-        done before, and no part is asked so when it acts, or the other way round.
+        done before, and no part is asked so when it acts, or the other way round; or nothing can say in rollouts what
+        is done next.
     """
+    if plan_every is not None and (plan_every < 1 or not _plans(model)):
+        raise ConfigError(
+            f"eval.plan_every={plan_every}: a number of chunks, for a model that hears sub-tasks (a task tokenizer "
+            "with key='subtask') and says them (model.auxiliaries.text); None for others"
+        )
     _check_memory(model, new, own_subtasks, last_subtask)
     views = order_spec.get("views")  # synthetic data has texts, and none
     if not views:
@@ -91,6 +109,15 @@ def check_words(
         raise ConfigError(f"data.last_subtask_prob={last_subtask}, but no dataset has sub-tasks (text_keys): {have}")
 
 
+def _hears_subtasks(model: OctoModel) -> bool:
+    return any(getattr(reader, "key", "") == "subtask" for reader in model.octo_transformer.task_tokenizers.values())
+
+
+def _plans(model: OctoModel) -> bool:
+    text = model.auxiliaries.get("text")
+    return isinstance(text, TextHead) and "subtask" in text.learns and _hears_subtasks(model)
+
+
 def _check_memory(model: OctoModel, new: Collection[str], own_subtasks: float, last_subtask: float) -> None:
     """Checks that a part that is asked with what was said last learns what that means, and the other way round."""
     for name, part in model.auxiliaries.items():
@@ -102,9 +129,7 @@ def _check_memory(model: OctoModel, new: Collection[str], own_subtasks: float, l
                 f"{where}: only the part named 'text' is asked what to do next, and it must learn sub-tasks; this one "
                 f"learns {', '.join(part.learns)}"
             )
-        if not any(
-            getattr(reader, "key", "") == "subtask" for reader in model.octo_transformer.task_tokenizers.values()
-        ):
+        if not _hears_subtasks(model):
             raise ConfigError(
                 f"{where}, and no task tokenizer of the model has key='subtask', to hear what was said last"
             )

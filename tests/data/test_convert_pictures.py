@@ -154,6 +154,25 @@ def test_a_broken_image_is_an_error_or_left_out(folder, tmp_path):
         write_pictures(source, str(tmp_path / "data"), "mine")
 
 
+def test_rows_that_cannot_be_read_are_left_out_and_fields_that_mean_nothing_counted(folder, tmp_path):
+    """As LLaVA's file: rows without a picture, numbers of rows, models' names; beside it a file that is no list."""
+    (folder / "about.json").write_text('{\n "made": "today"\n}')
+    bare = {"conversations": TALK["conversations"], "id": 2}
+    write(folder, GOOD | {"id": 1}, bare, "{oops", GOOD | {"boxes": [[0, 0, 1, 1]]}, TALK | {"id": 3})
+    with pytest.raises(DataError, match="about.json, line 1: no 'image'; it has 'made'"):
+        Pictures(str(folder))
+    source = Pictures(str(folder), skip_broken=True)
+    assert len(source) == 3 and source.unread == {"id": 2}
+    what = ("about.json, line 1: no", "line 2: no 'image'", "line 3: broken JSON", "line 4: 'boxes' would be lost: say")
+    for message, wanted in zip(source.broken, what, strict=True):
+        assert wanted in message
+    written = write_pictures(source, str(tmp_path / "data"), "mine", options=Options(skip_broken=True))
+    assert written.rows == 3 and written.broken == source.broken
+    with pytest.raises(DataError, match="no rows in only.jsonl; .*only.jsonl, line 1: no 'image'"):
+        (folder / "only.jsonl").write_text("{}")
+        Pictures(str(folder / "only.jsonl"), skip_broken=True)
+
+
 def test_the_command(folder, tmp_path, repository, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("convert_demos", repository / "scripts" / "convert_demos.py")
     script = importlib.util.module_from_spec(spec)

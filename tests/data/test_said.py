@@ -81,8 +81,36 @@ def test_rows_have_the_text_of_their_own_step_or_none(folder):
     assert {text for dataset, text in seen if dataset == 1} == {"", "push the block", "reach for the block"}
 
 
+def test_a_dataset_without_instructions_learns_its_sub_tasks_and_is_told_them(folder):
+    """Half of the samples with a goal image as their task, as with instructions; of the others, all that is known."""
+    moving = moves(language_key=None)
+    for goals in ((), ("primary",)):
+        spec = dataclasses.replace(WITH_SUBTASK, goal_images=goals)
+        with stream_of(folder, spec, dict(moves=moving), drop_task_prob=0.2) as stream:
+            batches = [next(stream) for _ in range(20)]
+        told, learns, by_goal = 0, 0, 0
+        for batch in batches:
+            masks = batch["task"]["pad_mask_dict"]
+            assert not masks["language_instruction"].any()
+            heard, said_here = TOKENIZER.decode(batch["task"]["subtask"]["input_ids"]), texts(batch["text_target"])
+            goal = masks["image_primary"] if goals else np.zeros(32, bool)
+            for row, blue in enumerate(batch["observation"]["image_primary"][:, -1, 16, 16, 2]):
+                now = "push the block" if blue == 200 else "reach for the block"
+                assert (heard[row], said_here[row]) in ((now, ""), ("", now), ("", ""))
+                assert not (goal[row] and (heard[row] or said_here[row]))
+            told, learns, by_goal = (
+                told + masks["subtask"].mean(),
+                learns + (batch["text_target_kind"] != 0).mean(),
+                by_goal + goal.mean(),
+            )
+        words = 0.4 if goals else 0.8  # keep_goal_prob, and drop_task_prob
+        np.testing.assert_allclose(
+            np.array([told, learns, by_goal]) / 20, [0.7 * words, 0.3 * words + 0.2, 0.8 - words], atol=0.05
+        )
+
+
 def test_a_share_of_the_samples_is_told_the_sub_task_too_and_a_share_nothing_else(folder):
-    with stream_of(folder, WITH_SUBTASK, dict(moves=moves()), keep_goal_prob=0.0) as stream:
+    with stream_of(folder, WITH_SUBTASK, dict(moves=moves(skip_unlabeled=True)), keep_goal_prob=0.0) as stream:
         batches = [next(stream) for _ in range(60)]
     count = np.zeros((2, 2))
     for batch in batches:
@@ -259,8 +287,40 @@ def strange(trajectory):
     return {**trajectory, "made_up": tf.strings.join([trajectory["subtask"], " \u00e9"])}
 
 
+def longer(trajectory):
+    return {**trajectory, "made_up": tf.strings.join([trajectory["subtask"], " block"])}
+
+
+def test_a_sub_task_of_which_only_a_part_would_be_heard_is_named(folder):
+    """At once where the index knows the texts, else when it is read; not by a model that only says them."""
+    heard = TextTokenizer.load("builtin", 4)
+    short = dataclasses.replace(WITH_SUBTASK, language_length=4)
+    message = (
+        "1 of 2 sub-tasks are longer than what the model hears, which has 4 ids; the longest has 5 with its end: 'reach"
+    )
+    targets = Targets(TARGETS)
+
+    def stream(spec, tokenizer, **changes):
+        options = dict(targets=targets, data_dir=folder, batch_size=8, episodes_mixed=4)
+        return make_train_stream(dict(moves=moves(**changes)), spec, tokenizer, **options)
+
+    with pytest.raises(DataError, match=f"moves.*: {message}"):
+        stream(short, heard)
+    with stream(dataclasses.replace(short, subtask=False), heard) as quiet:
+        next(quiet)
+    with stream(short, heard, standardize="tests.data.test_said:longer", text_keys=dict(subtask="made_up")) as late:
+        with pytest.raises(DataError, match="a sub-task: 1 of 1 sub-tasks"):
+            next(late)
+    texts_of = Texts(TOKENIZER, targets=targets)
+    texts_of.check(WITH_SUBTASK, ())
+    with pytest.raises(
+        DataError, match="moves: 1 of 2 sub-tasks that the model says, and would not hear: '<loc01>' has '<"
+    ):
+        texts_of.check_subtasks("moves", ["reach", "<loc01>"])
+
+
 def test_what_the_vocabulary_cannot_say_is_named(folder):
-    said_so = r"'ol\u00e9' has '\u00e9', which the vocabulary of model.auxiliaries' text cannot say"
+    said_so = r"'ol\u00e9' has '\u00e9', which the vocabulary of model.auxiliaries' text has no words for"
     with pytest.raises(DataError, match=f"moves: 1 of 2 texts to learn: {said_so}"):
         Texts(TOKENIZER, targets=Targets(TARGETS)).check_targets("moves", ["it is red", "ol\u00e9"])
     fields = moves() | dict(standardize="tests.data.test_said:strange", text_keys=dict(subtask="made_up"))

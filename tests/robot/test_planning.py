@@ -121,6 +121,9 @@ def test_a_path_is_drawn_into_the_picture_and_not_written_above_it():
     assert tuple(pixels[int(20.5 * bins), int(20.5 * bins)]) == PATH_COLOUR
     np.testing.assert_array_equal(pixels[:, 160:], before[:, 160:])
     np.testing.assert_array_equal(np.asarray(drawn)[: -160 - BORDER], np.asarray(plain)[: -160 - BORDER])
+    (wide,) = annotate_all([frame], "go", None, 10, [path], first_width=32)  # one view of 16 x 32
+    pixels = np.asarray(wide)[-160 - BORDER : -BORDER, BORDER:-BORDER]
+    assert tuple(pixels[int(32.5 * bins), int(56.5 * 2 * bins)]) == EVENT_COLOURS["open"]
 
 
 def test_an_episode_depends_neither_on_its_company_nor_on_its_slot():
@@ -195,6 +198,20 @@ def test_accuracy_is_of_the_plans_that_can_be_judged():
     assert math.isnan(accuracy([Plan(0, "a", None)]))
 
 
+class HalfAPath:
+    """A planner that says paths of the hand, and of some episodes half of one."""
+
+    def __call__(self, policy, observations, instructions, infos, **_):
+        return ["<loc01><loc02>" if info["task"] == "left" else "<loc01><loc02><loc03>" for info in infos]
+
+
+def test_paths_are_not_judged_whole_or_not_and_drawn_into_the_leftmost_view():
+    episodes = evaluate(PlanningPolicy(), ThereAndBackEnv, SEEDS[:4], planner=HalfAPath(), batch_size=2, record=1)
+    assert {one.task for one in episodes} == {"left", "right"}
+    assert {plan.wanted for one in episodes for plan in one.plans} == {None}
+    assert episodes[0].first_width == episodes[0].frames[0].shape[1] and episodes[1].first_width is None
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="info has no 'subtask' to plan by; it has"):
         evaluate(PlanningPolicy(), LineEnv, SEEDS[:1], planner=OraclePlanner(), batch_size=1)
@@ -256,13 +273,13 @@ def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served
     model["auxiliaries"]["text"]["remembers"] = True
     remembering = Policy({**policy.config, "model": model}, policy.params, policy.statistics, policy.text_tokenizer)
     rng = np.random.default_rng(0)
-    seen = [moment() | {"image_primary": rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)} for _ in range(4)]
+    said = [dict(plan=True), dict(plan=True), dict(subtask="reach"), {}, dict(plan=True)]
+    seen = [moment() | {"image_primary": rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)} for _ in said]
     local = LocalPolicy(remembering, "arm")
     with PolicyServer(remembering, host="127.0.0.1", port=0).running() as server:
         with PolicyClient("127.0.0.1", server.port, limits=False) as client:
             assert client.metadata["subtasks"]["remembers"]
             last, differs = None, 0
-            said = [dict(plan=True), dict(plan=True), dict(subtask="reach"), dict(plan=True)]
             for observation, words in zip(seen, said, strict=True):
                 client.act(observation, "put it away", unnormalize="arm", **words)
                 window = {key: np.asarray(value)[None] for key, value in client.window.items()}
@@ -277,7 +294,7 @@ def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served
                     alone, expected = (remembering.predict_text(window, task)[0] for task in tasks)
                     assert client.subtask == expected
                     differs += alone != expected
-                last = client.subtask
+                last = client.subtask or last
             assert last and differs, "what was said last makes no difference"
             for other in ("another task", "put it away"):  # it was not said of this task
                 client.act(seen[0], other, unnormalize="arm", plan=True)
@@ -308,9 +325,9 @@ class Counting:
     def observe(self, observation, *, unnormalize=None):
         self.window = dict(self.window)
 
-    def predict(self, window, instruction=None, *, plan=False, **_):
+    def predict(self, window, instruction=None, *, subtask=None, plan=False, **_):
         self.asked += 1
-        self.subtask = f"{self.asked}, after {self.subtask}" if plan else None
+        self.subtask = f"{self.asked}, after {self.subtask}" if plan else subtask
         return np.full((4, 2), self.asked, np.float32)
 
     def chunks(self, unnormalize=None):

@@ -16,6 +16,7 @@ from octo_like.training.evaluation import (
     success_scalars,
     validation_loss,
 )
+from tests.robot.test_planning import PlanningPolicy, ThereAndBackEnv
 from tests.robot.toy import LineEnv, LinePolicy
 
 SPEC = BatchSpec(window_size=2, action_horizon=3, action_dim=4, image_sizes={"primary": (8, 8)})
@@ -235,5 +236,12 @@ def test_closed_loop_in_a_registered_environment():
     assert [e.seed for e in result.episodes] == [1_000_000_000 + i for i in range(6)]
     assert list(result.videos) == ["0", "1"]
     assert result.videos["0"].shape[0] == result.episodes[0].steps + 1 and result.videos["0"].dtype == np.uint8
+    there_and_back = "octo_like_tests/ThereAndBack-v0"
+    if there_and_back not in gym.registry:
+        gym.register(there_and_back, entry_point=ThereAndBackEnv)
+    for every in (1, 2, None):  # chunks of 3 actions
+        said = closed_loop(PlanningPolicy(), there_and_back, "line", episodes=3, plan_every=every)
+        steps = [plan.step for plan in said.episodes[0].plans]
+        assert steps == ([] if every is None else list(range(0, said.episodes[0].steps, 3 * every)))
     with pytest.raises(ValueError, match=r"unknown environment 'octo_like_tests/Line-v1'.*Line-v0"):
         closed_loop(LinePolicy(), "octo_like_tests/Line-v1", "line")

@@ -115,6 +115,10 @@ def test_who_hears_what_was_done_before_must_be_asked_so_and_the_other_way_round
     ):
         with pytest.raises(ConfigError, match=message):
             check_words(network, spec, new=("text",), **shares)
+    check_words(forgetful, spec, new=("text",), plan_every=2)
+    for network, every in ((forgetful, 0), (model(text={"learns": ("answer",)}), 1)):
+        with pytest.raises(ConfigError, match=f"eval.plan_every={every}: a number of chunks, for a model that hears"):
+            check_words(network, spec, new=(), plan_every=every)
     with pytest.raises(ConfigError, match="last_subtask_prob=0.5, but no dataset has sub-tasks .*: answers: answer"):
         check_words(
             remembering, {"views": {"answers": {"text_keys": {"answer": "a"}}}}, new=("text",), last_subtask=0.5

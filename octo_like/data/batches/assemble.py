@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from octo_like.common.fast import FastVocabulary
 from octo_like.common.schema import TEXT_KINDS, BatchSpec, Tree
 from octo_like.data.batches.damage import DamageLog
 from octo_like.data.batches.episodes import Episode, EpisodeSet, EpisodeStore
@@ -17,7 +18,8 @@ from octo_like.data.rlds.records import DamagedRecord, LostRecord
 from octo_like.data.settings import TaskOptions
 from octo_like.data.spec import DataError, suggest
 
-MAX_CLIPPED = 0.05  # of a chunk's coefficients, by a vocabulary of action tokens
+MAX_CLIPPED = 0.05  # of the coefficients of a dataset's first chunks, by a vocabulary of action tokens
+JUDGED_CHUNKS = 64  # so many
 # A dataset may have these cameras without the run using them; any other name without a size is a mistake.
 COMMON_SLOTS = ("primary", "secondary", "wrist")
 
@@ -37,14 +39,14 @@ Substitute = Callable[[int, int], tuple[int, int]]
 MAX_SUBSTITUTES = 64
 
 
-def _check_vocabulary(head: str, clipped: float) -> None:
-    """Raises DataError when a vocabulary cuts a share `clipped` of the first chunks that it is given: it was trained on
-    other actions, or on these with another normalisation."""
+def _check_vocabulary(head: str, dataset: str, clipped: float) -> None:
+    """Raises DataError when a vocabulary cuts a share `clipped` of the first chunks that it is given of a dataset: it
+    was trained on other actions, or on these with another normalisation."""
     if clipped > MAX_CLIPPED:
         raise DataError(
-            f"model.heads.{head}.vocabulary: {clipped:.0%} of what the actions consist of is outside its range (more "
-            f"than {MAX_CLIPPED:.0%}): it was trained on other actions or another normalization; train one with "
-            "scripts/train_action_tokenizer.py"
+            f"{dataset}: {clipped:.0%} of what its actions consist of is outside the range of the vocabulary of "
+            f"model.heads.{head} (more than {MAX_CLIPPED:.0%}): it was trained on other actions or another "
+            "normalization; train one with scripts/train_action_tokenizer.py"
         )
 
 
@@ -135,7 +137,8 @@ class Assembler:
         self._heads = {
             head: np.array([one.head == head and one.action_key is not None for one in specs]) for head in spec.heads
         }
-        self._fitting: set[str] = set()  # heads whose vocabulary has been found to fit the actions
+        # Of the first chunks, by head and dataset: coefficients that the vocabulary would cut, and chunks.
+        self._fitting: dict[tuple[str, int], tuple[int, int]] = {}
         self._has_actions = np.array([one.action_key is not None for one in specs])
         kinds = [None if one.text_target is None else one.text_target[0] for one in specs]
         self._text_kind = np.array([0 if kind is None else 1 + TEXT_KINDS.index(kind) for kind in kinds], np.int32)
@@ -203,9 +206,11 @@ class Assembler:
         spec = self._spec
         length = np.array([len(one.action) for one in episodes], np.int32)
         text = np.array([one.text[step] for one, step in zip(episodes, t, strict=True)], np.int32)
-        use_goal, use_text = self._choose_task(request, text)
+        use_goal, use_words = self._choose_task(request, text, self._labelled(episodes, t))
+        use_text = use_words & (text != 0)
         # The task is an instruction, said or, beside a sub-task, left out; of a picture without a question, to say it.
         named = use_text | (~self._has_actions[request.dataset] & (text == 0))
+        asked = use_words | ((text == 0) & ~use_goal)  # what has no words of its own is learned where nothing is asked
         told, acts = np.zeros(len(t), bool), np.ones(len(t), bool)  # told what to do next; learns its actions
 
         drawn = windows.goal_step(
@@ -238,7 +243,7 @@ class Assembler:
             task["language_instruction"] = self._texts.encoded(rows)
             task_masks["language_instruction"] = use_text
             if spec.subtask:
-                use_text, told, subtask = self._subtask(request, episodes, t, use_text)
+                use_text, told, subtask = self._subtask(request, episodes, t, use_text, use_words)
                 task["subtask"] = self._texts.encoded(subtask)
                 task_masks |= {"language_instruction": use_text, "subtask": subtask != 0}
                 acts = told | (subtask == 0)  # what was done before is nothing to act on
@@ -251,7 +256,7 @@ class Assembler:
             "action": action,
             "action_pad_mask": action_mask,
             **self._points(episodes, window, named),
-            **self._text_target(request.dataset, episodes, t, named & ~told),
+            **self._text_target(request.dataset, episodes, t, asked & ~told),
             **self._action_tokens(request.dataset, action, action_mask),
             "action_head_mask": {head: mask[request.dataset] & acts for head, mask in self._heads.items()},
             "dataset_id": request.dataset.astype(np.int32),
@@ -259,10 +264,16 @@ class Assembler:
         }
         return batch, seen.bad
 
-    def _choose_task(self, request: Request, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) bool: the task is a goal image; the task is an instruction. Never both, and with drop_task_prob none."""
+    def _labelled(self, episodes: Sequence[Episode], t: np.ndarray) -> np.ndarray:
+        """(N,) bool: steps t (N,) have a sub-task, and the model hears those."""
+        there = [e.subtask is not None and e.subtask[step] != 0 for e, step in zip(episodes, t, strict=True)]
+        return np.array(there, bool) & self._spec.subtask
+
+    def _choose_task(self, request: Request, text: np.ndarray, labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) bool: the task is a goal image; the task is words: an instruction, or, where there is none, a sub-task.
+        Never both, and with drop_task_prob none."""
         has_task = uniform(request.key, "drop task") >= self._task.drop_task_prob
-        has_text = (text != 0) & (self._spec.language_length is not None)
+        has_text = ((text != 0) & (self._spec.language_length is not None)) | labelled
         has_goal = np.zeros(len(text), bool)
         for slot in self._spec.goal_images:
             has_goal |= self._has_slot[slot][request.dataset]
@@ -317,7 +328,7 @@ class Assembler:
         return {"points": np.where(known[..., None], points, np.float32(0)), "points_pad_mask": known}
 
     def _subtask(
-        self, request: Request, episodes: Sequence[Episode], t: np.ndarray, use_text: np.ndarray
+        self, request: Request, episodes: Sequence[Episode], t: np.ndarray, use_text: np.ndarray, use_words: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(whether the instruction is said, whether the sub-task is, rows of the sub-tasks that are heard), (N,) each:
         for a share of the samples the one or the other, so that a policy acts on either and on both. A share of those
@@ -328,7 +339,7 @@ class Assembler:
             return np.array(known, np.int32)
 
         now, options = rows(t), self._task
-        there = use_text & (now != 0)
+        there = use_words & (now != 0)
         told = there & (uniform(request.key, "subtask") >= options.drop_subtask_prob)
         alone = told & (uniform(request.key, "subtask alone") < options.subtask_alone_prob)
         heard = np.where(told, now, 0)
@@ -363,12 +374,23 @@ class Assembler:
             ids = np.zeros((*whole.shape, vocabulary.max_tokens), np.int32)
             if whole.any():
                 wanted = np.where(known, chunks, 0.0)[whole]
-                if head not in self._fitting:
-                    _check_vocabulary(head, vocabulary.clipped(wanted).mean() / vocabulary.num_coefficients)
-                    self._fitting.add(head)
+                self._check_fit(head, vocabulary, np.broadcast_to(dataset[:, None], whole.shape)[whole], wanted)
                 ids[whole] = vocabulary.encode(wanted, low_pass=True)[0]
             tokens[head] = ids
         return {"action_tokens": tokens}
+
+    def _check_fit(self, head: str, vocabulary: FastVocabulary, dataset_n: np.ndarray, chunks_n: np.ndarray) -> None:
+        """Counts what would be cut of the first chunks (N, H, A) of each dataset (N,), and judges it once."""
+        for number in np.unique(dataset_n):
+            cut, seen = self._fitting.get((head, int(number)), (0, 0))
+            if seen >= JUDGED_CHUNKS:
+                continue
+            mine = chunks_n[dataset_n == number]
+            cut, seen = cut + int(vocabulary.clipped(mine).sum()), seen + len(mine)
+            self._fitting[head, int(number)] = cut, seen
+            if seen >= JUDGED_CHUNKS:
+                share = cut / (seen * vocabulary.num_coefficients)
+                _check_vocabulary(head, self._sets[number].prepared.key, share)
 
     # -- frames
 

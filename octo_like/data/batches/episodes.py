@@ -75,7 +75,7 @@ def normalised(raw: RawEpisode, prepared: PreparedDataset, texts: Any) -> Episod
     if raw.target is not None:
         target = texts.target_rows(raw.target)
         if prepared.spec.text_keys.get("subtask") is not None:
-            subtask = texts.rows(raw.target)
+            subtask = texts.subtask_rows(raw.target)
     return Episode(action, proprio, text, raw.images, raw.depths, raw.points, extras, target, subtask)
 
 

@@ -48,6 +48,8 @@ class Reader:
         texts.check(spec, (text for one in datasets.values() for text in one.instructions))
         for prepared in datasets.values():
             texts.check_targets(prepared.key, prepared.targets)
+            if prepared.spec.text_keys.get("subtask") is not None:
+                texts.check_subtasks(prepared.key, prepared.targets)
         cameras, host = (spec.image_sizes, spec.depth_sizes), settings.host
         self.texts = texts
         self.sets = [

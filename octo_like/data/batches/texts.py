@@ -81,6 +81,8 @@ class Texts:
         self._paraphrases, self._probability = paraphrases, probability
         self._variants: dict[int, np.ndarray] = {}
         self._checked: set[str] = {""}  # texts to learn that are short enough
+        self._heard: set[str] = {""}  # sub-tasks that are
+        self._hears_subtasks = False
         self._lock = threading.Lock()
 
     @property
@@ -100,6 +102,7 @@ class Texts:
             instructions has a paraphrase: it is another dataset's file.
         """
         language_length, text = spec.language_length, self.targets.text
+        self._hears_subtasks = spec.subtask
         if spec.text_target != (None if text is None else text.max_length):
             raise DataError(
                 f"batches have texts to learn of {spec.text_target} ids, the vocabulary's have "
@@ -153,6 +156,45 @@ class Texts:
                 if text not in self._checked:
                     self._check_target(text)
             return self._target_table.rows(texts)
+
+    def subtask_rows(self, texts: Sequence[str]) -> np.ndarray:
+        """`rows` of what is to be done next.
+
+        Raises:
+          DataError: the model hears sub-tasks, and would hear only a part of one.
+        """
+        if self._hears_subtasks:
+            for text in dict.fromkeys(texts):
+                if text not in self._heard:
+                    self.check_subtasks("a sub-task", [text])
+                    self._heard.add(text)
+        return self.rows(texts)
+
+    def check_subtasks(self, dataset: str, texts: Sequence[str]) -> None:
+        """Checks the sub-tasks of a dataset: a policy that said one would not hear itself.
+
+        Raises:
+          DataError: some are longer than what the model hears, or, where it says them too, have what the vocabulary of
+            what it hears has no id for; says how many, and names one.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer is None or not self._hears_subtasks or not texts:
+            return
+        if self.targets.text and (strange := [text for text in texts if tokenizer.unknown(text)]):
+            raise DataError(
+                f"{dataset}: {len(strange)} of {len(texts)} sub-tasks that the model says, and would not hear: "
+                f"{_strange(tokenizer, strange[0], 'config.text.model')}"
+            )
+        lengths = {text: tokenizer.num_tokens(text) for text in texts}
+        longest = max(lengths, key=lambda text: lengths[text])
+        if lengths[longest] > tokenizer.max_length:
+            long = sum(length > tokenizer.max_length for length in lengths.values())
+            raise DataError(
+                f"{dataset}: {long} of {len(texts)} sub-tasks are longer than what the model hears, which has "
+                f"{tokenizer.max_length} ids; the longest has {lengths[longest]} with its end: {longest[:80]!r}. Set "
+                f"config.text.max_length to at least {lengths[longest]}, and max_length of the language tokenizers "
+                "with it, or shorten the texts"
+            )
 
     def check_targets(self, dataset: str, texts: Sequence[str]) -> None:
         """Checks the texts that a dataset is to teach, before anything is read.
@@ -230,12 +272,12 @@ class WordList:
             self.texts += [text for text in dict.fromkeys(texts) if text not in self.texts]
             return np.array([self.texts.index(text) for text in texts], np.int32)
 
-    target_rows = rows  # texts that are learned, in the same list
+    target_rows = subtask_rows = rows  # texts that are learned and heard, in the same list
 
 
-def _strange(tokenizer: TextTokenizer, text: str) -> str:
+def _strange(tokenizer: TextTokenizer, text: str, where: str = "model.auxiliaries' text") -> str:
     parts = ", ".join(map(repr, dict.fromkeys(tokenizer.unknown(text))))
     return (
-        f"{text[:80]!r} has {parts}, which the vocabulary of model.auxiliaries' text cannot say. Train one on these "
-        "texts (scripts/train_tokenizer.py), or leave them out"
+        f"{text[:80]!r} has {parts}, which the vocabulary of {where} has no words for. Use 'words', which has places, "
+        "train one on these texts (scripts/train_tokenizer.py), or leave them out"
     )

@@ -9,6 +9,7 @@ A file of JSON lines, or one with a JSON list, and a folder of images:
 Each pair of a human's and an assistant's turns of a conversation becomes a row of its own, without those before it.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -27,6 +28,8 @@ from octo_like.data.spec import DataError, suggest
 PROMPTS = ("prompt", "question", "instruction")
 ANSWERS = ("answer", "response")
 HUMANS, ASSISTANTS = ("human", "user"), ("gpt", "assistant")
+READ = {"image", "conversations", "kind", *PROMPTS, *ANSWERS}
+PLACES = ("point", "points", "box", "boxes", "bbox", "bboxes")  # fields whose numbers would be lost
 IMAGE_TAG = "<image>"
 ROWS_PER_SHARD = 20_000
 
@@ -52,29 +55,53 @@ class Row:
 class Pictures:
     """Rows of the .jsonl and .json files of a folder, or of one such file; images are below the folder.
 
+    Attributes:
+      broken: with `skip_broken` a message for each entry that is left out, with all its pairs.
+      unread: {name of a field that means nothing here: entries that have it}.
+
     Raises:
-      DataError: naming file and line: no such files, broken JSON, unknown fields, no or an empty prompt or answer, an
-        image that is missing or outside of the folder, something that looks like a location token and is none.
+      DataError: naming file and line: no such files, broken JSON, no or an empty prompt or answer, an image that is
+        missing or outside of the folder, something that looks like a location token and is none, places as numbers.
+        With `skip_broken` only: no rows at all, or a file that cannot be read.
     """
 
     description = "pictures with questions and answers"
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, *, skip_broken: bool = False):
+        self.broken: list[str] = []
+        self.unread: collections.Counter[str] = collections.Counter()
         path = pathlib.Path(root)
         self._folder = (path if path.is_dir() else path.parent).resolve()
         files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".json")) if path.is_dir() else [path]
         if not files:
             raise DataError(f"{root}: no *.jsonl or *.json files")
-        self.rows = [row for file in files for where, entry in _entries(file) for row in self._of(where, entry)]
+        self.rows: list[Row] = []
+        for where, entry in (found for file in files for found in _entries(file)):
+            try:
+                self.rows += list(self._of(where, entry))
+                self.unread.update(set(entry) - READ)
+            except DataError as error:
+                if not skip_broken:
+                    raise
+                self.broken.append(str(error))
         if not self.rows:
-            raise DataError(f"{root}: no rows in {', '.join(file.name for file in files)}")
+            names = ", ".join(file.name for file in files)
+            raise DataError(f"{root}: no rows in {names}" + "".join(f"; {one}" for one in self.broken[:1]))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def _of(self, where: str, entry: Any) -> Iterator[Row]:
+        if isinstance(entry, DataError):
+            raise entry
         if not isinstance(entry, dict):
             raise DataError(f"{where}: expected an object with an image, got {type(entry).__name__}")
+        if numbers := [name for name in PLACES if name in entry]:
+            raise DataError(
+                f"{where}: {numbers[0]!r} would be lost: say places in the answer, as location tokens "
+                f"(octo_like.common.location_tokens), e.g. {location_tokens.encode_point(0.25, 0.5)!r} for the point a "
+                "quarter down and half across"
+            )
         image = self._image(where, entry)
         kind = _text(where, entry.get("kind", ""), "kind", empty=True)
         if "conversations" in entry:
@@ -109,7 +136,7 @@ class Pictures:
 
 
 def _entries(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, what is there) of every entry."""
+    """(file and line, what is there) of every entry; a DataError where it is no JSON."""
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -118,16 +145,30 @@ def _entries(file: pathlib.Path) -> Iterator[tuple[str, Any]]:
         try:
             entries = json.loads(content)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {error.lineno}: broken JSON: {error.msg}") from error
+            where = f"{file}, line {error.lineno}"
+            yield where, DataError(f"{where}: broken JSON: {error.msg}")
+            return
         yield from ((f"{file}, entry {number}", entry) for number, entry in enumerate(entries))
+        return
+    if file.suffix == ".json" and isinstance(one := _parsed(content), dict):  # over several lines, it may be
+        yield f"{file}, line 1", one
         return
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{file}, line {number}"
         try:
-            yield f"{file}, line {number}", json.loads(line)
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number}: broken JSON: {error.msg} (column {error.colno})") from error
+            entry = DataError(f"{where}: broken JSON: {error.msg} (column {error.colno})")
+        yield where, entry
+
+
+def _parsed(content: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError:
+        return None
 
 
 def _field(where: str, entry: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -162,7 +203,7 @@ def _turns(where: str, turns: Any) -> Iterator[tuple[str, str]]:
 
 @dataclasses.dataclass
 class WrittenPictures:
-    """What was written: DATA_DIR/name/version, its rows, and one message for each row that was left out."""
+    """What was written: DATA_DIR/name/version, its rows, and one message for each row or entry that was left out."""
 
     directory: str
     rows: int = 0
@@ -185,7 +226,7 @@ def write_pictures(
       DataError: an image that cannot be read; a dataset of this name and version that exists.
     """
     with whole_or_nothing(data_dir, name, options) as (folder, target):
-        written = WrittenPictures(str(target))
+        written = WrittenPictures(str(target), broken=list(source.broken))
         writer = None
         for row in source.rows:
             try:
