@@ -42,7 +42,7 @@ def make_source(args):
     if args.format == "lerobot":
         from octo_like.data.convert.lerobot import LeRobot
 
-        return LeRobot(args.source, tolerance=args.tolerance_s, **options)
+        return LeRobot(args.source, tolerance=args.tolerance_s, subtasks=args.subtasks, **options)
     if args.format == "hdf5":
         from octo_like.data.convert.hdf5 import Hdf5
 
@@ -72,6 +72,7 @@ def arguments() -> argparse.Namespace:
         default="error",
         help="an episode lacks a camera: end (default), or write empty frames, which training marks as missing",
     )
+    parser.add_argument("--subtasks", metavar="COLUMN", help="of a LeRobot dataset that has sub-tasks in several")
     parser.add_argument(
         "--tolerance_s", type=float, default=1e-3, help="between a timestamp and its video frame (default: %(default)s)"
     )

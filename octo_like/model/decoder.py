@@ -61,7 +61,7 @@ class UntilEnd(NamedTuple):
       length: L.
     """
 
-    words: np.ndarray
+    words: np.ndarray | jax.Array
     length: int
     end: int = 1
     pad: int = 0

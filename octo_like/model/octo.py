@@ -151,15 +151,17 @@ class OctoModel(nn.Module):
         part: str = "text",
         temperature: float = 0.0,
         top_k: int = 0,
+        allowed_v: jax.Array | None = None,
     ) -> jax.Array:
         """Ids (B, M) of what the model says at the last timestep of the window; 1 ends a text, 0 follows.
 
         Args:
           part: the auxiliary that says it. keys_b: (B,) keys; not needed at temperature 0.
+          allowed_v: (V,) bool, ids that may be said besides the end; None: all.
         """
         head = self._text_head(part)
         groups = self.octo_transformer(observation, task, only_last=head.needed_group)
-        return head.generate(groups, keys_b, temperature=temperature, top_k=top_k)
+        return head.generate(groups, keys_b, temperature=temperature, top_k=top_k, allowed_v=allowed_v)
 
     def text_log_probs(
         self, observation: Mapping[str, Any], task: Mapping[str, Any], ids: jax.Array, *, part: str = "text"

@@ -95,10 +95,11 @@ class TextHead(nn.Module):
         *,
         temperature: float = 0.0,
         top_k: int = 0,
+        allowed_v: jax.Array | None = None,
     ) -> jax.Array:
         """(B, M) ids, see `OctoModel.predict_text`. Never padding or <unk> before the end."""
-        ids = np.arange(self.decoder.vocab_size)
-        rule = UntilEnd(~np.isin(ids, (PAD, END, UNKNOWN)), self.max_length, END, PAD)
+        words = ~np.isin(np.arange(self.decoder.vocab_size), (PAD, END, UNKNOWN))
+        rule = UntilEnd(words if allowed_v is None else words & allowed_v, self.max_length, END, PAD)
         return self.decoder.generate(self._read(groups), rule, keys_b, temperature=temperature, top_k=top_k)
 
     def log_probs(self, groups: Mapping[str, TokenGroup], ids: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ from octo_like.policy.octo_release import (
 from octo_like.policy.own_modules import check_modules, compare_sources
 from octo_like.policy.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
 from octo_like.policy.tasks import make_tasks
-from octo_like.policy.words import say
+from octo_like.policy.words import log_probs, say
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class Policy:
         which of its actions are relative to which proprioception.
       text_tokenizer: None for a policy without language.
       batch_spec: sizes of everything that goes in and comes out.
-      sample_program, text_program, language_program: the jitted functions behind `sample_actions`, `predict_text` and
-        `create_tasks`.
+      sample_program, text_program, score_program, language_program: the jitted functions behind `sample_actions`,
+        `predict_text`, `text_log_probs` and `create_tasks`.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Policy:
         self.text_program = jax.jit(
             functools.partial(_predict_text, self.model), static_argnames=("part", "temperature", "top_k")
         )
+        self.score_program = jax.jit(functools.partial(_text_log_probs, self.model), static_argnames="part")
         self.language_program = jax.jit(
             lambda params, task: self.model.apply({"params": params}, task, method="encode_language")
         )
@@ -416,6 +417,7 @@ class Policy:
         part: str = "text",
         temperature: float = 0.0,
         top_k: int = 0,
+        only: Sequence[str] | None = None,
     ) -> list[str]:
         """What the model says at the last timestep of the window: the answer to an instruction that asks, or what to do
         next (`create_tasks(..., subtasks=...)` takes it).
@@ -425,14 +427,37 @@ class Policy:
           rng: one key or B keys; needed where `temperature` draws.
           part: of `model.auxiliaries`.
           temperature: 0 says the likeliest word at every step; top_k: draw among the k likeliest.
+          only: texts of whose pieces alone the answer is made: `octo_like.common.location_tokens.TOKENS` for a place,
+            ("yes", "no") for a decision.
 
         Returns:
           B texts.
 
         Raises:
-          ValueError: a policy that says nothing; also as `sample_actions`.
+          ValueError: a policy that says nothing, or could not say one of `only`; also as `sample_actions`.
         """
-        return say(self, observations, tasks, rng, unnormalize, part=part, temperature=temperature, top_k=top_k)
+        options: dict[str, Any] = dict(part=part, temperature=temperature, top_k=top_k, only=only)
+        return say(self, observations, tasks, rng, unnormalize, **options)
+
+    def text_log_probs(
+        self,
+        observations: Mapping[str, Any],
+        tasks: Mapping[str, Any],
+        texts: Sequence[str],
+        *,
+        unnormalize: str | None = None,
+        part: str = "text",
+    ) -> np.ndarray:
+        """(B,) natural logarithms of the probability that the model would say the texts, each to its end: which of some
+        sub-tasks does it think is next?
+
+        Args:
+          texts: one for each row; for several of one moment repeat it, and its task.
+
+        Raises:
+          ValueError: a text too long, or with what the policy cannot say; not one for each row; as `predict_text`.
+        """
+        return log_probs(self, observations, tasks, texts, unnormalize, part=part)
 
     def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
         """H of the chunks that `sample_actions` gives for the same arguments."""
@@ -465,6 +490,11 @@ def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, guidan
     return model.apply({"params": params}, observations, tasks, keys_b, **arguments, method="sample")
 
 
-def _predict_text(model: OctoModel, params, observations, tasks, keys_b, **static):
+def _predict_text(model: OctoModel, params, observations, tasks, keys_b, allowed_v=None, **static):
     """`static`: part, temperature and top_k."""
-    return model.apply({"params": params}, observations, tasks, keys_b, **static, method="predict_text")
+    options = static | {"allowed_v": allowed_v}
+    return model.apply({"params": params}, observations, tasks, keys_b, **options, method="predict_text")
+
+
+def _text_log_probs(model: OctoModel, params, observations, tasks, ids, *, part):
+    return model.apply({"params": params}, observations, tasks, ids, part=part, method="text_log_probs")

@@ -172,7 +172,7 @@ def _functions(policy, unnormalize, head, inputs) -> dict[str, tuple[Callable, d
         tree = unflatten(given)
         observations = policy.prepare_observations(tree["observation"], unnormalize)
         options = dict(part=speaker(policy), temperature=0.0, top_k=0)
-        return policy.text_program(unflatten(params), observations, tree["task"], None, **options)
+        return policy.text_program(unflatten(params), observations, tree["task"], None, None, **options)
 
     def encode_language(params, given):
         encoded = policy.language_program(unflatten(params), unflatten(given)["task"])

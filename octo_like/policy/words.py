@@ -1,11 +1,12 @@
-"""What a policy says in words."""
+"""What a policy says in words, and how likely it is to say given ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from octo_like.common.text import EOS, PAD, TextTokenizer
 from octo_like.common.vocabularies import tokenizer_of
 from octo_like.common.words import suggest
 from octo_like.policy.observations import check_rows, row_keys
@@ -21,8 +22,47 @@ def say(
     part: str,
     temperature: float,
     top_k: int,
+    only: Sequence[str] | None,
 ) -> list[str]:
     """`Policy.predict_text`."""
+    tokenizer = speech(policy, part)
+    if temperature > 0 and rng is None:
+        raise ValueError(f"temperature {temperature} draws: give rng")
+    allowed = None if only is None else _allowed(tokenizer, only)
+    observations = policy.prepare_observations(observations, unnormalize)
+    b = observations["timestep_pad_mask"].shape[0]
+    check_rows(tasks, b)
+    keys_b = None if temperature == 0 else row_keys(rng, b)
+    options = dict(part=part, temperature=float(temperature), top_k=int(top_k))
+    return tokenizer.decode(
+        np.asarray(policy.text_program(policy.params, observations, tasks, keys_b, allowed, **options))
+    )
+
+
+def log_probs(
+    policy: Any,
+    observations: Mapping[str, Any],
+    tasks: Mapping[str, Any],
+    texts: Sequence[str],
+    unnormalize: str | None,
+    *,
+    part: str,
+) -> np.ndarray:
+    """`Policy.text_log_probs`."""
+    tokenizer = speech(policy, part)
+    for text in texts:
+        _check(tokenizer, text)
+    observations = policy.prepare_observations(observations, unnormalize)
+    b = observations["timestep_pad_mask"].shape[0]
+    check_rows(tasks, b)
+    if len(texts) != b:
+        raise ValueError(f"one text for each of {b} rows is needed, got {len(texts)}")
+    ids = tokenizer.encode(list(texts))["input_ids"]
+    return np.asarray(policy.score_program(policy.params, observations, tasks, ids, part=part))
+
+
+def speech(policy: Any, part: str) -> TextTokenizer:
+    """The words of a part of a policy. Raises ValueError where it has no such part that says texts."""
     parts = {
         name: entry
         for name, entry in (policy.config["model"].get("auxiliaries") or {}).items()
@@ -30,13 +70,25 @@ def say(
     }
     if part not in parts:
         raise ValueError(f"this policy has no part {part!r} that says texts; {suggest(part, parts)}")
-    if temperature > 0 and rng is None:
-        raise ValueError(f"temperature {temperature} draws: give rng")
-    observations = policy.prepare_observations(observations, unnormalize)
-    b = observations["timestep_pad_mask"].shape[0]
-    check_rows(tasks, b)
-    keys_b = None if temperature == 0 else row_keys(rng, b)
-    options = dict(part=part, temperature=float(temperature), top_k=int(top_k))
-    ids = policy.text_program(policy.params, observations, tasks, keys_b, **options)
-    tokenizer = tokenizer_of(dict(parts[part]["vocabulary"]), int(parts[part].get("max_length", ids.shape[1])))
-    return tokenizer.decode(np.asarray(ids))
+    return tokenizer_of(dict(parts[part]["vocabulary"]), policy.model.auxiliaries[part].max_length)
+
+
+def _allowed(tokenizer: TextTokenizer, only: Sequence[str]) -> np.ndarray:
+    """(V,) bool: the pieces of some texts."""
+    if isinstance(only, str) or not only:
+        raise ValueError(f"only: a list of at least one text whose pieces may be said, got {only!r}")
+    for text in only:
+        _check(tokenizer, text)
+    allowed = np.zeros(tokenizer.vocab_size, bool)
+    allowed[tokenizer.encode(list(only))["input_ids"]] = True
+    allowed[[PAD, EOS]] = False
+    return allowed
+
+
+def _check(tokenizer: TextTokenizer, text: str) -> None:
+    if strange := tokenizer.unknown(text):
+        raise ValueError(f"{text[:80]!r} has {strange[0]!r}, which this policy cannot say")
+    if (length := tokenizer.num_tokens(text)) > tokenizer.max_length:
+        raise ValueError(
+            f"{text[:80]!r} has {length} ids with its end, this policy says at most {tokenizer.max_length}"
+        )

@@ -124,8 +124,16 @@ def test_columns_that_hold_something_else(annotated, kind):
         source, words = LeRobot(root), "subtask_index 2 is not among the sub-tasks"
     elif kind == "twice":
         add("subtask", "string", phase_of(demos))
-        with pytest.raises(DataError, match="sub-tasks in more than one column: subtask, language_persistent"):
-            LeRobot(add("language_persistent", "language", annotations(demos)))
+        root = add("language_persistent", "language", annotations(demos))
+        with pytest.raises(
+            DataError, match="sub-tasks in more than one column: subtask, language_persistent; choose one"
+        ):
+            LeRobot(root)
+        with pytest.raises(DataError, match="no sub-tasks in a column 'sub'; .*'subtask'"):
+            LeRobot(root, subtasks="sub")
+        chosen = LeRobot(root, subtasks="subtask")
+        assert "language_persistent: sub-tasks, of which those of subtask were chosen" in chosen.left_out
+        assert chosen.read(0) is not None
         return
     else:
         source = LeRobot(add("language_persistent", "language", phase_of(demos)))

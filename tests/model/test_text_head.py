@@ -206,6 +206,42 @@ def test_reading_all_tokens_says_the_same_whichever_way_the_transformer_runs():
         np.testing.assert_array_equal(said[: min(end, LENGTH - 1)], row[: min(end, LENGTH - 1)])
 
 
+def test_given_texts_have_their_probability_and_speech_can_be_held_to_some():
+    """Nothing but pieces of the texts is said, drawn or not; probabilities are the model's, of each row by itself."""
+    one = policy()
+    row = {key: leaf for key, leaf in one.example_batch["observation"].items() if not isinstance(leaf, dict)}
+    only = ("red", "block")
+    (said,) = one.predict_text(row, one.create_tasks(texts=["go"]), only=only)
+    assert set(said.split()) <= set(only)  # or nothing
+    drawn = [
+        one.predict_text(row, one.create_tasks(texts=["go"]), only=only, temperature=2.0, rng=jax.random.key(i))[0]
+        for i in range(5)
+    ]
+    assert all(set(text.split()) <= set(only) for text in drawn) and len(set(drawn)) > 1
+    texts = ["", "red", "block", "red block", "block red", "red red block"]
+    several = {key: np.repeat(leaf, len(texts), 0) for key, leaf in row.items()}
+    tasks = one.create_tasks(texts=["go"] * len(texts))
+    found = one.text_log_probs(several, tasks, texts)
+    alone = [one.text_log_probs(row, one.create_tasks(texts=["go"]), [text])[0] for text in texts]
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert (found < 0).all() and np.exp(found).sum() < 1
+    ids = one.text_tokenizer.encode(texts)["input_ids"]
+    model_says = one.model.apply(
+        {"params": one.params}, one.prepare_observations(several), tasks, ids, method="text_log_probs"
+    )
+    np.testing.assert_allclose(found, model_says, atol=1e-5)
+    for wrong, message in (
+        (dict(texts=["red"]), "one text for each of 6 rows is needed, got 1"),
+        (dict(texts=["red block " * 9] * 6), "ids with its end, this policy says at most"),
+        (dict(texts=["ol\u00e9"] * 6), "has '\u00e9', which this policy cannot say"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one.text_log_probs(several, tasks, **wrong)
+    for wrong in ("red", []):
+        with pytest.raises(ValueError, match="only: a list of at least one text"):
+            one.predict_text(several, tasks, only=wrong)
+
+
 def test_mistakes_are_named():
     one = policy()
     observation = {key: leaf for key, leaf in one.example_batch["observation"].items() if not isinstance(leaf, dict)}

@@ -41,10 +41,17 @@ class LeRobot:
       action_key: the column of the actions.
       tolerance: see `octo_like.data.convert.video.frames_at`.
       instruction: for rows whose task is empty.
+      subtasks: the column of the sub-tasks, where more than one has some; None: the only one.
     """
 
     def __init__(
-        self, root: str, *, action_key: str = "action", tolerance: float = video.TOLERANCE_S, instruction: str = ""
+        self,
+        root: str,
+        *,
+        action_key: str = "action",
+        tolerance: float = video.TOLERANCE_S,
+        instruction: str = "",
+        subtasks: str | None = None,
     ):
         self._root, self._tolerance, self._instruction = pathlib.Path(root), tolerance, instruction
         path = self._root / "meta" / "info.json"
@@ -57,7 +64,7 @@ class LeRobot:
         self._v3 = version.startswith("v3.")
         self.description = f"LeRobot {version}, robot {self._info.get('robot_type') or 'unknown'}"
         self.control_hz = float(self._info["fps"])
-        self._cameras, self._vectors, self._texts, self.left_out = self._features()
+        self._cameras, self._vectors, self._texts, self.left_out = self._features(subtasks)
         if action_key not in self._vectors:
             numeric = [key for key in self._vectors if not key.startswith("observation")] or list(self._vectors)
             raise DataError(f"{path}: no actions {action_key!r}; {suggest(action_key, numeric)}")
@@ -77,7 +84,7 @@ class LeRobot:
     def __len__(self) -> int:
         return len(self._episodes)
 
-    def _features(self) -> tuple[dict[str, str], list[str], list[str], list[str]]:
+    def _features(self, subtasks: str | None) -> tuple[dict[str, str], list[str], list[str], list[str]]:
         """({column: "video" or "image"}, columns of numbers, columns of texts, what is left out)."""
         cameras, vectors, texts, left_out = {}, [], [], []
         for key, feature in self._info["features"].items():
@@ -101,8 +108,15 @@ class LeRobot:
             else:
                 vectors.append(key)
         twice = [key for key in texts if key in (PERSISTENT, SUBTASK_INDEX) or _short(key) == SUBTASK]
-        if len(twice) > 1:
-            raise DataError(f"{self._root}: sub-tasks in more than one column: {', '.join(twice)}")
+        if subtasks is not None and subtasks not in twice:
+            raise DataError(f"{self._root}: no sub-tasks in a column {subtasks!r}; {suggest(subtasks, twice)}")
+        if subtasks is None and len(twice) > 1:
+            raise DataError(
+                f"{self._root}: sub-tasks in more than one column: {', '.join(twice)}; choose one (--subtasks)"
+            )
+        others = [key for key in twice if subtasks is not None and key != subtasks]
+        texts = [key for key in texts if key not in others]
+        left_out += [f"{key}: sub-tasks, of which those of {subtasks} were chosen" for key in others]
         return cameras, vectors, texts, left_out
 
     def _read_table(self, table: str, what: str) -> dict[int, str]:
