@@ -28,6 +28,12 @@ def make_source(args):
         from octo_like.data.spec import DataError
 
         raise DataError(f"{args.source} does not exist")
+    if args.subtasks is not None and args.format != "lerobot":
+        from octo_like.data.spec import DataError
+
+        raise DataError(
+            f"--subtasks names a column of a LeRobot dataset; {args.format} recordings have one field, 'subtask'"
+        )
     options = dict(instruction=args.instruction or "", **({"action_key": args.action_key} if args.action_key else {}))
     if args.format == "pictures":
         from octo_like.data.convert.pictures import Pictures

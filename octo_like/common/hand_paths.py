@@ -85,6 +85,11 @@ def is_path(text: str) -> bool:
     return True
 
 
+def looks_like_path(text: str) -> bool:
+    """Whether a text says nothing but places and events: a path, or what should have been one."""
+    return location_tokens.has_any(text) and not location_tokens.without(_EVENT.sub("", text)).strip()
+
+
 def paths_ahead(
     places_t2: np.ndarray, closed_t: Sequence[bool] | np.ndarray, *, points: int = 5, events: int = 2
 ) -> list[str]:

@@ -55,7 +55,7 @@ def decode(text: str, count: int | None = None) -> tuple[float, ...]:
       ValueError: something else than tokens, none, or another number of them.
     """
     check(text)
-    rest = _TOKEN.sub("", text).strip()
+    rest = without(text).strip()
     if rest:
         raise ValueError(f"{text!r} has {rest!r} beside location tokens such as {TOKENS[7]}")
     numbers = _TOKEN.findall(text)
@@ -81,6 +81,11 @@ def decode_box(text: str) -> tuple[float, float, float, float]:
 def has_any(text: str) -> bool:
     """Whether there is a location token in a text."""
     return _TOKEN.search(text) is not None
+
+
+def without(text: str) -> str:
+    """A text without its location tokens."""
+    return _TOKEN.sub("", text)
 
 
 def check(text: str) -> None:

@@ -48,7 +48,7 @@ from octo_like.policy.octo_release import (
 from octo_like.policy.own_modules import check_modules, compare_sources
 from octo_like.policy.pretrained import CONFIG_FILE, PretrainedError, load_directory, save_directory
 from octo_like.policy.tasks import make_tasks
-from octo_like.policy.words import log_probs, say
+from octo_like.policy.words import Saying, log_probs, say
 
 log = logging.getLogger(__name__)
 
@@ -427,8 +427,8 @@ class Policy:
           rng: one key or B keys; needed where `temperature` draws.
           part: of `model.auxiliaries`.
           temperature: 0 says the likeliest word at every step; top_k: draw among the k likeliest.
-          only: texts of whose pieces alone the answer is made: `octo_like.common.location_tokens.TOKENS` for a place,
-            ("yes", "no") for a decision.
+          only: texts of whose pieces alone, in any order and number, the answer is made:
+            `octo_like.common.location_tokens.TOKENS` for places. To choose one of some texts: `text_log_probs`.
 
         Returns:
           B texts.
@@ -436,8 +436,7 @@ class Policy:
         Raises:
           ValueError: a policy that says nothing, or could not say one of `only`; also as `sample_actions`.
         """
-        options: dict[str, Any] = dict(part=part, temperature=temperature, top_k=top_k, only=only)
-        return say(self, observations, tasks, rng, unnormalize, **options)
+        return say(self, observations, tasks, rng, unnormalize, Saying(part, temperature, top_k, only))
 
     def text_log_probs(
         self,

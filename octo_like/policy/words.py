@@ -1,7 +1,7 @@
 """What a policy says in words, and how likely it is to say given ones."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,28 +12,33 @@ from octo_like.common.words import suggest
 from octo_like.policy.observations import check_rows, row_keys
 
 
+class Saying(NamedTuple):
+    """How something is said; see `Policy.predict_text`."""
+
+    part: str
+    temperature: float
+    top_k: int
+    only: Sequence[str] | None
+
+
 def say(
     policy: Any,
     observations: Mapping[str, Any],
     tasks: Mapping[str, Any],
     rng: jax.Array | None,
     unnormalize: str | None,
-    *,
-    part: str,
-    temperature: float,
-    top_k: int,
-    only: Sequence[str] | None,
+    how: Saying,
 ) -> list[str]:
     """`Policy.predict_text`."""
-    tokenizer = speech(policy, part)
+    tokenizer, temperature = speech(policy, how.part), how.temperature
     if temperature > 0 and rng is None:
         raise ValueError(f"temperature {temperature} draws: give rng")
-    allowed = None if only is None else _allowed(tokenizer, only)
+    allowed = None if how.only is None else _allowed(tokenizer, how.only)
     observations = policy.prepare_observations(observations, unnormalize)
     b = observations["timestep_pad_mask"].shape[0]
     check_rows(tasks, b)
     keys_b = None if temperature == 0 else row_keys(rng, b)
-    options = dict(part=part, temperature=float(temperature), top_k=int(top_k))
+    options = dict(part=how.part, temperature=float(temperature), top_k=int(how.top_k))
     return tokenizer.decode(
         np.asarray(policy.text_program(policy.params, observations, tasks, keys_b, allowed, **options))
     )
@@ -50,6 +55,8 @@ def log_probs(
 ) -> np.ndarray:
     """`Policy.text_log_probs`."""
     tokenizer = speech(policy, part)
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a list of texts; wrap a single one as [{texts[:40]!r}]")
     for text in texts:
         _check(tokenizer, text)
     observations = policy.prepare_observations(observations, unnormalize)

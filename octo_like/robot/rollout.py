@@ -17,7 +17,7 @@ import gymnasium as gym
 import jax
 import numpy as np
 
-from octo_like.common import location_tokens
+from octo_like.common import hand_paths
 from octo_like.common.schema import BatchSpec
 from octo_like.common.words import nearest
 from octo_like.robot.images import resize_images
@@ -331,7 +331,7 @@ class _Slot:
 
     def plan(self, text: str) -> None:
         # Two paths are never the same: nothing to compare, nor with half a path.
-        wanted = None if location_tokens.has_any(text) else self.info.get("subtask")
+        wanted = None if hand_paths.looks_like_path(text) else self.info.get("subtask")
         self.plans.append(Plan(self.steps, text, None if wanted is None else str(wanted)))
         self.planned = self.chunks
 

@@ -278,11 +278,10 @@ def closed_loop(
     dataset: str | None,
     *,
     episodes: int = 20,
-    exec_horizon: int | None = None,
-    batch_size: int = 20,
     seed: int = EVALUATION_SEEDS,
     record: int = 2,
     plan_every: int | None = None,
+    **options: Any,
 ) -> ClosedLoop:
     """Success of the policy in a registered gymnasium environment; the episodes' seeds are seed, seed + 1, ...
 
@@ -291,17 +290,18 @@ def closed_loop(
       env: id of the environment ("module:id" imports a module first).
       dataset: name of the statistics that give actions their units.
       plan_every: the policy says what it does next, anew after so many chunks, and acts on it; None: it does not.
+      options: of `evaluate`, as `exec_horizon`; `batch_size` is 20.
     """
-    said: dict[str, Any] = {} if plan_every is None else {"planner": PredictedPlanner(), "plan_every": plan_every}
+    options = {"batch_size": min(20, episodes), **options}
+    if plan_every is not None:
+        options |= {"planner": PredictedPlanner(), "plan_every": plan_every}
     outcomes = evaluate(
         policy,
         gym_env_maker(env),
         range(seed, seed + episodes),
         unnormalize=dataset,
-        exec_horizon=exec_horizon,
-        batch_size=min(batch_size, episodes),
         record=record,
-        **said,
+        **options,
     )
     videos = {
         f"{episode.seed - seed}": np.stack(

@@ -102,6 +102,11 @@ class Evaluator:
         picture = plot_prediction(prediction, named.names, units=named.units, title=f"{name}, step {step}")
         self.writer.images(step, {f"predictions/{name}": picture})
 
+    def _plans(self, name: str) -> bool:
+        """Whether a dataset has sub-tasks, so that its robot has learned to say what it does next."""
+        views = self.run.inputs.stream.order_spec.get("views") or {}
+        return name not in views or views[name].get("text_keys", {}).get("subtask") is not None
+
     def _rollouts(self, step: int, params: Any) -> dict[str, float]:
         """Every process runs its share of the episodes, by itself; process 0 writes the videos of its own."""
         run, scalars = self.run, dict[str, float]()
@@ -118,7 +123,7 @@ class Evaluator:
                     name,
                     episodes=len(mine),
                     exec_horizon=run.config.eval.exec_horizon,
-                    plan_every=run.config.eval.get("plan_every"),
+                    plan_every=run.config.eval.get("plan_every") if self._plans(name) else None,
                     seed=EVALUATION_SEEDS + mine.start,
                     record=RECORDED if distributed.is_main() else 0,
                 )

@@ -1,5 +1,6 @@
 """Samples to batches: gathers windows, chunks and goals from episodes, decodes the frames they use, fills the masks."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from octo_like.data.settings import TaskOptions
 from octo_like.data.spec import DataError, suggest
 
 MAX_CLIPPED = 0.05  # of the coefficients of a dataset's first chunks, by a vocabulary of action tokens
-JUDGED_CHUNKS = 64  # so many
+JUDGED_CHUNKS = 256  # so many
 # A dataset may have these cameras without the run using them; any other name without a size is a mistake.
 COMMON_SLOTS = ("primary", "secondary", "wrist")
 
@@ -139,6 +140,7 @@ class Assembler:
         }
         # Of the first chunks, by head and dataset: coefficients that the vocabulary would cut, and chunks.
         self._fitting: dict[tuple[str, int], tuple[int, int]] = {}
+        self._judging = threading.Lock()  # several batches are made at a time
         self._has_actions = np.array([one.action_key is not None for one in specs])
         kinds = [None if one.text_target is None else one.text_target[0] for one in specs]
         self._text_kind = np.array([0 if kind is None else 1 + TEXT_KINDS.index(kind) for kind in kinds], np.int32)
@@ -265,9 +267,9 @@ class Assembler:
         return batch, seen.bad
 
     def _labelled(self, episodes: Sequence[Episode], t: np.ndarray) -> np.ndarray:
-        """(N,) bool: steps t (N,) have a sub-task, and the model hears those."""
+        """(N,) bool: steps t (N,) have a sub-task, and some samples are told theirs: in validation none is."""
         there = [e.subtask is not None and e.subtask[step] != 0 for e, step in zip(episodes, t, strict=True)]
-        return np.array(there, bool) & self._spec.subtask
+        return np.array(there, bool) & (self._spec.subtask and self._task.drop_subtask_prob < 1)
 
     def _choose_task(self, request: Request, text: np.ndarray, labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) bool: the task is a goal image; the task is words: an instruction, or, where there is none, a sub-task.
@@ -380,15 +382,15 @@ class Assembler:
         return {"action_tokens": tokens}
 
     def _check_fit(self, head: str, vocabulary: FastVocabulary, dataset_n: np.ndarray, chunks_n: np.ndarray) -> None:
-        """Counts what would be cut of the first chunks (N, H, A) of each dataset (N,), and judges it once."""
-        for number in np.unique(dataset_n):
-            cut, seen = self._fitting.get((head, int(number)), (0, 0))
-            if seen >= JUDGED_CHUNKS:
-                continue
-            mine = chunks_n[dataset_n == number]
-            cut, seen = cut + int(vocabulary.clipped(mine).sum()), seen + len(mine)
-            self._fitting[head, int(number)] = cut, seen
-            if seen >= JUDGED_CHUNKS:
+        """Counts what would be cut of the first chunks (N, H, A) of each dataset (N,), and then judges it."""
+        for number in np.unique(dataset_n).tolist():
+            with self._judging:
+                cut, seen = self._fitting.get((head, number), (0, 0))
+                if seen < JUDGED_CHUNKS:
+                    mine = chunks_n[dataset_n == number]
+                    cut, seen = cut + int(vocabulary.clipped(mine).sum()), seen + len(mine)
+                    self._fitting[head, number] = cut, seen
+            if seen >= JUDGED_CHUNKS:  # also later: a vocabulary that does not fit never does
                 share = cut / (seen * vocabulary.num_coefficients)
                 _check_vocabulary(head, self._sets[number].prepared.key, share)
 

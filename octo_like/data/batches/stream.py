@@ -289,6 +289,8 @@ def make_train_stream(
         "approximate": random + [name for name, d in datasets.items() if not d.seekable],
         **settings.spec(subtasks=batch_spec.subtask),
         **texts.spec,
+        # 2: what has no instruction is told its sub-task, and learned where nothing is asked.
+        **({"words": 2} if batch_spec.subtask or batch_spec.text_target is not None else {}),
         "batch": batch_spec.to_json(),
         "views": {name: d.spec.view_fields() for name, d in datasets.items()},
         "normalization": {
