@@ -76,14 +76,15 @@ def _of_study(study: str, variants: Mapping[str, Mapping[str, Sequence]]) -> str
             if "episodes" in there[0]:
                 rows.append([VARIANTS.get(variant, variant), TESTS.get(test, test), *_rates(there)])
             elif "seconds" in there[0] and test == "speed":
-                tokens = there[0]["tokens"]
-                speeds.append(
-                    [variant, f"{1000 * there[0]['seconds']:.1f} ms", "" if tokens is None else f"{tokens:.1f}"]
-                )
+                waits = statistics.median(result["seconds"] for result in there)
+                tokens = [result["tokens"] for result in there if result["tokens"] is not None]
+                said = f"{statistics.mean(tokens):.1f}" if tokens else ""
+                speeds.append([variant, f"{1000 * waits:.1f} ms", said])
     head = ["policy", "test", "success of each training", "mean (95%, of scenes)", "of each task", "besides"]
     parts = [_markdown(head, rows)] if rows else ["Not run yet.\n"]
     if speeds:
-        parts.append(_markdown(["head", "one robot waits for a chunk", "tokens of a chunk"], speeds))
+        head = ["head", "one robot waits for a chunk (median of trainings)", "tokens of a chunk"]
+        parts.append(_markdown(head, speeds))
     parts += [_compared(study, variants), _answers(variants)]
     return "\n".join(part for part in parts if part)
 
