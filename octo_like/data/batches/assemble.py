@@ -268,8 +268,9 @@ class Assembler:
 
     def _labelled(self, episodes: Sequence[Episode], t: np.ndarray) -> np.ndarray:
         """(N,) bool: steps t (N,) have a sub-task, and some samples are told theirs: in validation none is."""
-        there = [e.subtask is not None and e.subtask[step] != 0 for e, step in zip(episodes, t, strict=True)]
-        return np.array(there, bool) & (self._spec.subtask and self._task.drop_subtask_prob < 1)
+        if not self._spec.subtask or self._task.drop_subtask_prob == 1:
+            return np.zeros(len(t), bool)
+        return np.array([e.subtask is not None and e.subtask[i] != 0 for e, i in zip(episodes, t, strict=True)], bool)
 
     def _choose_task(self, request: Request, text: np.ndarray, labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N,) bool: the task is a goal image; the task is words: an instruction, or, where there is none, a sub-task.
