@@ -185,15 +185,13 @@ class Texts:
                 f"{dataset}: {len(strange)} of {len(texts)} sub-tasks that the model says, and would not hear: "
                 f"{_strange(tokenizer, strange[0], 'config.text.model')}"
             )
-        lengths = {text: tokenizer.num_tokens(text) for text in texts}
-        longest = max(lengths, key=lambda text: lengths[text])
-        if lengths[longest] > tokenizer.max_length:
-            long = sum(length > tokenizer.max_length for length in lengths.values())
+        if found := _too_long(tokenizer, texts):
+            long, longest, length = found
             raise DataError(
                 f"{dataset}: {long} of {len(texts)} sub-tasks are longer than what the model hears, which has "
-                f"{tokenizer.max_length} ids; the longest has {lengths[longest]} with its end: {longest[:80]!r}. Set "
-                f"config.text.max_length to at least {lengths[longest]}, and max_length of the language tokenizers "
-                "with it, or shorten the texts"
+                f"{tokenizer.max_length} ids; the longest has {length} with its end: {longest[:80]!r}. Set "
+                f"config.text.max_length to at least {length}, and max_length of the language tokenizers with it, or "
+                "shorten the texts"
             )
 
     def check_targets(self, dataset: str, texts: Sequence[str]) -> None:
@@ -210,14 +208,12 @@ class Texts:
             raise DataError(
                 f"{dataset}: {len(strange)} of {len(texts)} texts to learn: {_strange(tokenizer, strange[0])}"
             )
-        lengths = {text: tokenizer.num_tokens(text) for text in texts}
-        longest = max(lengths, key=lambda text: lengths[text])
-        if lengths[longest] > tokenizer.max_length:
-            long = sum(length > tokenizer.max_length for length in lengths.values())
+        if found := _too_long(tokenizer, texts):
+            long, longest, length = found
             raise DataError(
                 f"{dataset}: {long} of {len(texts)} texts to learn are longer than the model's texts, which have "
-                f"{tokenizer.max_length} ids; the longest has {lengths[longest]} with its end: {longest[:80]!r}. Set "
-                f"max_length of model.auxiliaries' text to at least {lengths[longest]}, or shorten the texts"
+                f"{tokenizer.max_length} ids; the longest has {length} with its end: {longest[:80]!r}. Set "
+                f"max_length of model.auxiliaries' text to at least {length}, or shorten the texts"
             )
 
     def _check_target(self, text: str) -> None:
@@ -273,6 +269,15 @@ class WordList:
             return np.array([self.texts.index(text) for text in texts], np.int32)
 
     target_rows = subtask_rows = rows  # texts that are learned and heard, in the same list
+
+
+def _too_long(tokenizer: TextTokenizer, texts: Sequence[str]) -> tuple[int, str, int] | None:
+    """(texts that have too many ids, the longest, its ids with its end); None: all fit."""
+    lengths = {text: tokenizer.num_tokens(text) for text in texts}
+    longest = max(lengths, key=lambda text: lengths[text])
+    if lengths[longest] <= tokenizer.max_length:
+        return None
+    return sum(length > tokenizer.max_length for length in lengths.values()), longest, lengths[longest]
 
 
 def _strange(tokenizer: TextTokenizer, text: str, where: str = "model.auxiliaries' text") -> str:
