@@ -150,6 +150,12 @@ def test_garbage_where_nothing_is_to_be_said_changes_nothing_bitwise():
         np.testing.assert_array_equal(got[path], leaf, err_msg=path)
 
 
+def test_a_text_weighs_a_tenth_unless_said():
+    for change, weight in (({}, 0.1), ({"weight": 1.0}, 1.0)):
+        network = build_model(config(text=change))
+        assert network.head_weights == {**dict.fromkeys(network.heads, 1.0), "text": weight}
+
+
 def test_a_batch_without_texts_has_none():
     model, params, batch = made()
     batch = {key: leaf for key, leaf in batch.items() if not key.startswith("text_target")}
