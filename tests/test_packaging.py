@@ -49,14 +49,6 @@ DATA_ARROWS = {
     "convert": {"errors", "tf", "spec", "motions"},
     "dlimp": {"errors", "tf", "order", "oxe", "spec", "rlds", "batches"},
 }
-FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 80, 8
-LONG_FUNCTIONS = {"common/defaults.py default_config": "one dict literal with a comment for each key"}
-MANY_PARAMETERS = {
-    "model/diffusion.py ddim_sample": "the terms of one formula",
-    "robot/rollout.py evaluate": "public; each is a setting of an evaluation",
-    "robot/server.py __init__": "public; each is a setting of a server, given by name",
-}
-
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_cpu", "tfds")
 
 # A process in which TensorFlow is not installed, as far as Python can tell.
@@ -150,16 +142,6 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return found
 
 
-def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """("room/file.py name", function) of every function of the package, also of those in classes and functions."""
-    return [
-        (f"{path.relative_to(PACKAGE).as_posix()} {node.name}", node)
-        for path in sources()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-
-
 def tracked_files() -> list[pathlib.Path]:
     """Files of the project: those git knows or would add; in an unpacked archive, all."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
@@ -238,24 +220,6 @@ def test_circles_are_found():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a"}, "g": set()}
     assert sorted(map(sorted, circles(graph))) == [["a", "b", "c"], ["d", "e"]]
     assert circles({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
-
-
-def test_files_and_functions_are_short():
-    lines = {p.relative_to(PACKAGE).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in sources()}
-    assert not {file: count for file, count in lines.items() if count > FILE_LINES}
-    length = {name: node.end_lineno - node.lineno + 1 for name, node in functions()}
-    assert not {name: n for name, n in length.items() if n > FUNCTION_LINES and name not in LONG_FUNCTIONS}
-
-
-def test_functions_take_few_parameters():
-    """What belongs together travels as an object."""
-    many = {}
-    for name, node in functions():
-        own = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        count = len([one for one in own if one.arg not in ("self", "cls")])
-        if count > PARAMETERS and name not in MANY_PARAMETERS:
-            many[name] = count
-    assert not many
 
 
 def files_importing(*packages: str) -> set[str]:
