@@ -202,7 +202,7 @@ def _pulled(denoise, schedule: NoiseSchedule, x: jax.Array, t: jax.Array, pull: 
     """The guided estimate of x_0 from x_t."""
     level = schedule.alpha_hats[t]
     estimate = lambda x: action_from_noise(schedule, x, denoise(x, t), t)  # noqa: E731
-    return pull.clean(estimate, x, jnp.sqrt(level), jnp.sqrt(1 - level))
+    return pull.fix(pull.clean(estimate, x, jnp.sqrt(level), jnp.sqrt(1 - level)))
 
 
 def _check_clip(clip: str) -> None:

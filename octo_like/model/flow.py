@@ -57,7 +57,6 @@ def euler_sample(
 def _pulled(velocity, x: jax.Array, tau: jax.Array, pull: Pull) -> jax.Array:
     """The guided velocity. The bound of the weight is on the velocity's correction (Black et al. 2025, equation 2)."""
     left = 1 - tau
-    prior = pull.prior_std**2
-    gamma = (tau**2 * prior + left**2) / (jnp.maximum(tau, 1e-6) * left * prior)
+    gamma = tau / left + (1 / pull.prior_std) ** 2 * left / jnp.maximum(tau, 1e-6)
     clean = pull.corrected(lambda x: x + left * velocity(x, tau), x, left * jnp.minimum(gamma, pull.max_weight))
-    return (clean - x) / left
+    return (pull.fix(clean) - x) / left

@@ -108,7 +108,12 @@ class GenerativeHead(ActionHead):
         pull = flat_pull(guidance, self.max_action, valid)
         if guidance.method != "trained":
             return pull, None
-        return None, (pull, jnp.asarray(guidance.weights) > 0.5)
+        return None, (pull, guidance.is_fixed)
+
+    def _ended(self, flat: jax.Array, guidance: Guidance | None, given, valid: jax.Array | None) -> jax.Array:
+        """(..., B, H, A) actions of what a sampler ended on, (..., B, H*A)."""
+        chunk = self._chunk(_put_in(flat, given)[0])
+        return chunk if guidance is None else guidance.fix(chunk, valid)
 
     def _clipped(self, action) -> jax.Array:
         """(B, W, H, A) to (B, W, H*A) within the bounds."""
@@ -230,7 +235,7 @@ class DiffusionHead(GenerativeHead):
         noise: tuple[jax.Array, Any] | None = None,
         guidance: Guidance | None = None,
     ) -> jax.Array:
-        """(*sample_shape, B, H, A) actions within the bounds.
+        """(*sample_shape, B, H, A) actions within the bounds, but for those that `guidance` fixes.
 
         Args:
           keys_b: (B,) keys; a row's actions depend on its own key only.
@@ -257,7 +262,7 @@ class DiffusionHead(GenerativeHead):
         else:
             bounds |= dict(num_steps=steps, eta=self.eta, min_signal=self.min_signal)
             out = ddim_sample(denoise, self.schedule, initial, per_step if self.eta else None, **bounds)
-        return self._chunk(_put_in(out, given)[0])
+        return self._ended(out, guidance, given, valid)
 
 
 class FlowHead(GenerativeHead):
@@ -340,7 +345,7 @@ class FlowHead(GenerativeHead):
 
         initial = drawn[0] if noise is None else noise
         out = flow.euler_sample(speed, initial, self.sample_steps, valid=valid, pull=pull)
-        return self._chunk(_put_in(jnp.clip(out, -self.max_action, self.max_action), given)[0])
+        return self._ended(jnp.clip(out, -self.max_action, self.max_action), guidance, given, valid)
 
 
 def _put_in(x: jax.Array, given: tuple[Pull, jax.Array] | None) -> tuple[jax.Array, jax.Array | None]:
@@ -348,7 +353,7 @@ def _put_in(x: jax.Array, given: tuple[Pull, jax.Array] | None) -> tuple[jax.Arr
     if given is None:
         return x, None
     pull, marks = given
-    return jnp.where(pull.is_given, pull.target, x), marks
+    return pull.fix(x), marks
 
 
 def _row_normal(keys_b: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:

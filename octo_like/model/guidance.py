@@ -14,6 +14,12 @@ and the sampler goes on from there. J^T is the paper's; gamma J = 1 for actions 
 gamma = sigma^2 / (alpha r^2), r^2 = sigma^2 s^2 / (alpha^2 s^2 + sigma^2), with s the standard deviation of the actions
 before the policy has seen anything (1 in the paper); it is limited by `max_weight`.
 
+An action of weight 1 is fixed. The paper's correction only approaches it, as gamma is bounded and J^T W (y - f) is not
+y - f; there it does not matter, since these actions of the new chunk are never executed. Here the estimate at them is y
+itself, with either method: x follows the path from its noise to y, which is what the network has learned to read before
+y, and the free actions continue what is executed. The chunk that a head returns has the previous actions there,
+unchanged.
+
 "trained" is for networks that have learned it (`max_delay` of the head): the first actions are given to the network as
 they are, with a mask, instead of pulling (arXiv 2512.05964).
 """
@@ -34,7 +40,7 @@ class Guidance:
 
     Attributes:
       previous: (B, H, A) actions in the model's numbers; step i of the new chunk is step i here.
-      weights: (B, H) in [0, 1]; for "trained" 1 where the action is given and 0 elsewhere.
+      weights: (B, H) in [0, 1], 1: the action is fixed; for "trained" 1 where the action is given and 0 elsewhere.
       max_weight: bound of gamma.
       prior_std: s of the formula above.
       method: of `METHODS`.
@@ -45,6 +51,23 @@ class Guidance:
     max_weight: jax.Array | float = 5.0
     prior_std: jax.Array | float = 1.0
     method: str = struct.field(pytree_node=False, default="jacobian_free")
+
+    @property
+    def is_fixed(self) -> jax.Array:
+        """(B, H) bool: actions that the new chunk has as they are."""
+        return _is_fixed(jnp.asarray(self.weights), self.method)
+
+    def fix(self, chunk: jax.Array, valid: jax.Array | None) -> jax.Array:
+        """A drawn chunk (..., B, H, A) with the previous actions, also those beyond the model's bounds, where they are
+        fixed. Padded dimensions, where `valid` (B, H * A) is False, are left alone."""
+        fixed = self.is_fixed[..., None]
+        if valid is not None:
+            fixed = fixed & valid.reshape(self.previous.shape)
+        return jnp.where(fixed, self.previous, chunk)
+
+
+def _is_fixed(weight: jax.Array, method: str) -> jax.Array:
+    return weight > 0.5 if method == "trained" else weight >= 1
 
 
 @struct.dataclass
@@ -59,7 +82,7 @@ class Pull:
 
     def clean(self, estimate: Callable[[jax.Array], jax.Array], x: jax.Array, alpha: Any, sigma: Any) -> jax.Array:
         """The guided estimate of the clean chunk at x = alpha action + sigma noise."""
-        gamma = (alpha**2 * self.prior_std**2 + sigma**2) / (alpha * self.prior_std**2)
+        gamma = alpha + (sigma / self.prior_std) ** 2 / alpha
         return self.corrected(estimate, x, jnp.minimum(gamma, self.max_weight))
 
     def corrected(self, estimate: Callable[[jax.Array], jax.Array], x: jax.Array, gamma: Any) -> jax.Array:
@@ -70,10 +93,9 @@ class Pull:
         found, transposed = jax.vjp(estimate, x)
         return found + gamma * transposed(self.weight * (self.target - found))[0]
 
-    @property
-    def is_given(self) -> jax.Array:
-        """Bool, broadcastable against x: entries that are the target itself ("trained")."""
-        return self.weight > 0.5
+    def fix(self, x: jax.Array) -> jax.Array:
+        """x (..., H*A) with the target itself where it is fixed."""
+        return jnp.where(_is_fixed(self.weight, self.method), self.target, x)
 
 
 def flat_pull(guidance: Guidance, max_action: float, valid: jax.Array | None) -> Pull:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from octo_like.common.chunks import Continuation
+from octo_like.common.chunks import METHODS, Continuation
 from octo_like.common.normalization import compute_statistics
 from octo_like.common.text import TextTokenizer
 from octo_like.model.octo import build_model, init_params
@@ -52,7 +52,7 @@ def observations(rows=3, moved=0.0):
 
 
 @pytest.mark.parametrize("dataset", ["plain", "bounds", "relative", None])
-@pytest.mark.parametrize("method", ["jacobian_free", "trained"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_given_actions_come_back_in_the_robots_units(policy, dataset, method):
     """Also beyond the bounds of a normalisation that clips, and after the robot has moved."""
     tasks, rng = policy.create_tasks(texts=["go"] * 3), jax.random.key(0)
