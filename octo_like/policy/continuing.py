@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from octo_like.common import normalization
@@ -12,6 +10,7 @@ from octo_like.common.chunks import METHODS, Continuation
 from octo_like.common.parts import name_of
 from octo_like.model.guidance import Guidance
 from octo_like.model.heads import ActionHead
+from octo_like.policy.observations import array_module
 
 
 def methods_of(head: ActionHead) -> dict[str, int]:
@@ -19,7 +18,7 @@ def methods_of(head: ActionHead) -> dict[str, int]:
     found = {}
     for method in METHODS:
         try:
-            head.check_guidance(Guidance(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1)), method=method))
+            head.check_guidance(_example(method))
         except ValueError:
             continue
         found[method] = head.max_delay if method == "trained" else head.action_horizon
@@ -31,7 +30,7 @@ def guidance_of(
     head: ActionHead,
     rows: int,
     statistics: Mapping[str, Any] | None,
-    origin_bp: jax.Array | None,
+    origin_bp: Any,
 ) -> Guidance:
     """What a head's sampler needs to continue a chunk.
 
@@ -44,7 +43,7 @@ def guidance_of(
     Raises:
       ValueError: another number of rows, steps or dimensions, or a delay or a method that the head has not learned.
     """
-    head.check_guidance(Guidance(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1)), method=continuing.method))
+    head.check_guidance(_example(continuing.method))
     width = head.action_dim if statistics is None else len(statistics["action"]["mean"])
     shape, wanted = np.shape(continuing.previous), (rows, head.action_horizon, width)
     if shape != wanted:
@@ -57,7 +56,8 @@ def guidance_of(
             f"delay={delay[np.argmax(late)]}, but the {name_of(head)} has learned to continue after at most "
             f"max_delay={largest} given actions"
         )
-    previous = jnp.asarray(continuing.shifted())
+    xp = array_module(origin_bp)
+    previous: Any = continuing.shifted()
     if statistics is not None:
         if origin_bp is not None:
             previous = normalization.to_relative(previous, origin_bp[:, None], statistics["relative_to"])
@@ -65,7 +65,13 @@ def guidance_of(
         kind = statistics.get("normalization", "normal")
         shift, scale, _ = normalization.coefficients(statistics["action"], kind)
         previous = (previous - shift) * scale
-    previous = jnp.pad(previous, ((0, 0), (0, 0), (0, head.action_dim - width)))
-    weights = jnp.asarray(continuing.weights())
-    numbers = (jnp.float32(continuing.max_weight), jnp.float32(continuing.prior_std))
-    return Guidance(previous, weights, *numbers, continuing.method)
+    previous = xp.pad(previous, ((0, 0), (0, 0), (0, head.action_dim - width)))
+    weights: Any = continuing.weights()
+    max_weight: Any = np.float32(continuing.max_weight)
+    prior_std: Any = np.float32(continuing.prior_std)
+    return Guidance(previous, weights, max_weight, prior_std, continuing.method)
+
+
+def _example(method: str) -> Guidance:
+    previous: Any = np.zeros((1, 1, 1), np.float32)
+    return Guidance(previous, previous[0], method=method)

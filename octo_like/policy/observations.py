@@ -10,9 +10,13 @@ import numpy as np
 from octo_like.common.schema import Leaf, flatten
 
 
-def array_module(like: Any) -> Any:
-    """NumPy, or while a program is traced jax.numpy: the batch size may then be a symbol, which NumPy cannot handle."""
-    return jnp if isinstance(like, jax.core.Tracer) else np
+def array_module(*likes: Any) -> Any:
+    """NumPy, or while a program is traced jax.numpy: the batch size may then be a symbol, which NumPy cannot handle.
+
+    What is done to concrete values outside the jitted programs is done in NumPy: operations of jax.numpy would be
+    compiled one by one, for every shape, when a robot waits for its first actions.
+    """
+    return jnp if any(isinstance(like, jax.core.Tracer) for like in likes) else np
 
 
 def check_finite(key: str, values: Any, timestep_pad_mask: Any, pad_mask: Any) -> None:
@@ -36,7 +40,7 @@ def with_window(leaf: Any, window: int) -> Any:
     return Leaf((window, *leaf.shape[1:]), leaf.dtype)
 
 
-def last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
+def last_proprio(observations: Mapping[str, Any], dataset: str) -> Any:
     """(B, P) in physical units: what the actions of `dataset` are relative to."""
     present = np.asarray(observations.get("pad_mask_dict", {}).get("proprio", [True]))
     if "proprio" not in observations or not present[..., -1].all():
@@ -44,7 +48,8 @@ def last_proprio(observations: Mapping[str, Any], dataset: str) -> jax.Array:
             f"observation/proprio is missing, but the actions of {dataset!r} are relative to it: the policy cannot say "
             "where the robot should go without knowing where it is"
         )
-    return jnp.asarray(observations["proprio"], jnp.float32)[:, -1]
+    proprio = observations["proprio"]
+    return array_module(proprio).asarray(proprio, np.float32)[:, -1]
 
 
 def check_rows(tasks: Any, b: int) -> None:

@@ -302,7 +302,8 @@ class Policy:
         return True
 
     def _proprio(self, observations, unnormalize) -> dict[str, Any]:
-        proprio = jnp.asarray(observations["proprio"], jnp.float32)
+        xp = array_module(observations["proprio"])
+        proprio = xp.asarray(observations["proprio"], np.float32)
         want, width = self.batch_spec.proprio_dim, proprio.shape[-1] if proprio.ndim else 0
         assert want is not None
         entry = None if unnormalize is None else self._entry(unnormalize)
@@ -318,8 +319,8 @@ class Policy:
         pad = [(0, 0)] * (proprio.ndim - 1) + [(0, want - width)]
         valid = observations.get("proprio_pad_mask")
         if valid is None:
-            valid = array_module(proprio).broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
-        return {"proprio": jnp.pad(proprio, pad), "proprio_pad_mask": valid}
+            valid = xp.broadcast_to(np.arange(want) < width, (*proprio.shape[:-1], want))
+        return {"proprio": xp.pad(proprio, pad), "proprio_pad_mask": valid}
 
     def _extras(self, observations: Mapping[str, Any], unnormalize: str | None) -> dict[str, Any]:
         """Other sensors, normalised; as they are where the policy has no statistics of them, as a released Octo."""
@@ -327,7 +328,7 @@ class Policy:
         for key, shape in self.batch_spec.extra_observations.items():
             if key not in observations:
                 continue
-            found[key] = jnp.asarray(observations[key], jnp.float32)
+            found[key] = array_module(observations[key]).asarray(observations[key], np.float32)
             if entry is None or not any(key in one.get("extra", {}) for one in self.statistics.values()):
                 continue
             if key not in entry.get("extra", {}):
@@ -377,7 +378,7 @@ class Policy:
           ValueError: what `prepare_observations` refuses, unknown heads or statistics, a wrong number of tasks, actions
             that are relative to a proprioception that is missing, or a chunk that the head cannot continue.
         """
-        head = self._head(head, unnormalize)
+        head = self.head_of(unnormalize, head)
         relative_to, origin_bp = None, None
         if unnormalize is not None and (relative_to := self._entry(unnormalize).get("relative_to")) is not None:
             origin_bp = last_proprio(observations, unnormalize)
@@ -402,10 +403,11 @@ class Policy:
         actions = self.sample_program(self.params, observations, tasks, keys_b, valid, **options)
         if unnormalize is None:
             return actions
-        actions = normalization.unnormalize(actions[..., :dim], entry["action"], entry.get("normalization", "normal"))
-        if relative_to is None or origin_bp is None:
-            return actions
-        return normalization.to_absolute(actions, origin_bp[:, None], relative_to)
+        actions = array_module(actions).asarray(actions)[..., :dim]
+        actions = normalization.unnormalize(actions, entry["action"], entry.get("normalization", "normal"))
+        if relative_to is not None and origin_bp is not None:
+            actions = normalization.to_absolute(actions, origin_bp[:, None], relative_to)
+        return jnp.asarray(actions)
 
     def predict_text(
         self,
@@ -460,16 +462,17 @@ class Policy:
 
     def chunk_horizon(self, unnormalize: str | None = None, head: str | None = None) -> int:
         """H of the chunks that `sample_actions` gives for the same arguments."""
-        return self.model.heads[self._head(head, unnormalize)].action_horizon
+        return self.model.heads[self.head_of(unnormalize, head)].action_horizon
 
     def continuation_methods(self, unnormalize: str | None = None, head: str | None = None) -> dict[str, int]:
         """{method: largest delay} of the `Continuation`s that `sample_actions` takes for the same arguments."""
-        return methods_of(self.model.heads[self._head(head, unnormalize)])
+        return methods_of(self.model.heads[self.head_of(unnormalize, head)])
 
-    def _head(self, head: str | None, dataset: str | None) -> str:
+    def head_of(self, unnormalize: str | None = None, head: str | None = None) -> str:
+        """Name of the head that `sample_actions` uses for the same arguments. Raises ValueError for an unknown one."""
         heads = list(self.model.heads)
-        if head is None and dataset is not None and self._entry(dataset).get("head") in heads:
-            return self._entry(dataset)["head"]
+        if head is None and unnormalize is not None and self._entry(unnormalize).get("head") in heads:
+            return self._entry(unnormalize)["head"]
         if head is None:
             head = heads[0] if len(heads) == 1 else "action"
         if head not in heads:
