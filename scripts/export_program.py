@@ -17,7 +17,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="exported policy, as load_pretrained takes it")
     parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
     parser.add_argument("--output", required=True, type=Path, help="the folder that is written")
-    parser.add_argument("--unnormalize", help="dataset whose units go in and come out; none: normalised numbers")
+    parser.add_argument("--unnormalize", help="dataset whose units go in and come out; default: the only one")
+    parser.add_argument("--normalized", action="store_true", help="normalised numbers go in and come out")
     parser.add_argument("--head", help="of a policy with several")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=(), help="that can be run; default: any")
     parser.add_argument("--platforms", nargs="+", default=("cpu", "cuda", "tpu"), help="cpu, cuda, tpu, rocm")
@@ -26,6 +27,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from octo_like import Policy
+    from octo_like.common.normalization import choose_units
     from octo_like.policy.locations import LocationError
     from octo_like.policy.pretrained import PretrainedError, read_json
     from octo_like.policy.program_export import PROGRAM_FILE, export_program
@@ -35,7 +37,7 @@ def main() -> int:
         folder = export_program(
             policy,
             args.output,
-            unnormalize=args.unnormalize,
+            unnormalize=choose_units(policy.statistics, args.unnormalize, args.normalized),
             head=args.head,
             batch_sizes=args.batch_sizes,
             platforms=args.platforms,

@@ -3,7 +3,7 @@
     python scripts/serve.py --checkpoint runs/demo/pretrain/export --unnormalize tabletop_gripper --port 8000
 
 On the robot: `octo_like.robot.client.PolicyClient(host, port).act(observation, instruction)`. The port also answers
-/healthz, /metadata and /metrics (Prometheus) over HTTP. Listening on other addresses than 127.0.0.1, give a token: in
+/healthz, /metadata and /metrics (Prometheus) over HTTP. Listening where other machines reach it, it needs a token: in
 the environment variable OCTO_LIKE_TOKEN, where no list of processes shows it. Needs the extra [serve].
 """
 
@@ -21,9 +21,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="exported policy, as load_pretrained takes it")
     parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
-    parser.add_argument("--unnormalize", help="dataset whose units the actions have when a request names none")
+    parser.add_argument(
+        "--unnormalize", help="dataset whose units the actions have when a request names none; default: the only one"
+    )
+    parser.add_argument(
+        "--normalized", action="store_true", help="send normalised numbers to who names none: no units, no limits"
+    )
     parser.add_argument("--action_names", nargs="+", help="names of the action dimensions, told to clients")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: every interface)")
+    parser.add_argument(
+        "--without_token", action="store_true", help="let in whoever reaches the port, also from other machines"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument(
         "--openpi",
@@ -44,6 +52,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     args = parser.parse_args()
 
+    from octo_like.common.normalization import choose_units
     from octo_like.robot.openpi import Keys, OpenpiServer
     from octo_like.robot.server import PolicyServer
 
@@ -53,16 +62,19 @@ def main() -> int:
         kind, table = PolicyServer, {}
         if args.openpi is not None:
             kind, keys = OpenpiServer, Keys.load(args.openpi) if args.openpi else None
-            table = {"keys": keys or Keys.of(policy.statistics, args.unnormalize)}
+            dataset = choose_units(policy.statistics, args.unnormalize, args.normalized)
+            table = {"keys": keys or Keys.of(policy.statistics, dataset)}
         server = kind(
             policy,
             **table,
             unnormalize=args.unnormalize,
+            normalized=args.normalized,
             action_names=args.action_names,
             rng_seed=args.seed,
             host=args.host,
             port=args.port,
             token=os.environ.get("OCTO_LIKE_TOKEN") or None,
+            without_token=args.without_token,
             max_batch=args.max_batch,
             max_connections=args.max_connections,
             continue_by=args.continue_by,
@@ -75,7 +87,9 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         with server.running(warm=True):
-            print(f"serving {args.checkpoint} at ws://{args.host}:{server.port} (Ctrl-C ends it)", flush=True)
+            units = "without units" if server.unnormalize is None else f"in the units of {server.unnormalize}"
+            where = f"ws://{args.host}:{server.port}"
+            print(f"serving {args.checkpoint} at {where}, actions {units} (Ctrl-C ends it)", flush=True)
             server.wait()
     except KeyboardInterrupt:
         print("\nclosed")

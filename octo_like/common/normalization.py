@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.words import suggest
+
 Statistics = dict[str, Any]
 
 KINDS = ("normal", "bounds")
@@ -51,6 +53,33 @@ def compute_statistics(values: np.ndarray, mask: Sequence[bool] | None = None) -
     if result["mask"].shape != values.shape[1:]:
         raise ValueError(f"mask has {result['mask'].size} entries, but the values have {values.shape[1]} dimensions")
     return result
+
+
+def choose_units(statistics: Mapping[str, Any], unnormalize: str | None, normalized: bool = False) -> str | None:
+    """The dataset in whose units actions go to a robot; None: as the policy gives them, without units.
+
+    Args:
+      statistics: of the policy, by dataset.
+      unnormalize: the dataset that was named. None: the policy's only one.
+      normalized: whether normalised numbers are wanted: a robot that executes them moves by other amounts.
+
+    Raises:
+      ValueError: no such dataset, several and none of them named, or one that is named beside `normalized`.
+    """
+    if normalized and unnormalize is not None:
+        raise ValueError(
+            f"normalized numbers have no units: leave out either normalized or unnormalize={unnormalize!r}"
+        )
+    if unnormalize is not None and unnormalize not in statistics:
+        raise ValueError(f"unknown statistics {unnormalize!r}; {suggest(unnormalize, statistics)}")
+    if normalized or unnormalize is not None:
+        return unnormalize
+    if len(statistics) > 1:
+        raise ValueError(
+            f"unnormalize: in the units of which dataset are the actions? valid: {', '.join(sorted(statistics))}; "
+            "numbers without units have to be requested by normalized"
+        )
+    return next(iter(statistics), None)
 
 
 def _mask(stats: Mapping[str, Any]) -> np.ndarray:

@@ -9,6 +9,7 @@ the beginning of an episode. `OpenpiServer` keeps the window of each connection,
 import contextlib
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from octo_like.robot.server import PolicyServer
 
 _KINDS = "biuf"
 INTERNAL_ERROR = 1011
+
+log = logging.getLogger(__name__)
 
 
 class Keys(OpenpiKeys):
@@ -64,6 +67,33 @@ PRESETS = {
         {"images/cam_high": "primary", "images/cam_left_wrist": "wrist", "images/cam_right_wrist": "wrist_right"},
         ("state",),
     ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """What the program that openpi publishes for a robot does with its actions, and sends.
+
+    Attributes:
+      executes: actions of each chunk, one number for each of its programs.
+      kinds: of the action's dimensions, see `octo_like.common.robot.KINDS`.
+      state: numbers of the proprioception.
+      hz: control steps per second.
+      chunk: the length that it insists on; None: any that is long enough.
+    """
+
+    executes: tuple[int, ...]
+    kinds: tuple[str, ...]
+    state: int
+    hz: float
+    chunk: int | None = None
+
+
+# By preset.
+CLIENTS = {
+    "droid": Client((8,), ("velocity",) * 7 + ("gripper",), 8, 15, chunk=10),
+    "libero": Client((5,), ("delta",) * 6 + ("gripper",), 8, 20),
+    "aloha": Client((10, 25), (("absolute",) * 6 + ("gripper",)) * 2, 14, 50),  # simulated, real
 }
 
 
@@ -110,6 +140,10 @@ class OpenpiServer(PolicyServer):
 
     Args:
       keys: of the robot. Cameras that the policy reads and the table does not name are masked.
+
+    Raises:
+      ValueError: as `PolicyServer`; the table names no camera of the policy, or lacks what else it reads; actions or a
+        proprioception that are not those of the program that openpi publishes for a preset.
     """
 
     def __init__(self, policy: Any, keys: Keys, **arguments: Any):
@@ -123,6 +157,59 @@ class OpenpiServer(PolicyServer):
         self.keys = keys
         self._sizes = {f"image_{slot}": size for slot, size in policy.batch_spec.image_sizes.items()}
         self._expected = self.metadata["expects"][self.unnormalize or ""]
+        unsent = [
+            key for key in self._expected if not key.startswith("image_") and not (key == "proprio" and keys.state)
+        ]
+        if unsent:
+            raise ValueError(f"the policy reads {', '.join(unsent)}, which clients with these openpi keys do not send")
+        self.hello = {
+            "policy": "octo_like",
+            "action_names": self.metadata["action_names"],
+            "action_horizon": self.metadata["chunks"][self.unnormalize or ""]["horizon"],
+            "action_dim": self._width("action", policy.batch_spec.action_dim),
+        }
+        for name, client in CLIENTS.items():
+            if keys is PRESETS[name]:  # the same keys in a file are those of another client
+                self._check_fit(name, client)
+
+    def _width(self, part: str, otherwise: int | None) -> int | None:
+        """Numbers of the action or proprioception of the dataset in whose units this server speaks."""
+        return otherwise if self.unnormalize is None else len(self.policy.statistics[self.unnormalize][part]["mean"])
+
+    def _check_fit(self, name: str, client: Client) -> None:
+        """Raises ValueError for a policy that the published client of a preset cannot execute; warns where it may."""
+        horizon, width = self.hello["action_horizon"], self.hello["action_dim"]
+        reads = self._width("proprio", self.policy.batch_spec.proprio_dim) if "proprio" in self._expected else None
+        wrong = None
+        if width != len(client.kinds):
+            wrong = f"executes actions of {len(client.kinds)} numbers, the policy's have {width}"
+        elif horizon < min(client.executes):
+            wrong = f"executes {min(client.executes)} actions of each chunk, the policy's chunks have {horizon}"
+        elif reads not in (None, client.state):
+            wrong = f"sends a proprioception of {client.state} numbers, the policy reads {reads}"
+        if wrong:
+            raise ValueError(
+                f"openpi's client of {name} {wrong}; for a client of your own with the same keys, write them into a "
+                "JSON file: --openpi FILE"
+            )
+        if horizon < max(client.executes):
+            most = max(client.executes)
+            log.warning("the policy's chunks have %d actions; one client of %s executes %d", horizon, name, most)
+        if client.chunk not in (None, horizon):
+            log.warning(
+                "the policy's chunks have %d actions; the client of %s insists on %d", horizon, name, client.chunk
+            )
+        if self.unnormalize is None:
+            return
+        kinds = self.metadata["actions"][self.unnormalize]["kinds"]
+        robot = self.policy.statistics[self.unnormalize].get("robot")
+        for dimension, (kind, executed) in enumerate(zip(kinds, client.kinds, strict=True)):
+            if kind not in ("other", executed) and {kind, executed} != {"absolute", "gripper"}:
+                log.warning("action %d is %s to the policy and %s to the client of %s", dimension, kind, executed, name)
+        if robot and robot["control_hz"] != client.hz:
+            log.warning(
+                "the policy was trained at %g Hz, the client of %s acts at %g", robot["control_hz"], name, client.hz
+            )
 
     def _largest_message(self) -> int:
         return MAX_MESSAGE_BYTES  # frames come in any size
@@ -133,7 +220,7 @@ class OpenpiServer(PolicyServer):
         client = str((connection.remote_address or ("unknown",))[0])
         episode = _Episode(History(self.policy.batch_spec.window_size))
         try:
-            connection.send(pack({"policy": "octo_like", "action_names": self.metadata["action_names"]}))
+            connection.send(pack(self.hello))
             for data in connection:
                 self.requests[client] += 1
                 with self._answering():

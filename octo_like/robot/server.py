@@ -13,6 +13,7 @@ import collections
 import contextlib
 import hmac
 import http
+import ipaddress
 import json
 import logging
 import threading
@@ -24,6 +25,7 @@ import numpy as np
 
 from octo_like.common.chunks import Continuation
 from octo_like.common.dimensions import PARTS, of_statistics
+from octo_like.common.normalization import choose_units
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
@@ -36,7 +38,6 @@ WINDOW_KEYS = ("timestep", "timestep_pad_mask", "pad_mask_dict", "proprio_pad_ma
 CONTINUING_KEYS = {"previous", "executed", "delay", "method", "schedule", "max_weight", "prior_std"}
 TASK_CACHE_BYTES = 64 << 20
 ANSWER_SECONDS = 10.0  # that an end waits for replies to leave
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 log = logging.getLogger(__name__)
 
@@ -71,20 +72,25 @@ class PolicyServer:
 
     Args:
       policy: see `ServedPolicy`.
-      unnormalize: statistics used when a request names none; None sends normalised actions.
+      unnormalize: statistics used when a request names none; None: the policy's only ones.
+      normalized: send normalised actions to who names none: their limits are unknown, and a robot that executes them
+        moves by other amounts.
       action_names: of the action dimensions, told to clients; None: those of the statistics `unnormalize`.
       rng_seed: of the sampling noise.
-      host: where to listen.
+      host: where to listen, an address or a name. 127.0.0.0/8, ::1 and localhost are this machine alone, "" and "::"
+        every interface.
       port: where to listen; 0 takes a free one, see `port` in `running()`.
-      token: clients must know it; None: whoever reaches the port may use the policy.
+      token: clients must know it. Needed unless only this machine can reach the port.
+      without_token: whoever reaches the port may use the policy, wherever they are.
       max_batch: requests computed at a time.
       max_connections: clients at a time; more are refused with HTTP 503.
       continue_by: ways of continuing a chunk that are compiled before the first robot is let in, see
         `octo_like.common.chunks.METHODS`; others are compiled when they are first asked for.
 
     Raises:
-      ValueError: `unnormalize` names no statistics of the policy; `action_names` of another number than its actions;
-        `continue_by` with what the policy cannot do.
+      ValueError: `unnormalize` names no statistics of the policy, or nothing although there are several;
+        `action_names` of another number than its actions; `continue_by` with what the policy cannot do; a host that
+        others reach and no token.
       ImportError: the package websockets is missing.
     """
 
@@ -93,17 +99,19 @@ class PolicyServer:
         policy: ServedPolicy,
         *,
         unnormalize: str | None = None,
+        normalized: bool = False,
         action_names: Sequence[str] | None = None,
         rng_seed: int = 0,
         host: str = "127.0.0.1",
         port: int = 8000,
         token: str | None = None,
+        without_token: bool = False,
         max_batch: int = 8,
         max_connections: int = 64,
         continue_by: Sequence[str] = (),
     ):
-        if unnormalize is not None and unnormalize not in policy.statistics:
-            raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(sorted(policy.statistics))}")
+        _check_access(host, token, without_token)
+        unnormalize = choose_units(policy.statistics, unnormalize, normalized)
         self._websockets = _import_websockets()
         self.policy, self.unnormalize = policy, unnormalize
         self.host, self.port, self.token, self.max_connections = host, port, token, max_connections
@@ -197,8 +205,8 @@ class PolicyServer:
     # ---------------------------------------------------------------- connections
 
     def _listen(self):
-        if self.host not in LOOPBACK and self.token is None:
-            log.warning("listening on %s without a token: whoever reaches the port can use the policy", self.host)
+        if self.token is None and not is_loopback(self.host):
+            log.warning("listening on %r without a token: whoever reaches the port can use the policy", self.host)
         # Images compress badly and the robot is waiting: no compression.
         server = self._websockets.serve(
             self._converse,
@@ -415,6 +423,32 @@ def _chunks_of(policy: Any, unnormalize: str | None) -> dict[str, Any]:
 def _one_row(tree: dict[str, Any]) -> dict[str, Any]:
     """Arrays (W, ...) as a batch of one."""
     return {key: _one_row(value) if isinstance(value, dict) else np.asarray(value)[None] for key, value in tree.items()}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`: 127.0.0.0/8, ::1 or localhost. Another name may resolve
+    to anything; "" is every interface."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def _check_access(host: str, token: str | None, without_token: bool) -> None:
+    """Raises ValueError when strangers would be let in and nobody said so."""
+    if token is not None and without_token:
+        raise ValueError("there is a token, and without_token: leave out one of them")
+    if token is not None and (not token or token != token.strip()):
+        raise ValueError("the token must not be empty, nor begin or end with a space")
+    if token is None and not without_token and not is_loopback(host):
+        raise ValueError(
+            f"whoever reaches {host or 'any interface'} could command the robot: set a token (of serve.py, in the "
+            "environment variable OCTO_LIKE_TOKEN), listen on 127.0.0.1, or let everybody in with without_token "
+            "(--without_token)"
+        )
 
 
 def _knows_token(headers: Mapping[str, str], token: str) -> bool:

@@ -58,6 +58,7 @@ class Wire:
 
 def test_frames_become_windows_of_a_connection(server):
     first, second = Wire(server), Wire(server)
+    assert (first.metadata["action_horizon"], first.metadata["action_dim"]) == (3, 1)
     for x in (5, 6):
         reply = first.infer(message(x))
     assert reply["actions"].shape == (3, 1) and reply["server_timing"]["infer_ms"] > 0
@@ -127,6 +128,57 @@ def test_tables_of_keys(tmp_path):
             Keys.load(name)
     with pytest.raises(ValueError, match="name none: wrist"):
         OpenpiServer(LinePolicy(), Keys({"cam": "wrist"}, ()), port=0)
+
+
+def preset_policy(preset: str, *, horizon: int = 50, action: int | None = None, proprio: int | None = None, **robot):
+    """A policy whose actions are those of a preset's client, but for what is said."""
+    policy, client = LinePolicy(horizon), openpi.CLIENTS[preset]
+    part = lambda width: {"mean": np.zeros(width), "std": np.ones(width)}  # noqa: E731
+    policy.statistics["line"] = {
+        "action": part(len(client.kinds) if action is None else action),
+        "proprio": part(client.state if proprio is None else proprio),
+    }
+    if robot:
+        policy.statistics["line"]["robot"] = robot
+    return policy
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_policy_that_a_presets_client_cannot_execute_is_refused(preset, tmp_path, caplog):
+    client, keys = openpi.CLIENTS[preset], PRESETS[preset]
+    width, least = len(client.kinds), min(client.executes)
+    for wrong, message in (
+        (dict(horizon=least - 1), f"executes {least} actions of each chunk, the policy's chunks have {least - 1}"),
+        (dict(action=width - 1), f"executes actions of {width} numbers, the policy's have {width - 1}"),
+        (dict(proprio=client.state + 1), f"sends a proprioception of {client.state} numbers, the policy reads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OpenpiServer(preset_policy(preset, **wrong), keys, port=0)
+        # The same keys in a file are those of another client.
+        table = {"images": dict(keys.images), "state": list(keys.state)}
+        (tmp_path / "own.json").write_text(json.dumps(table))
+        OpenpiServer(preset_policy(preset, **wrong), Keys.load(str(tmp_path / "own.json")), port=0)
+    chunk = client.chunk or max(client.executes)
+    assert not caplog.records
+    server = OpenpiServer(preset_policy(preset, horizon=chunk), keys, port=0)
+    assert not caplog.records
+    assert (server.hello["action_horizon"], server.hello["action_dim"]) == (chunk, width)
+
+
+def test_what_may_not_fit_a_presets_client_is_a_warning(caplog):
+    OpenpiServer(preset_policy("droid", horizon=16), PRESETS["droid"], port=0)
+    assert "insists on 10" in caplog.text
+    OpenpiServer(preset_policy("aloha", horizon=12), PRESETS["aloha"], port=0)
+    assert "executes 25" in caplog.text
+    robot = {"control_hz": 5, "action_kind": ["delta"] * 7 + ["gripper"], "action_name": list("abcdefgh")}
+    OpenpiServer(preset_policy("droid", horizon=10, **robot), PRESETS["droid"], port=0)
+    assert "action 0 is delta to the policy and velocity to the client of droid" in caplog.text
+    assert "trained at 5 Hz, the client of droid acts at 15" in caplog.text
+
+
+def test_what_the_clients_do_not_send_is_an_error_at_the_start():
+    with pytest.raises(ValueError, match="reads proprio, which clients with these openpi keys do not send"):
+        OpenpiServer(LinePolicy(), Keys({"cam": "primary"}, ()), port=0)
 
 
 def test_the_table_of_a_robots_description():

@@ -122,6 +122,22 @@ def test_unknown_statistics_are_refused_at_the_start():
         PolicyServer(LinePolicy(), unnormalize="bridge", port=0)
 
 
+def test_the_units_of_a_policy_with_several_datasets_must_be_said():
+    policy = LinePolicy()
+    assert PolicyServer(policy, port=0).metadata["unnormalize"] == "line"  # the only one
+    assert PolicyServer(policy, normalized=True, port=0).metadata["unnormalize"] is None
+    with pytest.raises(ValueError, match="leave out either"):
+        PolicyServer(policy, normalized=True, unnormalize="line", port=0)
+    policy.statistics["arc"] = policy.statistics["line"]
+    with pytest.raises(ValueError, match="valid: arc, line"):
+        PolicyServer(policy, port=0)
+    assert PolicyServer(policy, unnormalize="arc", port=0).metadata["unnormalize"] == "arc"
+    policy.statistics = {}
+    assert PolicyServer(policy, port=0).metadata["unnormalize"] is None  # nothing to choose from
+    with pytest.raises(ValueError, match=r"valid: \(none\)"):
+        PolicyServer(policy, unnormalize="line", port=0)
+
+
 def test_warming_up_runs_the_policy_once_for_every_batch_size():
     policy = LinePolicy()
     assert PolicyServer(policy, port=0).warm_up() >= 0

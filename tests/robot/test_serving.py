@@ -234,7 +234,7 @@ def test_the_port_says_how_it_is(caplog):
         assert len(seconds) == 2 and 0 < seconds[0] <= seconds[1] < 60
 
 
-def test_a_token_keeps_others_out(caplog):
+def test_a_token_keeps_others_out():
     with PolicyServer(LinePolicy(), unnormalize="line", port=0, token="sesame").running() as server:
         for token in (None, "open"):
             with pytest.raises(PermissionError, match="a token is needed"):
@@ -244,8 +244,29 @@ def test_a_token_keeps_others_out(caplog):
         assert http(server, "/metadata", "sesame")[0] == 200
         with PolicyClient(port=server.port, token="sesame") as client:
             assert client.act(frame(), "go left").shape == (3, 1)
-    with PolicyServer(LinePolicy(), port=0, host="0.0.0.0").running():
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.168.0.7", "gpu-box", "::ffff:10.0.0.1"])
+def test_others_are_let_in_with_a_token_or_on_request_only(host):
+    with pytest.raises(ValueError, match="OCTO_LIKE_TOKEN.*without_token"):
+        PolicyServer(LinePolicy(), host=host, port=0)
+    with pytest.raises(ValueError, match="token must not be empty"):
+        PolicyServer(LinePolicy(), host=host, port=0, token="")
+    with pytest.raises(ValueError, match="leave out one"):
+        PolicyServer(LinePolicy(), host=host, port=0, token="sesame", without_token=True)
+    assert PolicyServer(LinePolicy(), host=host, port=0, token="sesame").token == "sesame"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost", "::ffff:127.0.0.1"])
+def test_this_machine_alone_needs_no_token(host):
+    assert PolicyServer(LinePolicy(), host=host, port=0).token is None
+
+
+def test_a_server_without_a_token_on_request_warns(caplog):
+    with PolicyServer(LinePolicy(), port=0, host="0.0.0.0", without_token=True).running() as server:
         assert "without a token" in caplog.text
+        with PolicyClient(port=server.port) as client:
+            assert client.act(frame(), "go left").shape == (3, 1)
 
 
 def test_too_many_clients_and_too_large_messages_are_refused():
