@@ -123,7 +123,15 @@ train() {
     crashes=$((crashes + 1))
     ((crashes <= max_crashes)) || die "crashed $crashes times in a row, the last time with status $status"
     echo "status $status; crash $crashes of $max_crashes, trying again in $((pause_seconds * crashes)) s"
-    sleep $((pause_seconds * crashes))
+    # In small steps, because bash runs the trap only between commands. What Slurm ends in the pause is not started again.
+    local until=$((SECONDS + pause_seconds * crashes))
+    while [[ $cancelled == no ]] && ((SECONDS < until)); do sleep 0.5; done
+    [[ $cancelled == no ]] || { echo "stopped by Slurm, status $status" && exit "$status"; }
+    if near_the_end; then
+      echo "no time left before the time limit: requeueing"
+      scontrol requeue "$SLURM_JOB_ID"
+      exit 0
+    fi
   done
 }
 

@@ -156,7 +156,7 @@ host_run() {
   end_session no
   free_chips
   mkdir -p "$logs"
-  rm -f "$logs/exit_status" "$logs/pid"
+  rm -f "$logs/exit_status" "$logs/pid" "$logs/stopped_here"
   [[ $restart == no ]] || command=(python scripts/supervise.py -- "${command[@]}")
   quote "${command[@]}" >"$logs/command"
   {
@@ -263,8 +263,11 @@ host_status() {
     esac
     shift
   done
-  if [[ $brief == yes ]]; then # for tpu_pod.sh keep
-    echo "octo_state=$(state_word)"
+  if [[ $brief == yes ]]; then # for tpu_pod.sh keep: what a person stopped is not to be started again
+    local word
+    word=$(state_word)
+    [[ ! -f $logs/stopped_here || $word == running || $word == finished || $word == failed* ]] || word=ended
+    echo "octo_state=$word"
     return
   fi
   say "$(state_word); tmux: $(tmux list-sessions -F '#S' 2>/dev/null | tr '\n' ' ')"
@@ -283,6 +286,8 @@ host_stop() {
     --now) now=yes ;;
     *) die "unknown argument $1; valid: --now" ;;
   esac
+  mkdir -p "$logs"
+  touch "$logs/stopped_here"
   end_session "$now"
   free_chips
   say "$(state_word)"

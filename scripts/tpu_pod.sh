@@ -6,7 +6,8 @@
 #   tpu_pod.sh run -- python train.py ...      start on all hosts, in tmux, restarted by scripts/supervise.py
 #   tpu_pod.sh exec -- COMMAND...              run a command once on all hosts and show its output
 #   tpu_pod.sh keep -- python train.py ...     create, setup and run, and again after every preemption, until it is done;
-#                                              Ctrl-C ends the watching and leaves the run alone
+#                                              Ctrl-C ends the watching and leaves the run alone; `stop` and `delete`,
+#                                              from any computer, end the watching too, for good: --again starts anew
 #   tpu_pod.sh logs                            the log of host 0; --worker N|all, --node N|all, --lines N, --follow
 #   tpu_pod.sh status                          the queued resource, the run on every host, the newest checkpoint
 #   tpu_pod.sh ssh                             a shell on host 0; --worker N, --node N
@@ -53,6 +54,9 @@ yes=no
 now=no
 wait=no
 restart=yes
+again=no
+# What `keep` tries again at most so often in a row, where it has never worked or where only others can mend it.
+tries=${TPU_TRIES:-20}
 # Hosts that gcloud talks to at the same time. Its default of 64 would start a larger pod in parts, and the first part
 # would wait for the others.
 at_once=1024
@@ -126,6 +130,7 @@ parse() {
       --follow) follow=yes ;;
       --now) now=yes ;;
       --no_restart) restart=no ;;
+      --again) again=yes ;;
       --yes | -y) yes=yes ;;
       --dry-run | --dry_run) dry_run=yes ;;
       --help | -h)
@@ -222,18 +227,77 @@ host_words() {
   quote bash octo_like/scripts/tpu_host.sh "$1" ${words[@]+"${words[@]}"} -- "${command[@]}"
 }
 
-# State of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDED, FAILED, ... or MISSING.
+# Whether an error of gcloud stays the same until a person mends it: no login, no permission, unknown zone, type or project,
+# no quota. Not when requests came too fast, which passes.
+hopeless() {
+  ! grep -qiE 'rate.?limit|per.?minute' <<<"$1" || return 1
+  grep -qiE 'PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|SERVICE_DISABLED|not have permission|active account' <<<"$1" ||
+    grep -qiE 'gcloud auth|reauthentication|refreshing your|not been used in project|unrecognized arguments' <<<"$1" ||
+    grep -qE '(^|[^[:alnum:]_.-])40[013]([^[:alnum:]_.-]|$)' <<<"$1"
+}
+no_quota() { grep -qi 'quota' <<<"$1" && ! grep -qiE 'rate.?limit|per.?minute' <<<"$1"; }
+
+last_line() { grep -v '^ *$' <<<"$1" | tail -n 1; }
+
+# State of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDED, FAILED, ... or MISSING. UNKNOWN where
+# the answer may come later; an error that stays ends the script.
 state() {
   local answer
   if answer=$(gcloud compute tpus queued-resources describe "$name" --format="value(state.state)" \
     --project="$project" --zone="$zone" 2>&1); then
     echo "${answer:-UNKNOWN}"
+  elif hopeless "$answer"; then
+    die "the state of $name in $project, $zone cannot be read: $answer"
   elif [[ $answer == *NOT_FOUND* || $answer == *"not found"* ]]; then
     echo MISSING
   else
     echo "$answer" >&2
     echo UNKNOWN
   fi
+}
+
+# ------------------------------------------------------------------------------------------- who wants the TPU to be there
+
+# `keep` asks for the TPU whenever it is gone, so `stop` and `delete` have to reach it wherever it runs, also between two
+# requests, when there is no TPU to write on. What both commands surely share is the project: its metadata hold two
+# entries for each name and zone. The first is the `keep` in charge; a second `keep` takes over and the first one ends. The
+# other says that somebody stopped or deleted, when and from where; only `keep --again` takes it away. They are two entries,
+# because one would be overwritten by a `keep` that starts at the same moment.
+gcloud_project() { run gcloud compute project-info "$@" --project="$project" --quiet; }
+keeper_key() { echo "octo-keep-$zone-$name"; }
+off_key() { echo "octo-off-$zone-$name"; }
+stamp() { echo "$(date -u +%Y-%m-%dT%H-%M-%SZ):$(id -un)@$(hostname)" | tr -c 'A-Za-z0-9.@:\n-' _; }
+
+# Reads both entries into `keeper` and `off`; what gcloud said is in `said`.
+keeper=""
+off=""
+said=""
+read_wanted() {
+  keeper="" off=""
+  said=$(gcloud_project describe --format="value(commonInstanceMetadata.items[$(keeper_key)],commonInstanceMetadata.items[$(off_key)])" 2>&1) || return
+  [[ ! $said =~ (keep:[^[:space:]]+) ]] || keeper=${BASH_REMATCH[1]}
+  [[ ! $said =~ ((stop|delete):[^[:space:]]+) ]] || off=${BASH_REMATCH[1]}
+}
+
+# `call_off stop|delete`, before anything is stopped or deleted. Without a `keep` there is nothing to call off.
+called_off=yes
+call_off() {
+  if [[ $dry_run == yes ]]; then
+    read_wanted || true
+    echo "$said"
+    note "where that names a keep, this ends it:"
+    gcloud_project add-metadata --metadata="$(off_key)=$1:$(stamp)"
+    return
+  fi
+  if read_wanted; then
+    [[ -n $keeper ]] || return 0
+    ! said=$(gcloud_project add-metadata --metadata="$(off_key)=$1:$(stamp)" 2>&1) || return 0
+  elif grep -qE 'SERVICE_DISABLED|not been used in project' <<<"$said"; then
+    return 0 # without this service no `keep` has started
+  fi
+  called_off=no
+  note "warning: a \`keep\` of $name, if there is one, was not told to end: $(last_line "$said")"
+  note "End it with Ctrl-C where it runs: it would start the run again, or ask for the TPU again."
 }
 
 pod_create() {
@@ -247,7 +311,7 @@ pod_create() {
   [[ -z $spot ]] || flags+=(--spot)
   [[ -z $reserved ]] || flags+=(--reserved)
   # shellcheck disable=SC2086  # flags are separate words
-  gcloud_tpu create "$name" "${flags[@]}" $create_flags
+  gcloud_tpu create "$name" "${flags[@]}" $create_flags || return # where `keep` calls it, a failure does not end the script
   [[ $wait == no ]] || wait_until_active
 }
 
@@ -265,7 +329,7 @@ wait_until_active() {
     case $now_state in
       ACTIVE) return ;;
       FAILED | SUSPENDED | SUSPENDING | DELETING | MISSING)
-        die "the queued resource $name is $now_state; see tpu_pod.sh status, and delete it before asking again"
+        die "the queued resource $name is $now_state; see tpu_pod.sh status, and delete it before asking again. FAILED is mostly quota"
         ;;
     esac
     sleep "$poll_seconds"
@@ -343,7 +407,14 @@ pod_ssh() {
 pod_stop() {
   local line="bash octo_like/scripts/tpu_host.sh stop"
   [[ $now == no ]] || line+=" --now"
-  remote all all "$line"
+  call_off stop
+  if ! remote all all "$line"; then
+    local now_state
+    now_state=$(state)
+    [[ $now_state != ACTIVE ]] || die "not all hosts answered; run it again"
+    echo "$name is $now_state: nothing runs there. What was asked for costs once it is there: tpu_pod.sh delete"
+  fi
+  [[ $called_off == yes ]] || exit 1
 }
 
 pod_delete() {
@@ -352,14 +423,23 @@ pod_delete() {
     read -r -p "Delete $name in $project, $zone? What is on its disks is lost; buckets stay. Type yes: " answer || answer=no
     [[ $answer == yes ]] || die "not deleted"
   fi
-  gcloud_tpu delete "$name" --force --quiet
+  call_off delete
+  if [[ -n $off$keeper && $dry_run == no && $(state) == MISSING ]]; then
+    echo "there is no $name now, and no keep will ask for it"
+  else
+    gcloud_tpu delete "$name" --force --quiet
+  fi
+  [[ $called_off == yes ]] || exit 1
 }
 
-# One word for the run on all hosts: running, finished, failed:STATUS, stopped (not running somewhere) or unreachable.
+# One word for the run on all hosts: running, finished, failed:STATUS, stopped (not running somewhere), ended (by
+# tpu_host.sh stop on a host) or unreachable.
 run_state() {
   local answer
   # ssh fails while a host comes or goes.
-  if ! answer=$(remote all all "bash octo_like/scripts/tpu_host.sh status --brief || echo octo_state=none" 2>/dev/null); then
+  if ! answer=$(remote all all "bash octo_like/scripts/tpu_host.sh status --brief || echo octo_state=none" 2>&1); then
+    [[ $answer != *PERMISSION_DENIED* && $answer != *UNAUTHENTICATED* ]] || die "the hosts of $name cannot be reached: $answer"
+    last_line "$answer" >&2
     echo unreachable
     return
   fi
@@ -367,6 +447,7 @@ run_state() {
   case $answer in
     "") echo unreachable ;;
     running | finished) echo "$answer" ;;
+    *ended*) echo ended ;;
     # stopped: something other than tpu_pod.sh stop, such as maintenance, sent SIGTERM, and the state was saved.
     *none* | *vanished* | *stopped*) echo stopped ;;
     *failed:*) grep -m 1 failed <<<"$answer" ;;
@@ -374,11 +455,64 @@ run_state() {
   esac
 }
 
-# Creates, sets up and runs; begins again whenever the TPU was taken away. Ends when the run does.
+# Ends `keep` when somebody has called it off or another `keep` has taken over. What this one had begun before it could see
+# that (`begun`: create or run) is taken back.
+end_if_called_off() {
+  local begun=$1 now_state
+  if [[ -n $off ]]; then
+    announce "called off (${off/:/ }): ending. To start it all the same: tpu_pod.sh keep --again"
+    case $begun-$off in
+      -*) ;;
+      *-delete:*)
+        while now_state=$(state) && [[ $now_state != MISSING && $now_state != DELETING ]]; do
+          announce "giving back what was asked for at the same moment"
+          gcloud_tpu delete "$name" --force --quiet || sleep "$poll_seconds"
+        done
+        ;;
+      run-*) remote all all "bash octo_like/scripts/tpu_host.sh stop" || announce "stop failed: tpu_pod.sh stop" ;;
+    esac
+    [[ $off == delete:* ]] || announce "what was asked for costs until it is given back: tpu_pod.sh delete"
+    exit 75
+  elif [[ -n $keeper && $keeper != "$mine" ]]; then
+    announce "another keep has taken over (${keeper/:/ }): ending"
+    exit 75
+  fi
+}
+
+# Reads until there is an answer: without one nothing is asked for and nothing started.
+look() {
+  until read_wanted; do
+    ! hopeless "$said" || die "whether $name is still wanted cannot be read: $said"
+    announce "the metadata of $project cannot be read, trying again in $poll_seconds s: $(last_line "$said")"
+    sleep "$poll_seconds"
+  done
+  end_if_called_off "$1"
+}
+
+# Puts this `keep` in charge.
+mine=""
+take_charge() {
+  local how="It is kept there so that stop and delete end \`keep\` from anywhere. Needed: the service compute.googleapis.com"
+  how+=" and the role Compute Instance Admin (v1) in $project"
+  mine="keep:$(stamp):$$-$RANDOM"
+  if [[ $again == yes ]]; then
+    said=$(gcloud_project remove-metadata --keys="$(off_key)" 2>&1) || die "cannot write the metadata of $project: $said. $how"
+  fi
+  said=$(gcloud_project add-metadata --metadata="$(keeper_key)=$mine" 2>&1) ||
+    die "cannot write the metadata of $project: $said. $how"
+  read_wanted || die "cannot read the metadata of $project: $said. $how"
+  [[ -z $off ]] || die "$name was called off (${off/:/ }); to start it all the same: tpu_pod.sh keep --again ..."
+}
+
+# Creates, sets up and runs; begins again whenever the TPU was taken away. Ends when the run does, or is called off.
 pod_keep() {
   need_command keep
   check_type
+  wait=no # it watches anyway
   if [[ $dry_run == yes ]]; then
+    gcloud_project add-metadata --metadata="$(keeper_key)=keep:$(stamp)"
+    read_wanted || true
+    echo "$said"
     pod_create
     wait_until_active
     pod_setup
@@ -388,38 +522,94 @@ pod_keep() {
     gcloud_tpu delete "$name" --force --quiet
     return
   fi
-  local now_state before="" run started=no
+  take_charge
+  # started: a run of this command. seen: alive since this command last deleted it, so that somebody else has deleted it when
+  # it is missing. failures: in a row. begun: what was done since the last look.
+  local now_state before="" run started=no seen=no missing=0 failures=0 begun=""
   while true; do
+    look "$begun"
+    begun=""
     now_state=$(state)
     [[ $now_state == "$before" ]] || announce "$now_state"
     before=$now_state
     case $now_state in
-      MISSING) pod_create || announce "create failed; trying again in $poll_seconds s" ;;
+      MISSING | UNKNOWN | SUSPENDING | SUSPENDED | FAILED | DELETING) ;;
+      *) seen=yes missing=0 ;;
+    esac
+    case $now_state in
+      MISSING)
+        if [[ $seen == yes ]]; then
+          missing=$((missing + 1)) # once may be a slip of the service
+          if ((missing > 1)); then
+            announce "somebody has deleted it: ending. To ask for it again: tpu_pod.sh keep"
+            exit 75
+          fi
+        elif said=$(pod_create 2>&1); then
+          echo "$said" >&2
+          seen=yes begun=create
+          continue
+        else
+          begun=create # it may have been accepted all the same
+          failures=$((failures + 1))
+          if hopeless "$said" || [[ $said == *NOT_FOUND* ]] || { no_quota "$said" && { [[ $started == no ]] || ((failures >= tries)); }; }; then
+            die "$name cannot be created: $said"
+          fi
+          announce "create failed; trying again in $poll_seconds s: $said"
+        fi
+        ;;
       FAILED)
         # A request that never was fulfilled will not be the next time either: quota, zone or type.
-        [[ $started == yes ]] || die "the queued resource $name FAILED; see tpu_pod.sh status, then delete it"
+        failures=$((failures + 1))
+        if [[ $started == no ]] || ((failures >= tries)); then
+          die "the queued resource $name FAILED; see tpu_pod.sh status, then delete it"
+        fi
+        seen=no
         gcloud_tpu delete "$name" --force --quiet || announce "delete failed; trying again in $poll_seconds s"
         ;;
       SUSPENDED)
         announce "taken away: asking for it again"
+        seen=no
         gcloud_tpu delete "$name" --force --quiet || announce "delete failed; trying again in $poll_seconds s"
         ;;
       ACTIVE)
         run=$(run_state)
+        [[ $run != ended ]] || look ""
+        [[ $started == yes || $run != ended || $again == yes ]] ||
+          die "the run on $name was stopped there; to start it all the same: tpu_pod.sh keep --again ..."
         # What ended before this command was given is not its result: run again, which continues from the checkpoint.
         [[ $started == yes || $run == running || $run == unreachable ]] || run=stopped
         case $run in
-          running) started=yes ;;
+          running) started=yes failures=0 ;;
           finished)
             announce "the run has finished. The TPU still costs: tpu_pod.sh delete"
             return
             ;;
           failed:*) die "the run ended with status ${run#failed:}; see tpu_pod.sh logs. The TPU still costs" ;;
+          ended)
+            announce "stopped on its host: ending. The TPU still costs: tpu_pod.sh delete"
+            exit 75
+            ;;
           stopped)
             announce "setting up and starting"
-            if pod_setup && pod_run; then started=yes; else announce "set-up failed; trying again in $poll_seconds s"; fi
+            if pod_setup; then
+              look "" # setting up takes minutes
+              begun=run
+              if pod_run; then
+                started=yes failures=0
+                continue
+              fi
+            fi
+            failures=$((failures + 1))
+            ((failures < tries)) || die "set-up failed $failures times in a row: see above. The TPU still costs"
+            announce "set-up failed; trying again in $poll_seconds s"
             ;;
-          unreachable) announce "a host does not answer; asking again in $poll_seconds s" ;;
+          unreachable)
+            if [[ $started == no ]]; then
+              failures=$((failures + 1))
+              ((failures < tries)) || die "a host did not answer $failures times in a row. The TPU still costs"
+            fi
+            announce "a host does not answer; asking again in $poll_seconds s"
+            ;;
         esac
         ;;
     esac

@@ -34,18 +34,78 @@ RECORD = """
         file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 """
 
+# Beside the log of calls: `.metadata`, entries of the project; `.fails.VERB`, what a verb fails with for as long as the
+# file is there, or once (`.fails_once.VERB`); `.before.VERB` and `.after.VERB`, what happens elsewhere once, before and
+# after the call has its effect. With TPU, a file, there is one queued resource, whose state the file holds while it
+# exists, and a run, whose state `.run` holds.
 GCLOUD = """
-    import shutil, subprocess
+    import pathlib, re, shutil, subprocess
     words = sys.argv[1:]
     flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    beside = os.environ["CALLS"]
+
+    def meanwhile(when, verb):
+        script = pathlib.Path(f"{beside}.{when}.{verb}")
+        if script.exists():
+            running = script.rename(f"{script}.now")
+            subprocess.run(["bash", running], check=True, stdin=subprocess.DEVNULL)
+        for fails in (pathlib.Path(f"{beside}.fails{once}.{verb}") for once in ("", "_once")):
+            if when == "before" and fails.exists():
+                text = fails.read_text()
+                if fails.match("*.fails_once.*"):
+                    fails.unlink()
+                sys.exit(text)
+
+    def project_info(verb):
+        file = pathlib.Path(beside + ".metadata")
+        entries = json.loads(file.read_text()) if file.exists() else {}
+        if verb == "describe":
+            print(*(entries.get(key, "") for key in re.findall(r"items\\[(.+?)\\]", flags["--format"])), sep="\\t")
+        elif verb == "add-metadata":
+            key, value = flags["--metadata"].split("=", 1)
+            file.write_text(json.dumps(entries | {key: value}))
+        else:
+            entries.pop(flags["--keys"], None)
+            file.write_text(json.dumps(entries))
+
+    def one_tpu(verb, tpu, run):
+        if verb == "create":
+            if tpu.exists():
+                sys.exit("ERROR: (gcloud) ALREADY_EXISTS: Resource already exists")
+            tpu.write_text(os.environ.get("CREATED", "ACTIVE"))
+        elif not tpu.exists():
+            sys.exit("ERROR: (gcloud) NOT_FOUND: Resource was not found")
+        elif verb == "describe":
+            print(tpu.read_text())
+        elif verb == "delete":
+            tpu.unlink()
+            run.unlink(missing_ok=True)
+        elif verb != "scp" and tpu.read_text() != "ACTIVE":
+            sys.exit("ERROR: (gcloud) there are no hosts")
+        elif verb == "ask":
+            print("octo_state=" + (run.read_text() if run.exists() else "none"))
+        elif verb == "run":
+            run.write_text("running")
+        elif verb == "stop":
+            run.write_text("ended")
+
     if words[:2] == ["config", "get-value"]:
         print(os.environ.get("GCLOUD_PROJECT", ""))
+    elif words[:2] == ["compute", "project-info"]:
+        meanwhile("before", "project-" + words[2])
+        project_info(words[2])
+        meanwhile("after", "project-" + words[2])
     elif words[:3] == ["compute", "tpus", "queued-resources"]:
         verb = words[3]
-        states = os.environ.get("STATES")
-        if verb == "describe":
+        line = flags.get("--command", "")
+        if verb == "ssh" and "tpu_host.sh" in line:
+            verb = "ask" if "--brief" in line else re.search("tpu_host.sh ([a-z]+)", line)[1]
+        meanwhile("before", verb)
+        if "TPU" in os.environ:
+            one_tpu(verb, pathlib.Path(os.environ["TPU"]), pathlib.Path(beside + ".run"))
+        elif verb == "describe":
             state = "ACTIVE"
-            if states:
+            if states := os.environ.get("STATES"):
                 with open(states) as file:
                     lines = file.read().split()
                 state = lines[0]
@@ -57,16 +117,17 @@ GCLOUD = """
             print(state)
         elif verb == "scp" and "HOST_HOME" in os.environ:
             shutil.copy(words[4], os.path.join(os.environ["HOST_HOME"], words[5].split(":")[1]))
-        elif verb == "ssh" and "HOST_HOME" in os.environ:
+        elif words[3] == "ssh" and "HOST_HOME" in os.environ:
             host = dict(os.environ, HOME=os.environ["HOST_HOME"])
             sys.exit(subprocess.call(["bash", "-c", flags["--command"]], env=host, cwd=host["HOME"]))
-        elif verb == "ssh" and "ANSWERS" in os.environ and "--brief" in flags.get("--command", ""):
+        elif verb == "ask" and "ANSWERS" in os.environ:
             with open(os.environ["ANSWERS"]) as file:
                 lines = file.read().split()
             with open(os.environ["ANSWERS"], "w") as file:
                 file.write("\\n".join(lines[1:] or lines))
             for word in lines[0].split(","):
                 print("octo_state=" + word)
+        meanwhile("after", verb)
 """
 
 # Gives itself rights it has.

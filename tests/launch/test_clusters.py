@@ -209,6 +209,28 @@ def test_slurm_job_that_is_cancelled_is_not_requeued(clouds, job):
     assert [call[0] for call in clouds.calls("srun", "scontrol")] == ["srun"]
 
 
+def test_slurm_job_that_is_cancelled_in_a_pause_does_not_start_again(clouds, job):
+    (clouds.folder / "plan").write_text("1 0")
+    process = subprocess.Popen(
+        ["bash", "scripts/slurm_train.sh", "python", "train.py"],
+        cwd=ROOT, env=clouds.environment | {"PAUSE_SECONDS": "100"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while "trying again" not in (line := process.stdout.readline()):
+            assert line, "ended early"
+        process.terminate()
+        assert "stopped by Slurm" in process.stdout.readline()
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()
+    assert [call[0] for call in clouds.calls("srun", "scontrol")] == ["srun"]
+
+
+def test_slurm_job_is_requeued_when_its_time_ends_in_a_pause(job):
+    done, calls = job("1 0", SLURM_JOB_END_TIME=str(int(time.time()) + 303), PAUSE_SECONDS="4")
+    assert done.returncode == 0 and [call[0] for call in calls] == ["srun", "scontrol"]
+
+
 @pytest.mark.parametrize(
     "arguments,settings,words",
     [

@@ -161,9 +161,15 @@ def test_stop_lets_the_run_save(ready):
     ready.wait(lambda: "started with" in ready.log(), "the start")
     assert ready.state() == "running" and "running" in ready.good("status")
     ready.good("stop")
-    assert "saved" in ready.log() and ready.state() == "stopped"
+    # A person has ended it, which is not to be undone; maintenance, which sends the same signal, is.
+    assert "saved" in ready.log() and ready.state() == "ended" and "stopped" in ready.good("status")
     sessions = subprocess.run(["tmux", "ls"], env=ready.clouds.environment | ready.settings, capture_output=True)
     assert b"octo" not in sessions.stdout
+    ready.good("run", "--", "python", "train_toy.py", "--work")
+    ready.wait(lambda: ready.log().count("started with") == 2, "the second start")
+    os.kill(int((ready.home / "octo_logs" / "pid").read_text()), signal.SIGTERM)
+    ready.wait(lambda: ready.state() != "running", "the end")
+    assert ready.state() == "stopped"
 
 
 def test_a_second_run_replaces_the_first(ready):

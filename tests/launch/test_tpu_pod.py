@@ -14,6 +14,7 @@ from tests.launch.clouds import NASTY, ROOT, commands, option
 PLACE = ["--project", "lab", "--zone", "us-central2-b"]
 POD = ["--name", "octo", *PLACE]
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+PROJECT = ["gcloud", "compute", "project-info"]
 WHERE = ["--project=lab", "--zone=us-central2-b"]
 # gcloud documents a number here, 64 unless told otherwise: a pod of more hosts has to be started in one go.
 AT_ONCE = "--batch-size=1024"
@@ -93,7 +94,7 @@ def test_settings_from_the_environment(clouds):
     assert words[5] == "octo" and "--spot" in words and words[-2:] == WHERE
     [words] = dry(clouds, "create", "--type", "v4-16", pod=["--name=mine"], **settings)
     assert words[5] == "mine" and option(words, "accelerator-type") == "v4-16"
-    [words] = dry(clouds, "stop", pod=["--name=octo", "--zone=us-central2-b"], GCLOUD_PROJECT="configured")
+    *_, words = dry(clouds, "stop", pod=["--name=octo", "--zone=us-central2-b"], GCLOUD_PROJECT="configured")
     assert option(words, "project") == "configured"
 
 
@@ -126,10 +127,14 @@ def test_run_exec_logs_status_ssh_stop_delete(clouds):
     assert described[:6] == [*QUEUED, "describe", "octo"] and "state.state" in option(described, "format")
     assert every == ssh(f"{host} status") and first == ssh(f"{host} status --checkpoints", node="0", worker="0")
     assert dry(clouds, "ssh", "--worker=2") == [[*QUEUED, "ssh", "octo", "--node=0", "--worker=2", *WHERE]]
-    assert dry(clouds, "stop") == [ssh(f"{host} stop")]
-    assert dry(clouds, "stop", "--now") == [ssh(f"{host} stop --now")]
-    assert dry(clouds, "delete") == [[*QUEUED, "delete", "octo", "--force", "--quiet", *WHERE]]
-    through = dry(clouds, "stop", "--ssh_flags", "--tunnel-through-iap --internal-ip")[0]
+    look, write, stop = dry(clouds, "stop")
+    assert look[:4] == [*PROJECT, "describe"] and "octo-keep-us-central2-b-octo" in option(look, "format")
+    assert write[:4] == [*PROJECT, "add-metadata"] and WHERE[0] in write
+    assert option(write, "metadata").startswith("octo-off-us-central2-b-octo=stop:")
+    assert stop == ssh(f"{host} stop")
+    assert dry(clouds, "stop", "--now")[-1] == ssh(f"{host} stop --now")
+    assert dry(clouds, "delete")[-1] == [*QUEUED, "delete", "octo", "--force", "--quiet", *WHERE]
+    through = dry(clouds, "stop", "--ssh_flags", "--tunnel-through-iap --internal-ip")[-1]
     assert {"--tunnel-through-iap", "--internal-ip"} <= set(through)
 
 
@@ -152,6 +157,7 @@ def test_what_is_printed_is_what_is_run(clouds, what):
     assert not clouds.calls(), "a dry run called something"
     assert clouds.run("tpu_pod.sh", what, *POD, *arguments, **archive).returncode == 0
     called = clouds.calls("gcloud")
+    printed = [words for words in printed if "add-metadata" not in words]  # only where a `keep` is named there
     if what == "status":  # it asks for the state once more, to know whether there are hosts
         called.pop(1)
     assert called == printed
@@ -163,7 +169,7 @@ def test_delete_asks(clouds):
     assert clouds.run("tpu_pod.sh", "delete", *POD).returncode == 2  # nobody there to answer
     assert not clouds.calls("gcloud")
     assert clouds.run("tpu_pod.sh", "delete", *POD, stdin="yes\n").returncode == 0
-    assert [call[4] for call in clouds.calls("gcloud")] == ["delete"]
+    assert [call[3:5][-1] for call in clouds.calls("gcloud") if call[:4] == QUEUED] == ["delete"]
 
 
 def keep(clouds, states, answers):
@@ -174,6 +180,8 @@ def keep(clouds, states, answers):
     done = clouds.run("tpu_pod.sh", "keep", *POD, "--type", "v4-8", "--spot", "--", *TRAIN, **settings)
     verbs = []
     for call in clouds.calls("gcloud"):
+        if call[:3] == PROJECT:
+            continue
         verb = call[4]
         if verb == "ssh":
             line = option(call, "command")
@@ -211,6 +219,204 @@ def test_keep_ends_with_what_it_cannot_mend(clouds):
 def test_keep_does_not_repeat_a_refused_request(clouds):
     done, verbs = keep(clouds, "MISSING FAILED", "none")
     assert done.returncode == 2 and "FAILED" in done.stderr and verbs == ["create"]
+
+
+# ------------------------------------------------------------------------- keep beside stop and delete from elsewhere
+
+
+@pytest.fixture
+def tpu(clouds):
+    """One queued resource: the file that holds its state while it exists."""
+    file = clouds.folder / "tpu"
+    clouds.environment |= {"TPU": str(file), "TPU_POLL_SECONDS": "0", "TPU_ARCHIVE": str(clouds.folder / "tree.tgz")}
+    return file
+
+
+def beside(clouds, name: str) -> pathlib.Path:
+    return clouds.log.with_name(f"{clouds.log.name}.{name}")
+
+
+def meanwhile(clouds, when: str, line: str) -> None:
+    beside(clouds, when).write_text(f"cd {ROOT}\n{line}\n")
+
+
+def keep_one(clouds, *flags: str, **environment: str):
+    """`keep` as it runs until it ends, and what it and the others did to the queued resource."""
+    done = clouds.run("tpu_pod.sh", "keep", *POD, "--type", "v4-8", *flags, "--", *TRAIN, timeout=100, **environment)
+    verbs = [call[4] for call in clouds.calls("gcloud") if call[:4] == QUEUED]
+    return done, [verb for verb in verbs if verb in ("create", "delete")]
+
+
+def elsewhere(what: str) -> str:
+    return f"bash scripts/tpu_pod.sh {what} {' '.join(POD)} {'--yes' if what == 'delete' else ''}"
+
+
+@pytest.mark.parametrize(
+    "what,when",
+    [
+        *(("delete", when) for when in ("before.project-describe", "before.create", "after.create", "before.run")),
+        *(("stop", when) for when in ("after.describe", "after.create", "after.setup", "before.run", "after.ask")),
+    ],
+)
+def test_keep_ends_when_it_is_called_off_at_any_moment(clouds, tpu, what, when):
+    """`keep` runs on one computer, the other command on another: the cloud is all they share."""
+    meanwhile(clouds, when, elsewhere(what))
+    done, verbs = keep_one(clouds)
+    # An entry that is there before the first look is a refusal, as after yesterday's stop.
+    assert done.returncode == (2 if when == "before.project-describe" else 75), done.stdout + done.stderr
+    assert "called off" in done.stdout + done.stderr and "keep --again" in done.stdout + done.stderr
+    assert verbs.count("create") <= 1
+    if what == "delete":
+        assert not tpu.exists(), "the TPU is there again and costs"
+    elif beside(clouds, "run").exists():
+        assert beside(clouds, "run").read_text() == "ended", "the run goes on although it was stopped"
+
+
+def test_delete_while_keep_asks_for_a_preempted_tpu_again(clouds, tpu):
+    meanwhile(clouds, "after.run", f"echo -n SUSPENDED > {tpu}")
+    meanwhile(clouds, "after.delete", elsewhere("delete"))  # between keep's own delete and its next create
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 75 and not tpu.exists() and verbs == ["create", "delete"], done.stdout
+
+
+def test_delete_while_keep_cannot_create(clouds, tpu):
+    """There is no TPU that could carry a sign: the request failed and comes again after a pause."""
+    beside(clouds, "fails_once.create").write_text("ERROR: (gcloud) UNAVAILABLE: try again")
+    # Waits for the next look, which is after the pause.
+    after = beside(clouds, "before.project-describe")
+    meanwhile(clouds, "before.create", f"echo 'cd {ROOT} && {elsewhere('delete')}' > {after}")
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 75 and "create failed" in done.stdout, done.stdout + done.stderr
+    assert verbs == ["create"] and not tpu.exists()
+
+
+def test_what_was_called_off_starts_only_when_told_so(clouds, tpu):
+    meanwhile(clouds, "after.ask", elsewhere("delete"))
+    assert keep_one(clouds)[0].returncode == 75
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 2 and "octo was called off (delete " in done.stderr and "keep --again" in done.stderr
+    assert verbs == ["create", "delete"] and not tpu.exists()
+    meanwhile(clouds, "after.run", f"echo -n finished > {beside(clouds, 'run')}")
+    done, verbs = keep_one(clouds, "--again")
+    assert done.returncode == 0 and tpu.exists() and verbs == ["create", "delete", "create"]
+
+
+def test_nothing_is_recorded_without_a_keep(clouds, tpu):
+    tpu.write_text("ACTIVE")
+    assert clouds.run("tpu_pod.sh", "stop", *POD).returncode == 0
+    assert clouds.run("tpu_pod.sh", "delete", "--yes", *POD).returncode == 0
+    assert not beside(clouds, "metadata").exists() and not tpu.exists()
+    assert clouds.run("tpu_pod.sh", "delete", "--yes", *POD).returncode == 1  # there is none
+
+
+def test_a_second_keep_takes_over(clouds, tpu):
+    entry = "octo-keep-us-central2-b-octo=keep:other"
+    meanwhile(clouds, "after.run", f"gcloud compute project-info add-metadata --metadata={entry}")
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 75 and "another keep" in done.stdout and verbs == ["create"]
+    assert tpu.exists() and beside(clouds, "run").read_text() == "running"
+
+
+def test_keep_does_not_ask_for_what_somebody_else_deleted(clouds, tpu):
+    """In the console, or with gcloud."""
+    meanwhile(clouds, "after.run", f"rm {tpu}")
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 75 and "deleted" in done.stdout and verbs == ["create"]
+
+
+def test_keep_starts_nothing_while_it_cannot_know(clouds, tpu):
+    fails, calls = beside(clouds, "fails_once.project-describe"), clouds.log
+    text = "ERROR: (gcloud) UNAVAILABLE: try again"
+    # The first look succeeds; the next fails once, and meanwhile nothing was asked for.
+    meanwhile(clouds, "after.project-describe", f"echo '{text}' > {fails}; cp {calls} {calls}.then")
+    meanwhile(clouds, "after.run", f"echo -n finished > {beside(clouds, 'run')}")
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 0 and "cannot be read, trying again" in done.stdout and verbs == ["create"]
+    assert "create" not in beside(clouds, "then").read_text()
+
+
+def test_keep_wants_its_record(clouds, tpu):
+    beside(clouds, "fails.project-add-metadata").write_text("ERROR: (gcloud) PERMISSION_DENIED: no")
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 2 and "Compute Instance Admin" in done.stderr and not verbs
+
+
+@pytest.mark.parametrize("what", ["stop", "delete"])
+def test_calling_off_says_when_a_keep_would_not_see_it(clouds, tpu, what):
+    tpu.write_text("ACTIVE")
+    beside(clouds, "fails.project-describe").write_text("ERROR: (gcloud) PERMISSION_DENIED: no")
+    done = clouds.run("tpu_pod.sh", what, "--yes", *POD)
+    assert done.returncode == 1 and "was not told to end" in done.stderr and "PERMISSION_DENIED" in done.stderr
+    assert (tpu.exists(), beside(clouds, "run").exists()) == ((False, False) if what == "delete" else (True, True))
+    beside(clouds, "fails.project-describe").write_text("SERVICE_DISABLED: compute.googleapis.com: no keep has started")
+    tpu.write_text("ACTIVE")
+    assert clouds.run("tpu_pod.sh", what, "--yes", *POD).returncode == 0
+
+
+def test_keep_ends_where_the_run_was_stopped_on_its_host(clouds):
+    """`bash scripts/tpu_host.sh stop`, by hand."""
+    done, verbs = keep(clouds, "ACTIVE", "running,running ended,stopped")
+    assert done.returncode == 75 and "stopped on its host" in done.stdout and verbs == []
+    done, verbs = keep(clouds, "ACTIVE", "ended,stopped")
+    assert done.returncode == 2 and "--again" in done.stderr and verbs == []
+
+
+# ------------------------------------------------------------------------------------------------- errors that stay
+
+STAYS = [
+    "ERROR: (gcloud.compute.tpus.queued-resources.describe) PERMISSION_DENIED: Permission 'tpu.get' denied on resource",
+    "ERROR: (gcloud) status=[403], code=[Forbidden], message=[not allowed]",
+    "ERROR: (gcloud) HTTPError 403: The caller does not have permission",
+    "ERROR: (gcloud) UNAUTHENTICATED: Request had invalid authentication credentials",
+    "ERROR: (gcloud) You do not currently have an active account selected. Please run:\n\n  $ gcloud auth login",
+    "ERROR: (gcloud) There was a problem refreshing your current auth tokens: Reauthentication failed",
+    "ERROR: (gcloud) INVALID_ARGUMENT: unknown zone",
+]
+
+
+@pytest.mark.parametrize("text", STAYS)
+def test_waiting_ends_with_an_error_that_stays(clouds, tpu, text):
+    beside(clouds, "fails.describe").write_text(text)
+    done = clouds.run("tpu_pod.sh", "create", "--wait", "--type", "v4-8", *POD, timeout=60)
+    assert done.returncode == 2 and text in done.stderr and "cannot be read" in done.stderr
+    done, _ = keep_one(clouds)
+    assert done.returncode == 2 and text in done.stderr
+
+
+def test_waiting_goes_on_after_an_error_that_passes(clouds, tpu):
+    beside(clouds, "fails_once.describe").write_text("ERROR: (gcloud) UNAVAILABLE: 503 try again")
+    done = clouds.run("tpu_pod.sh", "create", "--wait", "--type", "v4-8", *POD, timeout=60)
+    assert done.returncode == 0 and "UNKNOWN" in done.stdout and "ACTIVE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        STAYS[0],
+        "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota limit 'TPUV4sPreemptiblePodPerProjectPerZone' has been exceeded",
+        "ERROR: (gcloud) PERMISSION_DENIED: Permission denied on 'locations/us-east9-q' (or it may not exist).",
+        "ERROR: (gcloud) INVALID_ARGUMENT: Accelerator type v4-8 is not available in zone us-central2-b",
+        "ERROR: (gcloud) NOT_FOUND: network n was not found",
+    ],
+)
+def test_keep_ends_with_a_request_that_will_never_be_met(clouds, tpu, text):
+    beside(clouds, "fails.create").write_text(text)
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 2 and "cannot be created" in done.stderr and text in done.stderr and verbs == ["create"]
+
+
+def test_keep_asks_again_after_too_many_requests_a_minute(clouds, tpu):
+    text = "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Create' and limit 'Create per minute'"
+    beside(clouds, "fails_once.create").write_text(text)
+    meanwhile(clouds, "after.run", f"echo -n finished > {beside(clouds, 'run')}")
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 0 and "create failed" in done.stdout and verbs == ["create", "create"]
+
+
+def test_keep_does_not_set_up_for_ever_what_costs(clouds, tpu):
+    beside(clouds, "fails.setup").write_text("bash: gcloudd: command not found")
+    done, _ = keep_one(clouds, TPU_TRIES="2")
+    assert done.returncode == 2 and "set-up failed 2 times" in done.stderr and "still costs" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -279,7 +485,7 @@ def test_gcloud_knows_every_flag(clouds):
     used: dict[str, set[str]] = {}
     for what, arguments in [*SUBCOMMANDS.items(), ("create", ["--type", "v4-8", "--slices", "2", "--reserved"])]:
         for words in dry(clouds, what, *arguments):
-            if words[0] == "gcloud":
+            if words[:4] == QUEUED:
                 used.setdefault(words[4], set()).update(w.split("=")[0] for w in words[5:] if w.startswith("--"))
     assert set(used) == {"create", "scp", "ssh", "describe", "delete"}
     environment = dict(os.environ, CLOUDSDK_CONFIG=str(clouds.folder / "config"), CLOUDSDK_CORE_DISABLE_PROMPTS="1")
