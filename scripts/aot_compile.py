@@ -6,8 +6,9 @@
     python scripts/aot_compile.py --config configs/octo_base.py --topology v5e-64 --sweep --accumulates 1,2
     python scripts/aot_compile.py --config configs/octo_base.py --topology v5e-64 --inference
 
-Compiles the very step that train.py runs with the compiler of a TPU host (`pip install 'octo_like[aot]'`), which takes
-a few minutes, and prints a table; the last line is the same as JSON. Exit status 1: it does not fit.
+Compiles the very step that train.py runs with the compiler of a TPU host (`make aot` in a checkout, otherwise
+`pip install 'octo_like[aot]'`), which takes a few minutes, and prints a table; the last line is the same as JSON. Exit
+status 1: it does not fit.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def main(argv=None) -> int:
     )
     group.add_argument("--fsdps", type=_numbers, default=(), metavar="N,N", help="default: the config's")
     flags, config = parse_command_line(parser, argv)
+    proof.find_compiler()
     topology = parse_topology(flags.topology, flags.num_slices)
     name = os.path.basename(flags.config)
     if flags.inference:

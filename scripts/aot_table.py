@@ -64,6 +64,7 @@ def main(argv=None) -> int:
     flags = parser.parse_args(argv)
     os.chdir(ROOT)
     if not flags.render:
+        proof.find_compiler()
         for row in ROWS:
             if not re.search(flags.only, row.key) or (report_of(read(flags.data), row) and not flags.again):
                 continue

@@ -12,7 +12,9 @@ import importlib.util
 import itertools
 import math
 import os
+import pathlib
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -49,6 +51,17 @@ class NoCompiler(RuntimeError):
     """libtpu is not installed."""
 
 
+def find_compiler() -> None:
+    """Makes importable the libtpu that `make aot` keeps in the folder `aot` of the environment.
+
+    Where one is installed, that one is taken. The other is not in the environment itself, because every start of JAX
+    would then look for a TPU. For commands whose purpose is to compile.
+    """
+    folder = pathlib.Path(sys.prefix, "aot")
+    if not has_compiler() and (folder / "libtpu").is_dir():
+        sys.path.append(str(folder))
+
+
 def has_compiler() -> bool:
     """Whether programs for TPUs can be compiled here."""
     return importlib.util.find_spec("libtpu") is not None
@@ -62,7 +75,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
       ValueError: the compiler does not know the topology.
     """
     if not has_compiler():
-        raise NoCompiler("compiling for TPUs needs libtpu: pip install 'octo_like[aot]'")
+        raise NoCompiler("compiling for TPUs needs libtpu: `make aot` in a checkout, or pip install 'octo_like[aot]'")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}

@@ -1,6 +1,7 @@
 """What is proven ahead of time is what train.py runs."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -182,3 +183,20 @@ def test_tables_say_whether_it_fits():
     assert "DOES NOT FIT" in text and "-25.0%" in text and "Ran out of memory" in text
     gathers = str(fake_report(activation_gathers=["all-gather bf16[2048, 16] of x"]))
     assert "gathers of activations" in gathers and "bf16[2048, 16] of x" in gathers
+
+
+def test_the_compiler_that_make_aot_keeps_beside_the_environment_is_found(tmp_path):
+    """Its stand-in ends the process when JAX imports it. Where libtpu is installed, that one is taken."""
+    (tmp_path / "aot" / "libtpu").mkdir(parents=True)
+    (tmp_path / "aot" / "libtpu" / "__init__.py").write_text("import os; os._exit(73)")
+    code = "import runpy, sys; sys.prefix = sys.argv.pop(1); sys.path.insert(0, 'scripts')\n"
+    code += "sys.argv[0] = 'aot_compile.py'; runpy.run_path('scripts/aot_compile.py', run_name='__main__')"
+    words = ["--config", "configs/tabletop.py", "--topology", "v5e-8"]
+    root = pathlib.Path(__file__).resolve().parents[2]
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *words], cwd=root, capture_output=True, text=True
+    )
+    assert found.returncode == 73 or proof.has_compiler(), found.stderr
+    absent = [sys.executable, "-c", code, str(tmp_path / "none"), *words]
+    done = subprocess.run(absent, cwd=root, capture_output=True, text=True)
+    assert (done.returncode == 2 and "make aot" in done.stderr) or proof.has_compiler(), done.stderr
