@@ -18,6 +18,7 @@ MODULES = {
     "executor": "robot/executor.py",
     "history": "robot/history.py",
     "images": "robot/images.py",
+    "loop": "robot/loop.py",
     "messages": "robot/messages.py",
     "safety": "robot/safety.py",
     "chunks": "common/chunks.py",

@@ -8,7 +8,7 @@ Topology: 2 CPU cores, no accelerator. Expected time and success: docs/adaptatio
 """
 
 from octo_like.common.defaults import default_config
-from octo_like.envs.sims import ENVIRONMENTS
+from octo_like.envs.sims import ACTION_KINDS, ENVIRONMENTS
 
 ACTION_DIM = 4
 CAMERAS = dict(primary="image", secondary="secondary_image")
@@ -24,6 +24,7 @@ def dataset(group: str) -> dict:
         proprio_keys=("state",),
         action_names=(*hand, "gripper"),
         action_units=("1",) * 4,  # -1 to 1, of the simulator's controller
+        action_kinds=ACTION_KINDS,
         proprio_names=(*hand, *fingers) if fetch else (*hand, "gripper"),
         proprio_units=("m",) * 5 if fetch else (*("m",) * 3, "open fraction"),
         val_split="val",

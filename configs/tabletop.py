@@ -32,6 +32,7 @@ def dataset(name: str, *, weight: float = 1.0, proprio: bool = True, wrist: bool
         val_split="val",
         action_names=robot.action_names,
         action_units=robot.action_units,
+        action_kinds=robot.action_kinds,
         **(dict(proprio_names=robot.proprio_names, proprio_units=robot.proprio_units) if proprio else {}),
         env=f"octo_like.envs:octo_like/Tabletop-{name.removeprefix('tabletop_')}-v0",
     )

@@ -29,12 +29,13 @@ import numpy as np
 from octo_like import Policy
 from octo_like.common.chunks import Continuation
 from octo_like.envs import EMBODIMENTS, EVALUATION_SEEDS, TabletopEnv
-from octo_like.envs.sims import GROUPS
+from octo_like.envs.sims import ACTION_KINDS, GROUPS
 from octo_like.envs.sims.remote import RemoteEnv
 from octo_like.robot.chunking import MODES, Ask, Chunks, Plan
 from octo_like.robot.history import History
 from octo_like.robot.intervals import difference_interval, success_interval, success_rate
 from octo_like.robot.rollout import sampling_keys
+from octo_like.robot.safety import STANDS_STILL, check_kinds
 from octo_like.training.distributed import setup_compilation_cache
 
 SHOWN = ("steps", "seam_jump", "inside_jump", "held")
@@ -58,6 +59,11 @@ class World:
     def dataset(self) -> str:
         """Whose statistics a policy's actions have."""
         return self.name if self.name in GROUPS else f"tabletop_{self.name}"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the action dimensions: what stands still where the robot holds."""
+        return ACTION_KINDS if self.name in GROUPS else EMBODIMENTS[self.name].action_kinds
 
     def tasks(self, names: Sequence[str] | None) -> tuple[str, ...]:
         """Those of the names, all when None. Raises ValueError for one that does not exist."""
@@ -84,8 +90,9 @@ class Robot:
     def __init__(self, world: World, policy: Policy, time_factor: float):
         self.env, names, self.options = world.make(policy, time_factor)
         self.history = History(policy.batch_spec.window_size)
-        self.moves = np.array([not name.startswith("gripper") for name in names])
-        self.is_change = np.array([name.startswith("d") for name in names])
+        check_kinds(world.kinds, names)
+        self.moves = np.array([kind != "gripper" for kind in world.kinds])
+        self.is_change = np.array([kind in STANDS_STILL for kind in world.kinds])
         std = np.asarray(policy.statistics[world.dataset]["action"]["std"])
         self.scale = np.where(self.moves, np.maximum(std, 1e-6), 1.0)
         self.used = std > 1e-3 * std.max()

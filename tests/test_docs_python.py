@@ -49,29 +49,20 @@ def test_acting_as_the_docs_say(export, policy, capsys):
     assert names["task_from_goal"](goals, np.zeros((8, 8, 3)))["image_primary"].shape == (1, 8, 8, 3)
 
 
-class Times:
-    """True so many times: the condition of a loop."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __bool__(self) -> bool:
-        self.count -= 1
-        return self.count >= 0
-
-
-@pytest.mark.parametrize(("page", "words"), [("README.md", "PolicyClient"), ("docs/deployment.md", "policy.hold()")])
+@pytest.mark.parametrize(
+    ("page", "words"), [("README.md", "PolicyClient"), ("docs/deployment.md", "octo_like_client import PolicyClient")]
+)
 def test_a_robot_as_the_docs_say(page, words, policy, monkeypatch, client_package):
     client = importlib.import_module(client_package.name)
     server = PolicyServer(policy, unnormalize="tabletop_gripper", port=0)
-    executed = []
+    executed, times = [], iter([True, True])
     picture, joints = np.zeros((48, 64, 3), np.uint8), np.zeros(ROBOT.proprio_dim, np.float32)
+    seen = {"image_primary": picture, "proprio": joints}
     names = {
         "frame": picture,
         "joints": joints,
-        "camera": lambda: picture,
-        "robot": types.SimpleNamespace(execute=executed.append, joints=lambda: joints),
-        "running": Times(2),
+        "robot": types.SimpleNamespace(execute=executed.append, observe=lambda: seen),
+        "running": lambda: next(times, False),
     }
     with server.running():
 
@@ -81,5 +72,12 @@ def test_a_robot_as_the_docs_say(page, words, policy, monkeypatch, client_packag
 
         monkeypatch.setattr(client, "PolicyClient", Here)
         exec(block(page, words), names)
-    assert names["actions"].shape == (4, ROBOT.action_dim)
-    assert len(executed) == (8 if page != "README.md" else 0)
+    if page == "README.md":
+        assert names["actions"].shape == (4, ROBOT.action_dim)
+    else:
+        assert len(executed) == 2 * 4 + 1 and not executed[-1].any()  # two chunks, and the hold at the end
+
+
+def test_the_docs_show_the_loop_that_is_shipped():
+    source = (ROOT / "octo_like" / "robot" / "loop.py").read_text("utf-8")
+    assert block("docs/deployment.md", "def drive(") == source[source.index("def drive(") :]

@@ -7,7 +7,8 @@ from octo_like_client.client import PolicyClient, PolicyServerError
 from octo_like_client.executor import AsyncExecutor
 from octo_like_client.history import History
 from octo_like_client.images import resize_image, resize_images
-from octo_like_client.safety import ActionFilter, UnsafeAction
+from octo_like_client.loop import drive
+from octo_like_client.safety import ActionFilter, UnknownKind, UnsafeAction
 from octo_like_client.version import __version__
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "History",
     "PolicyClient",
     "PolicyServerError",
+    "UnknownKind",
     "UnsafeAction",
     "__version__",
+    "drive",
     "resize_image",
     "resize_images",
 ]

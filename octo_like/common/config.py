@@ -79,6 +79,7 @@ RESUME_ALLOWED = (
     "data.max_bad_fraction",
     "data.prefetch",
     # What dimensions are called decides nothing.
+    "data.datasets.*action_kinds",
     "data.datasets.*action_names",
     "data.datasets.*action_units",
     "data.datasets.*proprio_names",

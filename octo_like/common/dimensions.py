@@ -1,12 +1,15 @@
-"""Names and units of what a vector holds: of a dataset's actions and of its proprioception.
+"""Names and units of what a vector holds, of a dataset's actions and of its proprioception, and kinds of actions.
 
-They are for people: plots, reports, tags of metrics, messages. Nothing that is learned, indexed or ordered depends on
-them. A dataset's spec says them (`DatasetSpec.action_names` and the three beside it, a robot's description, or its
-entry in the registry); from there they travel in its statistics, and so in an exported policy, as
+Names and units are for people: plots, reports, tags of metrics, messages. Kinds (`KINDS`) say what an action commands,
+and so which command keeps a robot where it is: robots that may have to hold need them (`octo_like.robot.safety`).
+Nothing that is learned, indexed or ordered depends on any of them. A dataset's spec has them
+(`DatasetSpec.action_names` and the four beside it, a robot's description, or its entry in the registry); from there
+they travel in its statistics, and so in an exported policy, as
 
-    {"dimensions": {"action": {"names": [...], "units": [...]}, "proprio": {"names": [...], "units": [...]}}}
+    {"dimensions": {"action": {"names": [...], "units": [...], "kinds": [...]}, "proprio": {"names": [...], ...}}}
 
-Where nobody has said them, dimensions are called a0, a1, ... (actions) and p0, p1, ... (proprioception).
+Where nobody has said them, dimensions are called a0, a1, ... (actions) and p0, p1, ... (proprioception), and kinds are
+not known.
 """
 
 from __future__ import annotations
@@ -36,6 +39,14 @@ UNITS: dict[str, tuple[float, str] | None] = {
 }
 UNKNOWN = ""  # beside these
 OPEN = "open fraction"
+KINDS = {
+    "absolute": "a target of the thing that `proprio` measures",
+    "delta": "a change of it, from one step to the next",
+    "velocity": "a change of it per second",
+    "gripper": "an absolute command between `closed` and `open`",
+    "other": "none of these: nothing is checked",
+}
+_KIND_OF_UNIT = {"m/s": "velocity", "rad/s": "velocity", OPEN: "gripper"}
 PARTS = {"action": "a", "proprio": "p"}  # part of a batch -> letter of its dimensions that have no name
 
 
@@ -50,16 +61,19 @@ class Dimensions:
     Attributes:
       names: all different.
       units: one for each, see `UNITS`; "" where it is not known. Empty: of none.
+      kinds: of actions, one for each, see `KINDS`; "" where it is not known. Empty: of none.
 
     Raises:
-      DimensionError: doubled or empty names, another number of units than of names, an unknown unit.
+      DimensionError: doubled or empty names, another number of units or kinds than of names, an unknown one.
     """
 
     names: tuple[str, ...]
     units: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self):
         names, units = tuple(self.names), tuple(self.units or (UNKNOWN,) * len(self.names))
+        kinds = tuple(self.kinds or (UNKNOWN,) * len(self.names))
         for name in names:
             if not isinstance(name, str) or not name.strip():
                 raise DimensionError(f"{name!r} is no name of a dimension; the names are: {names}")
@@ -75,6 +89,16 @@ class Dimensions:
                 raise DimensionError(
                     f"dimension {name!r}: unknown unit {unit!r}; {suggest(str(unit), UNITS)}, '' (not known)"
                 )
+        if len(kinds) != len(names):
+            raise DimensionError(
+                f"{len(kinds)} kinds for {len(names)} dimensions ({', '.join(names)}): give one for each, or none"
+            )
+        for name, kind in _pairs(names, kinds):
+            if kind != UNKNOWN and kind not in KINDS:
+                raise DimensionError(
+                    f"dimension {name!r}: unknown kind {kind!r}; {suggest(str(kind), KINDS)}, '' (not known)"
+                )
+        object.__setattr__(self, "kinds", kinds)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "units", units)
 
@@ -85,6 +109,10 @@ class Dimensions:
     def unnamed(cls, width: int, part: str = "action") -> Dimensions:
         """a0, a1, ... or, of proprioception, p0, p1, ..."""
         return cls(tuple(f"{PARTS[part]}{d}" for d in range(width)))
+
+    def of_kinds(self, kinds: Sequence[str]) -> Dimensions:
+        """The same names and units with these kinds."""
+        return Dimensions(self.names, self.units, tuple(kinds))
 
     @property
     def shown_units(self) -> tuple[str, ...]:
@@ -115,14 +143,16 @@ class Dimensions:
         return tuple(tags)
 
     def to_json(self) -> dict[str, list[str]]:
-        return {"names": list(self.names), "units": list(self.units)}
+        """Kinds are in it where one is known."""
+        kinds = {"kinds": list(self.kinds)} if any(self.kinds) else {}
+        return {"names": list(self.names), "units": list(self.units), **kinds}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Sequence[str]]) -> Dimensions:
         """Inverse of `to_json`. Raises DimensionError for what is none."""
         if not isinstance(data, Mapping) or "names" not in data:
             raise DimensionError(f"dimensions are {{'names': [...], 'units': [...]}}, got {data!r}")
-        return cls(tuple(data["names"]), tuple(data.get("units") or ()))
+        return cls(tuple(data["names"]), tuple(data.get("units") or ()), tuple(data.get("kinds") or ()))
 
 
 def _pairs(names: Sequence[str], units: Sequence[str]) -> list[tuple[str, str]]:
@@ -170,6 +200,27 @@ def of_statistics(statistics: Mapping[str, Any], part: str = "action", width: in
         return Dimensions.unnamed(width, part)
     check_width(found, width, part)
     return found
+
+
+def action_kinds(statistics: Mapping[str, Any], width: int | None = None) -> tuple[str, ...]:
+    """Kinds of a dataset's action dimensions, see `KINDS`; "" where neither the statistics nor what is in them say.
+
+    In this order: the kinds of the dimensions, those of the robot's description, "absolute" for what was learned
+    relative to the proprioception, and what a unit says: metres or radians per second are velocities, an open fraction
+    is a gripper.
+
+    Args:
+      statistics: of one dataset, as in `Policy.statistics`.
+      width: of the actions; None: as the statistics say.
+    """
+    named = of_statistics(statistics, "action", width)
+    described = (statistics.get("robot") or {}).get("action_kind") or (UNKNOWN,) * len(named)
+    relative = tuple(statistics.get("relative_to") or (None,) * len(named))
+    found = []
+    for d, unit in enumerate(named.units):
+        given = [kind for kind in (named.kinds[d], described[d]) if kind not in (UNKNOWN, "other")]
+        found.append(given[0] if given else "absolute" if relative[d] is not None else _KIND_OF_UNIT.get(unit, UNKNOWN))
+    return tuple(found)
 
 
 def check_width(dimensions: Dimensions, width: int, part: str = "action") -> None:

@@ -21,18 +21,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from octo_like.common.dimensions import UNITS, DimensionError, Dimensions
+from octo_like.common.dimensions import KINDS, UNITS, DimensionError, Dimensions
 from octo_like.common.errors import ConfigError
 from octo_like.common.files import python_file
 from octo_like.common.words import suggest
-
-KINDS = {
-    "absolute": "a target of the thing that `proprio` measures",
-    "delta": "a change of it, from one step to the next",
-    "velocity": "a change of it per second",
-    "gripper": "an absolute command between `closed` and `open`",
-    "other": "none of these: nothing is checked",
-}
 
 
 class RobotError(ConfigError):

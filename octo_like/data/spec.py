@@ -83,6 +83,8 @@ class DatasetSpec:
       action_names, proprio_names: of their dimensions, as plots, tags of metrics, reports and servers show them. None:
         the robot's or the registry entry's, where there is one, else a0, a1, ... and p0, p1, ...
       action_units, proprio_units: of these dimensions, see `octo_like.common.dimensions.UNITS`; "" where not known.
+      action_kinds: what each action dimension commands, see `octo_like.common.dimensions.KINDS`; "" where not known.
+        None: as the robot's description or the registry entry says. A robot that may have to hold needs them.
     """
 
     name: str
@@ -125,11 +127,13 @@ class DatasetSpec:
     action_units: tuple[str, ...] | None = None
     proprio_names: tuple[str, ...] | None = None
     proprio_units: tuple[str, ...] | None = None
+    action_kinds: tuple[str, ...] | None = None
 
     def __post_init__(self):
         self._check_numbers()
         for part in dimensions.PARTS:
             self._given_dimensions(part)
+        self._check_kinds()
         if self.normalization not in KINDS:
             raise DataError(f"{self.name}: normalization {self.normalization!r}; {suggest(self.normalization, KINDS)}")
         if not 0 <= self.val_fraction < 1:
@@ -190,12 +194,38 @@ class DatasetSpec:
         except DimensionError as error:
             raise DataError(f"{self.name}: {part}_names, {part}_units: {error}") from None
 
+    def _check_kinds(self) -> None:
+        """Raises DataError for kinds of actions that cannot be."""
+        kinds = self.action_kinds
+        if kinds is None:
+            return
+        if self.robot is not None:
+            raise DataError(f"{self.name}: action_kinds beside a robot's description, which has the kinds itself")
+        try:
+            Dimensions.unnamed(len(kinds)).of_kinds(kinds)
+        except DimensionError as error:
+            raise DataError(f"{self.name}: action_kinds: {error}") from None
+        for d, (kind, origin) in enumerate(zip(kinds, self.relative_to or (), strict=False)):
+            if origin is not None and kind in ("delta", "velocity"):
+                raise DataError(
+                    f"{self.name}: action_kinds calls action {d} a {kind}, and relative_to makes it relative to "
+                    f"proprioception {origin}, which only absolute targets can be"
+                )
+
     def dimensions(self, part: str, width: int) -> Dimensions:
         """Names and units of a part ("action" or "proprio") of the data, which has `width` dimensions.
 
         Raises:
-          DataError: the spec's own names, or the robot's, are of another number.
+          DataError: the spec's own names or kinds, or the robot's, are of another number.
         """
+        named, kinds = self._named(part, width), self.action_kinds
+        if part != "action" or kinds is None:
+            return named
+        if len(kinds) != width:
+            raise DataError(f"{self.name}: action_kinds gives {len(kinds)} action dimensions, the data has {width}")
+        return named.of_kinds(kinds)
+
+    def _named(self, part: str, width: int) -> Dimensions:
         given, whose = self._given_dimensions(part), f"{part}_names gives"
         if given is None and self.robot is not None:
             given, whose = dimensions.of_robot(self.robot, part), "the robot's description has"
@@ -226,7 +256,15 @@ class DatasetSpec:
                 )
 
     def _check_without_actions(self) -> None:
-        of_actions = ("action_normalization_mask", "max_action", "idle_threshold", "relative_to", "action_names", "env")
+        of_actions = (
+            "action_normalization_mask",
+            "max_action",
+            "idle_threshold",
+            "relative_to",
+            "action_names",
+            "action_kinds",
+            "env",
+        )
         given = [field for field in of_actions if getattr(self, field) is not None]
         if given:
             raise DataError(f"{self.name}: {given[0]} is about actions, and action_key=None says that there are none")
@@ -315,11 +353,10 @@ class DatasetSpec:
                 data["robot"] = Description.from_json(data["robot"]).to_json()
             except RobotError as error:
                 raise DataError(f"{data['name']}: {error}") from error
-        for part in dimensions.PARTS:
-            for field in (f"{part}_names", f"{part}_units"):
-                if isinstance(data.get(field), str):
-                    raise DataError(f"{data['name']}: {field} is a list, got {data[field]!r}; one entry per dimension")
-                data[field] = None if data.get(field) is None else tuple(data[field])
+        for field in ("action_names", "action_units", "action_kinds", "proprio_names", "proprio_units"):
+            if isinstance(data.get(field), str):
+                raise DataError(f"{data['name']}: {field} is a list, got {data[field]!r}; one entry per dimension")
+            data[field] = None if data.get(field) is None else tuple(data[field])
         for field in ("frame_slice", "relative_to"):
             data[field] = None if data.get(field) is None else tuple(data[field])
         return cls(**data)

@@ -17,7 +17,8 @@ class Embodiment:
 
     Attributes:
       tasks: what it may be asked to do.
-      action_names, action_units, action_low, action_high: one entry for each action dimension; limits in these units.
+      action_names, action_units, action_kinds, action_low, action_high: one entry for each action dimension; limits in
+        these units, kinds as in `octo_like.common.dimensions.KINDS`.
       proprio_names, proprio_units: one entry for each proprioceptive dimension; may be empty.
       cameras: slots of its cameras.
       max_steps: steps after which an episode of each task is cut off.
@@ -30,6 +31,7 @@ class Embodiment:
     tasks: tuple[str, ...]
     action_names: tuple[str, ...]
     action_units: tuple[str, ...]
+    action_kinds: tuple[str, ...]
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     proprio_names: tuple[str, ...]
@@ -63,6 +65,7 @@ PUSHER = Embodiment(
     tasks=("reach", "push"),
     action_names=("dx", "dy"),
     action_units=("m", "m"),
+    action_kinds=("delta", "delta"),
     action_low=(-0.05, -0.05),
     action_high=(0.05, 0.05),
     proprio_names=(),
@@ -79,6 +82,7 @@ GRIPPER = Embodiment(
     tasks=("reach", "pick_and_place"),
     action_names=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),
     action_units=("m", "m", "m", "rad", "rad", "rad", "open fraction"),
+    action_kinds=("delta",) * 6 + ("gripper",),
     action_low=(-0.05, -0.05, -0.05, -0.25, -0.25, -0.25, 0.0),
     action_high=(0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0),
     proprio_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
@@ -95,6 +99,7 @@ ARM = Embodiment(
     tasks=("reach", "pick_and_place"),
     action_names=("dq1", "dq2", "gripper"),
     action_units=("rad", "rad", "open fraction"),
+    action_kinds=("delta", "delta", "gripper"),
     action_low=(-0.12, -0.12, 0.0),
     action_high=(0.12, 0.12, 1.0),
     proprio_names=("q1", "q2", "gripper"),
@@ -111,6 +116,7 @@ ARM3 = Embodiment(
     tasks=("reach", "pick_and_place"),
     action_names=("q1", "q2", "q3", "gripper"),
     action_units=("rad", "rad", "rad", "open fraction"),
+    action_kinds=("absolute",) * 3 + ("gripper",),
     action_low=(-3.1, -3.1, -3.1, 0.0),
     action_high=(3.1, 3.1, 3.1, 1.0),
     proprio_names=("q1", "q2", "q3", "gripper"),

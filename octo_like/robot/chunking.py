@@ -178,19 +178,23 @@ class Chunks:
         return self._asked
 
     def accept(self, actions: np.ndarray) -> None:
-        """The chunk (H, A) that was asked for is there. It goes on behind the actions that were executed meanwhile."""
+        """The chunk (H, A) that was asked for is there. It goes on behind the actions that were executed meanwhile.
+
+        Raises:
+          ValueError: it has another shape. It was not accepted: `give_up`, or accept another.
+        """
         if self._asked is None:
             raise RuntimeError("no chunk was asked for")
-        asked, self._asked = self._asked, None
-        taken = self._tick - asked.tick
-        if self._current is not None:
-            self.delays.append(taken)
-            self.counts["late"] += int(asked.method is not None and self._consumed > asked.delay * self.plan.factor)
         chunk = np.array(actions, np.float32)
         if chunk.ndim != 2 or len(chunk) != self.horizon:
             raise ValueError(f"expected a chunk of {self.horizon} actions (H, A), got shape {chunk.shape}")
         kinds = ["other"] * chunk.shape[1] if self.plan.kinds is None else self.plan.kinds
         commands = resample(chunk, self.plan.factor, kinds)
+        asked, self._asked = self._asked, None
+        taken = self._tick - asked.tick
+        if self._current is not None:
+            self.delays.append(taken)
+            self.counts["late"] += int(asked.method is not None and self._consumed > asked.delay * self.plan.factor)
         if self._consumed >= len(commands):
             self.counts["dropped"] += 1
             return

@@ -4,12 +4,15 @@ with PolicyClient("gpu-box", 8000) as policy:
     policy.reset(seed=0)
     while running:
         actions = policy.act({"image_primary": frame, "proprio": joints}, "put the cup on the plate")   # (H, A)
-        for action in actions[:4]:
+        for i, action in enumerate(actions[:4]):
+            if i:
+                policy.observe({"image_primary": frame, "proprio": joints})   # not the first: `act` brought it
             robot.execute(action)
-            policy.observe({"image_primary": frame, "proprio": joints})   # all but the last: `act` brings that one
+            policy.executed(action)
 
 What is sent is complete, finite and spelled as the policy spells it; what comes back is finite and within limits
-(`octo_like.robot.safety`). When `act` fails, `hold()` is the action that keeps the robot where it is.
+(`octo_like.robot.safety`). When `act` fails, `hold()` is the action that keeps the robot where it is; the whole loop is
+`octo_like.robot.loop.drive`. A connection that was lost is made anew by the next request.
 """
 
 from __future__ import annotations
@@ -17,46 +20,58 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from octo_like.robot.history import History, LastWords
+from octo_like.robot.history import RobotState
 from octo_like.robot.images import resize_images
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
-from octo_like.robot.safety import ActionFilter, check_allowed, check_observation
+from octo_like.robot.safety import ActionFilter, check_allowed, check_chunk, frame_shapes
 
 log = logging.getLogger(__name__)
+# What a server says that has to be the same after it was started again: else it has another policy.
+SAME = ("batch_spec", "unnormalize", "expects", "actions", "chunks", "subtasks")
 
 
 class PolicyServerError(RuntimeError):
-    """The server could not answer a request; the message is the server's. The connection stays usable."""
+    """The server could not answer a request, or not in the way that was agreed. The next request may succeed."""
 
 
-class PolicyClient:
+class PolicyClient(RobotState):
     """A connection to a `PolicyServer`; it keeps the window of observations, resizes images and filters actions.
 
     Attributes:
       metadata: what the server says of its policy: `spec` (text), `batch_spec`, `statistics` (names), `action_names`,
-        `expects` (observation keys), `actions` (limits, names and units) and `dimensions` (names and units of actions
-        and proprioception) of each dataset.
-      filter: the `ActionFilter` of the dataset in use, with its `counts`; None before the first `act`, and with
+        `expects` (observation keys), `actions` (limits, kinds, names and units) and `dimensions` (names and units of
+        actions and proprioception) of each dataset.
+      filter: the `ActionFilter` of the dataset in use, with its `counts` and what was executed `last`; None with
         limits=False.
-      window: the last W observations, as they are sent.
+      window: the last W observations, as they are sent; {} before the first.
       subtask: what the policy was told to do next in its last actions, or said itself; None: nothing.
       late_replies: answers that came after their request had timed out, and were dropped.
+      connections: how often it has connected: more than once when the server was away meanwhile.
 
     Args:
       host: of the server.
       port: of the server.
-      timeout: seconds to wait for the connection and for each answer (TimeoutError after that).
+      timeout: seconds to wait for the connection, and for each answer with the connection that it may need first
+        (TimeoutError after that).
       token: what the server was started with (PermissionError without it).
       allow_missing: observation keys that the policy reads and this robot does not have: the policy masks them. Any
         other key that is missing is an error.
-      limits: whether actions are kept within the limits that the server tells; False: as the policy gives them.
+      limits: whether actions are kept within the limits that the server tells; False: as the policy gives them, and
+        nothing is known that holds the robot.
       max_change: largest change from one action to the next, one number or one for each dimension (None: unlimited).
+      kinds: of the action dimensions, see `octo_like.robot.safety.check_kinds`; None: as the server says.
+
+    Raises:
+      UnknownKind: neither the server nor `kinds` says what holds each dimension of `unnormalize`'s actions.
+      ConnectionError, TimeoutError, PermissionError: there is no server, or it lets nobody in.
     """
 
     def __init__(
@@ -69,64 +84,35 @@ class PolicyClient:
         allow_missing: Sequence[str] = (),
         limits: bool = True,
         max_change: Sequence[float | None] | float | None = None,
+        kinds: Sequence[str] | None = None,
     ):
         # Imported here and not at the top: only the two ends of the wire need the package.
         try:
-            from websockets.exceptions import InvalidStatus
-            from websockets.sync.client import connect
+            import websockets.sync.client  # noqa: F401
         except ImportError as error:
             raise ImportError("talking to a policy server needs websockets: pip install 'octo_like[serve]'") from error
         if isinstance(allow_missing, str):
             raise ValueError(f"allow_missing is a list of keys; for one: allow_missing=({allow_missing!r},)")
         self.timeout, self.allow_missing = timeout, tuple(allow_missing)
-        self.filter: ActionFilter | None = None
-        self.late_replies = 0
-        self._chunk: np.ndarray | None = None
-        self._limits, self._max_change = limits, max_change
-        self._filters: dict[str | None, ActionFilter] = {}
+        self.late_replies = self.connections = 0
+        self._address, self._headers = f"{host}:{port}", {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._limits, self._max_change, self._kinds = limits, max_change, kinds
         self._ids = itertools.count(1)
         self._warned: set[str] = set()
-        self.subtask: str | None = None
-        self._open = contextlib.ExitStack()
-        headers = None if token is None else {"Authorization": f"Bearer {token}"}
-        wire: dict[str, Any] = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=timeout, proxy=None)
+        self._connection: Any = None
+        self._wire = contextlib.ExitStack()
+        self._closed = False
+        self.metadata: dict[str, Any] = {}
+        self._connect(time.monotonic() + timeout)
         try:
-            self._connection = self._open.enter_context(
-                connect(f"ws://{host}:{port}", additional_headers=headers, **wire)
-            )
-        except InvalidStatus as error:
-            answer = error.response.body.decode(errors="replace").strip()
-            kind = PermissionError if error.response.status_code == 401 else ConnectionError
-            raise kind(f"the server at {host}:{port} refused: {answer}") from error
-        self.metadata: dict[str, Any] = unpack(self._connection.recv(timeout))
-        if not isinstance(self.metadata, dict) or self.metadata.get("protocol") != PROTOCOL:
+            check_allowed(self.allow_missing, self.metadata["expects"][""])
+            spec = self.metadata["batch_spec"]
+            super().__init__(spec["window_size"], spec["image_sizes"])
+            if self.metadata["unnormalize"] is not None:
+                self._filter_of(None)
+        except Exception:
             self.close()
-            raise PolicyServerError(f"the server at {host}:{port} does not speak protocol {PROTOCOL} of this client")
-        check_allowed(self.allow_missing, self.metadata["expects"][""])
-        spec = self.metadata["batch_spec"]
-        self._sizes = {f"image_{slot}": tuple(size) for slot, size in spec["image_sizes"].items()}
-        self._history, self._last = History(spec["window_size"]), LastWords()
-        self.reset()
-
-    def reset(self, seed: int = 0) -> None:
-        """Starts an episode: forgets the observations; `seed` determines the policy's sampling noise."""
-        self._history.reset()
-        self._seed = seed
-        self._chunk, self._executed, self.subtask = None, 0, None
-        self._last.reset()
-        for each in self._filters.values():
-            each.reset()
-
-    def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:
-        """Adds an observation that no action is asked for, so that the policy's window has no gaps.
-
-        Raises:
-          ValueError: a key is missing or unknown, or a value is not finite; see `allow_missing`.
-        """
-        expected = self._of_dataset("expects", unnormalize)
-        check_observation(observation, expected, self.allow_missing)
-        self.window = self._history.append(self._prepare(observation))
-        self._executed += 1
+            raise
 
     def act(
         self,
@@ -138,11 +124,11 @@ class PolicyClient:
         subtask: str | None = None,
         plan: bool = False,
     ) -> np.ndarray:
-        """The next actions (H, A) float32.
+        """The next actions (H, A) float32. Nothing of them is executed until `executed` says so.
 
         Args:
           observation: one moment: `image_{slot}` (h, w, 3) uint8 of any size, `proprio` (P,) and other sensors in
-            physical units.
+            physical units. That of a moment that was observed already takes the place of the first.
           instruction: what to do, in words.
           goal: what it should look like: `image_{slot}` (h, w, 3) uint8.
           unnormalize: name of the statistics of the actions' units; the server's default when None.
@@ -152,17 +138,34 @@ class PolicyClient:
 
         Raises:
           ValueError: see `observe`; nothing was sent.
-          PolicyServerError: the server refused the request and says why.
+          RuntimeError: `max_change` is to be kept, and of the last chunk nothing was reported as executed.
+          PolicyServerError: the server refused the request and says why, or answered with what is no chunk.
           TimeoutError: no answer in time. The next call goes on; the late answer is dropped when it comes.
-          UnsafeAction: the very first action is not finite.
+          ConnectionError, OSError: the server is away. The next call connects anew.
         """
-        self.observe(observation, unnormalize=unnormalize)
+        limits = self._filter_of(unnormalize)
+        if limits is not None and self._unreported:
+            self._check_reported(limits)
+        self._observe(observation, unnormalize)
         said: dict[str, Any] = dict(subtask=subtask, plan=plan)
         actions = self.predict(self.window, instruction, goal=goal, unnormalize=unnormalize, **said)
-        if self._limits:
-            actions = self._filtered(actions, unnormalize)
-        self._chunk, self._executed = actions, 0
+        if limits is not None:
+            actions = limits.chunk(actions)
+        self._answered()
         return actions
+
+    def _check_reported(self, limits: ActionFilter) -> None:
+        if np.isfinite(limits.max_change).any():
+            raise RuntimeError(
+                "max_change is measured from what was executed, and of the last chunk nothing was reported: call "
+                "executed(action) after each action that the robot has executed"
+            )
+        if "executed" not in self._warned:
+            self._warned.add("executed")
+            log.warning(
+                "of a chunk nothing was reported as executed before the next was asked for: hold() repeats only what "
+                "executed(action) has recorded"
+            )
 
     def predict(
         self,
@@ -192,6 +195,7 @@ class PolicyClient:
                     f"the server cannot continue chunks by {continuing.get('method')!r}; valid: "
                     f"{', '.join(able) or 'none: its policy or its version cannot'}"
                 )
+        self._name(unnormalize)
         words: dict[str, Any] = {} if subtask is None else {"subtask": subtask}
         words |= {"plan": True} if plan else {}
         able = self.metadata.get("subtasks", {})
@@ -205,7 +209,9 @@ class PolicyClient:
                 "observation": window,
                 "allow_missing": list(self.allow_missing),
                 "instruction": instruction,
-                "goal": None if goal is None else self._prepare(goal),
+                "goal": None
+                if goal is None
+                else resize_images({k: np.asarray(v) for k, v in goal.items()}, self._sizes),
                 "unnormalize": unnormalize,
                 "seed": self._seed,
                 "step": int(window["timestep"][-1]),
@@ -213,12 +219,21 @@ class PolicyClient:
                 **words,
             }
         )
-        self.subtask = reply.get("subtask")
-        self._last.keep(instruction, self.subtask)
-        for warning in set(reply.get("warnings", ())) - self._warned:
+        name = self._name(unnormalize)
+        width = None if name is None else len(self.metadata["actions"][name]["low"])
+        try:
+            actions = check_chunk(reply["actions"], self.chunks(unnormalize)["horizon"], width, "the server")
+            said, warnings = reply.get("subtask"), set(map(str, reply.get("warnings") or ()))
+            if not isinstance(said, (str, type(None))):
+                raise ValueError(f"'subtask' is {said!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolicyServerError(f"the server's answer is none: {error}") from error
+        self.subtask = said
+        self._last.keep(instruction, said)
+        for warning in warnings - self._warned:
             log.warning("policy server: %s", warning)
             self._warned.add(warning)
-        return np.asarray(reply["actions"], np.float32)
+        return actions
 
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:
         """{"horizon": H, "continues": {method: largest delay}} of the policy's chunks."""
@@ -227,65 +242,132 @@ class PolicyClient:
             return {"horizon": horizon, "continues": {}}
         return self._of_dataset("chunks", unnormalize)
 
-    def filter_of(self, unnormalize: str | None = None) -> ActionFilter | None:
-        """The `ActionFilter` of a dataset's actions; None with limits=False."""
+    def filter_of(self, unnormalize: str | None = None) -> ActionFilter:
+        """The `ActionFilter` of a dataset's actions. Raises ValueError with limits=False, UnknownKind as the client."""
+        found = self._filter_of(unnormalize)
+        if found is None:
+            raise ValueError("limits=False: what holds this robot is not known; make the client with limits")
+        return found
+
+    def _filter_of(self, unnormalize: str | None) -> ActionFilter | None:
         if not self._limits:
             return None
-        name = unnormalize or self.metadata["unnormalize"]
+        name = self._name(unnormalize)
+        if name is None:
+            raise ValueError(
+                "the actions are normalised numbers, in which nothing is known that holds the robot: give unnormalize, "
+                f"one of {', '.join(self.metadata['statistics']) or 'none'}, or limits=False"
+            )
         if name not in self._filters:
-            known = self.metadata["actions"].get(name)
-            if known is None:
-                raise ValueError(f"the limits of {name!r} are unknown; valid: {sorted(self.metadata['actions'])}")
-            self._filters[name] = ActionFilter.of(known, max_change=self._max_change)
+            known = self.metadata["actions"][name]
+            known = {"high": known["low"], "kinds": None, "names": None, **known}
+            how: dict[str, Any] = dict(max_change=self._max_change, kinds=self._kinds, whose=f"{name}: ")
+            self._filters[name] = ActionFilter.of(known, **how)
         return self._filters[name]
 
-    def hold(self) -> np.ndarray:
-        """The action (A,) that keeps the robot where it is, for when `act` fails. Raises UnsafeAction as the filter."""
-        if self.filter is None:
-            raise RuntimeError("there is nothing to hold: no action was received yet, or limits=False")
-        self._tell_executed(self.filter)
-        return self.filter.hold()
+    def _name(self, unnormalize: str | None) -> str | None:
+        name = unnormalize or self.metadata["unnormalize"]
+        if name is not None and name not in self.metadata["actions"]:
+            raise ValueError(f"unknown statistics {name!r}; valid: {', '.join(self.metadata['statistics'])}")
+        return name
+
+    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, tuple[int | None, ...]]]:
+        name = self._name(unnormalize)
+        proprio = (self.metadata.get("dimensions", {}).get(name) or {}).get("proprio")
+        shapes = frame_shapes(self.metadata["batch_spec"], None if proprio is None else len(proprio["names"]))
+        return self._of_dataset("expects", unnormalize), shapes
+
+    def _of_dataset(self, what: str, unnormalize: str | None) -> Any:
+        return self.metadata[what][self._name(unnormalize) or ""]
+
+    # ---------------------------------------------------------------- the connection
+
+    def _connect(self, deadline: float) -> None:
+        """Connects, and reads what the server says of its policy: the same as before, if there was a before."""
+        from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
+        from websockets.sync.client import connect
+
+        where = f"the server at {self._address}"
+        left = max(1e-3, deadline - time.monotonic())
+        wire: dict[str, Any] = dict(compression=None, max_size=MAX_MESSAGE_BYTES, open_timeout=left, proxy=None)
+        self._wire = contextlib.ExitStack()
+        try:
+            connecting = connect(f"ws://{self._address}", additional_headers=self._headers, close_timeout=1, **wire)
+            connection = self._wire.enter_context(connecting)
+        except InvalidStatus as error:
+            answer = (error.response.body or b"").decode(errors="replace").strip()
+            kind = PermissionError if error.response.status_code == 401 else ConnectionError
+            raise kind(f"{where} refused: {answer}") from error
+        except (InvalidHandshake, EOFError) as error:
+            raise ConnectionError(f"{where} is no policy server, or ended while it was asked: {error}") from error
+        try:
+            told = unpack(connection.recv(max(0.0, deadline - time.monotonic())))
+            if not isinstance(told, dict) or told.get("protocol") != PROTOCOL:
+                raise PolicyServerError(f"{where} does not speak protocol {PROTOCOL} of this client")
+            changed = [key for key in SAME if self.metadata and told.get(key) != self.metadata.get(key)]
+            if changed:
+                raise PolicyServerError(
+                    f"{where} came back with another policy ({', '.join(changed)} differ): make a new client for it"
+                )
+        except BaseException as error:
+            self._disconnect()
+            if isinstance(error, WebSocketException):
+                raise ConnectionError(f"{where} ended while it was asked: {error}") from error
+            if isinstance(error, ValueError):
+                raise PolicyServerError(f"{where} does not speak protocol {PROTOCOL} of this client") from error
+            raise
+        if os.name == "posix":  # a send to a server that no longer reads must end, too
+            import socket
+
+            after = struct.pack("ll", int(self.timeout), int(self.timeout % 1 * 1e6) or 1)
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, after)
+        self.metadata = self.metadata or told
+        self._connection = connection
+        self.connections += 1
 
     def _request(self, message: dict[str, Any]) -> dict[str, Any]:
         """The reply to a request; what answers earlier ones, which were given up, is dropped."""
+        from websockets.exceptions import WebSocketException
+
+        if self._closed:
+            raise RuntimeError("this client was closed")
         number = next(self._ids)
+        data = pack({**message, "id": number})
         deadline = time.monotonic() + self.timeout
-        self._connection.send(pack({**message, "id": number}))
-        while True:
-            reply = unpack(self._connection.recv(max(0.0, deadline - time.monotonic())))
-            if reply.get("id") == number:
-                break
-            self.late_replies += 1
+        if self._connection is not None and self._connection.close_code is not None:
+            self._disconnect()
+        if self._connection is None:
+            self._connect(deadline)
+        try:
+            self._connection.send(data)
+            while True:
+                reply = unpack(self._connection.recv(max(0.0, deadline - time.monotonic())))
+                if not isinstance(reply, dict) or reply.get("type") not in ("actions", "error"):
+                    raise ValueError(f"an answer is a map of type 'actions' or 'error', got {str(reply)[:80]!r}")
+                if reply.get("id") == number:
+                    break
+                self.late_replies += 1
+        except TimeoutError:
+            raise TimeoutError(f"the server at {self._address} did not answer within {self.timeout:g} s") from None
+        except (WebSocketException, OSError) as error:
+            self._disconnect()
+            raise ConnectionError(f"the connection to {self._address} was lost: {error}") from error
+        except ValueError as error:  # what comes next on this connection would not be understood either
+            self._disconnect()
+            raise PolicyServerError(f"the server at {self._address} answered nonsense: {error}") from error
         if reply["type"] == "error":
-            raise PolicyServerError(f"{reply['error']}: {reply['message']}")
+            raise PolicyServerError(f"{reply.get('error')}: {reply.get('message')}")
         return reply
 
-    def _filtered(self, actions: np.ndarray, unnormalize: str | None) -> np.ndarray:
-        name = unnormalize or self.metadata["unnormalize"]
-        if name not in self._filters:
-            known = self.metadata["actions"].get(name) or {"low": [None] * actions.shape[-1]}
-            known = {"high": known["low"], "kinds": None, "names": None, **known}
-            self._filters[name] = ActionFilter.of(known, max_change=self._max_change)
-        self.filter = self._filters[name]
-        self._tell_executed(self.filter)
-        return self.filter.chunk(actions)
-
-    def _tell_executed(self, each: ActionFilter) -> None:
-        # Every observation since the last chunk came after one of its actions.
-        if self._chunk is not None and self._executed:
-            each.executed(self._chunk[min(self._executed, len(self._chunk)) - 1])
-
-    def _of_dataset(self, what: str, unnormalize: str | None) -> Any:
-        found, name = self.metadata[what], unnormalize or self.metadata["unnormalize"]
-        if name is not None and name not in found:
-            raise ValueError(f"unknown statistics {name!r}; valid: {', '.join(self.metadata['statistics'])}")
-        return found["" if name is None else name]
-
-    def _prepare(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return resize_images({key: np.asarray(value) for key, value in observation.items()}, self._sizes)
+    def _disconnect(self) -> None:
+        self._connection = None
+        with contextlib.suppress(Exception):  # it is gone already, or will be
+            self._wire.close()
 
     def close(self) -> None:
-        self._open.close()
+        """Ends the connection for good."""
+        self._closed = True
+        self._disconnect()
 
     def __enter__(self) -> PolicyClient:
         return self

@@ -5,27 +5,31 @@
     while running:                                             # at the robot's control rate
         robot.execute(executor.step(observe()))
 
-What was executed is counted, not guessed from latencies (`octo_like.robot.chunking`). NumPy only: the robot's own
-computer needs no more. With `delay=k` chunks arrive exactly k steps after they were asked for, whatever the clock says.
+What was executed is counted, not guessed from latencies (`octo_like.robot.chunking`): a command that `step` or `hold`
+returns is one that the robot executes. Its states are a table in docs/act.md. NumPy only: the robot's own computer
+needs no more. With `delay=k` chunks arrive exactly k steps after they were asked for, whatever the clock says.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import logging
+import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from octo_like.robot.chunking import Ask, Chunks, Plan
-from octo_like.robot.safety import ActionFilter
+from octo_like.robot.safety import ActionFilter, check_chunk
 
 log = logging.getLogger(__name__)
+# Executors that are not closed, by the identity of their sources: a source is one robot's.
+_DRIVING: weakref.WeakValueDictionary[int, AsyncExecutor] = weakref.WeakValueDictionary()
 
 
 class ExecutorStopped(RuntimeError):
-    """The policy failed too often in a row. The robot was told to hold meanwhile."""
+    """The policy failed too often in a row. The robot was told to hold meanwhile; `hold` goes on with that."""
 
 
 class ChunkSource(Protocol):
@@ -37,7 +41,10 @@ class ChunkSource(Protocol):
     def reset(self, seed: int = 0) -> None: ...
 
     def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:
-        """Adds an observation to the window, which must be another object then."""
+        """Adds an observation to the window, which must be another object then. One that is refused changes nothing."""
+
+    def executed(self, action: np.ndarray, *, unnormalize: str | None = None) -> None:
+        """Records in `filter_of(unnormalize)` what the robot executes."""
 
     def predict(
         self,
@@ -54,7 +61,8 @@ class ChunkSource(Protocol):
 
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]: ...
 
-    def filter_of(self, unnormalize: str | None = None) -> ActionFilter | None: ...
+    def filter_of(self, unnormalize: str | None = None) -> ActionFilter:
+        """Limits, what holds the robot, and what it executed last."""
 
 
 class AsyncExecutor:
@@ -62,7 +70,7 @@ class AsyncExecutor:
 
     Attributes:
       state: `Chunks`: its counts and measured delays.
-      filter: of every command before it is executed, with its counts; None: of a source without limits.
+      filter: of every command before it is executed, with its counts and what was executed `last`.
       errors: {message: count} of requests that failed.
 
     Args:
@@ -74,7 +82,8 @@ class AsyncExecutor:
         steps later.
 
     Raises:
-      ValueError: the policy cannot do what the plan wants.
+      ValueError: the policy cannot do what the plan wants; the source has no limits, or drives another executor.
+      UnknownKind: nobody has said what holds each dimension of the actions.
     """
 
     def __init__(
@@ -92,6 +101,13 @@ class AsyncExecutor:
             raise ValueError(f"delay must be at least 0, got {delay}")
         self.source, self.plan, self.unnormalize = source, plan, unnormalize
         self.max_errors, self.delay = max_errors, delay
+        other = _DRIVING.get(id(source))
+        if other is not None and other.source is source:
+            raise ValueError(
+                f"this {type(source).__name__} drives another executor, of mode {other.plan.mode!r}: its window and "
+                "what was executed are one robot's. Close that executor, or make a source for each robot"
+            )
+        self.filter = source.filter_of(unnormalize)
         about = source.chunks(unnormalize)
         if plan.method is not None and plan.method not in about["continues"]:
             able = ", ".join(about["continues"]) or "none: wait, naive and ensemble need none"
@@ -109,7 +125,9 @@ class AsyncExecutor:
         self._failed = 0
         self._said: str | None = None
         self._says_subtasks = False
-        self.filter: ActionFilter | None = None
+        self._phase = "idle"  # "running", "stopped" or "closed"
+        self._last_error = ""
+        _DRIVING[id(source)] = self
 
     def start(
         self,
@@ -122,14 +140,19 @@ class AsyncExecutor:
     ) -> None:
         """Begins an episode, and waits for its first chunk, of `observation`; `step` then begins with that moment.
 
-        A plan that continues chunks asks once more, so that nothing is compiled while the robot moves. With
-        `says_subtasks` the policy says before every chunk what to do next, and acts on it; see `say`. One that
-        remembers is asked with what the chunk before was told.
+        What was executed before is forgotten, for the robot may have been moved. When there is no chunk, nothing has
+        begun: call it again. A plan that continues chunks asks once more, so that nothing is compiled while the robot
+        moves. With `says_subtasks` the policy says before every chunk what to do next, and acts on it; see `say`. One
+        that remembers is asked with what the chunk before was told.
 
         Raises:
           What the source raises: there is nothing to execute yet.
+          ValueError: what came is no chunk of this policy.
+          RuntimeError: after `close`.
         """
+        self._check_open()
         self._forget()
+        self._phase = "idle"
         self.source.reset(seed)
         self.state.reset()
         self._failed, self._task, self._goal = 0, instruction, goal
@@ -144,7 +167,7 @@ class AsyncExecutor:
             self._predict(window, Ask(0, first, executed, 0, self.plan.method))
             self._said = None
         self.state.accept(first)
-        self.filter = self.source.filter_of(self.unnormalize)
+        self._phase = "running"
 
     def say(self, subtask: str | None) -> None:
         """What to do next, from the next chunk on, whatever the policy would say itself; None: that is over.
@@ -164,24 +187,32 @@ class AsyncExecutor:
         return (self.state.now + (0 if self._first_observation else 1)) % self.plan.factor == 0
 
     def step(self, observation: Mapping[str, Any] | None = None) -> np.ndarray:
-        """The command (A,) of this control step, in the robot's units, within limits.
+        """The command (A,) of this control step, in the robot's units, within limits. The robot executes it: it is on
+        record as what was executed last.
 
         Args:
           observation: of this moment; None where `takes_observation` is False. That of the first step was `start`'s.
 
         Raises:
-          ExecutorStopped: `max_errors` requests failed in a row.
+          ExecutorStopped: `max_errors` requests failed in a row, now or before: `hold`, and `start` again.
           UnsafeAction: there is nothing to hold, see `ActionFilter.hold`.
-          ValueError: an observation that the policy cannot read, or none where one is needed.
+          ValueError: an observation that the policy cannot read, or none where one is needed. The step did not happen:
+            `hold`, or call it again.
+          RuntimeError: before `start`, or after `close`.
         """
+        self._check_open()
+        if self._phase == "stopped":
+            raise ExecutorStopped(self._last_error)
+        if self._phase != "running":
+            raise RuntimeError("no episode has begun: call start(), and again when it fails")
         if self._first_observation:
             self._first_observation = False
         else:
-            self.state.tick()
-            if self.state.takes_observation:
+            if self.takes_observation:
                 if observation is None:
                     raise ValueError("this step needs an observation: the policy's window has no gaps")
                 self.source.observe(observation, unnormalize=self.unnormalize)
+            self.state.tick()
         self._collect()
         if self.state.wants_chunk():
             ask, window = self.state.ask(), self.source.window
@@ -189,24 +220,40 @@ class AsyncExecutor:
             self._collect()
         command = self.state.action()
         if command is None:
-            return self._hold()
-        return command if self.filter is None else self.filter(command)
+            return self.hold()
+        command = self.filter.safe(command)
+        self.source.executed(command, unnormalize=self.unnormalize)
+        return command
+
+    def hold(self) -> np.ndarray:
+        """The command (A,) that keeps the robot where it is, for when `step` or `start` fails. The robot executes it:
+        it is on record.
+
+        Raises:
+          UnsafeAction: nothing was executed since `start`, and a dimension is neither a change nor a velocity: command
+            nothing, the robot stands where it was found.
+        """
+        command = self.filter.hold()
+        self.source.executed(command, unnormalize=self.unnormalize)
+        return command
 
     def close(self) -> None:
-        """Ends the thread, when it has finished what it does."""
+        """Ends the thread, when it has finished what it does. `hold` still says what holds the robot."""
         self._forget()
         self._pool.shutdown()
+        self._phase = "closed"
+        if _DRIVING.get(id(self.source)) is self:
+            del _DRIVING[id(self.source)]
+
+    def _check_open(self) -> None:
+        if self._phase == "closed":
+            raise RuntimeError("this executor was closed")
 
     def __enter__(self) -> AsyncExecutor:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _hold(self) -> np.ndarray:
-        if self.filter is None:
-            raise ExecutorStopped("there is no action to execute, and without limits the one that holds is unknown")
-        return self.filter.hold()
 
     def _predict(self, window: Mapping[str, Any], ask: Ask) -> np.ndarray:
         continuing = None
@@ -216,12 +263,17 @@ class AsyncExecutor:
         words: dict[str, Any] = {"plan": True} if self._says_subtasks else {}
         if (said := self._said) is not None:
             words = {"subtask": said}
-        return self.source.predict(
+        chunk = self.source.predict(
             window, self._task, goal=self._goal, unnormalize=self.unnormalize, continuing=continuing, **words
         )
+        return check_chunk(chunk, self.state.horizon, len(self.filter.low))
 
     def _compute(self, window: Mapping[str, Any], ask: Ask) -> concurrent.futures.Future:
-        future = self._pool.submit(self._predict, window, ask)
+        try:
+            future = self._pool.submit(self._predict, window, ask)
+        except RuntimeError as error:  # no thread can be started: a request that failed, as any other
+            future = concurrent.futures.Future()
+            future.set_exception(error)
         if self.delay is not None:
             concurrent.futures.wait([future])
         return future
@@ -243,7 +295,9 @@ class AsyncExecutor:
             self.state.give_up()
             log.warning("no chunk (%d of %d failures in a row): %s", self._failed, self.max_errors, message)
             if self._failed >= self.max_errors:
-                raise ExecutorStopped(f"{self._failed} requests failed in a row; the last: {message}") from error
+                self._phase = "stopped"
+                self._last_error = f"{self._failed} requests failed in a row; the last: {message}"
+                raise ExecutorStopped(self._last_error) from error
             return
         self._failed = 0
         self.state.accept(actions)

@@ -1,13 +1,16 @@
-"""What a robot keeps for its policy: the window of past observations, and what it was told last. NumPy only: a robot's
-own computer needs no more."""
+"""What a robot keeps of its episode: the window of observations, what was executed last, and what it was told last.
+NumPy only: a robot's own computer needs no more."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from octo_like.robot.images import resize_images
+from octo_like.robot.safety import ActionFilter, UnsafeAction, check_frame, check_observation
 
 
 class History:
@@ -29,20 +32,173 @@ class History:
         self._frames.clear()
         self._count = 0
 
-    def append(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """Adds a frame; returns {key: (W, ...)} plus timestep (W,) int32 and timestep_pad_mask (W,) bool."""
+    def append(self, observation: Mapping[str, Any], *, replace: bool = False) -> dict[str, Any]:
+        """Adds a frame; returns {key: (W, ...)} plus timestep (W,) int32 and timestep_pad_mask (W,) bool.
+
+        Args:
+          replace: the frame takes the place of the newest one, because it is of the same moment.
+
+        Raises:
+          ValueError: other keys or shapes than those of the episode's frames; nothing was added.
+        """
         frame = {key: np.array(value) for key, value in observation.items()}
-        if self._frames and frame.keys() != self._frames[-1].keys():
-            raise ValueError(
-                f"observation keys changed within an episode: had {sorted(self._frames[-1])}, got {sorted(frame)}"
-            )
-        self._frames.extend([frame] * (1 if self._count else self.window_size))
-        self._count += 1
+        kept = self._frames[-1] if self._frames else frame
+        if frame.keys() != kept.keys():
+            raise ValueError(f"observation keys changed within an episode: had {sorted(kept)}, got {sorted(frame)}")
+        for key, value in frame.items():
+            if value.shape != kept[key].shape:
+                raise ValueError(
+                    f"observation/{key}: its shape changed within an episode: had {kept[key].shape}, got {value.shape}"
+                )
+        if self._count == 0 or (replace and self._count == 1):
+            self._frames.extend([frame] * self.window_size)
+            self._count = 1
+        elif replace:
+            self._frames[-1] = frame
+        else:
+            self._frames.append(frame)
+            self._count += 1
         stacked = {key: np.stack([f[key] for f in self._frames]) for key in frame}
         steps = np.arange(self._count - self.window_size, self._count, dtype=np.int32)
         stacked["timestep"] = np.maximum(steps, 0)
         stacked["timestep_pad_mask"] = steps >= 0
         return stacked
+
+
+class RobotState:
+    """What is kept of one robot within an episode: `PolicyClient` and `LocalPolicy` are two of them.
+
+    Its states and what leads from one to the other are the table in docs/act.md. A moment is what lies between two
+    executed actions. The window has one frame of each: an observation of a moment that has one already takes its place.
+    What was executed is one record (`ActionFilter.last`), which `executed` alone writes.
+
+    Attributes:
+      window: the last W observations, as the policy gets them; {} before the first.
+      filter: the `ActionFilter` of the dataset in use, with its `counts` and `last`; None: with limits=False.
+      allow_missing: observation keys that the policy reads and this robot does not have.
+    """
+
+    allow_missing: tuple[str, ...] = ()
+
+    def __init__(self, window_size: int, image_sizes: Mapping[str, Sequence[int]]):
+        self._history, self._last = History(window_size), LastWords()
+        self._sizes = {f"image_{slot}": (size[0], size[1]) for slot, size in image_sizes.items()}
+        self._filters: dict[str | None, ActionFilter] = {}
+        self._begin(0)
+
+    def _begin(self, seed: int) -> None:
+        self._history.reset()
+        self._last.reset()
+        for each in self._filters.values():
+            each.reset()
+        self._seed = seed
+        self.window: dict[str, Any] = {}
+        self.subtask: str | None = None
+        self._units: tuple[str | None] | None = None  # name of the dataset in use; None: of none yet
+        self._open = False  # the newest frame is of the present moment, and no chunk was given for it
+        self._unreported = False  # a chunk was given, and nothing was executed since
+
+    def reset(self, seed: int = 0) -> None:
+        """Starts an episode: forgets observations and what was executed, for the robot may have been moved meanwhile.
+
+        Args:
+          seed: determines the policy's sampling noise.
+        """
+        self._begin(seed)
+
+    def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:
+        """Adds the observation of this moment, so that the policy's window has no gaps. Observing executes nothing: a
+        second observation without an executed action between takes the place of the first.
+
+        Args:
+          observation: see `PolicyClient.act`.
+
+        Raises:
+          ValueError: a key is missing or unknown, a value has another shape or is not finite; the window stays as it
+            is. See `allow_missing`.
+          RuntimeError: of the last chunk nothing was reported as executed, see `executed`.
+        """
+        if self._unreported:
+            raise RuntimeError(
+                "a chunk was given, and nothing of it was reported as executed before the next observation: call "
+                "executed(action) after each action that the robot has executed"
+            )
+        self._observe(observation, unnormalize)
+
+    def _observe(self, observation: Mapping[str, Any], unnormalize: str | None) -> None:
+        expected, shapes = self._expected(unnormalize)
+        check_observation(observation, expected, self.allow_missing)
+        check_frame(observation, shapes)
+        self._use(unnormalize)
+        frame = resize_images({key: np.asarray(value) for key, value in observation.items()}, self._sizes)
+        self.window = self._history.append(frame, replace=self._open)
+        self._open, self._unreported = True, False
+
+    def _answered(self) -> None:
+        """A chunk was given for the present moment."""
+        self._open, self._unreported = False, True
+
+    def executed(self, action: np.ndarray, *, unnormalize: str | None = None) -> None:
+        """Records what the robot has executed, right after it did: an action of a chunk, a hold, one of its own.
+
+        `hold` and `max_change` begin from it, and the next observation is one of the next moment.
+
+        Args:
+          action: (A,) in the robot's units.
+
+        Raises:
+          ValueError: another number of dimensions, or a value that is not finite; nothing was recorded.
+        """
+        self._use(unnormalize)
+        if self.filter is not None:
+            self.filter.executed(action)
+        self._open = self._unreported = False
+
+    def hold(self) -> np.ndarray | None:
+        """The action (A,) that keeps the robot where it is: 0 for changes and velocities, else what was executed last.
+
+        It executes nothing: report it with `executed` as any other. None: nothing was executed in this episode, and a
+        dimension is neither a change nor a velocity. The robot then stands where it was found: command nothing.
+
+        Raises:
+          RuntimeError: limits=False, or no dataset has been named.
+        """
+        if self.filter is None:
+            raise RuntimeError("what holds this robot is not known: limits=False, or no dataset was named yet")
+        try:
+            return self.filter.hold()
+        except UnsafeAction:
+            return None
+
+    @property
+    def keeps_moving(self) -> bool:
+        """Whether what was executed last moves the robot until the next command: it was a speed, and not a hold."""
+        done = None if self.filter is None else self.filter.last
+        return done is not None and any(
+            kind == "velocity" and done[d] != 0 for d, kind in enumerate(self.filter.kinds if self.filter else ())
+        )
+
+    @property
+    def filter(self) -> ActionFilter | None:
+        return self._filter_of(None if self._units is None else self._units[0])
+
+    def _use(self, unnormalize: str | None) -> None:
+        """The units of this episode. Raises ValueError when they were others before."""
+        name = self._name(unnormalize)
+        if self._units is not None and self._units != (name,):
+            raise ValueError(f"this episode's units are those of {self._units[0]!r}; reset() before those of {name!r}")
+        self._units = (name,)
+
+    def _name(self, unnormalize: str | None) -> str | None:
+        """Name of the dataset of the units, for one that may be left out."""
+        raise NotImplementedError
+
+    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, tuple[int | None, ...]]]:
+        """Keys that an observation has, and the shapes of those that have one."""
+        raise NotImplementedError
+
+    def _filter_of(self, unnormalize: str | None) -> ActionFilter | None:
+        raise NotImplementedError
 
 
 class LastWords:

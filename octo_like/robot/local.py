@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.chunks import Continuation
-from octo_like.robot.history import History, LastWords
+from octo_like.robot.history import RobotState
 from octo_like.robot.images import resize_images
 from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.rollout import sampling_keys
-from octo_like.robot.safety import ActionFilter, action_limits, check_observation, expected_keys
+from octo_like.robot.safety import ActionFilter, action_limits, check_chunk, expected_keys, frame_shapes
 
 KEPT_TASKS = 64  # sub-tasks of an instruction
 
 
-class LocalPolicy:
-    """Keeps the window of observations of one robot, and asks a policy.
+class LocalPolicy(RobotState):
+    """Keeps the window of observations of one robot and what it executed, and asks a policy.
 
     Attributes:
       window: the last W observations.
@@ -28,6 +28,11 @@ class LocalPolicy:
       allow_missing: observation keys that the policy reads and this robot does not have.
       rng_seed: of the sampling noise.
       max_change: see `ActionFilter`.
+      kinds: of the action dimensions, see `octo_like.robot.safety.check_kinds`; None: as the statistics say.
+
+    Raises:
+      ValueError: no such statistics.
+      UnknownKind: neither the statistics nor `kinds` say what holds each dimension of the actions.
     """
 
     def __init__(
@@ -38,34 +43,20 @@ class LocalPolicy:
         allow_missing: Sequence[str] = (),
         rng_seed: int = 0,
         max_change: Sequence[float | None] | float | None = None,
+        kinds: Sequence[str] | None = None,
     ):
         if unnormalize not in policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(sorted(policy.statistics))}")
         self.policy, self.unnormalize, self.allow_missing = policy, unnormalize, tuple(allow_missing)
-        self._rng_seed, self._max_change = rng_seed, max_change
-        self._expected = expected_keys(policy.batch_spec.to_json(), policy.statistics[unnormalize])
-        self._sizes = {f"image_{slot}": tuple(size) for slot, size in policy.batch_spec.image_sizes.items()}
-        self._history = History(policy.batch_spec.window_size)
-        self._filter: ActionFilter | None = None
+        self._rng_seed = rng_seed
+        entry, spec = policy.statistics[unnormalize], policy.batch_spec.to_json()
+        proprio = None if entry.get("proprio") is None else len(entry["proprio"]["mean"])
+        self._reads = expected_keys(spec, entry), frame_shapes(spec, proprio)
         self._tasks: tuple[Any, dict[str | None, Any]] = (None, {})
-        self._able, self._last = able_to(policy), LastWords()
-        self.reset()
-
-    def reset(self, seed: int = 0) -> None:
-        """Starts an episode; see `PolicyClient.reset`."""
-        self._history.reset()
-        self._seed = seed
-        self.window: dict[str, Any] = {}
-        self.subtask: str | None = None
-        self._last.reset()
-        if self._filter is not None:
-            self._filter.reset()
-
-    def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:
-        """See `PolicyClient.observe`."""
-        self._check(unnormalize)
-        check_observation(observation, self._expected, self.allow_missing)
-        self.window = self._history.append(self._resized(observation))
+        self._able = able_to(policy)
+        super().__init__(policy.batch_spec.window_size, policy.batch_spec.image_sizes)
+        how: dict[str, Any] = dict(max_change=max_change, kinds=kinds, whose=f"{unnormalize}: ")
+        self._filters[unnormalize] = ActionFilter.of(action_limits(entry), **how)
 
     def predict(
         self,
@@ -78,8 +69,8 @@ class LocalPolicy:
         subtask: str | None = None,
         plan: bool = False,
     ) -> np.ndarray:
-        """See `PolicyClient.predict`. Raises FloatingPointError for actions that are not finite."""
-        self._check(unnormalize)
+        """See `PolicyClient.predict`. Raises ValueError for what is no chunk of finite actions."""
+        self._name(unnormalize)
         check_words(subtask, plan, self._able)
         options = {}
         if continuing is not None:
@@ -93,16 +84,15 @@ class LocalPolicy:
             (subtask,) = self.policy.predict_text(rows, asked, unnormalize=self.unnormalize)
         task = self._task(instruction, goal, subtask)
         actions = self.policy.sample_actions(rows, task, rng=rng, unnormalize=self.unnormalize, **options)
-        actions = np.asarray(actions, np.float32)[0]
-        if not np.isfinite(actions).all():
-            raise FloatingPointError("the policy's actions are not finite")
+        width = len(self.policy.statistics[self.unnormalize]["action"]["mean"])
+        actions = check_chunk(np.asarray(actions)[0], self.chunks()["horizon"], width)
         self.subtask = subtask
         self._last.keep(instruction, subtask)
         return actions
 
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:
         """See `PolicyClient.chunks`."""
-        self._check(unnormalize)
+        self._name(unnormalize)
         able: dict[str, int] = getattr(self.policy, "continuation_methods", lambda _: {})(self.unnormalize)
         horizon = self.policy.batch_spec.action_horizon
         if hasattr(self.policy, "chunk_horizon"):
@@ -111,18 +101,19 @@ class LocalPolicy:
 
     def filter_of(self, unnormalize: str | None = None) -> ActionFilter:
         """See `PolicyClient.filter_of`."""
-        self._check(unnormalize)
-        if self._filter is None:
-            limits = action_limits(self.policy.statistics[self.unnormalize])
-            self._filter = ActionFilter.of(limits, max_change=self._max_change)
-        return self._filter
+        return self._filters[self._name(unnormalize)]
 
-    def _check(self, unnormalize: str | None) -> None:
+    def _filter_of(self, unnormalize: str | None) -> ActionFilter | None:
+        return self._filters.get(self._name(unnormalize))
+
+    def _name(self, unnormalize: str | None) -> str:
         if unnormalize not in (None, self.unnormalize):
             raise ValueError(f"this LocalPolicy speaks the units of {self.unnormalize!r}, not {unnormalize!r}")
+        return self.unnormalize
 
-    def _resized(self, observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return resize_images({key: np.asarray(value) for key, value in observation.items()}, self._sizes)
+    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, tuple[int | None, ...]]]:
+        self._name(unnormalize)
+        return self._reads
 
     def _task(self, instruction: str | None, goal: Mapping[str, np.ndarray] | None, subtask: str | None = None) -> Any:
         key = (instruction, None if goal is None else id(goal))
@@ -130,7 +121,14 @@ class LocalPolicy:
             self._tasks = key, {}
         made = self._tasks[1]
         if subtask not in made:
-            goals = None if goal is None else {k: v[None] for k, v in self._resized(goal).items()}
+            goals = (
+                None
+                if goal is None
+                else {
+                    k: v[None]
+                    for k, v in resize_images({k: np.asarray(v) for k, v in goal.items()}, self._sizes).items()
+                }
+            )
             options: dict[str, Any] = {} if goals is None else {"goals": goals}
             options |= {} if subtask is None else {"subtasks": [subtask]}
             texts = [instruction or ""] if goal is None or instruction is not None else None

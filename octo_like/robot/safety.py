@@ -11,17 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.common.dimensions import Dimensions, of_statistics
+from octo_like.common.dimensions import Dimensions, action_kinds, of_statistics
 from octo_like.common.words import suggest
 
 # A policy may leave the demonstrated range by this share of its width before it is clipped: demonstrations end where
 # the people who gave them stopped, not where the robot has to.
 MARGIN = 0.1
 STANDS_STILL = ("delta", "velocity")  # kinds of actions for which zero means "stay where you are"
+HOLDS = ("absolute", "gripper", *STANDS_STILL)  # kinds of which it is known; the first two repeat their last command
 
 
 class UnsafeAction(ValueError):
     """An action that cannot be executed and for which no safe one is known."""
+
+
+class UnknownKind(ValueError):
+    """Nobody has said what keeps a dimension of the actions where it is. The message says what to write."""
 
 
 def expected_keys(batch_spec: Mapping[str, Any], statistics: Mapping[str, Any] | None = None) -> list[str]:
@@ -70,6 +75,48 @@ def check_observation(
             raise ValueError(f"{where}/{key}: {_describe_not_finite(array)}")
 
 
+def frame_shapes(batch_spec: Mapping[str, Any], proprio: int | None = None) -> dict[str, tuple[int | None, ...]]:
+    """{key: shape} of one moment's observations; None: any size. A picture is resized, so its size is free.
+
+    Args:
+      batch_spec: as JSON (`BatchSpec.to_json`).
+      proprio: dimensions of the dataset in whose units observations come; None: not checked.
+    """
+    shapes: dict[str, tuple[int | None, ...]] = {f"image_{slot}": (None, None, 3) for slot in batch_spec["image_sizes"]}
+    shapes |= {f"depth_{slot}": (*size, 1) for slot, size in (batch_spec.get("depth_sizes") or {}).items()}
+    shapes |= {key: tuple(shape) for key, shape in (batch_spec.get("extra_observations") or {}).items()}
+    return shapes if proprio is None else {**shapes, "proprio": (proprio,)}
+
+
+def check_frame(observation: Mapping[str, Any], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Raises ValueError for a value of one moment that has another shape than `frame_shapes` says."""
+    for key, value in observation.items():
+        array, wanted = np.asarray(value), shapes.get(key)
+        if wanted is None:
+            continue
+        same = array.ndim == len(wanted) and all(n in (None, array.shape[d]) for d, n in enumerate(wanted))
+        is_image = key.startswith("image_")
+        if not same or 0 in array.shape or (is_image and array.dtype != np.uint8):
+            text = "(height, width, 3) uint8" if is_image else str(wanted)
+            raise ValueError(f"observation/{key}: expected one moment of shape {text}, got {array.shape} {array.dtype}")
+
+
+def check_chunk(actions: np.ndarray, horizon: int, width: int | None, whose: str = "the policy") -> np.ndarray:
+    """A chunk as (H, A) float32. Raises ValueError for one that is none: nothing of it may be executed.
+
+    Args:
+      horizon: H. width: A; None: not known.
+    """
+    chunk = np.asarray(actions)
+    if chunk.dtype.kind not in "iuf" or chunk.ndim != 2 or chunk.shape != (horizon, width or chunk.shape[1]):
+        raise ValueError(
+            f"{whose} gave a chunk of shape {chunk.shape} {chunk.dtype}; expected ({horizon}, {width or 'A'}) numbers"
+        )
+    if not np.isfinite(chunk).all():
+        raise ValueError(f"{whose} gave a chunk that is not finite: {_describe_not_finite(chunk)}")
+    return chunk.astype(np.float32)
+
+
 def check_allowed(allow_missing: Collection[str], keys: Collection[str]) -> None:
     """Raises ValueError for an `allow_missing` with a key that the policy never reads."""
     for key in allow_missing:
@@ -89,7 +136,7 @@ def _describe_not_finite(array: np.ndarray) -> str:
 
 def action_limits(statistics: Mapping[str, Any]) -> dict[str, list]:
     """What is known of a dataset's actions, as JSON: "low", "high" (numbers, or None where nothing is known),
-    "declared" (whether the robot's description says so), "kinds", "names", "units".
+    "declared" (whether the robot's description says so), "kinds" ("other": not known), "names", "units".
 
     Limits are those of the robot's description; where it has none, the demonstrated range and `MARGIN` of its width on
     both sides. An action that was learned relative to the proprioception is absolute when it is executed: its range is
@@ -118,7 +165,7 @@ def action_limits(statistics: Mapping[str, Any]) -> dict[str, list]:
         "low": [float(x) if np.isfinite(x) else None for x in low],
         "high": [float(x) if np.isfinite(x) else None for x in high],
         "declared": declared,
-        "kinds": list(robot.get("action_kind") or ["other"] * width),
+        "kinds": [kind or "other" for kind in action_kinds(statistics, width)],
         "names": list(named.names),
         "units": list(named.units),
     }
@@ -129,24 +176,60 @@ def _bounds(statistics: Mapping[str, Any], field: str, width: int) -> np.ndarray
     return np.array(statistics.get(field, np.full(width, unknown)), np.float64)
 
 
+def check_kinds(kinds: Sequence[str] | None, names: Sequence[str], whose: str = "") -> None:
+    """Raises UnknownKind when there is a dimension of which nobody has said what keeps it where it is.
+
+    Args:
+      kinds: of the dimensions, see `octo_like.common.dimensions.KINDS`; "" and "other" say nothing.
+      names: of the dimensions.
+      whose: of what the kinds are, for the message.
+    """
+    kinds = ["other"] * len(names) if kinds is None else list(kinds)
+    if len(kinds) != len(names):
+        raise UnknownKind(f"{whose}{len(kinds)} kinds for {len(names)} action dimensions: {', '.join(names)}")
+    for name, kind in _pairs(names, kinds):
+        if kind not in (*HOLDS, "", "other"):
+            raise UnknownKind(f"{whose}action {name!r}: unknown kind {kind!r}; {suggest(str(kind), HOLDS)}")
+    unknown = [name for name, kind in _pairs(names, kinds) if kind not in HOLDS]
+    if unknown:
+        wanted = ", ".join(repr(kind) if kind in HOLDS else "..." for kind in kinds)
+        raise UnknownKind(
+            f"{whose}nobody has said what keeps {', '.join(unknown)} where they are, so nothing that may have to hold "
+            f"the robot starts. Give the kind of each action dimension: kinds=({wanted},) here, or for good "
+            "action_kinds in the dataset's config, or a robot's description. Valid: 'absolute' and 'gripper' (to hold "
+            "is to repeat the command that was executed last), 'delta' and 'velocity' (to hold is to command 0)"
+        )
+
+
+def _pairs(names: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, kinds[d]) for d, name in enumerate(names)]  # robots' clients run Pythons without zip(strict=True)
+
+
 class ActionFilter:
-    """Replaces what must not be executed, and counts it: values that are not finite, outside limits, or too fast.
+    """Replaces what must not be executed, and counts it: values that are not finite, outside limits, or too fast. Keeps
+    the record of what was executed last.
 
     A value that is not finite is held: zero for changes and velocities, otherwise the last value that was executed. A
     value outside the limits is clipped. A value that differs from the last one by more than `max_change` is brought
-    nearer. What remains is what `__call__` returns and takes for executed.
+    nearer. The record is written by `executed` alone (and by calling the filter, for whoever executes what comes back).
 
     Attributes:
       counts: {"actions", "clipped", "slowed", "held"}: actions that passed, and those of them in which a dimension was
         changed for that reason, since the filter was made.
+      last: (A,) float32 what was executed last; None: nothing since the episode began.
 
     Args:
       low: (A,) lower limits; None entries are unlimited.
       high: (A,) upper limits, likewise.
+      kinds: of the dimensions, see `octo_like.common.dimensions.KINDS`: what keeps each where it is.
       max_change: (A,) or one number: largest change from one action to the next, None entries unlimited; of absolute
         actions and grippers, the largest step.
-      kinds: of the dimensions, see `octo_like.common.robot.KINDS`; "other" holds its last value.
       names: of the dimensions, for messages.
+      whose: of what the actions are, for messages.
+
+    Raises:
+      UnknownKind: see `check_kinds`.
+      ValueError: lists of other lengths, limits that cannot be.
     """
 
     def __init__(
@@ -154,20 +237,20 @@ class ActionFilter:
         low: Sequence[float | None],
         high: Sequence[float | None],
         *,
-        max_change: Sequence[float | None] | float | None = None,
         kinds: Sequence[str] | None = None,
+        max_change: Sequence[float | None] | float | None = None,
         names: Sequence[str] | None = None,
+        whose: str = "",
     ):
         self.low = np.array([-np.inf if x is None else x for x in low], np.float64)
         self.high = np.array([np.inf if x is None else x for x in high], np.float64)
         width = len(self.low)
         change = list(max_change) if isinstance(max_change, (Sequence, np.ndarray)) else [max_change] * width
         self.max_change = np.array([np.inf if x is None else x for x in change], np.float64)
-        self.kinds = ["other"] * width if kinds is None else list(kinds)
         self.names = list(Dimensions.unnamed(width).names) if names is None else list(names)
-        lengths = {len(self.high), len(self.max_change), len(self.kinds), len(self.names), width}
+        lengths = {len(self.high), len(self.max_change), len(self.names), width}
         if len(lengths) > 1:
-            raise ValueError(f"low, high, max_change, kinds and names must have one length, got {sorted(lengths)}")
+            raise ValueError(f"low, high, max_change and names must have one length, got {sorted(lengths)}")
         wrong = ~(self.low <= self.high) | ~(self.max_change > 0)
         if wrong.any():
             d = int(np.argmax(wrong))
@@ -175,56 +258,81 @@ class ActionFilter:
                 f"{self.names[d]}: limits must be (lowest, highest) and max_change positive, got "
                 f"({self.low[d]:g}, {self.high[d]:g}), {self.max_change[d]:g}"
             )
+        check_kinds(kinds, self.names, whose)
+        self.kinds = list(kinds or ())
         self._still = np.array([kind in STANDS_STILL for kind in self.kinds])
         self.counts = dict.fromkeys(("actions", "clipped", "slowed", "held"), 0)
         self._last: np.ndarray | None = None
 
     @classmethod
-    def of(cls, limits: Mapping[str, Any], **options: Any) -> ActionFilter:
-        """The filter of a dataset's `action_limits`; options as in the constructor."""
-        return cls(limits["low"], limits["high"], **{"kinds": limits["kinds"], "names": limits["names"], **options})
+    def of(cls, limits: Mapping[str, Any], *, kinds: Sequence[str] | None = None, **options: Any) -> ActionFilter:
+        """The filter of a dataset's `action_limits`; options as in the constructor, `kinds` in place of its own."""
+        names = {"names": limits["names"], "kinds": limits["kinds"] if kinds is None else kinds}
+        return cls(limits["low"], limits["high"], **{**names, **options})
+
+    @property
+    def last(self) -> np.ndarray | None:
+        return None if self._last is None else self._last.astype(np.float32)
 
     def reset(self) -> None:
         """A new episode: nothing has been executed yet. The counts go on."""
         self._last = None
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
-        """The action (A,) to execute in place of one, float32.
+        """`safe`, and what comes back is executed: for whoever hands it to the motors in any case."""
+        safe = self.safe(action)
+        self.executed(safe)
+        return safe
+
+    def safe(self, action: np.ndarray) -> np.ndarray:
+        """The action (A,) to execute next in place of one, float32.
 
         Raises:
           ValueError: another number of dimensions.
           UnsafeAction: a value is not finite, and none was executed before that could be held.
         """
+        return self._safe(action, self._last).astype(np.float32)
+
+    def chunk(self, actions: np.ndarray) -> np.ndarray:
+        """A chunk (H, A) in place of one, each action as if those before it had been executed. Raises as `safe`."""
+        done, last = [], self._last
+        for action in np.asarray(actions):
+            last = self._safe(action, last)
+            done.append(last)
+        return np.array(done, np.float32)
+
+    def _safe(self, action: np.ndarray, last: np.ndarray | None) -> np.ndarray:
         wanted = np.asarray(action, np.float64)
-        if wanted.shape != self.low.shape:
-            raise ValueError(f"expected an action of {len(self.low)} dimensions, got shape {wanted.shape}")
+        self._check_width(wanted)
         finite = np.isfinite(wanted)
-        held = np.where(self._still, 0.0, np.nan if self._last is None else self._last)
-        given = np.where(finite, wanted, held)
+        given = np.where(finite, wanted, np.where(self._still, 0.0, np.nan if last is None else last))
         if not np.isfinite(given).all():
             d = int(np.argmin(np.isfinite(given)))
             raise UnsafeAction(f"{self.names[d]} is {wanted[d]}, and nothing was executed before that could be held")
         clipped = np.clip(given, self.low, self.high)
-        safe = clipped
-        if self._last is not None:
-            safe = np.clip(clipped, self._last - self.max_change, self._last + self.max_change)
+        safe = clipped if last is None else np.clip(clipped, last - self.max_change, last + self.max_change)
         self.counts["actions"] += 1
         self.counts["held"] += int(not finite.all())
         self.counts["clipped"] += int((clipped != given).any())
         self.counts["slowed"] += int((safe != clipped).any())
-        self._last = safe
-        return safe.astype(np.float32)
-
-    def chunk(self, actions: np.ndarray) -> np.ndarray:
-        """A chunk (H, A) in place of one, as if it were executed whole; tell `executed` where it really ended."""
-        return np.stack([self(action) for action in np.asarray(actions)])
+        return safe
 
     def executed(self, action: np.ndarray) -> None:
-        """Says which action was executed last."""
-        self._last = np.asarray(action, np.float64)
+        """Records what was executed: an action of a chunk, a hold, or one that came from elsewhere.
+
+        Raises:
+          ValueError: another number of dimensions, or a value that is not finite: the record stays as it is.
+        """
+        done = np.array(action, np.float64)
+        self._check_width(done)
+        if not np.isfinite(done).all():
+            raise ValueError(f"what was executed has a value that is not finite: {done.tolist()}")
+        self._last = done
 
     def hold(self) -> np.ndarray:
         """The action (A,) that keeps the robot where it is: zero for changes and velocities, else the last one.
+
+        It is on record when it was executed, as any other.
 
         Raises:
           UnsafeAction: nothing was executed yet, and a dimension is neither a change nor a velocity.
@@ -232,6 +340,10 @@ class ActionFilter:
         if self._last is None and not self._still.all():
             raise UnsafeAction(f"nothing was executed yet, so {self.names[int(np.argmin(self._still))]} cannot be held")
         return np.where(self._still, 0.0, 0.0 if self._last is None else self._last).astype(np.float32)
+
+    def _check_width(self, action: np.ndarray) -> None:
+        if action.shape != self.low.shape:
+            raise ValueError(f"expected an action of {len(self.low)} dimensions, got shape {action.shape}")
 
     def __str__(self) -> str:
         changed = ", ".join(f"{self.counts[key]} {key}" for key in ("clipped", "slowed", "held"))

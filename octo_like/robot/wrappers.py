@@ -110,7 +110,10 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 
 class ActionFilterWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
-    """Executes what an `ActionFilter` makes of each action; info gets its counts as "action_filter"."""
+    """Executes what an `ActionFilter` makes of each action; info gets its counts as "action_filter".
+
+    An action is on record when the environment has executed it: one at which it fails is not.
+    """
 
     def __init__(self, env: gym.Env, action_filter: ActionFilter):
         _refuse(env, (ActionChunkWrapper, TemporalEnsembleWrapper), "ActionFilterWrapper must be inside {}")
@@ -126,7 +129,9 @@ class ActionFilterWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(self.action_filter(action))
+        safe = self.action_filter.safe(action)
+        observation, reward, terminated, truncated, info = self.env.step(safe)
+        self.action_filter.executed(safe)
         return observation, reward, terminated, truncated, {**info, "action_filter": dict(self.action_filter.counts)}
 
 

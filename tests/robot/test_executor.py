@@ -26,7 +26,8 @@ class HeldUpPolicy(LinePolicy):
     def __init__(self):
         super().__init__(horizon=H)
         numbers = {"mean": np.zeros(1), "std": np.ones(1), "min": np.full(1, -100.0), "max": np.full(1, 100.0)}
-        self.statistics = {"line": {"action": numbers, "proprio": numbers}}
+        kinds = {"action": {"names": ["x"], "kinds": ["absolute"]}}
+        self.statistics = {"line": {"action": numbers, "proprio": numbers, "dimensions": kinds}}
         self.go, self.begun = threading.Event(), threading.Semaphore(0)
         self.go.set()
         self.fails = False

@@ -15,7 +15,11 @@ from octo_like.robot.server import PolicyServer
 from tests.robot.tiny import tiny_policy
 
 NAMED = {
-    "action": {"names": ["x", "turn", "gripper"], "units": ["m", "rad/s", "open fraction"]},
+    "action": {
+        "names": ["x", "turn", "gripper"],
+        "units": ["m", "rad/s", "open fraction"],
+        "kinds": ["absolute", "velocity", "gripper"],
+    },
     "proprio": {"names": ["place", "width"], "units": ["m", ""]},
 }
 
@@ -62,5 +66,5 @@ def test_a_server_tells_them():
 
 def test_a_filter_speaks_of_them():
     filtered = ActionFilter.of(action_limits(named_policy().statistics["mine"]))
-    with pytest.raises(UnsafeAction, match="turn is nan"):
-        filtered(np.array([0.0, np.nan, 0.0]))
+    with pytest.raises(UnsafeAction, match="x is nan"):
+        filtered(np.array([np.nan, 0.0, 0.0]))

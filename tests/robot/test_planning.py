@@ -17,6 +17,7 @@ from octo_like.robot.local import LocalPolicy
 from octo_like.robot.planning import OraclePlanner, Plan, PredictedPlanner, RandomPlanner, able_to, accuracy
 from octo_like.robot.record import BORDER, EVENT_COLOURS, FONT_SIZE, PATH_COLOUR, annotate_all, encode_gif
 from octo_like.robot.rollout import evaluate
+from octo_like.robot.safety import ActionFilter
 from octo_like.robot.server import PolicyServer
 from tests.model.test_text_head import policy as text_policy
 from tests.robot.tiny import tiny_policy
@@ -229,7 +230,10 @@ def served():
     pytest.importorskip("websockets")
     silent = text_policy()
     unit = {"mean": [0.0] * 3, "std": [1.0] * 3, "mask": [True] * 3, "min": [-9.0] * 3, "max": [9.0] * 3}
-    policy = Policy(silent.config, silent.params, {"arm": {"action": unit, "proprio": unit}}, silent.text_tokenizer)
+    kinds = {"dimensions": {"action": {"names": ["x", "y", "z"], "kinds": ["delta"] * 3}}}
+    policy = Policy(
+        silent.config, silent.params, {"arm": {"action": unit, "proprio": unit, **kinds}}, silent.text_tokenizer
+    )
     with PolicyServer(policy, host="127.0.0.1", port=0).running(warm=True) as server:
         yield policy, server
 
@@ -284,7 +288,7 @@ def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served
                 client.act(observation, "put it away", unnormalize="arm", **words)
                 window = {key: np.asarray(value)[None] for key, value in client.window.items()}
                 local.observe(observation)
-                local.predict(local.window, "put it away", **words)
+                local.executed(local.predict(local.window, "put it away", **words)[0])
                 assert local.subtask == client.subtask
                 if "plan" in words:
                     tasks = [
@@ -299,13 +303,14 @@ def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served
             for other in ("another task", "put it away"):  # it was not said of this task
                 client.act(seen[0], other, unnormalize="arm", plan=True)
                 local.observe(seen[0])
-                local.predict(local.window, other, plan=True)
+                local.executed(local.predict(local.window, other, plan=True)[0])
                 window = {key: np.asarray(value)[None] for key, value in client.window.items()}
                 expected = remembering.predict_text(window, remembering.create_tasks(texts=[other]))
                 assert [client.subtask] == [local.subtask] == expected
+            sent = client.window
             client.reset()
             assert client.subtask is None
-            request = {"type": "act", "observation": client.window, "instruction": "go", "step": 0, "plan": True}
+            request = {"type": "act", "observation": sent, "instruction": "go", "step": 0, "plan": True}
             with pytest.raises(PolicyServerError, match="'last_subtask' must be a text or nothing"):
                 client._request({**request, "last_subtask": 3})
     with PolicyClient("127.0.0.1", forgetful.port, limits=False) as client:
@@ -333,8 +338,11 @@ class Counting:
     def chunks(self, unnormalize=None):
         return {"horizon": 4, "continues": {"jacobian_free": 4}}
 
+    def executed(self, action, *, unnormalize=None):
+        pass
+
     def filter_of(self, unnormalize=None):
-        return None
+        return ActionFilter([None] * 2, [None] * 2, kinds=["delta"] * 2)
 
 
 def test_what_is_only_compiled_was_not_said():

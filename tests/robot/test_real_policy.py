@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from octo_like.envs import EMBODIMENTS, TabletopEnv
-from octo_like.robot.client import PolicyClient, PolicyServerError
+from octo_like.robot.client import PolicyClient
 from octo_like.robot.rollout import evaluate
 from tests.robot.tiny import tiny_policy
 
@@ -87,7 +87,7 @@ def test_the_serve_script_serves_an_exported_policy(policy, tmp_path, repository
             assert actions.shape == (4, ROBOT.action_dim) and np.isfinite(actions).all()
             client.reset()
             np.testing.assert_array_equal(client.act(observation, info["instruction"]), actions)
-            with pytest.raises(PolicyServerError, match=r"observation/proprio: expected .* got \(1, 1, 9\)"):
+            with pytest.raises(ValueError, match=r"observation/proprio: expected one moment of shape .* got \(9,\)"):
                 client.reset()
                 client.act({**observation, "proprio": np.zeros(9, np.float32)}, info["instruction"])
         process.send_signal(signal.SIGINT)

@@ -213,7 +213,7 @@ def test_the_filter_against_its_rule(seed):
     safe = ActionFilter(low, [1.0, 0.5, None], max_change=[0.5, None, 1.0], kinds=["delta", "absolute", "gripper"])
     got = np.stack([safe(action) for action in actions])
     want, counts = by_hand(actions, low, high, change, [True, False, False])
-    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
     assert [safe.counts[key] for key in ("clipped", "slowed", "held")] == counts
     assert safe.counts["actions"] == 50 and "50 actions" in str(safe)
     assert np.isfinite(got).all() and (got[:, 0] <= 1).all() and (np.abs(np.diff(got[:, 2])) <= 1 + 1e-6).all()
@@ -249,21 +249,28 @@ def test_limits_that_make_no_sense_are_refused(arguments, message):
 
 def test_the_client_keeps_to_the_limits_and_knows_what_was_executed():
     policy = SlowPolicy()
+    policy.statistics["line"]["dimensions"] = {"action": {"names": ["x"], "kinds": ["absolute"]}}
     policy.statistics["line"]["action"] |= {"min": np.array([0.0]), "max": np.array([10.0])}
     with PolicyServer(policy, unnormalize="line", port=0).running() as server:
         with PolicyClient(port=server.port, max_change=2.0) as client:
-            with pytest.raises(RuntimeError, match="nothing to hold"):
-                client.hold()
-            assert client.act(frame(15), "go")[:, 0].tolist() == [11.0, 11.0, 11.0]  # 10 and a tenth of the range
-            assert client.filter.counts["clipped"] == 3
+            assert client.hold() is None  # nothing was executed: there is nothing to command
+            actions = client.act(frame(15), "go")
+            assert actions[:, 0].tolist() == [11.0, 11.0, 11.0]  # 10 and a tenth of the range
+            assert client.filter.counts["clipped"] == 3 and client.hold() is None  # a chunk is no execution
+            client.executed(actions[0])
             client.observe(frame(14))
-            assert client.act(frame(3), "go")[:, 0].tolist() == [9.0, 7.0, 5.0]  # no faster than 2 a step
-            client.observe(frame(2))  # after the first of these
-            assert client.hold().tolist() == [9.0]
+            actions = client.act(frame(3), "go")
+            assert actions[:, 0].tolist() == [9.0, 7.0, 5.0]  # no faster than 2 a step
+            client.executed(actions[0])
             client.observe(frame(2))
-            assert client.act(frame(1), "go")[:, 0].tolist() == [3.0, 1.0, 1.0]  # after the third: 5
+            assert client.hold().tolist() == [9.0]
+            client.observe(frame(2))  # observing executes nothing
+            assert client.hold().tolist() == [9.0]
+            assert client.act(frame(1), "go")[:, 0].tolist() == [7.0, 5.0, 3.0]
         with PolicyClient(port=server.port, limits=False) as client:
             assert client.act(frame(15), "go")[:, 0].tolist() == [15.0] * 3 and client.filter is None
+            with pytest.raises(RuntimeError, match="limits=False"):
+                client.hold()
 
 
 # ---------------------------------------------------------------- wrappers
@@ -271,7 +278,9 @@ def test_the_client_keeps_to_the_limits_and_knows_what_was_executed():
 
 def test_an_environment_gets_filtered_actions_whatever_wraps_it():
     env = LineEnv(time_limit=None)
-    env = ActionChunkWrapper(HistoryWrapper(ActionFilterWrapper(env, ActionFilter([-1.0], [1.0])), 2), 3)
+    env = ActionChunkWrapper(
+        HistoryWrapper(ActionFilterWrapper(env, ActionFilter([-1.0], [1.0], kinds=["absolute"])), 2), 3
+    )
     env.reset(seed=0)
     start = env.unwrapped.x
     info = env.step(np.array([[5.0], [0.5], [np.nan]]))[-1]
@@ -281,7 +290,7 @@ def test_an_environment_gets_filtered_actions_whatever_wraps_it():
     with pytest.raises(UnsafeAction):
         env.step(np.full((3, 1), np.nan))
     with pytest.raises(ValueError, match="limits 2 dimensions, the environment takes 1"):
-        ActionFilterWrapper(LineEnv(), ActionFilter([-1.0, 0], [1.0, 1]))
+        ActionFilterWrapper(LineEnv(), ActionFilter([-1.0, 0], [1.0, 1], kinds=["delta"] * 2))
 
 
 @pytest.mark.parametrize("wrap", [lambda env: ActionChunkWrapper(env, 2), lambda env: TemporalEnsembleWrapper(env, 2)])
@@ -299,7 +308,10 @@ def test_chunks_that_are_no_numbers_are_refused_even_without_a_filter(wrap):
         (lambda env: HistoryWrapper(HistoryWrapper(env, 2), 2), "HistoryWrapper is there already"),
         (lambda env: ActionChunkWrapper(TemporalEnsembleWrapper(env, 2), 2), "one of them takes chunks"),
         (lambda env: ActionChunkWrapper(ActionChunkWrapper(env, 2), 2), "one of them takes chunks"),
-        (lambda env: ActionFilterWrapper(ActionChunkWrapper(env, 2), ActionFilter([0], [1])), "inside ActionChunk"),
+        (
+            lambda env: ActionFilterWrapper(ActionChunkWrapper(env, 2), ActionFilter([0], [1], kinds=["delta"])),
+            "inside ActionCh",
+        ),
         (
             lambda env: ResizeImages(HistoryWrapper(env, 2), {"image_primary": (8, 8)}),
             "ResizeImages must be inside HistoryWrapper",

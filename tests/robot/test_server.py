@@ -47,6 +47,7 @@ def test_a_robot_solves_its_task_over_the_wire(server):
                 assert actions.shape == (3, 1)
                 for i, action in enumerate(actions):
                     observation, _, terminated, truncated, info = env.step(action)
+                    client.executed(action)
                     ended = terminated or truncated
                     if ended:
                         break
@@ -59,7 +60,9 @@ def test_a_robot_solves_its_task_over_the_wire(server):
 def test_the_window_is_complete_and_the_answer_reproducible(server):
     with PolicyClient(port=server.port) as client:
         first = client.act(frame(5), "go left")
+        client.executed(first[0])
         client.observe(frame(6))
+        client.executed(first[1])
         client.act(frame(7), "go left")
         seen = server.policy.calls[-1]["observations"]
         assert seen["proprio"].tolist() == [[[6.0], [7.0]]]

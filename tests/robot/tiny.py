@@ -54,6 +54,8 @@ def tiny_policy_for(datasets: dict[str, tuple[int, int | None]], seed: int = 0) 
     statistics = {}
     for name, (dims, proprio) in datasets.items():
         statistics[name] = {"action": compute_statistics(rng.normal(size=(50, dims)).astype(np.float32) * 0.01)}
+        kinds = {"names": [f"a{d}" for d in range(dims)], "kinds": ["delta"] * dims}
+        statistics[name]["dimensions"] = {"action": kinds}
         if proprio:
             statistics[name]["proprio"] = compute_statistics(rng.normal(size=(50, proprio)).astype(np.float32))
     built = build_model(model, vocab_size=tokenizer.vocab_size)

@@ -71,7 +71,8 @@ class LinePolicy:
             language_length=4,
         )
         numbers = {"mean": np.zeros(1), "std": np.ones(1)}
-        self.statistics = {"line": {"action": dict(numbers), "proprio": dict(numbers)}}
+        kinds = {"action": {"names": ["a0"], "kinds": ["delta"]}}
+        self.statistics = {"line": {"action": dict(numbers), "proprio": dict(numbers), "dimensions": kinds}}
         self.noise = noise
         self.calls: list[dict] = []
 

@@ -150,7 +150,7 @@ def test_it_acts_behind_a_server_with_its_history(workdir, importable):
             for force in (1.0, 5.0):
                 frame = {"image_primary": np.full((32, 32, 3), 90, np.uint8), "force": np.full(6, force)}
                 got = client.act(frame, "push")
-            with pytest.raises(Exception, match=r"force: expected \(B, 2, 6\)"):
+            with pytest.raises(Exception, match=r"force: expected one moment of shape \(6,\)"):
                 client.reset()
                 client.act({**frame, "force": np.ones(5)}, "push")
     window = observation()

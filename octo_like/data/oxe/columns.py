@@ -51,10 +51,14 @@ def pose(turns: Sequence[str], *more: tuple[Sequence[str] | str, str]) -> Dimens
 EEF_POS = eef()
 EEF_VELOCITY = eef("m/s", "rad/s")
 NO_UNITS = eef("", "")  # not documented: a controller may scale them
-COMMANDS = eef("1", "1", turns=ROTATION_VECTOR)  # -1 to 1, of robosuite's controller
+# -1 to 1, of robosuite's controller, which takes steps of the hand.
+COMMANDS = eef("1", "1", turns=ROTATION_VECTOR).of_kinds(("delta",) * 6 + ("gripper",))
 JOINT_POS = columns((joints(7), "rad"), (GRIPPER, OPEN))
 BIMANUAL = columns(*two_arms())
 BIMANUAL_BASE = columns(*two_arms(), ("base_forward", "m/s"), ("base_turn", "rad/s"))
+TARGETS_OF_TWO = (("absolute",) * 6 + ("gripper",)) * 2
+BIMANUAL_TARGETS = BIMANUAL.of_kinds(TARGETS_OF_TWO)
+BIMANUAL_BASE_TARGETS = BIMANUAL_BASE.of_kinds((*TARGETS_OF_TWO, "velocity", "velocity"))
 NAV_2D = columns((("x", "y"), ""))  # way-points, scaled by how fast the robot drives
 
 # Proprioception. Grippers keep what they measured, whose sense and unit differ.

@@ -154,8 +154,16 @@ class Entry:
         )
 
     def columns(self) -> dict[str, Dimensions | None]:
-        """Names and units of {"action", "proprio"}, as far as they are known."""
-        return {"action": self.action_columns or columns.action_of(self.action_mask), "proprio": self.proprio_columns}
+        """Names and units of {"action", "proprio"}, as far as they are known, and kinds of actions.
+
+        Actions that the entry computes as differences of a state are changes. Of others the encoding does not say
+        whether they are, so an entry whose documentation does has kinds in its `action_columns`.
+        """
+        action = self.action_columns or columns.action_of(self.action_mask)
+        if action is not None and not any(action.kinds):
+            changes = s.changes(self.action, len(action))
+            action = action.of_kinds(["delta" if d in changes else "" for d in range(len(action))])
+        return {"action": action, "proprio": self.proprio_columns}
 
     def standardize(self, blank: bool | None = None) -> s.Standardize:
         """The trajectory function of this reading. `blank`: overrides the entry's.

@@ -38,6 +38,7 @@ def _aloha(**changes) -> Entry:
         images={"primary": "cam_high", "secondary": "cam_low", "wrist": "cam_right_wrist"},
         proprio_columns=c.columns(*c.two_arms("")),
         action_mask=BIMANUAL,
+        action_columns=c.BIMANUAL_TARGETS,
         before=(("subsample", 5),),
         version="1.0.0",
     )
@@ -65,6 +66,8 @@ ENTRIES: dict[str, Entry] = {
     "aloha_dagger_dataset": _aloha(),
     # Two more actions drive the base.
     "aloha_mobile_dataset": _aloha(
-        images={"primary": "cam_high", "wrist": "cam_right_wrist"}, action_mask=BIMANUAL_BASE
+        images={"primary": "cam_high", "wrist": "cam_right_wrist"},
+        action_mask=BIMANUAL_BASE,
+        action_columns=c.BIMANUAL_BASE_TARGETS,
     ),
 }

@@ -136,6 +136,35 @@ def first_step_norm_ratio(num: Expression, den: Expression, *, moving: bool = Fa
     return _build("first_step_norm_ratio", num, den, **({"moving": True} if moving else {}))
 
 
+# Operations that leave the width and the meaning of their first argument.
+_SAME = ("drop_last_step", "cast", "clip", "multiply", "divide", "rotate_by_heading")
+
+
+def changes(action: Expression, width: int) -> set[int]:
+    """The columns of an action of `width` columns that are computed as changes from one step to the next, or are 0."""
+    found, start = set[int](), 0
+    for part in action.args if action.op == "concat" else (action,):
+        while part.op in _SAME:
+            part = part.args[0]
+        columns = width if part is action or action.op != "concat" else _width(part)
+        if columns is None:
+            return found
+        if part.op in ("delta", "zeros"):
+            found |= set(range(start, start + columns))
+        start += columns
+    return found
+
+
+def _width(part: Expression) -> int | None:
+    """Columns of a part of an action; None: the expression does not say."""
+    settings = dict(part.settings)
+    if part.op in ("zeros", "ones"):
+        return settings["width"]
+    if part.op == "slice" and None not in settings.values() and min(settings.values()) >= 0:
+        return settings["stop"] - settings["start"]
+    return _width(part.args[0]) if part.op == "delta" else None
+
+
 def zlib_floats(arg: Expression, width: int) -> Expression:
     """Each step inflated and read as little-endian float32: (T, width)."""
     return _build("zlib_floats", arg, width=width)

@@ -12,8 +12,10 @@ import gymnasium
 
 from octo_like.envs.sims.tasks import FETCH, GROUPS, METAWORLD_HELDOUT, METAWORLD_PRETRAIN, SimTask
 
-__all__ = ["ENVIRONMENTS", "FETCH", "GROUPS", "METAWORLD_HELDOUT", "METAWORLD_PRETRAIN", "SimTask"]
+__all__ = ["ACTION_KINDS", "ENVIRONMENTS", "FETCH", "GROUPS", "METAWORLD_HELDOUT", "METAWORLD_PRETRAIN", "SimTask"]
 
+# Of the actions of all of them, see `octo_like.common.dimensions.KINDS`: steps of the hand, a command of the fingers.
+ACTION_KINDS = ("delta", "delta", "delta", "gripper")
 # Group of tasks -> id of the environment that asks for them.
 ENVIRONMENTS = {
     "metaworld_pretrain": "octo_like/MetaWorld-pretrain-v0",

@@ -1,0 +1,49 @@
+"""The loop that drives a robot, as docs/deployment.md shows it: one chunk after the other, and a hold whenever there is
+none. Import it or copy it; `octo_like.robot.executor` is for robots that move while the policy thinks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from octo_like.robot.client import PolicyClient, PolicyServerError
+
+log = logging.getLogger(__name__)
+
+
+def drive(
+    policy: PolicyClient, robot: Any, instruction: str, running: Callable[[], bool], *, execute: int = 4, seed: int = 0
+) -> None:
+    """Drives a robot for one episode, and leaves it holding, whatever ends it.
+
+    Args:
+      robot: `observe()` waits for the next control step and gives its observation; `execute(action)` commands (A,).
+      running: whether to go on.
+      execute: actions of a chunk that are executed before the next is asked for.
+    """
+
+    def do(action):
+        robot.execute(action)
+        policy.executed(action)  # what hold() repeats, and what max_change is measured from
+
+    policy.reset(seed)
+    try:
+        while running():
+            observation = robot.observe()
+            try:
+                actions = list(policy.act(observation, instruction)[:execute])
+            except (PolicyServerError, OSError) as error:  # refused, too late or away: the next request connects anew
+                log.warning("the robot holds: %s", error)
+                held = policy.hold()  # None: nothing was executed yet, and the robot stands where it was found
+                actions = [] if held is None else [held]
+            for i, action in enumerate(actions):
+                if i > 0:
+                    policy.observe(robot.observe())
+                do(action)
+            if policy.keeps_moving:  # a speed would go on for as long as the next request takes
+                policy.observe(robot.observe())
+                do(policy.hold())
+    finally:
+        if (held := policy.hold()) is not None:
+            do(held)
