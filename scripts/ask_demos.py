@@ -142,6 +142,7 @@ def main() -> int:
 
     from octo_like.common.config import ConfigError
     from octo_like.common.files import whole_folder
+    from octo_like.common.storage import StorageError
     from octo_like.data.prepare import prepare_dataset
     from octo_like.data.spec import DataError
 
@@ -154,7 +155,7 @@ def main() -> int:
             raise DataError(f"{mute[0]}: only datasets of files can be asked about")
         with whole_folder(args.output) as folder:
             count = write(datasets, args, folder)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{count} rows in {args.output / 'rows.jsonl'}")

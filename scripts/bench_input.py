@@ -27,6 +27,7 @@ import numpy as np
 
 def main() -> int:
     from octo_like.common.config import ConfigError
+    from octo_like.common.storage import StorageError
     from octo_like.data import bench
     from octo_like.data.arguments import add_dataset_arguments, specs_from_arguments
     from octo_like.data.spec import DataError, specs_from_config
@@ -57,7 +58,7 @@ def main() -> int:
         else:
             specs = specs_from_arguments(args)
         result = measure(args, specs)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result))

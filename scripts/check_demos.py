@@ -30,6 +30,7 @@ def main() -> int:
 
     from octo_like.common.config import ConfigError, load_config
     from octo_like.common.robot import load_robot
+    from octo_like.common.storage import StorageError
     from octo_like.data.check.dataset import check_dataset, summary, write_page
     from octo_like.data.prepare import prepare_dataset
     from octo_like.data.spec import DataError
@@ -47,7 +48,7 @@ def main() -> int:
             checked = check_dataset(prepared, args.data_dir, args.cache_dir, horizon=horizon, episodes=args.episodes)
             print(f"\n{summary(checked)}\n\n{write_page(checked, args.output)}")
             warnings += len(checked.warnings)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 2 if args.strict and warnings else 0

@@ -11,7 +11,8 @@ What will be read is said before. Several of these commands at once, on machines
 each: --host 0/4 to --host 3/4.
 --check_images also decodes every frame, which takes longer than all the rest: it finds pictures that cannot be decoded
 and JPEGs whose compressed data is damaged, which training would use as they come out (docs/data.md, "Damaged records").
-Exit status 1: something is wrong with data or arguments, named in one line, or with the images, which are listed.
+Exit status 1: something is wrong with data or arguments, named in one line, or with the images, which are listed; or
+the storage does not answer, after it was asked again for five minutes.
 """
 
 import argparse
@@ -49,7 +50,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check_images", action="store_true", help="decode every frame, and list those that are damaged"
     )
-    return parser.parse_intermixed_args()  # datasets may stand behind options
+    given = sys.argv[1:]
+    if "--beam" in given[:-1]:  # what follows it begins with dashes, and would be taken for another option
+        place = given.index("--beam")
+        given[place : place + 2] = [f"--beam={given[place + 1]}"]
+    return parser.parse_intermixed_args(given)  # datasets may stand behind options
 
 
 def main() -> int:
@@ -60,6 +65,7 @@ def main() -> int:
     from octo_like.common import normalization
     from octo_like.common.config import ConfigError
     from octo_like.common.lanes import Processes
+    from octo_like.common.storage import StorageError
     from octo_like.data.arguments import specs_from_arguments
     from octo_like.data.check import report
     from octo_like.data.check.images import check_images
@@ -79,7 +85,7 @@ def main() -> int:
         )
         specs, these = specs_from_arguments(args), Processes(int(host), int(hosts))
         datasets = prepare_datasets(specs, args.data_dir, args.cache_dir, options=options, hosts=these)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, prepared in datasets.items():

@@ -27,6 +27,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()  # datasets may stand behind options
 
     from octo_like.common.config import ConfigError, load_config
+    from octo_like.common.storage import StorageError
     from octo_like.data.check import report
     from octo_like.data.prepare import prepare_dataset
     from octo_like.data.spec import DataError
@@ -60,7 +61,7 @@ def main() -> int:
             file.write(report.html_page(datasets, files, samples))
         print(page)
         print(report.mixture_table(datasets, samples))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -28,6 +28,7 @@ HELD_OUT = (16, 256)  # samples of a batch, batches of a dataset
 
 def main(argv=None) -> int:
     from octo_like.common.config import ConfigError, parse_command_line
+    from octo_like.common.storage import StorageError
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -56,7 +57,7 @@ def main(argv=None) -> int:
 
     try:
         print(trained(flags, config))
-    except (ConfigError, DataError, FastError) as error:
+    except (ConfigError, DataError, FastError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

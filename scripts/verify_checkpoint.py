@@ -5,7 +5,7 @@
     python scripts/verify_checkpoint.py runs/my_run --step 1000
 
 Exit status: 0 when all of them are what was saved, 1 otherwise. A storage that does not answer is asked again for
-half a minute; that it cannot be read says nothing about a step.
+five minutes; that it cannot be read says nothing about a step.
 """
 
 import argparse
@@ -23,6 +23,7 @@ def main() -> int:
     which.add_argument("--all", action="store_true", help="every step, not only the newest")
     flags = parser.parse_args()
 
+    from octo_like.common.storage import StorageError
     from octo_like.training.checkpoint import Checkpointer, CheckpointError, CheckpointUnreadable
 
     try:
@@ -30,7 +31,7 @@ def main() -> int:
         steps = checkpointer.all_steps()
         if flags.step is not None and flags.step not in steps:
             raise CheckpointError(f"there is no step {flags.step} in {checkpointer.directory}; steps: {steps}")
-    except CheckpointError as error:
+    except (CheckpointError, StorageError) as error:
         print(f"verify_checkpoint: {error}", file=sys.stderr)
         return 1
     chosen = steps if flags.all else [flags.step if flags.step is not None else steps[-1]]

@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -332,7 +333,7 @@ class FastVocabulary:
           FileNotFoundError: there is no such file.
           FastError: it is none, with its name.
         """
-        if not os.path.isfile(path):
+        if not pathlib.Path(path).is_file():
             raise FileNotFoundError(
                 f"no action vocabulary at {str(path)!r}; scripts/train_action_tokenizer.py makes one"
             )

@@ -6,6 +6,7 @@ attention mask [1, 0, ...]. Words the model has not seen become pieces, letters 
 
 import json
 import os
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,8 +27,8 @@ def model_file(model: str) -> str:
       FileNotFoundError: there is none, with what would be valid.
     """
     path = BUILTIN_MODELS.get(model, model)
-    path = os.path.join(path, MODEL_FILE) if os.path.isdir(path) else path
-    if not os.path.isfile(path):
+    path = os.path.join(path, MODEL_FILE) if pathlib.Path(path).is_dir() else path
+    if not pathlib.Path(path).is_file():
         raise FileNotFoundError(
             f"no sentencepiece model at {path!r}; valid: 'words', 'builtin', the path of a .model file, or a directory "
             f"with {MODEL_FILE} and {CONFIG_FILE}"
@@ -72,7 +73,7 @@ class TextTokenizer:
         """
         path, config = model_file(model), {}
         config_path = os.path.join(os.path.dirname(path), CONFIG_FILE)
-        if os.path.isdir(model) and os.path.isfile(config_path):
+        if pathlib.Path(model).is_dir() and pathlib.Path(config_path).is_file():
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)
         with open(path, "rb") as file:

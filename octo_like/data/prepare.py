@@ -16,7 +16,8 @@ from octo_like.data.oxe import registry
 from octo_like.data.prepared import PreparedDataset, check_mask, check_names, laid_flat
 from octo_like.data.rlds import beam_pass, columns, filters, records, shared_pass
 from octo_like.data.rlds.bad_records import TooManyBadRecords
-from octo_like.data.rlds.cache import cache_folder, cached, can_hold_caches, default_workers, load_index
+from octo_like.data.rlds.cache import cache_folder, cached, can_hold_caches, default_workers, discard, load_index
+from octo_like.data.rlds.cache_files import DamagedCache
 from octo_like.data.rlds.index import Index, SplitIndex, digest_of, with_usable
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
 from octo_like.data.rlds.statistics import read_rows, streamed_statistics
@@ -127,9 +128,21 @@ class _Opened:
 
     def prepare(self, progress: bool, options: IndexOptions) -> PreparedDataset:
         """Loads or builds the indices, chooses the episodes and computes what belongs to them."""
+        for last in (False, True):
+            whole = self._index(self.split, progress, options)
+            val_whole = whole if self.val_split is None else self._index(self.val_split, progress, options)
+            try:
+                return self._prepared(whole, val_whole)
+            except DamagedCache as error:  # found when the rows were read from their first to their last
+                if last:
+                    raise
+                log.warning("%s. The index of %s is made anew", error, self.key)
+                for one in (whole, val_whole):
+                    discard(one.folder, one.made)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _prepared(self, whole: SplitIndex, val_whole: SplitIndex) -> PreparedDataset:
         key, spec, split = self.key, self.function.spec, self.split
-        whole = self._index(split, progress, options)
-        val_whole = whole if self.val_split is None else self._index(self.val_split, progress, options)
         index, instructions, damaged = whole.index, collections.Counter(whole.instructions), whole.damaged
         targets = tuple(dict.fromkeys(whole.targets + val_whole.targets))
         if val_whole is not whole:
@@ -180,7 +193,7 @@ class _Opened:
             widths[name], prefixes[name] = math.prod(shape), f"extra:{name}:"
 
         def values(part: str) -> Iterator[np.ndarray]:
-            for first, chunk in read_rows(whole.rows_path):
+            for first, chunk in read_rows(whole.rows_path, whole.rows_digest):
                 episode = np.searchsorted(ends, np.arange(first, first + len(chunk)), side="right")
                 yield laid_flat(columns.from_rows(chunk[selected[episode]], function)[part], widths[part])
 
@@ -292,7 +305,7 @@ def values_of(
 def _episodes(whole: SplitIndex) -> Iterator[np.ndarray]:
     """Rows of each episode in turn."""
     number, steps, left = 0, whole.index.steps, None
-    for _, chunk in read_rows(whole.rows_path):
+    for _, chunk in read_rows(whole.rows_path, whole.rows_digest):
         left = chunk if left is None or not len(left) else np.concatenate([left, chunk])
         while number < len(steps) and len(left) >= steps[number]:
             yield left[: steps[number]]
@@ -328,6 +341,7 @@ def prepare_datasets(
     Raises:
       DataError: whatever is wrong with files or specs, with what would be valid. Bad records of all datasets are in one
         error (TooManyBadRecords).
+      StorageError: the storage does not answer: nothing is known to be wrong.
     """
     if hosts.count == 1:
         options = dataclasses.replace(options, pod_dir=None)

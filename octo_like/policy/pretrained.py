@@ -25,6 +25,7 @@ import numpy as np
 import safetensors.numpy
 
 from octo_like.common.schema import flatten, unflatten
+from octo_like.common.storage import persistently
 
 # 1: the first. 2: a model card; the batch spec may hold language_embedding.
 FORMAT_VERSION = 2
@@ -133,8 +134,12 @@ def load_directory(path: str | os.PathLike) -> tuple[dict, dict, dict, Path | No
 
     Raises:
       PretrainedError: when the path is not an exported policy, is of a newer format, or is damaged.
+      StorageError: the storage does not answer, or refuses.
     """
-    path = Path(path)
+    return persistently(lambda: _load_directory(Path(path)), path)
+
+
+def _load_directory(path: Path) -> tuple[dict, dict, dict, Path | None]:
     if not path.is_dir():
         raise PretrainedError(
             f"{path} is not a directory; expected an exported policy with {CONFIG_FILE} and {PARAMS_FILE}"

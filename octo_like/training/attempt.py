@@ -10,6 +10,7 @@ Whatever ends the attempt, ends it on all processes and with one status: see `ex
 
 import argparse
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -25,12 +26,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from octo_like.common.config import ConfigError, to_dict
+from octo_like.common.storage import StorageError, may_pass
 from octo_like.policy.devices import find_devices
 from octo_like.training import distributed, exits
 from octo_like.training.checkpoint import CheckpointError, NonFiniteState, has_checkpoint
 from octo_like.training.lease import Lease, WorkdirInUse, lease_path
 from octo_like.training.peers import Failure, Peers
 from octo_like.training.provenance import library_versions, source_digests
+from octo_like.training.storage import FILES
 from octo_like.training.watch import TooManyBadSteps, Watchdog
 
 # What the command cannot get past by being run again, as long as no step was taken.
@@ -116,8 +119,9 @@ class Attempt:
             lease.take()
             self.lease, identity = lease, lease.id
         check_same_workdir(workdir, distributed.from_main("octo_like/lease", identity))
-        self.resumes = has_checkpoint(workdir)
-        distributed.fingerprint_across_hosts(self.resumes, f"whether {workdir} holds a checkpoint")
+        # Process 0 looks for all.
+        found = json.dumps(has_checkpoint(workdir)) if distributed.is_main() else None
+        self.resumes = json.loads(distributed.from_main("octo_like/resumes", found))
         self.watchdog.enter("startup")
 
     @contextlib.contextmanager
@@ -251,11 +255,12 @@ def check_same_workdir(workdir: str | os.PathLike, identity: str, *, seconds: fl
 
     Raises:
       ConfigError: it is not; names the processes whose workdir is another folder.
+      StorageError: the storage does not answer.
     """
     if jax.process_count() == 1:
         return
     path, end = lease_path(workdir, identity), time.monotonic() + seconds
-    while not (visible := path.exists()) and time.monotonic() < end:
+    while not (visible := FILES.is_file(path)) and time.monotonic() < end:
         time.sleep(0.2)
     everyone = np.asarray(multihost_utils.process_allgather(np.array(visible))).reshape(-1)
     if not everyone.all():
@@ -272,12 +277,13 @@ def status_of(error: BaseException, *, begun: bool) -> int:
         return error.code if isinstance(error.code, int) else exits.DONE if error.code is None else exits.ERROR
     if isinstance(error, (TooManyBadSteps, NonFiniteState)):
         return exits.NOT_FINITE
-    return exits.USAGE if isinstance(error, MISTAKES) and not begun else exits.ERROR
+    # A storage that did not answer is no mistake, whatever was concluded from it.
+    return exits.USAGE if isinstance(error, MISTAKES) and not begun and not may_pass(error) else exits.ERROR
 
 
 def print_error(error: BaseException, status: int) -> None:
     """One line for what says by itself what is wrong; a traceback would hide it. For all else the traceback."""
-    if status == exits.USAGE or isinstance(error, (CheckpointError, WorkdirInUse)):
+    if status == exits.USAGE or isinstance(error, (CheckpointError, StorageError, WorkdirInUse)):
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
     elif not isinstance(error, SystemExit):
         traceback.print_exception(error)
@@ -291,7 +297,7 @@ def command(main: Callable[[], int]) -> NoReturn:
     """`main` as a command: ends the process with its status, or with that of what it raises."""
     try:
         status = main()
-    except (*MISTAKES, CheckpointError, WorkdirInUse) as error:
+    except (*MISTAKES, CheckpointError, StorageError, WorkdirInUse) as error:
         status = status_of(error, begun=False)
         print_error(error, status)
     sys.exit(status)

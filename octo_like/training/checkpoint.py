@@ -9,9 +9,12 @@
 A checkpoint that loads is the checkpoint that was saved: `integrity` says how this is verified. Remote files are not
 read back for hashing; the checksums of the arrays hold for them as well. When the newest step fails its verification,
 `restore(None, ...)` says so and falls back to the newest good one. A storage that does not answer is asked again
-(`storage`); when it still does not, that is an error, and no step is set aside for it.
+(`storage`); when it still does not, that is an error, and no step is overlooked or set aside for it. Which steps there
+are, and what their manifests say, is read by process 0 for all processes.
 """
 
+import dataclasses
+import functools
 import logging
 import math
 import os
@@ -25,6 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from octo_like.common.storage import may_pass, persistently
 from octo_like.training import storage
 from octo_like.training.integrity import (
     MANIFEST,
@@ -49,13 +53,14 @@ from octo_like.training.leaves import (
     named_leaves,
 )
 from octo_like.training.ranking import BestSteps
-from octo_like.training.storage import CheckpointDamaged, CheckpointError, CheckpointUnreadable
+from octo_like.training.storage import FILES, CheckpointDamaged, CheckpointError, CheckpointUnreadable
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged"
 
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_MARK = "commit_success.txt"  # Orbax's, of a complete step in a bucket
 
 log = logging.getLogger(__name__)
 
@@ -112,26 +117,32 @@ class Checkpointer:
             self._best = BestSteps(self.directory, best_mode, keep_best)
             return
         root = storage.absolute(workdir)
-        if root.exists() and not root.is_dir():
+        if FILES.is_file(root):
             raise CheckpointError(f"workdir {root} is a file, expected a directory")
         self.directory = root / FOLDER
         self._best = BestSteps(self.directory, best_mode, keep_best)
-        _commit_complete(self.directory)
+        _tidy(self.directory)
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         if keep_best:
             policies.append(self._best)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # a damaged step must not prevent the others from being listed
-                save_root_metadata=False,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-            ),
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=False,  # `_tidy` does it, which knows an error from an absence
+            lightweight_initialize=True,  # a damaged step must not prevent the others from being listed
+            save_root_metadata=False,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
+
+        def manager() -> ocp.CheckpointManager:
+            return ocp.CheckpointManager(self.directory, options=options)
+
+        # Making it is an act of all processes together, which none of them can repeat by itself.
+        alone = jax.process_count() == 1
+        self._manager = persistently(manager, self.directory) if alone else manager()
+        self._list_anew()
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
@@ -140,8 +151,32 @@ class Checkpointer:
         if self._only_step is not None:
             return [self._only_step]
         if self._manager is not None:
-            return sorted(self._manager.all_steps())
+            return sorted(self._manager.all_steps())  # as `_list_anew` found them; the same on all processes
         return _listed_steps(self.directory)
+
+    def _list_anew(self) -> None:
+        """Makes Orbax see every step that there is: its own look takes an error for an absence.
+
+        Raises:
+          CheckpointUnreadable: the storage does not answer.
+        """
+        manager = self._manager
+        assert manager is not None  # not read-only
+
+        def look() -> None:
+            steps = storage.of_first(lambda: _listed_steps(self.directory))
+            problem: CheckpointError | None = None
+            try:
+                if sorted(manager.all_steps()) != steps:
+                    manager.reload()
+                if (found := sorted(manager.all_steps())) != steps:
+                    problem = CheckpointUnreadable(f"{self.directory} holds steps {steps}, Orbax finds {found}")
+            except Exception as error:  # whatever the storage raises
+                problem = CheckpointUnreadable(f"{self.directory} cannot be listed: {storage.first_line(error)}")
+            if problem is not None:
+                raise problem
+
+        storage.settled(look, self.directory, storage.agree)
 
     def latest_step(self) -> int | None:
         """The newest completely written step, or None."""
@@ -198,7 +233,8 @@ class Checkpointer:
         """Called by Orbax on process 0, in its thread, when all files are closed but not yet in place."""
         saving = self._saving
         step = str(saving["step"])
-        names = [p.name for p in self.directory.iterdir() if p.name == step or p.name.startswith(step + _TEMPORARY)]
+        listed = FILES.names(self.directory) or []
+        names = [name for name in listed if name == step or name.startswith(step + _TEMPORARY)]
         if len(names) != 1:
             raise CheckpointError(
                 f"expected one unfinished directory of step {step} in {self.directory}, found {names}"
@@ -277,18 +313,14 @@ class Checkpointer:
     def _try_restore(self, step: int, abstract_state: Any, cast: bool) -> tuple[Any, str | None]:
         """((state, extra), None) or (None, why the step is damaged), the same on every process."""
         folder = self.directory / str(step)
-        manifest: Manifest | None = None
-        problem: CheckpointError | None = None
-        try:
+
+        def verified() -> dict[str, Any]:
             manifest = read_manifest(folder)
-            if jax.process_index() == 0:
-                verify_files(folder, manifest)
-        except CheckpointError as error:
-            problem = error
+            verify_files(folder, manifest)
+            return dataclasses.asdict(manifest)
+
         try:
-            if (problem := storage.agree(problem)) is not None:
-                raise problem
-            assert manifest is not None  # or there would be a problem
+            manifest = Manifest(**storage.of_first(verified))
             names, treedef = named_leaves(abstract_state)
             check_structure(names, manifest, folder, cast)
             with jax.transfer_guard("allow"):
@@ -328,18 +360,20 @@ class Checkpointer:
             for step in damaged:
                 target = self.directory / DAMAGED / str(step)
                 number = 1
-                while target.exists():
+                while FILES.look(target) is not None:
                     number += 1
                     target = self.directory / DAMAGED / f"{step}-{number}"
-                target.parent.mkdir(exist_ok=True)
+                storage.make_folder(target.parent)
                 (self.directory / str(step)).rename(target)
                 log.warning("moved to %s", target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
-        self._manager.reload()
+        self._list_anew()
 
     def read(self, step: int | None = None) -> Manifest:
         """`extra` and `metadata` of a step without its arrays; with None, of the newest step whose manifest is sound.
+
+        Of a run's own checkpoints, process 0 reads it for all, and every process has to call this.
 
         Raises:
           CheckpointNotFound: there is no such step.
@@ -349,13 +383,17 @@ class Checkpointer:
         steps = self.all_steps()
         if not steps or (step is not None and step not in steps):
             raise CheckpointNotFound(f"no checkpoint in {self.directory}; found {contents(self.directory)}")
-        problems = []
-        for candidate in [step] if step is not None else sorted(steps, reverse=True):
-            try:
-                return read_manifest(self.directory / str(candidate))
-            except CheckpointDamaged as error:
-                problems.append(str(error))
-        raise CheckpointDamaged("\n".join(problems))
+
+        def sound() -> dict[str, Any]:
+            problems = []
+            for candidate in [step] if step is not None else sorted(steps, reverse=True):
+                try:
+                    return dataclasses.asdict(read_manifest(self.directory / str(candidate)))
+                except CheckpointDamaged as error:
+                    problems.append(str(error))
+            raise CheckpointDamaged("\n".join(problems))
+
+        return Manifest(**(sound() if self._manager is None else storage.of_first(sound)))
 
     def verify(self, step: int) -> list[str]:
         """Reads a whole step on this process's first device and compares it with its manifest. Changes nothing.
@@ -381,29 +419,50 @@ class Checkpointer:
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
-    """Whether a run in this directory would resume."""
-    folder = storage.absolute(workdir) / FOLDER
-    return folder.is_dir() and bool(_listed_steps(folder))
+    """Whether a run in this directory would resume. Raises StorageError when the storage does not answer."""
+    return bool(_listed_steps(storage.absolute(workdir) / FOLDER))
 
 
 def _listed_steps(folder: epath.Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir() and _is_complete(p))
+    """The complete steps in a folder, ascending; none where there is no folder. Errors of the storage are errors."""
+    names = [name for name in FILES.names(folder) or [] if name.isdigit()]
+    return sorted(int(name) for name in names if FILES.is_folder(folder / name) and _is_complete(folder / name))
 
 
 def _is_complete(step: epath.Path) -> bool:
     """Whether a step was written to its end. In a bucket a save that was killed has the step's final name already."""
-    return (step / MANIFEST).exists() or ocp.utils.is_checkpoint_finalized(step)
+    return FILES.look(step / MANIFEST) is not None or _is_marked(step)
 
 
-def _commit_complete(folder: epath.Path) -> None:
-    """Marks steps in a bucket that have a manifest and lack Orbax's mark: copied there, or killed between the two."""
-    if jax.process_index() == 0 and folder.is_dir():
-        for step in folder.iterdir():
-            if step.name.isdigit() and (step / MANIFEST).exists() and not ocp.utils.is_checkpoint_finalized(step):
-                log.warning("%s is complete, but not marked as such; marked now", step)
-                (step / "commit_success.txt").write_text("the manifest is complete")
-    if jax.process_count() > 1 and "://" in os.fspath(folder):
-        multihost_utils.sync_global_devices("complete checkpoints marked")
+def _is_marked(step: epath.Path) -> bool:
+    """Whether Orbax takes a step for complete: in a bucket by a file, elsewhere by its name alone."""
+    return persistently(lambda: ocp.utils.is_checkpoint_finalized(step), step) or FILES.is_file(step / _MARK)
+
+
+def _tidy(folder: epath.Path) -> None:
+    """Makes the folder of a run's steps, and removes what killed saves have left.
+
+    Steps in a bucket that have a manifest and lack Orbax's mark are complete, and get it.
+    """
+    if jax.process_index() == 0:
+        storage.make_folder(folder)
+        for name in FILES.names(folder) or []:
+            step = folder / name
+            if name.partition(_TEMPORARY)[0].isdigit() and _TEMPORARY in name:
+                complete = False
+            elif name.isdigit() and FILES.is_folder(step):
+                complete = FILES.look(step / MANIFEST) is not None
+                if complete and not _is_marked(step):
+                    log.warning("%s is complete, but not marked as such; marked now", step)
+                    (step / _MARK).write_text("the manifest is complete")
+                complete = complete or "://" not in os.fspath(folder) or _is_marked(step)
+            else:
+                continue
+            if not complete:
+                log.info("%s was not written to its end; removed", step)
+                persistently(functools.partial(step.rmtree, missing_ok=True), step)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("checkpoints tidied")
 
 
 def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
@@ -417,14 +476,15 @@ def find_checkpoints(path: str | os.PathLike) -> tuple[epath.Path, int | None]:
     """
     root = storage.absolute(path)
     expected = f"expected a run's directory with {FOLDER}/<step>/{MANIFEST}, as written by train.py or finetune.py"
-    if not root.exists():
+    found = FILES.look(root)
+    if found is None:
         raise CheckpointNotFound(f"{root} does not exist; {expected}")
-    if not root.is_dir():
+    if not found.is_directory:
         raise CheckpointNotFound(f"{root} is a file; {expected}")
-    if (root / MANIFEST).exists() and root.name.isdigit():
+    if root.name.isdigit() and FILES.look(root / MANIFEST) is not None:
         return root.parent, int(root.name)
     for folder in (root / FOLDER, root):
-        if folder.is_dir() and _listed_steps(folder):
+        if _listed_steps(folder):
             return folder, None
     raise CheckpointNotFound(f"{root} is not a checkpoint: it holds {contents(root)}; {expected}")
 
@@ -445,14 +505,27 @@ def _load(folder: epath.Path, names: dict[str, Any], manifest: Manifest, hashed:
             )
             arrays = reader.restore(folder / _STATE, args=arguments)
     except Exception as error:  # damaged storage surfaces as many types: ValueError, OSError, XlaRuntimeError, …
-        # Files that have just been found to be those that were saved do not become damaged by an error.
-        kind = CheckpointUnreadable if hashed or storage.may_pass(error) else CheckpointDamaged
+        # Files that have just been found to be those that were saved do not become damaged by an error. Others are
+        # damaged when they can be read, and Orbax still finds in them that something is wrong.
+        kind = CheckpointUnreadable if hashed or may_pass(error) else CheckpointDamaged
+        if kind is CheckpointDamaged:
+            _read_through(folder / _STATE)
         raise kind(f"{folder / _STATE} cannot be read: {storage.first_line(error)}") from error
     # What Orbax's own list of arrays does not name (it was damaged), a partial restore leaves as it was asked for.
     absent = [name for name in names if not isinstance(arrays.get(name), jax.Array)]
     if absent:
         raise CheckpointDamaged(f"{folder / _STATE} no longer lists {some(absent)}")
     return {name: arrays[name] for name in names}
+
+
+def _read_through(folder: epath.Path) -> None:
+    """Reads every file below a folder. Raises StorageError when one cannot be read: it may be as good as ever."""
+    for name in FILES.names(folder) or []:
+        path = folder / name
+        if FILES.is_folder(path):
+            _read_through(path)
+        else:
+            FILES.read(path)
 
 
 def _load_verified(

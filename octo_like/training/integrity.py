@@ -11,6 +11,7 @@ Two independent checks, because Orbax alone restores flipped bytes without a wor
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from octo_like.training.storage import CheckpointDamaged, CheckpointError, is_gone, settled
+from octo_like.common.storage import is_gone, persistently
+from octo_like.training.storage import FILES, CheckpointDamaged, CheckpointError, StorageError, settled
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -68,9 +70,13 @@ def checked_json(value: dict[str, Any], what: str) -> dict[str, Any]:
 
 def write_manifest(folder: epath.Path, body: dict[str, Any], *, hash_files: bool) -> None:
     """Hashes the files below `folder` and writes its manifest; `body` holds the fields of Manifest except `files`."""
-    files = {name: _hash_file(folder / name) for name in _files_below(folder)} if hash_files else None
+    files = None
+    if hash_files:
+        names = persistently(lambda: _files_below(folder), folder)
+        files = {name: persistently(functools.partial(_hash_file, folder / name), folder / name) for name in names}
     body = {"format": FORMAT, **body, "files": files}
-    (folder / MANIFEST).write_text(json.dumps({"sha256": _digest(body), "body": body}, indent=1))
+    text = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
+    persistently(lambda: (folder / MANIFEST).write_text(text), folder / MANIFEST)
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
@@ -162,7 +168,11 @@ def _difference(path: epath.Path, expected: dict[str, Any]) -> str | None:
 
 def _files_below(folder: epath.Path) -> list[str]:
     found = []
-    for directory, _, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for directory, _, names in os.walk(folder, onerror=fail):
         relative = os.path.relpath(directory, folder)
         found += [os.path.normpath(os.path.join(relative, name)).replace(os.sep, "/") for name in names]
     return sorted(name for name in found if name not in _NOT_HASHED)
@@ -231,7 +241,11 @@ def some(names: list[str], limit: int = 6) -> str:
 
 def contents(folder: epath.Path, limit: int = 8) -> str:
     """What a directory holds, for error messages."""
-    if not folder.exists():
-        return "nothing (it does not exist)"
-    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    try:
+        found = FILES.names(folder)
+        if found is None:
+            return "nothing (it does not exist)"
+        names = [name + ("/" if FILES.is_folder(folder / name) else "") for name in found[: limit + 1]]
+    except StorageError as error:
+        return f"what cannot be listed ({error})"
     return (", ".join(names[:limit]) + (", …" if len(names) > limit else "")) or "an empty directory"

@@ -31,8 +31,10 @@ from typing import Any
 
 from etils import epath
 
+from octo_like.common.errors import ConfigError
 from octo_like.common.files import write_whole
-from octo_like.training.storage import absolute
+from octo_like.common.storage import Kind, StorageError, first_line, kind_of, persistently
+from octo_like.training.storage import FILES, absolute, list_now, make_folder
 
 FOLDER = "lease"
 STALE_SECONDS = 90.0
@@ -101,10 +103,21 @@ class Lease:
 
         Raises:
           WorkdirInUse: another training is alive there.
-          OSError: the workdir cannot be written or listed.
+          ConfigError: the workdir is a file, or on this machine and may not be written.
+          StorageError: the storage does not answer.
+          OSError: the workdir cannot be written for another reason, e.g. a full disk.
         """
-        self._made = not self._remote and not self.workdir.exists()
-        self._write()
+        found = FILES.look(self.workdir)
+        if found is not None and not found.is_directory:
+            raise ConfigError(f"--workdir {self.workdir} is a file, expected a directory")
+        self._made = not self._remote and found is None
+        try:
+            persistently(self._write, self._folder)
+        except (StorageError, NotADirectoryError) as error:
+            if not self._remote and kind_of(error.__cause__ or error) in (Kind.DENIED, Kind.GONE):
+                reason = first_line(error.__cause__ or error)
+                raise ConfigError(f"--workdir {self.workdir} cannot be written: {reason}; use another one") from None
+            raise
         try:
             self._wait_for_others()
         except BaseException:
@@ -146,7 +159,7 @@ class Lease:
           WorkdirInUse: one is held by a process that is known to live.
         """
         alive, now = {}, time.monotonic()
-        for name, text in self._others().items():
+        for name, text in persistently(self._others, self._folder).items():
             before, other = records.get(name), _Record(text, now)
             if before is not None and before.text == text:
                 other = before
@@ -226,17 +239,14 @@ class Lease:
 
     def _listed(self) -> set[str]:
         """Names of the files of all claimants, now."""
-        file_system = getattr(getattr(self._folder, "_backend", None), "fs", None)
-        if file_system is not None:
-            file_system(self._folder).invalidate_cache()  # gcsfs and s3fs remember what they have listed
-        return {path.name for path in self._folder.iterdir() if path.name.endswith(".json")}
+        return {name for name in list_now(self._folder) if name.endswith(".json")}
 
     def _write(self) -> None:
         self._fields["beats"] += 1
         text = json.dumps(self._fields)
         for attempt in range(5):
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self._folder)
                 if self._remote:
                     self.path.write_text(text)  # an object appears whole
                 else:

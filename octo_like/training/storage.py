@@ -1,13 +1,12 @@
-"""Errors of a storage, and what they say about a checkpoint: nothing, unless they say it twice.
+"""What errors of a storage say about a checkpoint: nothing, unless they say it twice.
 
-A read may fail and work a second later: a bucket answers 503, a network disk ESTALE, a cache has not caught up with
-what was written. Such an error says nothing about what was saved. `settled` looks again, with growing pauses, and makes
-three cases of it: what was read, a mismatch that two looks in a row have found, and a storage that does not answer.
+`octo_like.common.storage` classifies errors and looks at files. `settled` makes three cases of reading a checkpoint:
+what was read, a mismatch that two looks in a row have found, and a storage that does not answer.
 """
 
+import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +16,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-PAUSES = (0.5, 2.0, 8.0, 16.0)  # seconds before the second, third, ... look
-
-# Of a file that is not what was saved; any other error of a read may pass.
-_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-# TensorStore, XLA and TensorFlow name the kind of an error in its text; EIO is UNKNOWN and ESTALE is ABORTED there.
-_PASSING = re.compile(
-    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED|UNKNOWN|INTERNAL|PERMISSION_DENIED|"
-    r"UNAUTHENTICATED)\b"
-)
+from octo_like.common import storage
+from octo_like.common.storage import Found, StorageError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +30,39 @@ class CheckpointDamaged(CheckpointError):
     """What is on disk is not what was saved."""
 
 
-class CheckpointUnreadable(CheckpointError):
+class CheckpointUnreadable(CheckpointError, StorageError):
     """The storage does not answer, or not twice the same: nothing is known about what was saved."""
+
+
+class _Buckets:
+    """Files that etils.epath reads: gs:// with gcsfs or TensorFlow, s3:// with s3fs."""
+
+    def stat(self, path: str) -> Found:
+        found = epath.Path(path).stat()
+        return Found(found.is_directory, found.length or 0, found.mtime)
+
+    def list(self, path: str) -> list[str]:
+        return list_now(epath.Path(path))
+
+    def read(self, path: str) -> bytes:
+        return epath.Path(path).read_bytes()
+
+
+def list_now(folder: epath.Path) -> list[str]:
+    """The names of what a folder holds at this moment. Errors are those of the file system."""
+    file_system = getattr(getattr(folder, "_backend", None), "fs", None)
+    if file_system is not None:
+        file_system(folder).invalidate_cache()  # gcsfs and s3fs remember what they have listed
+    return [entry.name for entry in folder.iterdir()]
+
+
+FILES = storage.Files(_Buckets())
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
     """A location on any file system; one on this machine does not depend on the working directory."""
     text = os.fspath(path)
     return epath.Path(text if "://" in text else os.path.abspath(text))
-
-
-def is_gone(error: Exception) -> bool:
-    """Whether an error says that there is no such file; on any file system."""
-    return isinstance(error, _GONE) or type(error).__name__ == "NotFoundError"
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether an error of a reader (Orbax, TensorStore, XLA) may be the storage's or the machine's, not the data's."""
-    if isinstance(error, OSError):
-        return not is_gone(error)
-    return isinstance(error, MemoryError) or bool(_PASSING.search(str(error)))
-
-
-def first_line(error: Exception) -> str:
-    """'Kind: the first line of its text', for messages."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def agree(problem: CheckpointError | None) -> CheckpointError | None:
@@ -80,6 +79,45 @@ def agree(problem: CheckpointError | None) -> CheckpointError | None:
     return CheckpointUnreadable(f"process {where} cannot read it (see its log)")
 
 
+def make_folder(folder: epath.Path) -> None:
+    """Makes a folder and those above it, where it is not there yet.
+
+    Raises:
+      StorageError: the storage does not answer, or refuses.
+      FileExistsError: there is a file of this name.
+    """
+    if not FILES.is_folder(folder):
+        try:
+            storage.persistently(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
+        except FileExistsError:  # it came in between, or the look of `mkdir` failed
+            if not FILES.is_folder(folder):
+                raise
+
+
+def of_first(read: Callable[[], Any]) -> Any:
+    """The JSON-able result of `read`, which process 0 alone calls, so that all processes go on from the same.
+
+    Raises:
+      CheckpointError: on all processes, what it raised on process 0.
+    """
+    if jax.process_count() == 1:
+        return read()
+    outcome: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": read()}
+        except (CheckpointError, StorageError) as error:
+            outcome = {"error": str(error), "damaged": isinstance(error, CheckpointDamaged)}
+    content = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
+    padded = np.zeros(size, np.uint8)
+    padded[: min(size, len(content))] = content[:size]
+    outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    if "error" in outcome:
+        raise (CheckpointDamaged if outcome["damaged"] else CheckpointUnreadable)(outcome["error"])
+    return outcome["value"]
+
+
 def alone(problem: CheckpointError | None) -> CheckpointError | None:
     """In place of `agree` where this process reads by itself."""
     return problem
@@ -90,7 +128,7 @@ def settled(
     what: Any,
     agree: Callable[[CheckpointError | None], CheckpointError | None] = alone,
 ) -> Any:
-    """The result of `look`, which is called again after an error, with growing pauses.
+    """The result of `look`, which is called again after an error, with the pauses of `octo_like.common.storage`.
 
     Args:
       look: raises CheckpointDamaged when it finds something else than was saved, anything else when it cannot read.
@@ -102,7 +140,7 @@ def settled(
       CheckpointUnreadable: there is neither a result nor two such looks.
     """
     damaged_before = False
-    for pause in (*PAUSES, None):
+    for number, pause in enumerate((*storage.PAUSES, None), start=1):
         result, problem = None, None
         try:
             result = look()
@@ -117,8 +155,10 @@ def settled(
         damaged = isinstance(problem, CheckpointDamaged)
         if damaged and damaged_before:
             raise problem
-        if pause is None:
+        # What is no error of a storage, or a refusal, is not worth minutes.
+        brief = problem.__cause__ is not None and storage.kind_of(problem.__cause__) is not storage.Kind.PASSING
+        if pause is None or (not damaged and brief and number >= storage.DENIED_LOOKS):
             raise CheckpointUnreadable(f"{what} does not read the same twice: {problem}") if damaged else problem
-        log.warning("%s; looking again in %g s", problem, pause)
+        log.warning("%s; looking again in %g s (gives up after %.0f s)", problem, pause, sum(storage.PAUSES))
         damaged_before = damaged
         time.sleep(pause)

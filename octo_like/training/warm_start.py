@@ -9,6 +9,7 @@ from octo_like.common.schema import unflatten
 from octo_like.policy import locations
 from octo_like.policy.pretrained import LoadReport, PretrainedError, load_directory, merge_params
 from octo_like.training.checkpoint import Checkpointer, CheckpointNotFound
+from octo_like.training.storage import of_first
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def load_params(location: str | os.PathLike) -> tuple[dict[str, Any], str]:
                 f"  as an export: {no_export}\n  as a run: {no_checkpoint}"
             ) from no_export
         return params, f"the exported policy {location}"
-    step = reader.read().step
+    step = of_first(lambda: reader.read().step)  # the same for all processes
     flat = {**reader.load_arrays(step, "ema/"), **_frozen(reader, step)}
     return unflatten(flat), f"the averaged parameters of step {step} in {reader.directory}"
 

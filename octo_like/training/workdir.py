@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from octo_like.training.storage import absolute
+from octo_like.training.storage import FILES, absolute
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class Workdir:
         self._thread: threading.Thread | None = None
         for name in continued if self.is_copied and jax.process_index() == 0 else ():
             try:
-                if (self.path / name).exists():
-                    (self.local / name).write_bytes((self.path / name).read_bytes())
+                if (content := FILES.read(self.path / name)) is not None:
+                    (self.local / name).write_bytes(content)
                     self._copied[self.local / name] = _state(self.local / name)
             except Exception as error:  # of whichever file system: logs must not stop a resume
                 stem, dot, suffix = name.rpartition(".")

@@ -12,7 +12,9 @@ import types
 import numpy as np
 import pytest
 
+from octo_like.common import storage
 from octo_like.common.schema import BatchSpec, flatten
+from octo_like.common.storage import StorageError
 from octo_like.common.text import TextTokenizer
 from octo_like.data.batches import episodes as episodes_module
 from octo_like.data.batches.frames import decode_frames
@@ -389,7 +391,7 @@ def test_a_storage_that_refuses_is_asked_again(prepared, tokenizer, monkeypatch,
 
     monkeypatch.setattr(prepared.function, "from_file", never)
     with stream_of(prepared, tokenizer) as stream:
-        with pytest.raises(DataError, match=r"episode \d+: cannot be read: try later"):
+        with pytest.raises(StorageError, match=r"episode \d+: the storage .*: try later"):
             next(stream)
 
 
@@ -406,7 +408,7 @@ def test_after_an_outage_a_seek_helps(prepared, tokenizer, monkeypatch, clean):
     monkeypatch.setattr(prepared.function, "from_file", failing)
     with stream_of(prepared, tokenizer) as stream:
         out.set()
-        with pytest.raises(DataError, match=r"episode \d+: cannot be read: try later"):
+        with pytest.raises(StorageError, match=r"episode \d+: the storage .*: try later"):
             next(stream)
         with pytest.raises(RuntimeError, match="seek"):
             next(stream)
@@ -421,7 +423,7 @@ def test_a_read_that_began_during_an_outage_is_done_again(prepared, tokenizer, m
     """The seek finds a read under way that asked the storage for the last time before it worked again."""
     real, asked, answer = prepared.function.from_file, threading.Event(), threading.Event()
     monkeypatch.setattr(episodes_module.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(episodes_module, "RETRIES", 0)
+    monkeypatch.setattr(storage, "PAUSES", ())
     held = []
 
     def slow_to_fail(path, offset):

@@ -334,7 +334,7 @@ def test_of_several_that_claim_a_lock_in_a_bucket_the_last_has_it(monkeypatch):
     """There is no exclusive create: all of them find no lock, and write theirs."""
     path = "ram://bucket_of_locks/index.npz.lock"
     lock.tf.io.gfile.makedirs("ram://bucket_of_locks")
-    looked, written, exists = threading.Barrier(3), threading.Barrier(3), lock.tf.io.gfile.exists
+    looked, written, exists = threading.Barrier(3), threading.Barrier(3), lock.FILES.is_file
     monkeypatch.setattr(lock, "time", types.SimpleNamespace(sleep=lambda seconds: written.wait(60)))
     one_by_one, write = threading.Lock(), lock._write
 
@@ -350,7 +350,7 @@ def test_of_several_that_claim_a_lock_in_a_bucket_the_last_has_it(monkeypatch):
         return found
 
     monkeypatch.setattr(lock, "_write", write_whole)
-    monkeypatch.setattr(lock.tf.io.gfile, "exists", all_have_looked)
+    monkeypatch.setattr(lock.FILES, "is_file", all_have_looked)
     claims, all_claimed = [], threading.Barrier(3)
 
     def claim():

@@ -10,7 +10,7 @@ import pytest
 
 from octo_like.common import normalization
 from octo_like.data.prepare import prepare_dataset
-from octo_like.data.rlds import cache, records
+from octo_like.data.rlds import cache, cache_files, records
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
 
 
@@ -148,12 +148,73 @@ def test_read_only_data_is_left_alone(copied, tmp_path, monkeypatch):
     assert not (copied.path / ".octo_like").exists()
 
 
-def test_a_damaged_cache_is_named(copied):
-    prepare(copied)
+@pytest.mark.parametrize("name", ["index.npz", "rows.npy", "statistics-*.npz"])
+@pytest.mark.parametrize("how", ["empty", "cut", "flipped", "not that format", "missing"])
+def test_a_damaged_cache_is_made_anew(copied, name, how, caplog):
+    """Whatever becomes of its files: the log names the file, and the numbers are those of the first time."""
+    want = prepare(copied)
     (cached,) = (copied.path / ".octo_like").iterdir()
-    (cached / "index.npz").write_bytes(b"not a zip file")
-    with pytest.raises(DataError, match="delete it"):
-        prepare(copied)
+    for file in cached.glob("statistics-*.npz") if name == "rows.npy" else ():
+        file.unlink()  # rows are read when statistics are made
+    (file,) = cached.glob(name)
+    content = file.read_bytes()
+    half = len(content) // 2
+    damaged = {
+        "empty": b"",
+        "cut": content[:half],
+        "flipped": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
+        "not that format": b"something else",
+    }
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(damaged[how])
+    with caplog.at_level("INFO"):
+        again = prepare(copied)
+    harmless = how == "flipped" and "anew" not in caplog.text  # e.g. the date of an entry of a zip file
+    assert harmless or how == "missing" or str(file) in caplog.text
+    assert again.train.hash == want.train.hash
+    for part in ("action", "proprio"):
+        for field, values in want.statistics[part].items():
+            np.testing.assert_array_equal(again.statistics[part][field], values)
+    assert harmless or file.read_bytes() == content
+
+
+@pytest.mark.parametrize("bit", range(0, 12))
+def test_a_flipped_bit_of_the_rows_changes_no_statistics(copied, bit):
+    want = prepare(copied)
+    (cached,) = (copied.path / ".octo_like").iterdir()
+    for file in cached.glob("statistics-*.npz"):
+        file.unlink()
+    rows = cached / "rows.npy"
+    content = bytearray(rows.read_bytes())
+    content[128 + (bit * 97) % (len(content) - 128)] ^= 1 << bit % 8
+    rows.write_bytes(content)
+    again = prepare(copied)
+    for field, values in want.statistics["action"].items():
+        np.testing.assert_array_equal(again.statistics["action"][field], values)
+
+
+def test_a_cache_without_a_checksum_of_its_rows_gets_one(copied, caplog):
+    """As it was written before there were checksums: it is used, and from then on verified."""
+    want = prepare(copied)
+    (cached,) = (copied.path / ".octo_like").iterdir()
+    arrays = cache_files.load_arrays(str(cached / "index.npz"))
+    text = json.loads(str(arrays["text"]))
+    del text["rows_sha256"]
+    cache_files.save_arrays(str(cached / "index.npz"), arrays | {"text": np.array(json.dumps(text))})
+    with caplog.at_level("INFO"):
+        assert prepare(copied).train.hash == want.train.hash
+    assert "was written without a checksum" in caplog.text and (cached / "rows.sha256").is_file()
+    caplog.clear()
+    rows = bytearray((cached / "rows.npy").read_bytes())
+    rows[-1] ^= 1
+    (cached / "rows.npy").write_bytes(rows)
+    next(cached.glob("statistics-*.npz")).unlink()
+    with caplog.at_level("INFO"):
+        again = prepare(copied)
+    assert "made anew" in caplog.text and not (cached / "rows.sha256").exists()
+    np.testing.assert_array_equal(again.statistics["action"]["mean"], want.statistics["action"]["mean"])
 
 
 def test_nothing_half_written_is_left(copied):

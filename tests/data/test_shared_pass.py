@@ -197,7 +197,7 @@ def test_a_pass_that_was_stopped_costs_one_look(pair, tmp_path, monkeypatch):
     )
     for piece in job.pieces():
         shared_pass.scan_piece(job, piece)
-    looks, listdir, exists = [], shared_pass.tf.io.gfile.listdir, shared_pass.tf.io.gfile.exists
-    monkeypatch.setattr(shared_pass.tf.io.gfile, "listdir", lambda path: looks.append("list") or listdir(path))
-    monkeypatch.setattr(shared_pass.tf.io.gfile, "exists", lambda path: looks.append(path) or exists(path))
+    looks, names, is_file = [], shared_pass.FILES.names, shared_pass.FILES.is_file
+    monkeypatch.setattr(shared_pass.FILES, "names", lambda path: looks.append("list") or names(path))
+    monkeypatch.setattr(shared_pass.FILES, "is_file", lambda path: looks.append(path) or is_file(path))
     assert shared_pass.unfinished([job]) == [] and looks.count("list") == 1 and len(looks) == 2

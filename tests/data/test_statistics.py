@@ -5,8 +5,8 @@ import pytest
 
 from octo_like.common.normalization import compute_statistics
 from octo_like.data.rlds import statistics
+from octo_like.data.rlds.cache_files import DamagedCache
 from octo_like.data.rlds.statistics import RowWriter, read_rows, streamed_statistics
-from octo_like.data.spec import DataError
 
 
 def awkward(rng, count):
@@ -67,12 +67,16 @@ def test_rows_on_disk(tmp_path):
     writer = RowWriter(path, 1000, 7)
     for part in np.split(values, [3, 3, 700]):
         writer.write(part)
-    writer.close()
+    digest = writer.close()
     np.testing.assert_array_equal(np.load(path), values)  # an ordinary .npy file
-    parts = list(read_rows(path, chunk_bytes=7 * 4 * 64))
+    parts = list(read_rows(path, digest, chunk_bytes=7 * 4 * 64))
     assert [first for first, _ in parts] == list(range(0, 1000, 64))
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in parts]), values)
     with open(path, "rb+") as file:
         file.truncate(1000)
-    with pytest.raises(DataError, match="rows.npy: shorter than its header"):
+    with pytest.raises(DamagedCache, match="rows.npy is damaged: shorter than its header"):
+        list(read_rows(path))
+    with open(path, "rb+") as file:
+        file.truncate(0)
+    with pytest.raises(DamagedCache, match="rows.npy is damaged, expected an .npy file"):
         list(read_rows(path))

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from octo_like.training import checkpoint, integrity, leaves, storage
+from octo_like.common import storage
+from octo_like.training import checkpoint, integrity, leaves
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from octo_like.common import normalization
+from octo_like.common.storage import persistently
 from octo_like.data.batches import memory
 from octo_like.data.episode import EncodedFrame, RawEpisode, stored_bytes
 from octo_like.data.prepared import PreparedDataset
@@ -19,9 +20,7 @@ from octo_like.data.rlds import records
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import DamagedRecord
 from octo_like.data.spec import DataError
-from octo_like.data.tf import error_text
 
-RETRIES = 3  # of a read that the storage refused
 SLOW_SECONDS = 30.0  # a read that takes longer is named in the log
 
 log = logging.getLogger(__name__)
@@ -91,20 +90,14 @@ def load_episode(
 
     Raises:
       DamagedRecord: the record is damaged, or its file gone or cut; names file and episode.
-      DataError: it is another record than the one that was indexed, or the storage does not answer.
+      DataError: it is another record than the one that was indexed.
+      StorageError: the storage does not answer.
     """
     path, offset = index.files[index.file[episode]], int(index.offset[episode])
-    for attempt in range(RETRIES + 1):
-        try:
-            raw = prepared.function.read(path, offset, slots, depth_slots)
-            break
-        except records.damage_errors() as error:
-            raise records.damaged(path, int(index.record[episode]), offset, error) from error
-        except records.transient_errors() as error:
-            if attempt == RETRIES:
-                raise DataError(f"{index.where(episode)}: cannot be read: {error_text(error)}") from error
-            log.warning("%s: reading failed (%s), trying again", index.where(episode), error_text(error))
-            time.sleep(2.0**attempt)
+    try:
+        raw = persistently(lambda: prepared.function.read(path, offset, slots, depth_slots), index.where(episode))
+    except records.damage_errors() as error:
+        raise records.damaged(path, int(index.record[episode]), offset, error) from error
     if raw.hash != index.record_hash[episode]:
         raise DataError(
             f"{index.where(episode)}: the record is not the one that was indexed: {prepared.key} has been written anew "

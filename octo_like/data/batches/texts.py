@@ -13,8 +13,8 @@ from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTable, TextTokenizer
 from octo_like.common.vocabularies import NO_TARGETS, Targets
 from octo_like.data.order.order import uniform
+from octo_like.data.rlds.cache_files import FILES
 from octo_like.data.spec import DataError
-from octo_like.data.tf import tf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,9 @@ def load_paraphrases(path: str) -> Paraphrases:
     Raises:
       DataError: no such file, not JSON, or not of this form; names the instruction.
     """
-    if not tf.io.gfile.exists(path):
+    content = FILES.read(path)
+    if content is None:
         raise DataError(f"paraphrases: {path!r} does not exist")
-    with tf.io.gfile.GFile(path, "rb") as file:
-        content = file.read()
     try:
         data = json.loads(content)
     except ValueError as error:  # also UnicodeDecodeError

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def frame_times(path: str) -> np.ndarray:
     Raises:
       DataError: the file is missing or no video.
     """
-    if not os.path.isfile(path):
+    if not pathlib.Path(path).is_file():
         raise DataError(f"{path}: the video file is missing")
     ticks, unit = _ticks(path, os.stat(path).st_mtime_ns)
     return ticks * unit

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from octo_like.data.rlds.cache_files import FILES
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
 
@@ -14,7 +15,8 @@ def find_files(dir_or_paths: str | Sequence[str]) -> list[str]:
       DataError: there is none.
     """
     if isinstance(dir_or_paths, str):
-        paths = sorted(tf.io.gfile.glob(tf.io.gfile.join(dir_or_paths, "*.tfrecord")))
+        names = FILES.names(dir_or_paths) or []
+        paths = [tf.io.gfile.join(dir_or_paths, name) for name in names if name.endswith(".tfrecord")]
     else:
         paths = [str(path) for path in dir_or_paths]
     if not paths:

@@ -5,13 +5,52 @@ indices, which all its workers have to see (a bucket, unless they are processes 
 the pipeline was started. The index is the same, byte by byte, whatever runs the pipeline.
 """
 
+import contextlib
+import logging
 import pickle
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
+from octo_like.common.storage import StorageError
 from octo_like.data.rlds import shared_pass
 from octo_like.data.rlds.scan import traced_summary
 from octo_like.data.spec import DataError
 from octo_like.data.tf import tf
+
+SILENT_SECONDS = 600.0  # without a new part the log says so; again after twice the time, and so on
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _complains(jobs: Sequence[shared_pass.Job]) -> Iterator[None]:
+    """Names in the log, from a thread, what to do when no file is finished: Beam waits for a killed worker for ever."""
+    over = threading.Event()
+
+    def watch() -> None:
+        parts, since, patience = -1, time.monotonic(), SILENT_SECONDS
+        while not over.wait(min(30.0, SILENT_SECONDS / 4)):
+            try:
+                now = sum(len(job.finished()) for job in jobs)
+            except StorageError as error:
+                log.warning("the parts of the index cannot be counted: %s", error)
+                continue
+            if now != parts:
+                parts, since, patience = now, time.monotonic(), SILENT_SECONDS
+            elif (silent := time.monotonic() - since) > patience:
+                patience *= 2
+                log.warning(
+                    "no file was finished for %.0f s. When a worker was killed, Beam waits for it for ever: stop this "
+                    "command and run it again, it goes on with the files that are missing",
+                    silent,
+                )
+
+    threading.Thread(target=watch, name="octo_like-beam", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def run(jobs: Sequence[shared_pass.Job], options: Sequence[str]) -> None:
@@ -59,7 +98,7 @@ def run(jobs: Sequence[shared_pass.Job], options: Sequence[str]) -> None:
             shared_pass.scan_piece(job, range(start, stop))
 
     content = pickle.dumps([job.plain() for job in jobs])
-    with apache_beam.Pipeline(options=parsed) as pipeline:
+    with _complains(jobs), apache_beam.Pipeline(options=parsed) as pipeline:
         _ = (
             pipeline
             | "pieces" >> apache_beam.Create(pieces)

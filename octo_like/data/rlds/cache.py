@@ -3,7 +3,8 @@
     train-0123456789abcdef0123/
       index.npz             per episode: file, byte offset, length, hash of the record, steps, which texts it has, bytes
                             of each camera's pictures
-      rows.npy              float32: standardised values of all steps of all episodes (see `columns.py`)
+      rows.npy              float32: standardised values of all steps of all episodes (see `columns.py`); index.npz has
+                            its SHA-256
       bad_records.txt       every record that cannot be read or used, if there are many
       statistics-*.npz      of one choice of training episodes, exact (see `statistics.py`)
       usable-*.npz          steps that one set of filters leaves (see `filters.py`)
@@ -11,13 +12,15 @@
 
 An index is used while it says what files and functions say (docs/data.md, "Index and statistics"): the folder's name
 has a hash of what is declared, and a few records are read again at every start (`spot_check.py`) for what nobody
-declares. While a pass runs, memory holds one file's rows for each thread, whatever the size of the dataset.
+declares. A file of it that is damaged is made anew. While a pass runs, memory holds one file's rows for each thread,
+whatever the size of the dataset.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
@@ -32,19 +35,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from octo_like.common.storage import Kind, StorageError, kind_of, persistently
 from octo_like.data.rlds import bad_records
 from octo_like.data.rlds import columns as row_columns
 from octo_like.data.rlds.bad_records import MAX_BAD_FRACTION
-from octo_like.data.rlds.cache_files import load_arrays, save_arrays, write_atomically
+from octo_like.data.rlds.cache_files import FILES, DamagedCache, load_arrays, remove, save_arrays, write_atomically
 from octo_like.data.rlds.index import Index, SplitIndex, digest_of, with_usable
 from octo_like.data.rlds.lock import build_once
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
 from octo_like.data.rlds.scan import COLUMNS, PARTS, FileSummary, indexed_keys, part_name, scan_file, traced_summary
 from octo_like.data.rlds.spot_check import find_stale
 from octo_like.data.rlds.stall import StallWatch
-from octo_like.data.rlds.statistics import RowWriter
+from octo_like.data.rlds.statistics import RowWriter, sha256_of
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.tf import error_text, tf
+from octo_like.data.tf import tf
 
 FORMAT = 3
 CACHE_FOLDER = ".octo_like"
@@ -75,17 +79,22 @@ def cache_folder(split: RldsSplit, function: EpisodeFunction, cache_dir: str | N
 
 def can_hold_caches(directory: str) -> bool:
     """Whether indices may be kept beside the data of a dataset version."""
-    if "://" in directory:
-        # Buckets have no permission bits to look at: public ones are found out by trying.
-        probe = os.path.join(directory, CACHE_FOLDER, f"probe-{uuid.uuid4().hex[:8]}")
-        try:
-            write_atomically(probe, b"")
-            tf.io.gfile.remove(probe)
-        except tf.errors.OpError:
+    if "://" not in directory:
+        # The superuser may write anywhere; a folder marked read-only is left alone all the same.
+        if not persistently(lambda: os.stat(directory), directory).st_mode & stat.S_IWUSR:
             return False
-        return True
-    # The superuser may write anywhere; a folder marked read-only is left alone all the same.
-    return os.access(directory, os.W_OK) and bool(os.stat(directory).st_mode & stat.S_IWUSR)
+        if os.access(directory, os.W_OK):
+            return True
+    # Buckets have no permission bits to look at, and `access` does not say why not: found out by trying.
+    probe = os.path.join(directory, CACHE_FOLDER, f"probe-{uuid.uuid4().hex[:8]}")
+    try:
+        write_atomically(probe, b"")
+        remove(probe)
+    except StorageError as error:
+        if error.__cause__ is not None and kind_of(error.__cause__) is Kind.DENIED:
+            return False
+        raise
+    return True
 
 
 def cached(whole: SplitIndex, file: str, make: Callable[[], dict[str, Any]], *, what: str) -> dict[str, Any]:
@@ -96,8 +105,14 @@ def cached(whole: SplitIndex, file: str, make: Callable[[], dict[str, Any]], *, 
       what: a few words for messages.
     """
     path = os.path.join(whole.folder, file)
-    if not tf.io.gfile.exists(path):
-        build_once(path, lambda: save_arrays(path, make()), what=what)
+    for _ in range(2):
+        if not FILES.is_file(path):
+            build_once(path, lambda: save_arrays(path, make()), what=what)
+        try:
+            return load_arrays(path)
+        except DamagedCache as error:
+            log.warning("%s; made anew", error)
+            remove(path)
     return load_arrays(path)
 
 
@@ -115,9 +130,9 @@ def _build(
     """Scans all files, several at a time, and writes the index; those that an earlier pass finished are not read."""
     total, numbers = sum(split.shard_lengths), range(len(split.files))
     parts = os.path.join(folder, PARTS)
-    tf.io.gfile.makedirs(parts)
+    persistently(lambda: tf.io.gfile.makedirs(parts), parts)
     part = [os.path.join(parts, part_name(number)) for number in numbers]
-    done = set(tf.io.gfile.listdir(parts))
+    done = set(FILES.names(parts) or ())
     finished = {number for number in numbers if os.path.basename(part[number]) in done}
     if finished:
         log.info("%s: %d of %d files were indexed by an earlier pass", folder, len(finished), len(part))
@@ -172,11 +187,18 @@ def _build(
     def summary_of(number: int) -> FileSummary:
         if number in with_damage:
             return with_damage[number]
-        with tf.io.gfile.GFile(part[number], "rb") as file:
-            return FileSummary.from_bytes(file.read())
+        content = FILES.read(part[number])
+        if content is not None:
+            try:
+                return FileSummary.from_bytes(content)
+            except Exception as error:  # zipfile, NumPy and json raise many kinds
+                log.warning("%s is damaged: %s; %s is read again", part[number], error, split.files[number])
+        summary = scan_file(split, number, function, lambda count: None)
+        write_atomically(part[number], summary.to_bytes())
+        return summary
 
     _assemble(folder, len(part), summary_of, function)
-    tf.io.gfile.rmtree(parts)
+    persistently(lambda: tf.io.gfile.rmtree(parts), parts)
 
 
 def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary], function: EpisodeFunction) -> None:
@@ -198,18 +220,25 @@ def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary],
     arrays = {key: np.concatenate(values) for key, values in columns.items()}
     chosen = np.concatenate(usable)
     rows_path = os.path.join(folder, "rows.npy")
-    temporary = f"{rows_path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        writer = RowWriter(temporary, int(arrays["steps"].sum(dtype=np.int64)), row_columns.width(function))
-        for number in range(count):
-            writer.write(summary_of(number).rows)
-        writer.close()
-        tf.io.gfile.rename(temporary, rows_path, overwrite=True)
-    finally:
-        if tf.io.gfile.exists(temporary):
-            tf.io.gfile.remove(temporary)
+
+    def write_rows() -> str:
+        temporary = f"{rows_path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            writer = RowWriter(temporary, int(arrays["steps"].sum(dtype=np.int64)), row_columns.width(function))
+            for number in range(count):
+                writer.write(summary_of(number).rows)
+            digest = writer.close()
+            tf.io.gfile.rename(temporary, rows_path, overwrite=True)
+        except BaseException:
+            with contextlib.suppress(tf.errors.OpError):  # the first error counts
+                tf.io.gfile.remove(temporary)
+            raise
+        return digest
+
+    digest = persistently(write_rows, rows_path)
     arrays["bits"] = np.packbits(chosen) if not chosen.all() else np.zeros(0, np.uint8)
-    arrays["text"] = np.array(json.dumps({"damaged": damaged, "texts": text_keys, "pictures": picture_keys}))
+    texts = {"damaged": damaged, "texts": text_keys, "pictures": picture_keys, "rows_sha256": digest}
+    arrays["text"] = np.array(json.dumps(texts))
     for number, key in enumerate(text_keys):
         arrays[f"instructions_{number}"] = np.array(json.dumps(dict(sorted(instructions[key].items()))))
     save_arrays(os.path.join(folder, "index.npz"), arrays)
@@ -233,40 +262,46 @@ def load_index(
 
     Raises:
       TooManyBadRecords (a DataError): there are more, all of them named.
-      DataError: more episodes than the dataset says, or the storage does not answer.
+      DataError: more episodes than the dataset says.
+      StorageError: the storage does not answer.
     """
     function.output  # noqa: B018 - traces: wrong keys are reported before any file is read
     folder = cache_folder(split, function, cache_dir)
     path = os.path.join(folder, "index.npz")
     workers = workers or default_workers()
-    found = None
+    found: str | None = None
+    stale: str | None
     for _ in range(3):
-        if not tf.io.gfile.exists(path):
+        if not FILES.is_file(path):
             build_once(
                 path,
                 lambda: _build(split, function, folder, progress, workers, max_bad_fraction),
                 what=f"index of {split.name} {split.split}",
             )
+        seen = FILES.look(path)
         try:
-            made, arrays = tf.io.gfile.stat(path).mtime_nsec, load_arrays(path)
-        except tf.errors.NotFoundError:  # another process has just found it stale
+            arrays = load_arrays(path)
+        except FileNotFoundError:  # another process has just found it stale
             continue
-        whole = _split_index(split, function, folder, max_bad_fraction, arrays)
-        stale = find_stale(whole.index, whole.rows_path, function)
-        if stale is None:
-            return whole
+        except DamagedCache as error:
+            stale = str(error)
+        else:
+            whole = _split_index(split, function, folder, max_bad_fraction, arrays, 0 if seen is None else seen.changed)
+            stale = find_stale(whole.index, whole.rows_path, function)
+            if stale is None:
+                return whole
         if found is not None:
             break
         found = stale
         log.warning("%s %s: %s. Its index and statistics are made anew: %s", split.name, split.split, stale, folder)
-        _discard(folder, made)
+        discard(folder, 0 if seen is None else seen.changed)
     raise DataError(
         f"{found or path}: still so after the index was made anew. The files are being written at the moment, or the "
         f"functions of {split.name} do not give the same values twice. Mend that, then delete {folder}"
     )
 
 
-def _discard(folder: str, made: int) -> None:
+def discard(folder: str, made: int) -> None:
     """Removes the index that was made at `made` (ns) and what was derived from it, unless another process has.
 
     Raises:
@@ -274,20 +309,26 @@ def _discard(folder: str, made: int) -> None:
     """
     path = os.path.join(folder, "index.npz")
     try:
-        if tf.io.gfile.stat(path).mtime_nsec != made:
+        seen = FILES.look(path)
+        if seen is None or seen.changed != made:
             return
-        for file in tf.io.gfile.listdir(folder):
-            if file.startswith(("statistics-", "usable-")) and file.endswith(".npz"):
-                tf.io.gfile.remove(os.path.join(folder, file))
-        tf.io.gfile.remove(path)  # last: who is killed before begins again
-    except tf.errors.NotFoundError:
-        pass  # by another process
-    except tf.errors.PermissionDeniedError as error:
-        raise DataError(f"{folder}: out of date, and is not ours to remove ({error_text(error)}); remove it") from error
+        for file in FILES.names(folder) or []:
+            if file.startswith(("statistics-", "usable-", "rows.sha256")):
+                remove(os.path.join(folder, file))
+        remove(path)  # last: who is killed before begins again
+    except StorageError as error:
+        if error.__cause__ is None or kind_of(error.__cause__) is not Kind.DENIED:
+            raise
+        raise DataError(f"{folder}: out of date, and is not ours to remove ({error}); remove it") from None
 
 
 def _split_index(
-    split: RldsSplit, function: EpisodeFunction, folder: str, max_bad_fraction: float, arrays: dict[str, Any]
+    split: RldsSplit,
+    function: EpisodeFunction,
+    folder: str,
+    max_bad_fraction: float,
+    arrays: dict[str, Any],
+    made: int,
 ) -> SplitIndex:
     """The index of a split from the arrays of its file; names what was damaged."""
     text = json.loads(str(arrays.pop("text")))
@@ -329,7 +370,24 @@ def _split_index(
     _check_pictures(index, function.spec)
     if len(bits):
         index = with_usable(index, np.unpackbits(bits)[: int(arrays["steps"].sum())].astype(bool), {})
-    return SplitIndex(index, folder, counts, damaged, tuple(targets))
+    digest = text["rows_sha256"] if "rows_sha256" in text else _adopted_digest(folder)
+    return SplitIndex(index, folder, counts, damaged, tuple(targets), made, digest)
+
+
+def _adopted_digest(folder: str) -> str | None:
+    """The SHA-256 of the rows of an index that was made before they had one; taken now, and kept."""
+    path, rows = os.path.join(folder, "rows.sha256"), os.path.join(folder, "rows.npy")
+    if (content := FILES.read(path)) is not None and len(content) == 64:
+        return content.decode(errors="replace")
+    if not FILES.is_file(rows):
+        return None
+    digest = sha256_of(rows)
+    log.info("%s was written without a checksum, and has one from now on", rows)
+    try:
+        write_atomically(path, digest.encode())
+    except StorageError as error:
+        log.warning("%s could not be kept: %s", path, error)
+    return digest
 
 
 def _check_pictures(index: Index, spec: DatasetSpec) -> None:

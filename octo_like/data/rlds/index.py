@@ -97,6 +97,8 @@ class SplitIndex:
       instructions: every instruction and the number of episodes that have it.
       damaged: one message per record that cannot be read or used; these are not in `index`.
       targets: every text that is to be learned, where it is a feature of the files.
+      made: when its file was written, see `octo_like.common.storage.Found`.
+      rows_digest: the SHA-256 (hex) of the file of rows; None: not known.
     """
 
     index: Index
@@ -104,6 +106,8 @@ class SplitIndex:
     instructions: dict[str, int]
     damaged: tuple[str, ...]
     targets: tuple[str, ...] = ()
+    made: int = 0
+    rows_digest: str | None = None
 
     @property
     def rows_path(self) -> str:

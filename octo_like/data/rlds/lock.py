@@ -16,6 +16,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
+from octo_like.common.storage import StorageError, persistently
+from octo_like.data.rlds.cache_files import FILES, remove
 from octo_like.data.tf import tf
 
 log = logging.getLogger(__name__)
@@ -51,20 +53,22 @@ def claim(path: str) -> Iterator[bool]:
     finally:
         done.set()
         thread.join()
-        with contextlib.suppress(tf.errors.NotFoundError):  # its folder was removed: what was to be built is there
-            tf.io.gfile.remove(path)
+        try:
+            remove(path)  # its folder may have been removed: what was to be built is there
+        except StorageError as error:  # it goes stale
+            log.warning("%s: stays behind: %s", path, error)
 
 
 def _create(path: str, content: str) -> bool:
     """Whether this call made the file; not where its folder has just been removed."""
     if "://" in path:
-        if tf.io.gfile.exists(path):
+        if FILES.is_file(path):
             return False
-        _write(path, content)
+        persistently(lambda: _write(path, content), path)
         time.sleep(SETTLE_SECONDS)
         return _look(path) == content
     try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        handle = persistently(lambda: os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), path)
     except (FileExistsError, FileNotFoundError):
         return False
     with os.fdopen(handle, "w") as file:
@@ -78,22 +82,19 @@ def _write(path: str, content: str) -> None:
 
 
 def _look(path: str) -> str | None:
-    try:
-        with tf.io.gfile.GFile(path, "r") as file:
-            return file.read()
-    except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
-        return None
+    content = FILES.read(path)
+    return None if content is None else content.decode(errors="replace")
 
 
 def _break(lock: str, seen: str) -> None:
     """Removes a lock whose content is `seen`. Of several processes that do so one is first, and may have it by now."""
     aside = f"{lock}.{uuid.uuid4().hex[:8]}"
     try:
-        tf.io.gfile.rename(lock, aside)
+        persistently(lambda: tf.io.gfile.rename(lock, aside), lock)
     except tf.errors.NotFoundError:
         return
     if _look(aside) == seen:
-        tf.io.gfile.remove(aside)
+        remove(aside)
     else:
         tf.io.gfile.rename(aside, lock, overwrite=True)
 
@@ -147,15 +148,15 @@ def build_once(target: str, build: Callable[[], None], *, what: str) -> None:
       target: what `build` writes, last and atomically.
       what: a few words for the log, which says now and then who is waited for.
     """
-    tf.io.gfile.makedirs(os.path.dirname(target))
+    persistently(lambda: tf.io.gfile.makedirs(os.path.dirname(target)), target)
     path = f"{target}.lock"
     other = Watched(path)
     start = reported = time.monotonic()
-    while not tf.io.gfile.exists(target):
+    while not FILES.is_file(target):
         with claim(path) as ours:
             if ours:
                 # Another process may have finished between the look and the lock.
-                if not tf.io.gfile.exists(target):
+                if not FILES.is_file(target):
                     build()
                 return
         if other.gone():

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.storage import may_pass, persistently
 from octo_like.data.episode import RawEpisode, raw_episode
 from octo_like.data.oxe import registry, vocabulary
+from octo_like.data.rlds.cache_files import FILES
 from octo_like.data.rlds.leaves import Selected, picture_bytes, select, text_keys, texts_of
 from octo_like.data.spec import DataError, DatasetSpec, suggest
 from octo_like.data.tf import error_text, tf
@@ -25,7 +28,10 @@ from octo_like.data.tf import error_text, tf
 # Around each record of a TFRecord file: length (8 bytes) and its CRC (4) before, CRC of the data (4) after.
 HEADER_BYTES, FOOTER_BYTES = 12, 4
 INFO_FILE = "dataset_info.json"
+DESCRIPTION = (INFO_FILE, "features.json")
 STAT_THREADS = 128  # looks at files of a bucket at the same time: each is a round trip, of 50 ms or so
+
+log = logging.getLogger(__name__)
 
 # Operations whose result depends on how often they ran before (Stateless* do not).
 _STATEFUL_RANDOM = re.compile(
@@ -38,12 +44,6 @@ def damage_errors() -> tuple[type[Exception], ...]:
     """What reading a damaged record raises."""
     kinds = tf.errors
     return (kinds.DataLossError, kinds.InvalidArgumentError, kinds.NotFoundError, kinds.OutOfRangeError)
-
-
-@functools.cache
-def transient_errors() -> tuple[type[Exception], ...]:
-    """What a storage that is busy raises, which says nothing about the record."""
-    return (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError)
 
 
 class DamagedRecord(DataError):
@@ -75,20 +75,11 @@ class RldsSplit:
 
 
 def _subfolders(path: str) -> list[str]:
-    if not tf.io.gfile.isdir(path):
-        return []
-    entries = [entry.rstrip("/") for entry in tf.io.gfile.listdir(path)]
-    return sorted(
-        entry for entry in entries if not entry.startswith(".") and tf.io.gfile.isdir(os.path.join(path, entry))
-    )
-
-
-def _has_info(path: str) -> bool:
-    return tf.io.gfile.exists(os.path.join(path, INFO_FILE))
+    return [entry for entry in FILES.folders(path) if not entry.startswith(".")]
 
 
 def _versions(root: str) -> list[str]:
-    return [entry for entry in _subfolders(root) if _has_info(os.path.join(root, entry))]
+    return [entry for entry in _subfolders(root) if FILES.is_file(os.path.join(root, entry, INFO_FILE))]
 
 
 def _datasets(data_dir: str) -> list[str]:
@@ -108,12 +99,13 @@ def find_dataset(name: str, data_dir: str, version: str | None = None) -> str:
 
     Raises:
       DataError: the folder, dataset or version does not exist, with what does.
+      StorageError: the storage does not answer, so nothing is known of it.
     """
     data_dir = os.path.expanduser(data_dir)
-    if not tf.io.gfile.isdir(data_dir):
+    if not FILES.is_folder(data_dir):
         raise DataError(f"dataset {name!r}: data_dir {data_dir!r} does not exist")
     root = os.path.join(data_dir, name)
-    if not tf.io.gfile.isdir(root):
+    if not FILES.is_folder(root):
         raise DataError(f"dataset {name!r} is not in {data_dir!r}; {suggest(name, _datasets(data_dir))}")
     versions = _versions(root)
     if version is None and not versions:
@@ -123,16 +115,22 @@ def find_dataset(name: str, data_dir: str, version: str | None = None) -> str:
         )
     if version is None:
         version = max(versions, key=_version_key)
+        others = [other for other in versions if other != version]
+        log.info(
+            "dataset %s: version %s%s, in %s",
+            name,
+            version,
+            f", the newest one (older: {', '.join(others)})" if others else "",
+            data_dir,
+        )
     if version not in versions:
         raise DataError(f"dataset {name!r} has no version {version!r} in {root!r}; {suggest(version, versions)}")
     return os.path.join(root, version)
 
 
 def _file_bytes(path: str) -> int:
-    try:
-        return tf.io.gfile.stat(path).length
-    except tf.errors.NotFoundError:
-        return -1
+    found = FILES.look(path)
+    return -1 if found is None else found.size
 
 
 def _sizes(files: Sequence[str]) -> list[int]:
@@ -147,12 +145,16 @@ def _listed_sizes(files: Sequence[str]) -> list[int]:
     """The same on a disk: a listing for each folder, and one look at each file that is in it."""
     found: dict[str, int] = {}
     wanted = set(files)
-    for folder in {os.path.dirname(path) for path in files}:
+
+    def look(folder: str) -> None:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder or ".") as entries:
             for entry in entries:
                 if (path := os.path.join(folder, entry.name)) in wanted:
                     with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed just now
                         found[path] = entry.stat().st_size
+
+    for folder in sorted({os.path.dirname(path) for path in files}):
+        persistently(functools.partial(look, folder), folder)
     return [found.get(path, -1) for path in files]
 
 
@@ -162,13 +164,32 @@ def features_of(directory: str) -> Any:
 
 
 def _builder(directory: str) -> Any:
-    """The TFDS builder of a dataset version. Raises DataError when its description cannot be read."""
+    """The TFDS builder of a dataset version.
+
+    Raises:
+      DataError: its description is not what TFDS reads.
+      StorageError: the storage does not answer.
+    """
     import tensorflow_datasets as tfds
 
-    try:
-        return tfds.builder_from_directory(directory)
-    except Exception as error:  # TFDS and its JSON and protobuf readers raise many kinds
-        raise DataError(f"{directory}: cannot read {INFO_FILE} and features.json: {error}") from error
+    def build() -> Any:
+        try:
+            return tfds.builder_from_directory(directory)
+        except Exception as error:  # TFDS and its JSON and protobuf readers raise many kinds
+            if may_pass(error):
+                raise
+            # TFDS takes an error of its look at a file for the absence of that file.
+            first = error
+        for name in DESCRIPTION:
+            FILES.read(os.path.join(directory, name))
+        try:
+            return tfds.builder_from_directory(directory)
+        except Exception as error:
+            if may_pass(error):
+                raise
+            raise DataError(f"{directory}: cannot read {' and '.join(DESCRIPTION)}: {first}") from error
+
+    return persistently(build, directory)
 
 
 def _checked(builder: Any, directory: str) -> Any:
@@ -195,6 +216,7 @@ def open_split(
 
     Raises:
       DataError: no such dataset, version or split; not RLDS; missing files; an empty split.
+      StorageError: the storage does not answer.
     """
     directory = find_dataset(name, data_dir, version)
     builder = _checked(_builder(directory), directory)
@@ -398,8 +420,13 @@ class EpisodeFunction(Selected):
         return raw_episode(chosen, int(chosen["hash"]), slots, depth_slots)
 
     def from_file(self, path: str, offset: int) -> dict[str, Any]:
-        """Reads and standardises the record at a byte offset. Raises tf.errors.* for damaged records."""
-        return self._from_file(path, tf.constant(offset, tf.int64))
+        """Reads and standardises the record at a byte offset.
+
+        Raises:
+          tf.errors.OpError: the record is damaged, see `damage_errors`.
+          StorageError: the storage does not answer.
+        """
+        return persistently(lambda: self._from_file(path, tf.constant(offset, tf.int64)), f"{path} (byte {offset})")
 
 
 def read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
@@ -414,8 +441,10 @@ def read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
 
 
 def damaged(path: str, record: int, offset: int, error: Exception) -> DamagedRecord:
-    """One readable error for a record that cannot be read."""
+    """One readable error for a record that cannot be read. Raises StorageError when that is the storage's fault."""
     if isinstance(error, tf.errors.NotFoundError):
+        if FILES.is_file(path):  # of something else: a table that a user's function reads, for instance
+            return DamagedRecord(f"{path}: episode {record} (byte {offset}) cannot be read: {error_text(error)}")
         return LostRecord(f"{path}: the file is gone, with episode {record}")
     text = error_text(error)
     if text.startswith("Dataset was empty"):  # of one record, asked for by its offset

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.storage import may_pass, persistently
 from octo_like.data.rlds import columns, records
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
 from octo_like.data.spec import DataError, DatasetSpec
-from octo_like.data.tf import error_text, tf
+from octo_like.data.tf import tf
 
 COLUMNS = {
     "record": np.int32,
@@ -35,7 +36,6 @@ COLUMNS = {
     "picture_bytes": np.int32,  # (pictures,) each
 }
 PARTS = "parts"  # folder of the summaries, below that of the index
-_RETRIES = 3
 
 
 @dataclasses.dataclass
@@ -107,9 +107,13 @@ def masked_crc32c(content: bytes) -> int:
 
 def record_length(path: str, offset: int, file_bytes: int) -> int | None:
     """Length of the record at a byte offset; None when its header is damaged or the file ends before its end."""
-    with tf.io.gfile.GFile(path, "rb") as file:
-        file.seek(offset)
-        header = file.read(records.HEADER_BYTES)
+
+    def read() -> bytes:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            file.seek(offset)
+            return file.read(records.HEADER_BYTES)
+
+    header = persistently(read, path)
     if len(header) < records.HEADER_BYTES or masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
         return None
     length = int.from_bytes(header[:8], "little")
@@ -212,7 +216,8 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
     """Summary of file `number` of a split. `advance(1)` is called for every record.
 
     Raises:
-      DataError: more episodes than the dataset says, or the storage does not answer.
+      DataError: more episodes than the dataset says.
+      StorageError: the storage does not answer.
     """
     path, expected = split.files[number], split.shard_lengths[number]
     if split.file_bytes[number] < 0:
@@ -220,19 +225,23 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
         return _collect([], [f"{path}: the file is missing, with episodes 0 to {expected - 1}"] * expected, function)
     episodes: list[dict[str, Any]] = []
     damaged: list[str] = []
-    record = failures = 0
+    record = 0
     cursor = _Cursor(path, split.file_bytes[number], function)
+
+    def following() -> dict[str, Any] | None:
+        """The next record, None at the end."""
+        try:
+            return cursor.next()
+        except StopIteration:
+            return None
+        except Exception as error:
+            if may_pass(error):
+                cursor.retry()
+            raise
+
     while not cursor.at_end():
         try:
-            item = cursor.next()
-        except StopIteration:
-            break
-        except records.transient_errors() as error:
-            failures += 1
-            if failures > _RETRIES:
-                raise DataError(f"{path}: cannot be read (byte {cursor.offset}): {error_text(error)}") from error
-            cursor.retry()
-            continue
+            item = persistently(following, f"{path} (byte {cursor.offset})")
         except records.damage_errors() as error:
             damaged.append(str(records.damaged(path, record, cursor.offset, error)))
             if cursor.skip():
@@ -243,6 +252,8 @@ def scan_file(split: RldsSplit, number: int, function: EpisodeFunction, advance:
             damaged += [f"{path}: episode {record + i} is lost behind it" for i in range(1, lost)]
             record += lost
             advance(lost)
+            break
+        if item is None:
             break
         item["record"] = record
         problem = None if _refused(item) else _problem(item, function.spec)

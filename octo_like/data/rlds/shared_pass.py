@@ -27,8 +27,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from octo_like.common.storage import persistently
 from octo_like.data.rlds import lock, records, scan
-from octo_like.data.rlds.cache_files import write_atomically
+from octo_like.data.rlds.cache_files import FILES, write_atomically
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
 from octo_like.data.rlds.stall import StallWatch
 from octo_like.data.spec import DatasetSpec
@@ -77,10 +78,10 @@ class Job:
 
     def finished(self) -> set[str]:
         """Names of the parts there are, one look for all of them."""
-        return set(tf.io.gfile.listdir(self.parts)) if tf.io.gfile.isdir(self.parts) else set()
+        return set(FILES.names(self.parts) or ())
 
     def indexed(self) -> bool:
-        return tf.io.gfile.exists(os.path.join(self.folder, "index.npz"))
+        return FILES.is_file(os.path.join(self.folder, "index.npz"))
 
     def plain(self) -> Job:
         """For other processes; the function is made again there."""
@@ -152,7 +153,7 @@ def scan_piece(job: Job, piece: range, advance: Callable[[int], Any] = lambda co
 
 def _exists(job: Job, number: int) -> bool:
     names = (scan.part_name(number), scan.bad_name(number))
-    return any(tf.io.gfile.exists(os.path.join(job.parts, name)) for name in names)
+    return any(FILES.is_file(os.path.join(job.parts, name)) for name in names)
 
 
 # ---------------------------------------------------------------- one of several processes
@@ -257,13 +258,13 @@ def take_part(
       process_index, process_count: of the hosts that do the same at the same time, if they share the indices' folders.
 
     Raises:
-      DataError: as `scan.scan_file`.
+      DataError, StorageError: as `scan.scan_file`.
     """
     pieces = unfinished(jobs)
     if not pieces:
         return
     for job in jobs:
-        tf.io.gfile.makedirs(job.parts)
+        persistently(functools.partial(tf.io.gfile.makedirs, job.parts), job.parts)
     count = process_count * processes
     own = [(process_index * processes + i, count) for i in range(processes)]
     workers = [_start_worker(jobs, threads, index, count) for index, count in own[1:]]

@@ -4,23 +4,19 @@ The name of an index has a hash of the files' names and sizes and of the functio
 dataset is built again with other numbers of the same size, or when a function reads another file than before.
 """
 
-import logging
-
 import numpy as np
 
 from octo_like.data.order.order import hash_key
 from octo_like.data.rlds import columns, records
+from octo_like.data.rlds.cache_files import DamagedCache
 from octo_like.data.rlds.index import Index
 from octo_like.data.rlds.records import EpisodeFunction
 from octo_like.data.rlds.statistics import row_range
-from octo_like.data.tf import error_text, tf
 
 RECORDS = 3
 CANDIDATES = 4096  # ranking all episodes of a large dataset would take longer than reading
 # Of a column's largest magnitude: the same operations round differently on other processors.
 ROUNDING = 1e-5
-
-log = logging.getLogger(__name__)
 
 
 def find_stale(index: Index, rows_path: str, function: EpisodeFunction) -> str | None:
@@ -38,12 +34,13 @@ def find_stale(index: Index, rows_path: str, function: EpisodeFunction) -> str |
         except records.damage_errors():
             damaged += 1
             continue
-        except records.transient_errors() as error:
-            log.warning("%s: cannot be read to check the cached index: %s", where, error_text(error))
-            return None
         if int(now["hash"]) != index.record_hash[episode]:
             return f"{where}: the record is another one than when it was indexed"
-        if not function.random_ops and not _same(now, index, episode, rows_path, function):
+        try:
+            same = bool(function.random_ops) or _same(now, index, episode, rows_path, function)
+        except DamagedCache as error:
+            return str(error)
+        if not same:
             functions = " and ".join(
                 f"{name}={value!r}"
                 for name, value in (("standardize", function.spec.standardize), ("filter", function.spec.filter))
@@ -72,10 +69,7 @@ def _same(now: dict, index: Index, episode: int, rows_path: str, function: Episo
         return False
     numbers = {key: now[key].numpy() for key in ("action", "proprio") if key in now}
     rows = columns.to_rows({**numbers, "extras": {k: v.numpy() for k, v in now["extras"].items()}}, function)
-    try:
-        kept = row_range(rows_path, int(index.first[episode]), steps)
-    except tf.errors.NotFoundError:
-        return False
+    kept = row_range(rows_path, int(index.first[episode]), steps)
     close = np.abs(rows - kept) <= ROUNDING * np.abs(kept).max(0)
     language = any(text.strip() for text in now["language"].numpy().tolist()) if "language" in now else False
     return bool(

@@ -6,17 +6,20 @@ counts the upper 16 bits of every value, which tells in which of 65,536 bins a w
 the lower 16 bits within those bins. So nothing is sampled, sketched or sorted, and no array grows with the rows.
 """
 
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from octo_like.data.spec import DataError
+from octo_like.common.storage import persistently
+from octo_like.data.rlds.cache_files import DamagedCache
 from octo_like.data.tf import tf
 
 QUANTILES = (0.01, 0.99)
 CHUNK_BYTES = 8 << 20
+_HEADER_BYTES = 4096  # more than the header of a file of rows has
 _BINS = 1 << 16
 _SIGN = np.uint32(0x80000000)
 
@@ -29,57 +32,101 @@ class RowWriter:
 
     def __init__(self, path: str, rows: int, width: int):
         self._file = tf.io.gfile.GFile(path, "wb")
+        self._digest = hashlib.sha256()
         header = io.BytesIO()
         description = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
         np.lib.format.write_array_header_1_0(header, description)
-        self._file.write(header.getvalue())
+        self._write(header.getvalue())
 
     def write(self, rows: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(rows, "<f4").tobytes())
+        self._write(np.ascontiguousarray(rows, "<f4").tobytes())
 
-    def close(self) -> None:
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+
+    def close(self) -> str:
+        """Ends the file. Returns the SHA-256 (hex) of what was written, for `read_rows`."""
         self._file.close()
+        return self._digest.hexdigest()
 
 
-def read_rows(path: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, np.ndarray]]:
+def read_rows(path: str, digest: str | None = None, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first row, rows (n, width) float32) of an .npy file, a few megabytes at a time.
 
+    Args:
+      digest: the SHA-256 (hex) of the file. It is compared after the last rows: whoever reads them all and meets no
+        error has read what was written. None: not known.
+
     Raises:
-      DataError: the file is shorter than its header says.
+      DamagedCache: the file is missing, empty, shorter than its header says, or another one than `digest` says.
+      StorageError: the storage does not answer.
     """
-    with tf.io.gfile.GFile(path, "rb") as file:
-        rows, width, dtype, _ = _read_header(file)
-        count = max(1, chunk_bytes // max(1, width * dtype.itemsize))
-        for first in range(0, rows, count):
-            yield first, _read_rows(file, path, min(count, rows - first), width, dtype)
+    found, place = hashlib.sha256(), 0
+    content = _content(path, 0, _HEADER_BYTES)
+    rows, width, dtype, place = _header(path, content)
+    found.update(content[:place])
+    count = max(1, chunk_bytes // max(1, width * dtype.itemsize))
+    for first in range(0, rows, count):
+        content = _content(path, place, min(count, rows - first) * width * dtype.itemsize)
+        found.update(content)
+        place += len(content)
+        yield first, _rows(path, content, min(count, rows - first), width, dtype)
+    if digest is not None and found.hexdigest() != digest:
+        raise DamagedCache(f"{path} is damaged: its SHA-256 is not that of what was written")
 
 
 def row_range(path: str, first: int, count: int) -> np.ndarray:
     """Rows `first` to `first + count` of such a file, (count, width).
 
     Raises:
-      DataError: the file is shorter than that.
+      DamagedCache: the file is missing, empty, or shorter than that.
+      StorageError: the storage does not answer.
     """
-    with tf.io.gfile.GFile(path, "rb") as file:
-        _, width, dtype, start = _read_header(file)
-        file.seek(start + first * width * dtype.itemsize)
-        return _read_rows(file, path, count, width, dtype)
+    _, width, dtype, start = _header(path, _content(path, 0, _HEADER_BYTES))
+    content = _content(path, start + first * width * dtype.itemsize, count * width * dtype.itemsize)
+    return _rows(path, content, count, width, dtype)
 
 
-def _read_header(file: Any) -> tuple[int, int, np.dtype, int]:
-    """(rows, width, dtype, bytes of the header)."""
-    start = file.read(10)
-    header = start + file.read(int.from_bytes(start[8:10], "little"))
-    stream = io.BytesIO(header)
-    np.lib.format.read_magic(stream)
-    (rows, width), _, dtype = np.lib.format.read_array_header_1_0(stream)
-    return rows, width, dtype, len(header)
+def sha256_of(path: str) -> str:
+    """The SHA-256 (hex) of a file of rows as it is now. Raises as `read_rows`."""
+    found, place = hashlib.sha256(), 0
+    while content := _content(path, place, CHUNK_BYTES):
+        found.update(content)
+        place += len(content)
+    return found.hexdigest()
 
 
-def _read_rows(file: Any, path: str, count: int, width: int, dtype: np.dtype) -> np.ndarray:
-    content = file.read(count * width * dtype.itemsize)
+def _content(path: str, place: int, size: int) -> bytes:
+    """Up to `size` bytes of a file from a place on."""
+
+    def read() -> bytes:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            file.seek(place)
+            return file.read(size)
+
+    try:
+        return persistently(read, path)
+    except tf.errors.OutOfRangeError:  # it ends before this place
+        return b""
+    except tf.errors.NotFoundError as error:
+        raise DamagedCache(f"{path} is missing") from error
+
+
+def _header(path: str, content: bytes) -> tuple[int, int, np.dtype, int]:
+    """(rows, width, dtype, bytes of the header) of the beginning of an .npy file."""
+    stream = io.BytesIO(content)
+    try:
+        np.lib.format.read_magic(stream)
+        (rows, width), _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (ValueError, TypeError) as error:
+        raise DamagedCache(f"{path} is damaged, expected an .npy file of two axes: {error}") from error
+    return rows, width, dtype, stream.tell()
+
+
+def _rows(path: str, content: bytes, count: int, width: int, dtype: np.dtype) -> np.ndarray:
     if len(content) != count * width * dtype.itemsize:
-        raise DataError(f"{path}: shorter than its header says; delete its folder and it is built again")
+        raise DamagedCache(f"{path} is damaged: shorter than its header says")
     return np.frombuffer(content, dtype).reshape(count, width)
 
 
