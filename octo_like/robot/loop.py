@@ -27,6 +27,7 @@ def drive(
         robot.execute(action)
         policy.executed(action)  # what hold() repeats, and what max_change is measured from
 
+    policy.filter_of()  # who may have to hold knows how, or does not start
     policy.reset(seed)
     try:
         while running():

@@ -1,5 +1,7 @@
 """Acting while the next chunk is computed: in this process and over the real server, with a policy that is held up."""
 
+import contextlib
+import gc
 import pathlib
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from octo_like.robot.chunking import Plan
 from octo_like.robot.client import PolicyClient, PolicyServerError
 from octo_like.robot.executor import AsyncExecutor, ExecutorStopped
 from octo_like.robot.local import LocalPolicy
+from octo_like.robot.safety import UnsafeAction
 from octo_like.robot.server import PolicyServer
 from tests.robot.toy import SIZE, LinePolicy
 
@@ -197,3 +200,185 @@ def test_what_robots_will_ask_for_is_compiled_before():
 def test_robots_without_jax_can_use_it():
     code = "import sys, octo_like.robot.executor, octo_like.robot.client; assert not {'jax', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# ------------------------------------------------------------------------------------ the states, and failures in each
+
+
+def wrong_chunks():
+    """What is no chunk of this policy."""
+    good = np.zeros((1, H, 1), np.float32)
+    return {
+        "raises": RuntimeError("out of memory"),
+        "short": good[:, :-1],
+        "long": np.repeat(good, 2, axis=1),
+        "wide": np.repeat(good, 2, axis=2),
+        "nan": good * np.nan,
+        "inf": np.where(np.arange(H)[:, None] == 3, np.inf, good),
+        "words": np.full((1, H, 1), "left"),
+        "nothing": None,
+    }
+
+
+class Faulty(HeldUpPolicy):
+    """Gives what `fault` says in place of a chunk; kinds of its actions."""
+
+    def __init__(self, kind="absolute"):
+        super().__init__()
+        self.fault = None
+        self.statistics["line"]["dimensions"]["action"]["kinds"] = [kind]
+
+    def sample_actions(self, observations, tasks, **options):
+        if self.fault is not None:
+            if isinstance(wrong_chunks()[self.fault], Exception):
+                raise wrong_chunks()[self.fault]
+            return wrong_chunks()[self.fault]
+        return super().sample_actions(observations, tasks, **options)
+
+
+def source_of(policy, place, stack):
+    if place == "here":
+        return LocalPolicy(policy, "line")
+    server = stack.enter_context(PolicyServer(policy, unnormalize="line", port=0).running())
+    return stack.enter_context(PolicyClient(port=server.port))
+
+
+@pytest.mark.parametrize("place", ["here", "server"])
+@pytest.mark.parametrize("mode", ["wait", "naive", "ensemble", "guided"])
+def test_a_start_that_fails_is_no_start_and_the_next_one_works(place, mode):
+    policy = Faulty()
+    with contextlib.ExitStack() as stack:
+        source = source_of(policy, place, stack)
+        executor = stack.enter_context(AsyncExecutor(source, Plan(mode, 2), delay=0))
+        for fault in wrong_chunks():
+            with pytest.raises(RuntimeError, match="no episode has begun"):
+                executor.step(frame(0))
+            with pytest.raises(UnsafeAction, match="nothing was executed yet"):
+                executor.hold()
+            policy.fault = fault
+            with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)):
+                executor.start(frame(0), "go")
+            with pytest.raises(ValueError, match="observation/proprio"):
+                executor.start({**frame(0), "proprio": np.zeros(3, np.float32)}, "go")
+        policy.fault = None
+        executor.start(frame(1), "go")
+        assert executor.step(frame(1))[0] == 1 and executor.hold()[0] == 1
+        assert np.ravel(source.window["proprio"]).tolist() == [1, 1]
+        # A start that fails while the robot is under way ends that episode.
+        policy.fault = "short"
+        with pytest.raises((ValueError, PolicyServerError)):
+            executor.start(frame(5), "go")
+        with pytest.raises(RuntimeError, match="no episode has begun"):
+            executor.step(frame(5))
+
+
+@pytest.mark.parametrize("place", ["here", "server"])
+@pytest.mark.parametrize("kind", ["absolute", "delta", "velocity"])
+@pytest.mark.parametrize("fault", sorted(wrong_chunks()))
+def test_what_is_no_chunk_is_held_and_forgiven(fault, kind, place):
+    """The chunk that is there is executed to its end, then the robot holds; then the policy is well again."""
+    policy = Faulty(kind)
+    with contextlib.ExitStack() as stack:
+        source = source_of(policy, place, stack)
+        executor = stack.enter_context(AsyncExecutor(source, Plan("naive", 2), max_errors=100, delay=0))
+        executor.start(frame(0), "go")
+        said = [executor.step(frame(0))[0]]
+        policy.fault = fault
+        said += [executor.step(frame(x))[0] for x in range(1, H + 4)]
+        held = 0.5 if kind == "absolute" else 0.0
+        np.testing.assert_allclose(said, [0, 0.1, 0.2, 0.3, 0.4, 0.5, *[held] * 4], atol=1e-6)
+        assert executor.filter.last == pytest.approx(held) and executor.errors
+        assert executor.hold() == pytest.approx(held)
+        policy.fault = None
+        assert executor.step(frame(20))[0] == 20
+        assert np.ravel(source.window["proprio"]).tolist() == [H + 3, 20]
+
+
+@pytest.mark.parametrize("place", ["here", "server"])
+def test_a_stopped_executor_holds_and_starts_again(place):
+    policy = Faulty()
+    with contextlib.ExitStack() as stack:
+        source = source_of(policy, place, stack)
+        executor = stack.enter_context(AsyncExecutor(source, Plan("naive", 2), max_errors=2, delay=0))
+        executor.start(frame(0), "go")
+        said = [executor.step(frame(x))[0] for x in range(2)]
+        policy.fault = "wide"
+        with pytest.raises(ExecutorStopped, match="2 requests failed in a row; the last: .*shape"):
+            for x in range(2, 9):
+                said.append(executor.step(frame(x))[0])
+        for x in range(9, 12):
+            with pytest.raises(ExecutorStopped, match="2 requests failed in a row"):
+                executor.step(frame(x))
+            assert executor.hold()[0] == said[-1]
+        with pytest.raises((ValueError, PolicyServerError)):
+            executor.start(frame(12), "go")
+        policy.fault = None
+        executor.start(frame(12), "go")
+        assert executor.step(frame(12))[0] == 12
+
+
+def test_a_frame_that_is_refused_is_no_step(source):
+    """Neither the window nor the place in the chunk moves; the next frame is the next step."""
+    with AsyncExecutor(source, Plan("naive", 6), delay=0) as executor:
+        executor.start(frame(0), "go")
+        said = [executor.step(frame(x))[0] for x in range(2)]
+        before = executor.state.now, dict(executor.source.window)
+        for bad in (
+            {**frame(2), "proprio": np.zeros(2, np.float32)},
+            {**frame(2), "proprio": np.array([np.nan], np.float32)},
+            {**frame(2), "image_primary": np.zeros((SIZE, SIZE, 4), np.uint8)},
+            {"proprio": np.zeros(1, np.float32)},
+            None,
+        ):
+            with pytest.raises(ValueError):
+                executor.step(bad)
+            assert executor.state.now == before[0] and executor.source.window["proprio"] is before[1]["proprio"]
+        said += [executor.step(frame(x))[0] for x in range(2, 6)]
+        np.testing.assert_allclose(said, np.arange(6) / 10, atol=1e-6)
+        assert np.ravel(executor.source.window["proprio"]).tolist() == [4, 5]
+
+
+def test_a_closed_executor_says_so_and_gives_its_source_back(source):
+    executor = AsyncExecutor(source, Plan("naive", 2), delay=0)
+    with pytest.raises(RuntimeError, match="no episode has begun: call start"):
+        executor.step(frame(0))
+    with pytest.raises(ValueError, match=f"this {type(source).__name__} drives another executor, of mode 'naive'"):
+        AsyncExecutor(source, Plan("wait"))
+    executor.start(frame(0), "go")
+    executor.step(frame(0))
+    executor.close()
+    executor.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        executor.step(frame(1))
+    with pytest.raises(RuntimeError, match="was closed"):
+        executor.start(frame(1), "go")
+    assert executor.hold()[0] == 0
+    with AsyncExecutor(source, Plan("wait"), delay=0) as another:
+        another.start(frame(3), "go")
+        assert another.step(frame(3))[0] == 3
+    forgotten = AsyncExecutor(source, Plan("wait"))
+    del forgotten  # nor does one keep its source of which nobody knows
+    gc.collect()
+    AsyncExecutor(source, Plan("wait")).close()
+
+
+def test_an_executor_is_as_fast_as_max_change_from_what_was_executed():
+    policy = Faulty()
+    source = LocalPolicy(policy, "line", max_change=0.25)
+    rng = np.random.default_rng(0)
+    for mode in ("wait", "naive", "ensemble", "guided"):
+        with AsyncExecutor(source, Plan(mode, 2, initial_delay=1), max_errors=100, delay=1) as executor:
+            policy.fault, said = None, []
+            executor.start(frame(0), "go")
+            for _ in range(60):
+                policy.fault = "nan" if rng.random() < 0.4 else None
+                said.append(executor.step(frame(float(rng.normal(0, 3))))[0])
+                assert executor.filter.last == said[-1]
+            assert np.abs(np.diff(said)).max() <= 0.25 + 1e-6 and executor.filter.counts["slowed"]
+
+
+def test_a_source_without_limits_drives_no_executor():
+    with PolicyServer(HeldUpPolicy(), unnormalize="line", port=0).running() as server:
+        with PolicyClient(port=server.port, limits=False) as client:
+            with pytest.raises(ValueError, match="limits=False: what holds this robot is not known"):
+                AsyncExecutor(client, Plan("wait"))

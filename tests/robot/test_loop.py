@@ -262,6 +262,25 @@ def test_the_loop_holds_also_when_the_robot_fails():
         assert robot.executed[-1] == robot.executed[-2]
 
 
+def test_a_robot_whose_hold_is_not_known_is_not_driven():
+    with Scripted() as server, PolicyClient(port=server.port, limits=False) as policy:
+        with pytest.raises(ValueError, match="limits=False: what holds this robot is not known"):
+            drive(policy, Arm(server, policy), "go", times(3))
+        assert not server.windows
+
+
+def test_connections_are_closed_when_they_are_given_up():
+    with Scripted() as server:
+        with PolicyClient(port=server.port) as policy:
+            for fault in ("garbage", "killed", "text"):
+                server.script = {len(server.windows): fault}
+                with pytest.raises((PolicyServerError, ConnectionError)):
+                    policy.act(frame(0), "go")
+                policy.act(frame(1), "go")
+            assert policy.connections == 4 and len(server._server.connections) == 1
+        assert not server._server.connections
+
+
 def test_another_policy_behind_the_same_address_is_never_executed():
     with Scripted() as server, PolicyClient(port=server.port) as policy:
         robot = Arm(server, policy)
