@@ -24,6 +24,7 @@ MODULES = {
     "chunks": "common/chunks.py",
     "dimensions": "common/dimensions.py",
     "errors": "common/errors.py",
+    "geometry": "common/geometry.py",
     "words": "common/words.py",
 }
 NAMES = re.compile(r"\bocto_like\.(?:robot|common)\.(?=(?:{})\b)".format("|".join(MODULES)))

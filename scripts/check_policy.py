@@ -71,7 +71,9 @@ def main() -> int:
                     f"{statistics!r} {dims}: it was trained on other actions"
                 )
             robot = spec.robot or policy.statistics[statistics].get("robot")
-            demos = list(load_demos(prepared, index, policy.batch_spec.image_sizes, args.episodes))
+            demos = list(
+                load_demos(prepared, index, policy.batch_spec.image_sizes, args.episodes, policy.batch_spec.resize)
+            )
             checked = check_policy(
                 policy,
                 demos,

@@ -28,6 +28,7 @@ from octo_like.policy import describe
 from octo_like.policy.attention_maps import attention_over_image
 from octo_like.policy.locations import LocationError
 from octo_like.policy.pretrained import PretrainedError
+from octo_like.robot.images import resize_image
 
 
 def draw_rule(report: describe.TokenReport, path: Path) -> None:
@@ -149,7 +150,7 @@ def main(argv=None) -> int:
         )  # fmt: skip
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         if flags.image:
-            image = np.asarray(Image.open(flags.image).convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS))
+            image = resize_image(np.asarray(Image.open(flags.image).convert("RGB")), size, resize=spec.resize)
         window = spec.window_size
         observation = {
             f"image_{flags.camera}": np.broadcast_to(image, (1, window, *image.shape)),

@@ -87,6 +87,10 @@ RESUME_ALLOWED = (
 )
 
 
+# Keys that came later, and what runs from before did.
+BEFORE = {"resize": "stretch"}
+
+
 class ConfigMismatch(ConfigError):
     """A resumed run's config differs from the saved one where it must not. `changes` holds the refused differences."""
 
@@ -454,6 +458,7 @@ def check_resume(
     """
     # A group that was not there before, and is empty, says nothing.
     changes = [c for c in diff(old, new) if not ((c.old is MISSING or c.new is MISSING) and {} in (c.old, c.new))]
+    changes = [c for c in changes if not (c.old is MISSING and c.key in BEFORE and c.new == BEFORE[c.key])]
     refused = [c for c in changes if not any(fnmatch.fnmatchcase(c.key, pattern) for pattern in allow)]
     if refused:
         lines = "\n".join(f"  {change}" for change in refused)

@@ -26,6 +26,7 @@ def default_config() -> ConfigDict:
     # What a batch looks like; see octo_like/common/schema.py.
     config.window_size = 2
     config.image_sizes = dict(primary=(256, 256))
+    config.resize = "stretch"  # or "letterbox", "crop": of pictures with another aspect ratio (common/geometry.py)
     config.depth_sizes = dict()  # cameras whose depth is used, e.g. dict(primary=(128, 128))
     config.goal_images = ()  # cameras that also give a goal image
     config.proprio_dim = None  # widest proprioception of the mixture; None: not used
@@ -153,6 +154,7 @@ def adaptation_config() -> ConfigDict:
     config.lora = dict(rank=8, alpha=16.0, targets=LORA_TARGETS)  # mode "lora"
     config.window_size = 1
     config.image_sizes = dict()  # empty: the pretrained model's, of the cameras that the datasets have
+    config.resize = None  # None: the pretrained model's, else "stretch"
     config.batch_size = 64
     # Small data: see docs/finetune.md for the formulas.
     config.num_steps = None  # None: passes * transitions / batch_size, within min_steps and max_steps
@@ -187,6 +189,7 @@ def batch_spec(config: Any, model: Mapping[str, Any] | None = None, tokenizer: A
         action_horizon=max(head["action_horizon"] for head in heads.values()),
         action_dim=max(head["action_dim"] for head in heads.values()),
         image_sizes={slot: tuple(size) for slot, size in config.image_sizes.items()},
+        resize=config.get("resize") or "stretch",
         depth_sizes={slot: tuple(size) for slot, size in config.get("depth_sizes", {}).items()},
         goal_images=tuple(config.goal_images),
         proprio_dim=config.proprio_dim,

@@ -39,6 +39,8 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.geometry import check_resize
+
 Tree = dict[str, Any]
 
 IMAGE_CHANNELS = 3
@@ -79,6 +81,7 @@ class BatchSpec:
       text_target: M, ids of the texts that the model learns to say; None: it learns none.
       action_tokens: head to M, most ids of a chunk, for heads with a vocabulary of action tokens.
       subtask: whether tasks also say what to do next (`task/subtask`, of `language_length`).
+      resize: how pictures of other sizes and aspect ratios come to these sizes, see `octo_like.common.geometry`.
       extra_observations: other sensors by name (of `DatasetSpec.extra_keys`), float32 of this shape per timestep.
     """
 
@@ -97,8 +100,10 @@ class BatchSpec:
     text_target: int | None = None
     subtask: bool = False
     action_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    resize: str = "stretch"
 
     def __post_init__(self):
+        check_resize(self.resize)
         unknown = set(self.goal_images) - set(self.image_sizes)
         if unknown:
             raise ValueError(f"goal_images {sorted(unknown)} are not cameras; valid: {sorted(self.image_sizes)}")
@@ -127,9 +132,12 @@ class BatchSpec:
         return cls(**fields)
 
     def to_json(self) -> Tree:
-        """Plain lists and numbers; points, texts to say and sub-tasks only where there are any: most runs have none."""
+        """Plain lists and numbers; points, texts to say and sub-tasks only where there are any, and how pictures are
+        resized unless they are stretched: most runs have none."""
         fields = dataclasses.asdict(self)
-        seldom = {name: fields.pop(name) for name in ("points", "text_target", "subtask", "action_tokens")}
+        seldom = {name: fields.pop(name) for name in ("points", "text_target", "subtask", "action_tokens", "resize")}
+        if self.resize == "stretch":
+            del seldom["resize"]
         return {
             **fields,
             "image_sizes": {slot: list(size) for slot, size in self.image_sizes.items()},

@@ -169,6 +169,8 @@ def pretty_spec(policy: Any) -> str:
     spec = policy.batch_spec
     lines = ["observation"]
     lines += [f"  {name:<42}{leaf.describe()}" for name, leaf in flatten(spec.observation())]
+    if spec.resize != "stretch":
+        lines += [f"  pictures of other sizes: {spec.resize} (octo_like.common.geometry)"]
     lines += ["task"] + [f"  {name:<42}{leaf.describe()}" for name, leaf in flatten(spec.task())]
     lines += ["actions (normalised, or in physical units with unnormalize=...)"]
     for name, head in policy.model.heads.items():

@@ -268,7 +268,10 @@ def _description(policy: Policy, unnormalize: str | None, inputs: Mapping[str, L
     units = "physical units of the dataset" if unnormalize is not None else "normalised"
     listed = {}
     for path, leaf in inputs.items():
-        listed[path] = {"shape": ["B", *leaf.shape], "dtype": str(leaf.dtype), "meaning": _meaning(path, units)}
+        meaning = _meaning(path, units)
+        if leaf.dtype == np.uint8 and policy.batch_spec.resize != "stretch":
+            meaning += f"; of a camera by {policy.batch_spec.resize!r} (octo_like.common.geometry)"
+        listed[path] = {"shape": ["B", *leaf.shape], "dtype": str(leaf.dtype), "meaning": meaning}
     actions: dict[str, Any] = {"shape": ["B", *shape], "dtype": "float32", "meaning": units}
     if described is not None:
         actions |= {"names": [a.name for a in described.actions], "units": [a.unit for a in described.actions]}

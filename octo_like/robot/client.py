@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from octo_like.robot.history import RobotState
-from octo_like.robot.images import resize_images
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
 from octo_like.robot.safety import ActionFilter, check_allowed, check_chunk, frame_shapes
 
@@ -107,7 +106,7 @@ class PolicyClient(RobotState):
         try:
             check_allowed(self.allow_missing, self.metadata["expects"][""])
             spec = self.metadata["batch_spec"]
-            super().__init__(spec["window_size"], spec["image_sizes"])
+            super().__init__(spec["window_size"], spec["image_sizes"], spec.get("resize", "stretch"))
             if self.metadata["unnormalize"] is not None:
                 self._filter_of(None)
         except Exception:
@@ -209,12 +208,11 @@ class PolicyClient(RobotState):
                 "observation": window,
                 "allow_missing": list(self.allow_missing),
                 "instruction": instruction,
-                "goal": None
-                if goal is None
-                else resize_images({k: np.asarray(v) for k, v in goal.items()}, self._sizes),
+                "goal": None if goal is None else self._resized(goal),
                 "unnormalize": unnormalize,
                 "seed": self._seed,
                 "step": int(window["timestep"][-1]),
+                "resize": self._resize,
                 **({} if continuing is None else {"continuing": dict(continuing)}),
                 **words,
             }

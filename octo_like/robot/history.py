@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.geometry import check_resize
 from octo_like.robot.images import resize_images
 from octo_like.robot.safety import ActionFilter, UnsafeAction, check_frame, check_observation
 
@@ -80,7 +81,9 @@ class RobotState:
 
     allow_missing: tuple[str, ...] = ()
 
-    def __init__(self, window_size: int, image_sizes: Mapping[str, Sequence[int]]):
+    def __init__(self, window_size: int, image_sizes: Mapping[str, Sequence[int]], resize: str):
+        check_resize(resize)
+        self._resize = resize
         self._history, self._last = History(window_size), LastWords()
         self._sizes = {f"image_{slot}": (size[0], size[1]) for slot, size in image_sizes.items()}
         self._filters: dict[str | None, ActionFilter] = {}
@@ -130,13 +133,18 @@ class RobotState:
         check_observation(observation, expected, self.allow_missing)
         check_frame(observation, shapes)
         self._use(unnormalize)
-        frame = resize_images({key: np.asarray(value) for key, value in observation.items()}, self._sizes)
+        frame = self._resized(observation)
         self.window = self._history.append(frame, replace=self._open)
         self._open, self._unreported = True, False
 
     def _answered(self) -> None:
         """A chunk was given for the present moment."""
         self._open, self._unreported = False, True
+
+    def _resized(self, pictures: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Of an observation or a goal, with pictures as the policy was trained on."""
+        arrays = {key: np.asarray(value) for key, value in pictures.items()}
+        return resize_images(arrays, self._sizes, resize=self._resize)
 
     def executed(self, action: np.ndarray, *, unnormalize: str | None = None) -> None:
         """Records what the robot has executed, right after it did: an action of a chunk, a hold, one of its own.

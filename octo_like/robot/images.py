@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from octo_like.common.geometry import placement
+
 
 @functools.lru_cache(maxsize=64)
 def centre_crop_matrix(size: int, side: float) -> np.ndarray:
@@ -26,7 +28,9 @@ def centre_crop_matrix(size: int, side: float) -> np.ndarray:
     return matrix
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], crop_area: float | None = None) -> np.ndarray:
+def resize_image(
+    image: np.ndarray, size: tuple[int, int], crop_area: float | None = None, *, resize: str = "stretch"
+) -> np.ndarray:
     """Resizes images (..., h, w, channels) uint8 to `size` = (height, width) with an antialiased Lanczos filter.
 
     Training resizes with the same filter (half-pixel centres, radius 3, widened by the factor when shrinking) and
@@ -39,9 +43,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int], crop_area: float | No
       size: target (height, width).
       crop_area: when given, the central part with this share of the area is then cut and stretched to `size`. A policy
         trained with random resized crops of area a..1 sees its average view with the mean of a and 1.
+      resize: where a picture of another aspect ratio goes, as the policy was trained: `BatchSpec.resize`.
 
     Raises:
-      ValueError: the array is not uint8 or has fewer than three dimensions, or crop_area is outside (0, 1].
+      ValueError: the array is not uint8, has fewer than three dimensions or no pixels, crop_area is outside (0, 1], or
+        an unknown `resize`.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim < 3:
@@ -50,9 +56,12 @@ def resize_image(image: np.ndarray, size: tuple[int, int], crop_area: float | No
         raise ValueError(f"crop_area must be in (0, 1], got {crop_area}")
     height, width = size
     if image.shape[-3:-1] != (height, width):
-        flat = image.reshape(-1, *image.shape[-3:])
-        resized = [_lanczos(one, (height, width)) for one in flat]
-        image = np.stack(resized).reshape(*image.shape[:-3], height, width, image.shape[-1])
+        source, target = placement(resize, image.shape[-3:-1], (height, width))
+        resized = np.zeros((*image.shape[:-3], height, width, image.shape[-1]), np.uint8)
+        for index in np.ndindex(image.shape[:-3]):
+            part = image[index][source.slices]
+            resized[index][target.slices] = _lanczos(part, (target.height, target.width))
+        image = resized
     if crop_area is None:
         return image
     side = math.sqrt(crop_area)
@@ -64,6 +73,8 @@ def resize_image(image: np.ndarray, size: tuple[int, int], crop_area: float | No
 
 def _lanczos(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """One image (h, w, channels) in the size (height, width)."""
+    if image.shape[:2] == size:
+        return image
     if image.shape[-1] == 3:
         return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS))
     # Channel by channel: what Pillow takes for transparency would be mixed into the others.
@@ -72,11 +83,15 @@ def _lanczos(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_images(
-    observation: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]], crop_areas: Mapping[str, float] | None = None
+    observation: Mapping[str, Any],
+    sizes: Mapping[str, tuple[int, int]],
+    crop_areas: Mapping[str, float] | None = None,
+    *,
+    resize: str = "stretch",
 ) -> dict[str, Any]:
     """A copy of `observation` in which the keys named in `sizes` (that are present) are resized; see `resize_image`."""
     crop_areas = crop_areas or {}
     return {
-        key: resize_image(value, sizes[key], crop_areas.get(key)) if key in sizes else value
+        key: resize_image(value, sizes[key], crop_areas.get(key), resize=resize) if key in sizes else value
         for key, value in observation.items()
     }

@@ -7,7 +7,6 @@ import numpy as np
 
 from octo_like.common.chunks import Continuation
 from octo_like.robot.history import RobotState
-from octo_like.robot.images import resize_images
 from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.rollout import sampling_keys
 from octo_like.robot.safety import ActionFilter, action_limits, check_chunk, expected_keys, frame_shapes
@@ -54,7 +53,7 @@ class LocalPolicy(RobotState):
         self._reads = expected_keys(spec, entry), frame_shapes(spec, proprio)
         self._tasks: tuple[Any, dict[str | None, Any]] = (None, {})
         self._able = able_to(policy)
-        super().__init__(policy.batch_spec.window_size, policy.batch_spec.image_sizes)
+        super().__init__(policy.batch_spec.window_size, policy.batch_spec.image_sizes, policy.batch_spec.resize)
         how: dict[str, Any] = dict(max_change=max_change, kinds=kinds, whose=f"{unnormalize}: ")
         self._filters[unnormalize] = ActionFilter.of(action_limits(entry), **how)
 
@@ -121,14 +120,7 @@ class LocalPolicy(RobotState):
             self._tasks = key, {}
         made = self._tasks[1]
         if subtask not in made:
-            goals = (
-                None
-                if goal is None
-                else {
-                    k: v[None]
-                    for k, v in resize_images({k: np.asarray(v) for k, v in goal.items()}, self._sizes).items()
-                }
-            )
+            goals = None if goal is None else {k: v[None] for k, v in self._resized(goal).items()}
             options: dict[str, Any] = {} if goals is None else {"goals": goals}
             options |= {} if subtask is None else {"subtasks": [subtask]}
             texts = [instruction or ""] if goal is None or instruction is not None else None

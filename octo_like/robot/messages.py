@@ -7,12 +7,15 @@ nothing that is received is ever executed.
                              "expects": {...}, "actions": {...}, ...}
     client                  {"type": "act", "id": int, "observation": {...: (W, ...)}, "allow_missing": [...],
                              "instruction": str | None, "goal": {...} | None, "unnormalize": str | None, "seed": int,
-                             "step": int, "subtask": str | None, "plan": bool,
-                             "last_subtask": str | None,
+                             "step": int, "resize": str, "subtask": str | None,
+                             "plan": bool, "last_subtask": str | None,
                              "continuing": {"previous": (H, A), "executed": int, "delay": int, "method": str}}
     server                  {"type": "actions", "id": int, "actions": (H, A) float32, "seconds": float,
                              "warnings": [...], "subtask": str}
                             {"type": "error", "id": int | None, "error": "ValueError", "message": "..."}
+
+"resize" is how the client has brought pictures to their sizes, by default "stretch" (`octo_like.common.geometry`); it
+has to be that of the metadata's batch_spec, where "stretch" is not named.
 
 "continuing" (or nothing) is the chunk that the new one goes on from, see `octo_like.common.chunks.Continuation`; a
 server that can do it says so in its metadata, "chunks": {dataset: {"horizon": H, "continues": {method: max delay}}};

@@ -1,5 +1,8 @@
 """openpi's wire protocol, both ways: its clients drive our policies, and our rollouts drive its servers.
 
+Pictures come letterboxed from these clients: 224x224, at the camera's aspect ratio, with black bars on two sides. The
+bars are recognised and cut off (`Bars`), then the picture is resized as the policy was trained.
+
 A client of openpi sends one frame at a time as a flat map (`observation/image`, `prompt`, ...), and gets a map with
 `actions`; the first thing on the wire is a map of metadata. There are no request numbers, no windows and no word for
 the beginning of an episode. `OpenpiServer` keeps the window of each connection, and takes a changed prompt or the key
@@ -18,6 +21,7 @@ import jax
 import msgpack
 import numpy as np
 
+from octo_like.common.geometry import placement
 from octo_like.common.robot import Description, OpenpiKeys
 from octo_like.common.schema import BatchSpec
 from octo_like.robot.history import History
@@ -250,7 +254,8 @@ class OpenpiServer(PolicyServer):
         reply = self._answer(
             {
                 "type": "act",
-                "observation": episode.history.append(resize_images(observation, self._sizes)),
+                "observation": episode.history.append(self._resized(observation, episode)),
+                "resize": self.policy.batch_spec.resize,
                 "allow_missing": missing,
                 "instruction": prompt or None,
                 "seed": episode.seed,
@@ -260,6 +265,13 @@ class OpenpiServer(PolicyServer):
         episode.steps += 1
         milliseconds = 1000 * (time.monotonic() - start)
         return {"actions": reply["actions"], "server_timing": {"infer_ms": milliseconds}}
+
+    def _resized(self, observation: Mapping[str, Any], episode: "_Episode") -> dict[str, Any]:
+        """The observation with pictures as the policy was trained on: without bars, in its sizes."""
+        cut = dict(observation)
+        for key in self._sizes.keys() & observation.keys():
+            cut[key] = episode.bars.setdefault(key, Bars(key)).cut(observation[key])
+        return resize_images(cut, self._sizes, resize=self.policy.batch_spec.resize)
 
     def _observation(self, flat: Mapping[str, Any]) -> dict[str, Any]:
         """The policy's keys of one frame. Raises ValueError for a camera or a state that is missing."""
@@ -275,9 +287,10 @@ class OpenpiServer(PolicyServer):
 
 @dataclasses.dataclass
 class _Episode:
-    """What a connection is in the midst of."""
+    """What a connection is in the midst of; `bars` by camera, which an episode's end does not change."""
 
     history: History
+    bars: dict[str, "Bars"] = dataclasses.field(default_factory=dict)
     prompt: str | None = None
     seed: int = 0
     steps: int = 0
@@ -285,6 +298,104 @@ class _Episode:
     def begin(self, prompt: str, seed: int) -> None:
         self.history.reset()
         self.prompt, self.seed, self.steps = prompt, seed, 0
+
+
+# Of cameras: width to height. Where bars end in black parts of the picture, one of these says how wide they are.
+ASPECT_RATIOS = ((5, 4), (4, 3), (3, 2), (16, 10), (16, 9), (2, 1), (21, 9))
+NARROWEST = 0.25  # a picture between bars has at least this share of the whole
+STRIP = 0.25  # of a picture, and no more, may be black beside a bar for the bar to be recognised
+
+
+class Bars:
+    """The black bars of one camera's pictures: where openpi's rule puts them, and never anything but black.
+
+    What has been black in all pictures so far bounds the bars, so a later picture can correct what a dark first one
+    suggested. Changes are logged.
+
+    Args:
+      name: of the camera, for messages.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._size: tuple[int, int] | None = None
+        self._margins = np.zeros(
+            4, int
+        )  # black rows above and below, black columns to the left and right, in all pictures
+        self._inner: tuple[slice, slice] | None = None
+        self._seen = self._warned = False
+
+    def cut(self, image: np.ndarray) -> np.ndarray:
+        """What is between the bars of a picture (h, w, 3) uint8; the whole picture where there are none."""
+        height, width = image.shape[:2]
+        if (height, width) != self._size:
+            self._size, self._inner, self._seen = (height, width), None, False
+        rows, columns = (np.asarray(image.any(axes)) for axes in ((1, 2), (0, 2)))
+        if not rows.any():  # nothing is seen: nothing is learned
+            return image if self._inner is None else image[self._inner]
+        margins = np.array([rows.argmax(), rows[::-1].argmax(), columns.argmax(), columns[::-1].argmax()])
+        first, self._seen = not self._seen, True
+        self._margins = margins if first else np.minimum(self._margins, margins)
+        found = self._find(height, width)
+        if found != self._inner or first:
+            self._report(found, first, height, width)
+        self._inner = found
+        return image if found is None else image[found]
+
+    def _find(self, height: int, width: int) -> tuple[slice, slice] | None:
+        across = _between(height, width, *self._margins[:2].tolist())
+        along = _between(width, height, *self._margins[2:].tolist())
+        if across and along:  # a dark picture can look like both: a camera's aspect ratio decides
+            across, along = (one if one[2] else None for one in (across, along))
+        if (across is None) == (along is None):
+            return None
+        if across is not None:
+            return slice(*across[:2]), slice(0, width)
+        assert along is not None
+        return slice(0, height), slice(*along[:2])
+
+    def _report(self, found: tuple[slice, slice] | None, first: bool, height: int, width: int) -> None:
+        if found is not None:
+            rows, columns = (part.stop - part.start for part in found)
+            text = "%s: pictures of %dx%d have black bars, and are cut to the %dx%d between them"
+            log.log(logging.INFO if first else logging.WARNING, text, self.name, height, width, rows, columns)
+        elif not first:
+            log.warning("%s: what looked like black bars is a part of the picture: it is not cut any more", self.name)
+        doubtful = self._margins[:2].min() > 0 or self._margins[2:].min() > 0
+        if found is None and doubtful and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: black on two sides of pictures of %dx%d (%d and %d rows, %d and %d columns), not where openpi's "
+                "clients put bars: taken for a part of the picture. If it is none, the policy sees another geometry "
+                "than in training",
+                self.name,
+                height,
+                width,
+                *self._margins.tolist(),
+            )
+
+
+def _between(length: int, across: int, before: int, after: int) -> tuple[int, int, bool] | None:
+    """(start, stop, whether it has a camera's aspect ratio) of what is between bars on an axis; None: no bars.
+
+    Args:
+      length, across: pixels of the axis and of the other one.
+      before, after: pixels at both ends that are black in all pictures.
+    """
+    symmetric = before > 0 and after - before in (0, 1) and length - before - after >= NARROWEST * length
+    for ratio in ASPECT_RATIOS:
+        for raw in (ratio, ratio[::-1]):
+            start, _, inner, beside = placement("letterbox", raw, (length, across)).target
+            stop = length - start - inner
+            if start == 0 or beside < across - 1:
+                continue
+            if symmetric and abs(before - start) <= 1:
+                return before, length - after, True
+            # Beside one of the bars a strip of the picture itself may be black.
+            extra = (before - start, after - stop)
+            if min(extra) == 0 and max(extra) <= inner * STRIP:
+                return start, start + inner, True
+    return (before, length - after, False) if symmetric else None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -360,6 +471,7 @@ class OpenpiPolicy:
             action_horizon=action_horizon,
             action_dim=action_dim,
             image_sizes={slot: image_size for slot in keys.images.values()},
+            resize="letterbox",  # as their own clients send them
             proprio_dim=proprio_dim,
             language_length=1,
         )

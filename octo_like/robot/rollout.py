@@ -271,7 +271,7 @@ class _PolicyView(gym.ObservationWrapper):
         super().__init__(env)
         if not isinstance(env.observation_space, gym.spaces.Dict):
             raise ValueError(f"the environment must have Dict observations, got {env.observation_space}")
-        self.sizes = {f"image_{slot}": size for slot, size in spec.image_sizes.items()}
+        self.sizes, self.resize = {f"image_{slot}": size for slot, size in spec.image_sizes.items()}, spec.resize
         wanted = [*self.sizes, *([] if spec.proprio_dim is None else ["proprio"]), *spec.extra_observations]
         self.keys = [key for key in wanted if key in env.observation_space.spaces]
         if not self.keys:
@@ -301,7 +301,7 @@ class _PolicyView(gym.ObservationWrapper):
             self.seen.append(join_views([observation[key] for key in cameras]))
             height, width = observation[cameras[0]].shape[:2]
             self.first_width = round(width * len(self.seen[-1]) / height)
-        return resize_images({key: observation[key] for key in self.keys}, self.sizes)
+        return resize_images({key: observation[key] for key in self.keys}, self.sizes, resize=self.resize)
 
 
 class _Slot:

@@ -310,6 +310,11 @@ class PolicyServer:
             raise ValueError(f"'instruction' must be a text or nothing, got {type(instruction).__name__}")
         if unnormalize is not None and unnormalize not in self.policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(self.metadata['statistics'])}")
+        if request.get("resize", "stretch") != self.policy.batch_spec.resize:
+            raise ValueError(
+                f"the policy reads pictures resized by {self.policy.batch_spec.resize!r} (batch_spec of the metadata), "
+                f"not {request.get('resize', 'stretch')!r}: use a newer client, or resize so and send 'resize'"
+            )
         seed, step = (_whole(request.get(key, 0), key) for key in ("seed", "step"))
         self._check(request["observation"], request.get("allow_missing") or (), unnormalize or "")
         start = time.monotonic()

@@ -19,6 +19,7 @@ from typing import Any, SupportsFloat
 import gymnasium as gym
 import numpy as np
 
+from octo_like.common.geometry import check_resize
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
 from octo_like.robot.safety import ActionFilter
@@ -138,17 +139,24 @@ class ActionFilterWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
 class ResizeImages(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
     """Resizes the images named in `sizes` = {key: (height, width)} with an antialiased Lanczos filter.
 
-    `crop_areas` = {key: share of the area} also cuts the centre, for policies trained with random crops.
+    `crop_areas` = {key: share of the area} also cuts the centre, for policies trained with random crops. `resize` says
+    where a picture of another aspect ratio goes, as the policy was trained: `policy.batch_spec.resize`.
     """
 
     def __init__(
-        self, env: gym.Env, sizes: Mapping[str, tuple[int, int]], crop_areas: Mapping[str, float] | None = None
+        self,
+        env: gym.Env,
+        sizes: Mapping[str, tuple[int, int]],
+        crop_areas: Mapping[str, float] | None = None,
+        *,
+        resize: str = "stretch",
     ):
+        check_resize(resize)
         _refuse(env, HistoryWrapper, "ResizeImages must be inside HistoryWrapper: it resizes single frames")
-        gym.utils.RecordConstructorArgs.__init__(self, sizes=sizes, crop_areas=crop_areas)
+        gym.utils.RecordConstructorArgs.__init__(self, sizes=sizes, crop_areas=crop_areas, resize=resize)
         gym.ObservationWrapper.__init__(self, env)
         self.sizes = {key: (height, width) for key, (height, width) in sizes.items()}
-        self.crop_areas = dict(crop_areas or {})
+        self.crop_areas, self.resize = dict(crop_areas or {}), resize
         space = _dict_space(env, "ResizeImages")
         for key in [*self.sizes, *self.crop_areas]:
             if key not in space.spaces or key not in self.sizes:
@@ -161,7 +169,7 @@ class ResizeImages(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
         self.observation_space = gym.spaces.Dict(resized)
 
     def observation(self, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return resize_images(observation, self.sizes, self.crop_areas)
+        return resize_images(observation, self.sizes, self.crop_areas, resize=self.resize)
 
 
 def _chain(env: gym.Env) -> Iterator[gym.Env]:

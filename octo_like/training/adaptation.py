@@ -181,6 +181,7 @@ def with_inputs(
                 f"--config.image_sizes.{unknown[0]}=128,128"
             )
         tree["image_sizes"] = {slot: tuple(known[slot]) for slot in slots}
+    tree["resize"] = tree.get("resize") or (pretrained.resize if pretrained else "stretch")
     if tree["proprio_dim"] is None and tree["data"]["kind"] == "rlds":
         for name, fields in tree["data"]["datasets"].items():
             if fields.get("proprio_keys"):

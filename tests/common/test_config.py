@@ -305,6 +305,14 @@ class TestDiff:
         with pytest.raises(cfg.ConfigMismatch, match="surgery.auxiliaries.text"):
             cfg.check_resume(old, new)
 
+    def test_resume_goes_on_with_what_was_the_rule_before_there_was_a_key(self):
+        old = dict(image_sizes=dict(primary=(8, 8)))
+        assert cfg.check_resume(old, dict(old, resize="stretch")) == []
+        with pytest.raises(cfg.ConfigMismatch, match="resize: .absent. -> 'letterbox'"):
+            cfg.check_resume(old, dict(old, resize="letterbox"))
+        with pytest.raises(cfg.ConfigMismatch, match="resize: 'crop' -> 'stretch'"):
+            cfg.check_resume(dict(old, resize="crop"), dict(old, resize="stretch"))
+
     def test_resume_refuses_the_rest_with_a_diff(self):
         old, new = dict(num_steps=10, optimizer=dict(lr=1e-3)), dict(num_steps=20, optimizer=dict(lr=1e-4))
         with pytest.raises(cfg.ConfigMismatch, match="optimizer.lr: 0.001 -> 0.0001") as error:

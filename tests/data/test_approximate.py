@@ -1,5 +1,6 @@
 """A tf.data.Dataset of trajectories in a mixture: through the train stream, by a config, with its limits named."""
 
+import dataclasses
 import logging
 import sys
 import types
@@ -131,6 +132,23 @@ def test_points_of_a_source_are_told(module, wide_toy):
             np.testing.assert_allclose(batch["points"][:, 0, 0][known], middle[known], atol=1e-6)
             seen += known.sum()
     assert seen > 20
+
+
+def test_places_of_things_need_the_stored_geometry(module, wide_toy):
+    """A letterboxed picture has them elsewhere."""
+    from octo_like.common.schema import BatchSpec
+    from octo_like.data.batches.texts import Texts
+
+    spec = BatchSpec(1, 1, 6, {"primary": (8, 8)}, language_length=16, points=("button",), resize="letterbox")
+    keys = dict(point_keys={"button": "button"}, source="my_sources:boxed", val_fraction=0.0)
+    tokenizer = TextTokenizer.load("builtin", 16)
+    with pytest.raises(DataError, match="point_keys: places .* resize='letterbox' moves"):
+        make_train_stream({"live": wide_toy.fields(**keys)}, spec, tokenizer, seed=0, batch_size=16)
+    texts = Texts(tokenizer)
+    texts.check(dataclasses.replace(spec, points=()), ())
+    texts.rows(["pick it up"])
+    with pytest.raises(DataError, match="'point to <loc21><loc40>' has places"):
+        texts.rows(["point to <loc21><loc40>"])
 
 
 @pytest.mark.parametrize(

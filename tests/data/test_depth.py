@@ -1,9 +1,12 @@
 """Depth end to end: from records with uint16 PNGs and float arrays to batches, and in synthetic ones."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from octo_like.common.schema import BatchSpec, check_batch, synthetic_batch
+from octo_like.data.batches.frames import resize_frames
 from octo_like.data.spec import DataError
 from tests.data.streams import make_train_stream
 
@@ -74,9 +77,9 @@ def fields(**changes):
     } | changes
 
 
-def one_batch(data_dir, **changes):
+def one_batch(data_dir, spec=SPEC, **changes):
     with make_train_stream(
-        {"depths": fields(**changes)}, SPEC, None, data_dir=data_dir, seed=0, batch_size=16
+        {"depths": fields(**changes)}, spec, None, data_dir=data_dir, seed=0, batch_size=16
     ) as stream:
         return next(stream), stream.order_spec
 
@@ -97,6 +100,33 @@ def test_batches_hold_the_stored_depth(depth_dataset):
             np.testing.assert_array_equal(observation["depth_wrist"][row, w, ..., 0], step["near"])
     assert observation["pad_mask_dict"]["depth_primary"].all() and observation["pad_mask_dict"]["depth_wrist"].all()
     assert not observation["pad_mask_dict"]["depth_secondary"].any() and not observation["depth_secondary"].any()
+
+
+def test_pictures_and_depth_lie_where_resize_says(depth_dataset):
+    """8x10 pictures and 12x10 depth maps in square inputs, and the order of the samples as it was."""
+    sizes = {"primary": (10, 10)}
+    plain = dataclasses.replace(SPEC, image_sizes=sizes, depth_sizes=sizes, goal_images=("primary",))
+    whole, order = one_batch(depth_dataset[0], plain)
+    assert "resize" not in order["batch"]
+    boxed, order = one_batch(depth_dataset[0], dataclasses.replace(plain, resize="letterbox"))
+    assert order["batch"]["resize"] == "letterbox"
+    cropped, _ = one_batch(depth_dataset[0], dataclasses.replace(plain, resize="crop"))
+    stored = {
+        (*step["action"].astype(int).tolist(),): step["observation"] for episode in depth_dataset[1] for step in episode
+    }
+    for row in range(16):
+        number, t = boxed["action"][row, 1, 0].astype(int).tolist()
+        np.testing.assert_array_equal(boxed["action"][row], whole["action"][row])
+        seen, picture = boxed["observation"]["image_primary"][row, 1], stored[number, t]["rgb"]
+        assert not seen[0].any() and not seen[-1].any()
+        np.testing.assert_array_equal(seen[1:-1], picture)
+        if boxed["task"]["pad_mask_dict"]["image_primary"][row]:
+            goal = boxed["task"]["image_primary"][row]
+            assert not goal[0].any() and goal[1:-1].any()
+        depth = boxed["observation"]["depth_primary"][row, 1, :, :, 0]
+        assert not depth[:, 0].any() and not depth[:, -1].any() and depth[:, 1:-1].any(0).all()
+        want = resize_frames(picture[None, :, 1:9], (10, 10))[0]
+        np.testing.assert_array_equal(cropped["observation"]["image_primary"][row, 1], want)
 
 
 def test_the_scale_is_the_datasets(depth_dataset):

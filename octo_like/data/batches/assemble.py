@@ -87,6 +87,11 @@ def check_spec(datasets: Sequence[PreparedDataset], spec: BatchSpec) -> None:
                 "Give it a size, or leave it out of image_keys"
             )
         points = {name for name, key in prepared.spec.point_keys.items() if key is not None}
+        if spec.points and points and spec.resize != "stretch":
+            raise DataError(
+                f"{prepared.key}: point_keys: places are fractions of the stored picture, which resize={spec.resize!r} "
+                "moves; set resize='stretch', or leave the points out"
+            )
         if spec.points and points - set(spec.points):
             name = min(points - set(spec.points))
             raise DataError(

@@ -8,8 +8,9 @@ Two named modes for images:
             kernel). Other formats are decoded fully. Differs from parity by less than two grey levels on average, on
             pictures of soft shapes, edges and noise (tests/data/test_frames.py measures it).
 
-A frame that already has the wanted size is never resampled. Depth takes the nearest pixel: a mean of the table and the
-wall behind it is a surface that is not there.
+Where a picture of another aspect ratio lies in the result, `octo_like.common.geometry` says. A frame that already has
+the wanted size is never resampled. Depth takes the nearest pixel: a mean of the table and the wall behind it is a
+surface that is not there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from octo_like.common.geometry import Placement, placement
 from octo_like.data.batches.resample import resample_uint8
 from octo_like.data.episode import EncodedFrame
 from octo_like.data.settings import MODES
@@ -64,21 +66,31 @@ def decode_reduced(tensor: tf.Tensor, ratio: int) -> np.ndarray:
     )
 
 
-def decode_frame(contents: bytes | EncodedFrame, size: tuple[int, int], mode: str, out: np.ndarray) -> None:
+def decode_frame(
+    contents: bytes | EncodedFrame, size: tuple[int, int], mode: str, out: np.ndarray, resize: str = "stretch"
+) -> None:
     """Decodes a JPEG, PNG, BMP or GIF of any size into `out`, (*size, 3) uint8.
 
     Raises:
       FrameError: not an image; `position` is 0.
     """
     frame = contents if isinstance(contents, EncodedFrame) else EncodedFrame(contents)
+    ratio, target = 1, None
+    if mode == "fast" and frame.jpeg_size is not None:
+        source, target = placement(resize, frame.jpeg_size, size)
+        ratio = reduction((source.height, source.width), (target.height, target.width))
     try:
-        image = decode_reduced(frame.tensor, reduction(frame.jpeg_size, size) if mode == "fast" else 1)
+        image = decode_reduced(frame.tensor, ratio)
     except tf.errors.InvalidArgumentError as error:
         raise FrameError(0, _reason("image", bytes(frame), error)) from error
-    resize_frame(image, size, mode, out)
+    spot = placement(resize, image.shape[:2], size)
+    # Where it lies follows from the size that it was stored in, not from a reduced one, which is rounded.
+    _place(image, spot if target is None else Placement(spot.source, target), mode, out)
 
 
-def decode_frames(contents: Sequence[bytes | EncodedFrame], size: tuple[int, int], mode: str = "parity") -> np.ndarray:
+def decode_frames(
+    contents: Sequence[bytes | EncodedFrame], size: tuple[int, int], mode: str = "parity", resize: str = "stretch"
+) -> np.ndarray:
     """Decodes JPEG, PNG, BMP or GIF frames of any size to (N, *size, 3) uint8.
 
     Raises:
@@ -90,7 +102,7 @@ def decode_frames(contents: Sequence[bytes | EncodedFrame], size: tuple[int, int
     out = np.empty((len(contents), *size, 3), np.uint8)
     for position, (frame, target) in enumerate(zip(contents, out, strict=True)):
         try:
-            decode_frame(frame, (size[0], size[1]), mode, target)
+            decode_frame(frame, (size[0], size[1]), mode, target, resize)
         except FrameError as error:
             raise FrameError(position, str(error)) from error
     return out
@@ -100,20 +112,28 @@ def _reason(what: str, contents: bytes, error: tf.errors.OpError) -> str:
     return f"not a decodable {what} (starts with {bytes(contents[:8])!r}): {error_text(error)}"
 
 
-def resize_frame(image: np.ndarray, size: tuple[int, int], mode: str, out: np.ndarray) -> None:
+def resize_frame(image: np.ndarray, size: tuple[int, int], mode: str, out: np.ndarray, resize: str = "stretch") -> None:
     """A raw (h, w, 3) uint8 image into `out`, (*size, 3) uint8."""
-    height, width = size
-    if image.shape[:2] == (height, width):
-        out[...] = image
+    _place(image, placement(resize, image.shape[:2], (size[0], size[1])), mode, out)
+
+
+def _place(image: np.ndarray, spot: Placement, mode: str, out: np.ndarray) -> None:
+    part, inner = image[spot.source.slices], out[spot.target.slices]
+    if inner.shape != out.shape:
+        out[...] = 0
+    if part.shape[:2] == inner.shape[:2]:
+        inner[...] = part
     else:
-        resample_uint8(image, (height, width), KERNELS[mode], out)
+        resample_uint8(part, inner.shape[:2], KERNELS[mode], inner)
 
 
-def resize_frames(images: np.ndarray, size: tuple[int, int], mode: str = "parity") -> np.ndarray:
+def resize_frames(
+    images: np.ndarray, size: tuple[int, int], mode: str = "parity", resize: str = "stretch"
+) -> np.ndarray:
     """Raw (N, h, w, 3) uint8 frames to (N, *size, 3) uint8."""
     out = np.empty((len(images), *size, images.shape[-1]), np.uint8)
     for image, target in zip(images, out, strict=True):
-        resize_frame(image, size, mode, target)
+        resize_frame(image, size, mode, target, resize)
     return out
 
 
@@ -140,13 +160,21 @@ def depth_to_metres(values: np.ndarray, scale: float | None) -> np.ndarray:
     return (np.where(np.isfinite(values), values, 0) * np.float64(scale)).astype(np.float32)
 
 
-def resize_depth(depth: np.ndarray, size: tuple[int, int], scale: float | None) -> np.ndarray:
-    """A raw (h, w) or (h, w, 1) depth map to (*size, 1) float32 metres: the nearest pixel of each."""
-    height, width = depth.shape[:2]
-    return depth_to_metres(depth.reshape(height, width)[nearest((height, width), size)], scale)[..., None]
+def resize_depth(depth: np.ndarray, size: tuple[int, int], scale: float | None, resize: str = "stretch") -> np.ndarray:
+    """A raw (h, w) or (h, w, 1) depth map to (*size, 1) float32 metres: the nearest pixel of each; where the picture is
+    black there is no reading."""
+    source, target = placement(resize, depth.shape[:2], (size[0], size[1]))
+    part = depth.reshape(depth.shape[:2])[source.slices]
+    metres = depth_to_metres(part[nearest(part.shape, (target.height, target.width))], scale)
+    if metres.shape != tuple(size):
+        inner, metres = metres, np.zeros(size, np.float32)
+        metres[target.slices] = inner
+    return metres[..., None]
 
 
-def decode_depth(contents: bytes | EncodedFrame, size: tuple[int, int], scale: float | None) -> np.ndarray:
+def decode_depth(
+    contents: bytes | EncodedFrame, size: tuple[int, int], scale: float | None, resize: str = "stretch"
+) -> np.ndarray:
     """An encoded depth map to (*size, 1) float32 metres.
 
     Args:
@@ -162,7 +190,7 @@ def decode_depth(contents: bytes | EncodedFrame, size: tuple[int, int], scale: f
         depth = _decode_depth(contents)
     except tf.errors.InvalidArgumentError as error:
         raise FrameError(0, _reason("depth map", contents, error)) from error
-    return resize_depth(depth, size, scale)
+    return resize_depth(depth, size, scale, resize)
 
 
 def _decode_depth(contents: bytes) -> np.ndarray:

@@ -138,18 +138,18 @@ class FrameGatherer:
         return [job for future in futures for job in future.result()]
 
     def _done(self, job: _Job) -> bool:
-        spec = self._sets[job.dataset].prepared.spec
+        spec, resize = self._sets[job.dataset].prepared.spec, self._spec.resize
         first, *others = job.targets
         try:
             if job.depth:
                 if isinstance(job.stored, np.ndarray):
-                    first[...] = frames.resize_depth(job.stored, first.shape[:2], spec.depth_scale)
+                    first[...] = frames.resize_depth(job.stored, first.shape[:2], spec.depth_scale, resize)
                 else:
-                    first[...] = frames.decode_depth(job.stored, first.shape[:2], spec.depth_scale)
+                    first[...] = frames.decode_depth(job.stored, first.shape[:2], spec.depth_scale, resize)
             elif isinstance(job.stored, np.ndarray):
-                frames.resize_frame(job.stored, first.shape[:2], self._decode, first)
+                frames.resize_frame(job.stored, first.shape[:2], self._decode, first, resize)
             else:
-                frames.decode_frame(job.stored, first.shape[:2], self._decode, first)
+                frames.decode_frame(job.stored, first.shape[:2], self._decode, first, resize)
         except frames.FrameError as error:
             name = (spec.depth_keys if job.depth else spec.image_keys)[job.slot]
             what = f"depth of {job.slot}" if job.depth else job.slot

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common import location_tokens
 from octo_like.common.schema import BatchSpec
 from octo_like.common.text import TextTable, TextTokenizer
 from octo_like.common.vocabularies import NO_TARGETS, Targets
@@ -81,7 +82,7 @@ class Texts:
         self._variants: dict[int, np.ndarray] = {}
         self._checked: set[str] = {""}  # texts to learn that are short enough
         self._heard: set[str] = {""}  # sub-tasks that are
-        self._hears_subtasks = False
+        self._hears_subtasks = self._moves_places = False
         self._lock = threading.Lock()
 
     @property
@@ -101,7 +102,7 @@ class Texts:
             instructions has a paraphrase: it is another dataset's file.
         """
         language_length, text = spec.language_length, self.targets.text
-        self._hears_subtasks = spec.subtask
+        self._hears_subtasks, self._moves_places = spec.subtask, spec.resize != "stretch"
         if spec.text_target != (None if text is None else text.max_length):
             raise DataError(
                 f"batches have texts to learn of {spec.text_target} ids, the vocabulary's have "
@@ -133,6 +134,7 @@ class Texts:
         """Row numbers (N,) int32 of texts. Safe to call from several threads."""
         if self._table is None:
             return np.zeros(len(texts), np.int32)
+        self._refuse_places(texts)
         with self._lock:
             if self._paraphrases is not None:
                 for text in set(texts) & set(self._paraphrases.variants):
@@ -150,6 +152,7 @@ class Texts:
         """
         if self._target_table is None:
             return np.zeros(len(texts), np.int32)
+        self._refuse_places(texts)
         with self._lock:
             for text in dict.fromkeys(texts):
                 if text not in self._checked:
@@ -168,6 +171,16 @@ class Texts:
                     self.check_subtasks("a sub-task", [text])
                     self._heard.add(text)
         return self.rows(texts)
+
+    def _refuse_places(self, texts: Sequence[str]) -> None:
+        """Raises DataError for a text with places in the picture (`<loc21>`), where resizing moves them."""
+        if self._moves_places:
+            for text in dict.fromkeys(texts):
+                if location_tokens.has_any(text):
+                    raise DataError(
+                        f"the text {text[:80]!r} has places, fractions of the stored picture, which the run's resize "
+                        "moves; set resize='stretch', or leave such texts out"
+                    )
 
     def check_subtasks(self, dataset: str, texts: Sequence[str]) -> None:
         """Checks the sub-tasks of a dataset: a policy that said one would not hear itself.

@@ -56,6 +56,7 @@ def pictures(
     stored: Sequence[Any] | np.ndarray,
     steps: Sequence[int] | np.ndarray,
     size: tuple[int, int],
+    resize: str = "stretch",
 ) -> np.ndarray:
     """Frames of some steps of a camera as (N, *size, 3) uint8 RGB; missing ones are black.
 
@@ -63,9 +64,9 @@ def pictures(
       FrameError: one that is not an image.
     """
     if isinstance(stored, np.ndarray):
-        images = frames.resize_frames(stored[list(steps)], size)
+        images = frames.resize_frames(stored[list(steps)], size, resize=resize)
     else:
         images, chosen = np.zeros((len(steps), *size, 3), np.uint8), [stored[step] for step in steps]
         if (known := present(chosen)).any():
-            images[known] = frames.decode_frames([frame for frame in chosen if len(frame)], size)
+            images[known] = frames.decode_frames([frame for frame in chosen if len(frame)], size, resize=resize)
     return images[..., ::-1] if slot in prepared.spec.bgr_slots else images

@@ -14,12 +14,17 @@ from octo_like.data.spec import DataError
 
 
 def load_demos(
-    prepared: PreparedDataset, index: Index, sizes: Mapping[str, tuple[int, int]], limit: int
+    prepared: PreparedDataset,
+    index: Index,
+    sizes: Mapping[str, tuple[int, int]],
+    limit: int,
+    resize: str = "stretch",
 ) -> Iterator[Demo]:
     """Up to `limit` episodes, spread over `index`, one in memory at a time. Relative actions are made absolute again.
 
     Args:
       sizes: slot -> (height, width) of the cameras that are wanted; those the dataset has not are left out.
+      resize: how pictures come to these sizes, see `octo_like.common.geometry`.
 
     Raises:
       DataError: an episode that cannot be read.
@@ -37,7 +42,7 @@ def load_demos(
         action, images = raw.action, {}
         for slot, contents in raw.images.items():
             try:
-                images[slot] = pictures(prepared, slot, contents, range(len(contents)), sizes[slot])
+                images[slot] = pictures(prepared, slot, contents, range(len(contents)), sizes[slot], resize)
             except frames.FrameError as error:
                 raise DataError(f"{index.where(number)}, camera {slot!r}: {error}") from error
         if prepared.spec.relative_to is not None:
