@@ -179,7 +179,8 @@ def test_nothing_that_may_hold_starts_without_them():
         with PolicyClient(port=server.port, limits=False) as client:
             with pytest.raises(ValueError, match="limits=False: what holds this robot is not known"):
                 AsyncExecutor(client, Plan("wait"))
-    with PolicyServer(policy, port=0).running() as server, PolicyClient(port=server.port) as client:
+    unnamed = PolicyServer(policy, normalized=True, port=0)
+    with unnamed.running() as server, PolicyClient(port=server.port) as client:
         with pytest.raises(ValueError, match="normalised numbers.*give unnormalize, one of tabletop_gripper"):
             client.act({})
     assert LocalPolicy(policy, "tabletop_gripper", kinds=["delta"] * 7).hold().tolist() == [0.0] * 7

@@ -19,7 +19,9 @@ import pytest
 
 from octo_like.robot import client as robot_client
 from octo_like.robot import loop as robot_loop
+from octo_like.robot.chunking import Plan
 from octo_like.robot.client import PolicyClient, PolicyServerError
+from octo_like.robot.executor import AsyncExecutor
 from octo_like.robot.loop import drive
 from octo_like.robot.messages import pack, unpack
 from octo_like.robot.safety import UnknownKind
@@ -260,6 +262,33 @@ def test_the_loop_holds_also_when_the_robot_fails():
         with pytest.raises(OSError, match="no camera"):
             drive(policy, robot, "go", times(9), execute=4)
         assert robot.executed[-1] == robot.executed[-2]
+
+
+@pytest.mark.parametrize("kind", ["absolute", "delta"])
+@pytest.mark.parametrize("mode", ["wait", "naive", "ensemble"])
+def test_an_executor_goes_on_through_every_fault_and_an_absence(mode, kind):
+    """Every command is one that the newest chunks have for this moment, or the hold of what was executed last."""
+    for first in (1, 2):
+        with Scripted(kind) as server, PolicyClient(port=server.port) as policy:
+            server.script = {first + 2 * n: fault for n, fault in enumerate(FAULTS)}
+            plan = Plan(mode, exec_horizon=H, exp_weight=-50.0)  # of an ensemble, the newest alone
+            with AsyncExecutor(policy, plan, max_errors=1000, delay=0) as executor:
+                robot = Arm(server, policy)
+                executor.start(robot.observe(), "go")
+                said, absent = [], range(60, 90)
+                for step in range(120):
+                    if step in (absent.start, absent.stop):
+                        (server.stop if step == absent.start else server.start)()
+                    before = executor.filter.last
+                    said.append(float(executor.step(robot.observe() if step else None)[0]))
+                    chunks = executor.state.seams[-1] == step
+                    held = 0.0 if kind == "delta" else None if before is None else float(before[0])
+                    ahead = [window["proprio"][-1, 0] + k / 100 for window in server.windows for k in range(H)]
+                    assert chunks or said[-1] == held or min(abs(said[-1] - x) for x in ahead) < 1e-4, (step, first)
+                    if step in absent[H:]:
+                        assert said[-1] == held
+                assert policy.connections >= 2 and executor.state.seams[-1] >= absent.stop and executor.errors
+                assert executor.hold()[0] == (0 if kind == "delta" else said[-1])
 
 
 def test_a_robot_whose_hold_is_not_known_is_not_driven():
