@@ -71,7 +71,7 @@ def _target() -> dict:
         language_key="language_instruction",
         normalization="normal",
         action_normalization_mask=None,
-        action_kinds=None,  # of every action dimension: "absolute", "delta", "velocity" or "gripper"
+        action_kinds=(),  # of every action dimension: "absolute", "delta", "velocity" or "gripper"
         env=None,
     )
 

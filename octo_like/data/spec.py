@@ -357,6 +357,7 @@ class DatasetSpec:
             if isinstance(data.get(field), str):
                 raise DataError(f"{data['name']}: {field} is a list, got {data[field]!r}; one entry per dimension")
             data[field] = None if data.get(field) is None else tuple(data[field])
+        data["action_kinds"] = data["action_kinds"] or None
         for field in ("frame_slice", "relative_to"):
             data[field] = None if data.get(field) is None else tuple(data[field])
         return cls(**data)
