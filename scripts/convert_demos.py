@@ -73,6 +73,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="resize all frames")
     parser.add_argument("--bgr", nargs="*", default=[], metavar="CAMERA", help="cameras recorded blue first")
     parser.add_argument(
+        "--turned",
+        nargs="*",
+        metavar="CAMERA",
+        help="cameras whose frames are turned by 180 degrees; default: all of LIBERO's HDF5 files, no others",
+    )
+    parser.add_argument(
         "--missing_cameras",
         choices=("error", "mask"),
         default="error",
@@ -118,6 +124,7 @@ def main() -> int:
             quality=args.quality,
             image_size=args.image_size,
             bgr=tuple(args.bgr),
+            turned=None if args.turned is None else tuple(args.turned),
             missing_cameras=args.missing_cameras,
             skip_broken=args.skip_broken,
             control_hz=args.control_hz,
@@ -156,6 +163,9 @@ def main() -> int:
         f"{written.bytes / 1e6:.1f} MB of frames"
     )
     print(f"cameras: {', '.join(written.cameras) or 'none'}")
+    turned: tuple[str, ...] = getattr(source, "turned", ())
+    if args.turned is None and turned:
+        print(f"turned by 180 degrees, as LIBERO's: {', '.join(turned)} (--turned without a name: none)")
     print(f"vectors: {', '.join(f'{key} ({width})' for key, width in written.vectors.items()) or 'none'}")
     print(f"action: {written.action_dim} dimensions{'' if hz is None else f' at {hz:g} Hz'}")
     picture = os.path.join(args.data_dir, f"{name}_preview.png")

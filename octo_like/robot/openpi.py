@@ -83,6 +83,7 @@ class Client:
       kinds: of the action's dimensions, see `octo_like.common.robot.KINDS`.
       state: numbers of the proprioception.
       hz: control steps per second.
+      lowest: of the gripper's commands.
       chunk: the length that it insists on; None: any that is long enough.
     """
 
@@ -90,13 +91,14 @@ class Client:
     kinds: tuple[str, ...]
     state: int
     hz: float
+    lowest: float = 0.0
     chunk: int | None = None
 
 
 # By preset.
 CLIENTS = {
     "droid": Client((8,), ("velocity",) * 7 + ("gripper",), 8, 15, chunk=10),
-    "libero": Client((5,), ("delta",) * 6 + ("gripper",), 8, 20),
+    "libero": Client((5,), ("delta",) * 6 + ("gripper",), 8, 20, lowest=-1.0),
     "aloha": Client((10, 25), (("absolute",) * 6 + ("gripper",)) * 2, 14, 50),  # simulated, real
 }
 
@@ -207,6 +209,14 @@ class OpenpiServer(PolicyServer):
             return
         kinds = self.metadata["actions"][self.unnormalize]["kinds"]
         robot = self.policy.statistics[self.unnormalize].get("robot")
+        least = self.policy.statistics[self.unnormalize]["action"].get("min")
+        if least is not None and client.lowest < 0 <= least[-1]:
+            log.warning(
+                "the policy's last action is never below 0; the client of %s takes a gripper's commands from %g to 1, "
+                "of which 1 closes: your client has to translate what the policy gives",
+                name,
+                client.lowest,
+            )
         for dimension, (kind, executed) in enumerate(zip(kinds, client.kinds, strict=True)):
             if kind not in ("other", executed) and {kind, executed} != {"absolute", "gripper"}:
                 log.warning("action %d is %s to the policy and %s to the client of %s", dimension, kind, executed, name)

@@ -209,6 +209,21 @@ def write_robomimic(path, demos):
     return path
 
 
+def write_libero(path, demos):
+    """One file of all episodes with LIBERO's names, pictures as its simulator gives them."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": ["open the drawer"]})
+        for number, demo in enumerate(demos):
+            group = data.create_group(f"demo_{number}")
+            group["actions"] = demo["action"]
+            group["obs/agentview_rgb"] = demo["front"]
+            group["obs/ee_states"] = demo["state"]
+    return str(path)
+
+
 def write_npz(root, demos, **changes):
     """A folder of one archive per episode."""
     root.mkdir(parents=True, exist_ok=True)

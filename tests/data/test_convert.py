@@ -241,6 +241,43 @@ def test_options(demos, tmp_path):
     assert not list((tmp_path / "small").glob("incomplete*"))
 
 
+def test_liberos_pictures_are_turned_as_its_rlds_and_openpis_client_have_them(demos, tmp_path):
+    """The files hold what the simulator gives; the client turns that by 180 degrees before it sends it."""
+    one = [{**demos[0], "front": demos[0]["front"][:, :, 8:56]}]  # its cameras are square
+    source = Hdf5(recordings.write_libero(tmp_path / "task_demo.hdf5", one))
+    assert source.turned == ("agentview_rgb",)
+
+    def stored(name, turned):
+        options = Options(encoding="png", turned=turned)
+        written = write_rlds(source, str(tmp_path / "data"), name, options=options)
+        return [step["observation"]["agentview_rgb"] for step in read_back(written.directory)[1][0]]
+
+    for step, frame in enumerate(stored("as_rlds", None)):
+        sent_by_openpis_client = one[0]["front"][step][::-1, ::-1]
+        np.testing.assert_array_equal(frame, sent_by_openpis_client)
+    np.testing.assert_array_equal(stored("as_stored", ()), one[0]["front"])
+    with pytest.raises(DataError, match="turned: no camera 'agentview'; did you mean 'agentview_rgb'"):
+        stored("wrong", ("agentview",))
+    # Another program's files of the same layout are not LIBERO's; without its attributes a camera's name says so.
+    assert Hdf5(recordings.write_robomimic(tmp_path / "lift.hdf5", demos), instruction="lift").turned == ()
+    import h5py
+
+    with h5py.File(tmp_path / "task_demo.hdf5", "a") as file:
+        del file["data"].attrs["problem_info"]
+    assert Hdf5(str(tmp_path / "task_demo.hdf5")).turned == ("agentview_rgb",)
+
+
+def test_compressed_frames_are_turned_too(demos, tmp_path):
+    aloha = recordings.write_aloha(tmp_path / "aloha", demos[:1], compressed=True)
+    plain, turned = (
+        read_back(write_rlds(Hdf5(aloha), str(tmp_path), name, options=Options(turned=cameras)).directory)[1][0][0]
+        for name, cameras in (("plain", None), ("turned", ("front_image",)))
+    )
+    a, b = (step["observation"]["front_image"].astype(int) for step in (plain, turned))
+    assert np.abs(a[::-1, ::-1] - b).mean() < 2
+    np.testing.assert_array_equal(plain["observation"]["hand_image"], turned["observation"]["hand_image"])
+
+
 def test_a_killed_conversion_leaves_no_dataset(demos, tmp_path):
     class Stops(Npz):
         def read(self, number):

@@ -170,6 +170,13 @@ def test_what_may_not_fit_a_presets_client_is_a_warning(caplog):
     assert "insists on 10" in caplog.text
     OpenpiServer(preset_policy("aloha", horizon=12), PRESETS["aloha"], port=0)
     assert "executes 25" in caplog.text
+    caplog.clear()
+    registry = preset_policy("libero")  # its grippers are 1 for open and 0 for closed
+    for least in (-1.0, 0.0):
+        assert not caplog.records
+        registry.statistics["line"]["action"] |= {"min": np.full(7, least), "max": np.ones(7)}
+        OpenpiServer(registry, PRESETS["libero"], port=0)
+    assert "gripper's commands from -1 to 1" in caplog.text
     robot = {"control_hz": 5, "action_kind": ["delta"] * 7 + ["gripper"], "action_name": list("abcdefgh")}
     OpenpiServer(preset_policy("droid", horizon=10, **robot), PRESETS["droid"], port=0)
     assert "action 0 is delta to the policy and velocity to the client of droid" in caplog.text

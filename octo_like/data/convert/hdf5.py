@@ -16,6 +16,9 @@ OBSERVATIONS = ("observations", "obs", "observation")
 ACTIONS = ("action", "actions")
 TEXTS = ("language_instruction", "instruction", "language_raw", "task", "lang")
 REWARDS = ("rewards", "reward")
+# How LIBERO's own files are known: by what they say of their task, or by the names of its cameras.
+LIBERO_ATTRIBUTES = ("problem_info", "bddl_file_name")
+LIBERO_CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
 
 
 class Hdf5:
@@ -26,6 +29,10 @@ class Hdf5:
     cameras, and so are rows of compressed images, (T, n) uint8 or (T,) bytes; numbers of shape (T,) or (T, D) are
     vectors. The instruction is an attribute or a dataset of the episode (`language_instruction`, `instruction`,
     `task`), or LIBERO's problem_info, or the argument.
+
+    Attributes:
+      turned: cameras whose frames everybody else has turned by 180 degrees: LIBERO's are stored as its simulator gives
+        them, while OpenVLA's RLDS datasets and openpi's client have them turned.
 
     Args:
       root: a file, or a folder of *.hdf5 and *.h5.
@@ -47,13 +54,16 @@ class Hdf5:
         self.names: dict[str, tuple[str, ...]] = {}
         self._left_out: dict[str, None] = {}
         self._episodes: list[tuple[pathlib.Path, str]] = []
+        turned: dict[str, None] = {}
         for file in files:
             with self._open(file) as content:
                 groups = [f"data/{name}" for name in content["data"]] if self._is_collection(content) else ["/"]
                 self._episodes += [(file, group) for group in sorted(groups, key=natural)]
                 if self._is_collection(content):
                     self.control_hz = _control_hz(content["data"].attrs) or self.control_hz
+                    turned |= dict.fromkeys(_libero_cameras(content["data"]))
         self.description = f"HDF5, {len(files)} file(s)"
+        self.turned = tuple(turned)
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -83,13 +93,13 @@ class Hdf5:
         key = self._action_key or next((name for name in ACTIONS if name in episode), None)
         if key is None or key not in episode:
             raise DataError(f"{where}: no actions {key or ' or '.join(ACTIONS)}; {suggest(str(key), episode)}")
-        holder = next((name for name in OBSERVATIONS if name in episode), None)
+        holder: Any = next((name for name in OBSERVATIONS if name in episode), None)
         if holder is None:
             raise DataError(f"{where}: no group {' or '.join(OBSERVATIONS)}; it holds: {', '.join(episode)}")
         action = as_rows(episode[key][()], where, key)
         cameras, vectors, lengths = {}, {}, {}
         for name, data in _datasets(episode[holder]):
-            short = name.removeprefix("images/").replace("/", "_")
+            short = _short(name)
             kind = _kind(name, data)
             if kind is None:
                 self._left_out[f"{name}: {data.dtype} of shape {('T', *data.shape[1:])}"] = None
@@ -157,6 +167,20 @@ def _control_hz(attributes: Any) -> float | None:
         return float(arguments["env_kwargs"]["control_freq"])
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _libero_cameras(data: Any) -> list[str]:
+    """Cameras of a file's first episode, if LIBERO wrote it."""
+    episode = data[min(data, key=natural)] if len(data) else {}
+    holder: Any = next((episode[name] for name in OBSERVATIONS if name in episode), {})
+    cameras = [_short(name) for name, item in _datasets(holder) if _kind(name, item) in ("raw", "compressed")]
+    known = any(key in data.attrs for key in LIBERO_ATTRIBUTES) or any(camera in LIBERO_CAMERAS for camera in cameras)
+    return cameras if known else []
+
+
+def _short(name: str) -> str:
+    """What a dataset of observations is called in the written one."""
+    return name.removeprefix("images/").replace("/", "_")
 
 
 def _datasets(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,8 @@ class Options:
       encoding: "jpeg" or "png" (lossless, about five times as large).
       quality: of JPEG. Frames that are JPEG (or PNG) already, and keep size and colours, are stored as they are.
       image_size: (height, width) that all frames are resized to; None: as recorded.
-      bgr: cameras whose frames are recorded blue first; they are turned.
+      bgr: cameras whose frames are recorded blue first; their channels are exchanged.
+      turned: cameras whose frames are turned by 180 degrees; None: those that the source names (LIBERO's).
       missing_cameras: "error": every episode has the first one's cameras; or "mask": an episode without a camera that
         any of them has gets empty frames, which the input stream marks as missing.
       skip_broken: leave out episodes that cannot be read, and name them in `Written.broken`, instead of ending.
@@ -44,6 +45,7 @@ class Options:
     quality: int = 95
     image_size: tuple[int, int] | None = None
     bgr: Collection[str] = ()
+    turned: Collection[str] | None = None
     missing_cameras: str = "error"
     skip_broken: bool = False
     control_hz: float | None = None
@@ -165,7 +167,8 @@ def open_writer(
 class _Writer:
     def __init__(self, source: Source, name: str, folder: pathlib.Path, options: Options):
         self._source, self._name, self._folder = source, name, folder
-        self._options, self._hz = options, options.control_hz or source.control_hz
+        turned = getattr(source, "turned", ()) if options.turned is None else options.turned
+        self._options, self._hz = dataclasses.replace(options, turned=turned), options.control_hz or source.control_hz
         self._first: Recording | None = None
         self._cameras: tuple[str, ...] | None = None  # of the dataset; None: not known yet
         self._tfds: Any = None
@@ -216,9 +219,10 @@ class _Writer:
         if self._first is not None:
             self._check_like_first(recording)
         cameras = tuple(recording.cameras) if self._cameras is None else self._cameras
-        unknown = sorted(set(self._options.bgr) - set(cameras))
-        if unknown and self._first is None:
-            raise DataError(f"bgr: no camera {unknown[0]!r}; {suggest(unknown[0], cameras)}")
+        for option in ("bgr", "turned"):
+            unknown = sorted(set(getattr(self._options, option)) - set(cameras))
+            if unknown and self._first is None:
+                raise DataError(f"{option}: no camera {unknown[0]!r}; {suggest(unknown[0], cameras)}")
         steps = len(recording.action)
         frames: dict[str, list[bytes]] = {}
         for camera in cameras:
@@ -344,9 +348,10 @@ def encoded_frame(
     frame: Frame, camera: str, options: Options, where: str, step: int
 ) -> tuple[bytes, np.ndarray | None]:
     """(bytes as stored, pixels if they were at hand) of one frame."""
+    turned = camera in (options.turned or ())
     if isinstance(frame, bytes):
         kind = "jpeg" if frame[:2] == b"\xff\xd8" else "png" if frame[:4] == b"\x89PNG" else None
-        if kind == options.encoding and options.image_size is None and camera not in options.bgr:
+        if kind == options.encoding and options.image_size is None and camera not in options.bgr and not turned:
             return frame, None
         try:
             frame = np.asarray(Image.open(io.BytesIO(frame)).convert("RGB"))
@@ -356,6 +361,8 @@ def encoded_frame(
         raise DataError(f"{where}: step {step} is {frame.dtype} {frame.shape}; expected (h, w, 3) uint8")
     if camera in options.bgr:
         frame = frame[..., ::-1]
+    if turned:
+        frame = frame[::-1, ::-1]
     picture = Image.fromarray(np.ascontiguousarray(frame))
     if options.image_size is not None and frame.shape[:2] != tuple(options.image_size):
         height, width = options.image_size

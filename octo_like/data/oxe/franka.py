@@ -65,7 +65,8 @@ def _ppgm() -> Entry:
 
 
 def _libero() -> Entry:
-    """Simulated; the state is position, axis-angle and two fingers. Frames are turned by 180 degrees."""
+    """Simulated; the state is position, axis-angle and two fingers. Frames are turned by 180 degrees, as openpi's
+    client sends them and the converter of LIBERO's own files writes them (docs/demos.md)."""
     return Entry(
         images={"primary": "image", "wrist": "wrist_image"},
         action=ROBOSUITE,
