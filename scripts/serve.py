@@ -54,10 +54,11 @@ def main() -> int:
 
     from octo_like.common.normalization import choose_units
     from octo_like.robot.openpi import Keys, OpenpiServer
-    from octo_like.robot.server import PolicyServer
+    from octo_like.robot.server import PolicyServer, check_numbers
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
+        check_numbers(args.port, args.max_batch, args.max_connections, args.seed)
         policy = octo_like.Policy.load_pretrained(args.checkpoint, modules=args.modules)
         kind, table = PolicyServer, {}
         if args.openpi is not None:

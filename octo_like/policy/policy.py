@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from octo_like.common import normalization
@@ -407,7 +406,8 @@ class Policy:
         actions = normalization.unnormalize(actions, entry["action"], entry.get("normalization", "normal"))
         if relative_to is not None and origin_bp is not None:
             actions = normalization.to_absolute(actions, origin_bp[:, None], relative_to)
-        return jnp.asarray(actions)
+        # jnp.asarray would compile a program for every shape.
+        return actions if isinstance(actions, jax.Array) else jax.device_put(actions)
 
     def predict_text(
         self,

@@ -30,6 +30,7 @@ A reply has the id of its request: an answer that comes after its client has giv
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgpack
@@ -42,8 +43,15 @@ _KINDS = "biuf"
 
 
 def pack(message: Any) -> bytes:
-    """Encodes maps, lists, strings, numbers and arrays (whatever has `__array__`). Raises TypeError on others."""
-    return msgpack.packb(message, default=_encode)
+    """Encodes maps, lists, strings, numbers and arrays (whatever has `__array__`).
+
+    Raises:
+      TypeError: something else. ValueError: a text that is no Unicode (half a surrogate pair), a number beyond 64 bits.
+    """
+    try:
+        return msgpack.packb(message, default=_encode)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"cannot send the text {error.object!r:.60}: {error.reason} at {error.start}") from error
 
 
 def unpack(data: bytes | str) -> Any:
@@ -52,13 +60,15 @@ def unpack(data: bytes | str) -> Any:
         raise ValueError("expected a binary msgpack message, got text")
     try:
         return msgpack.unpackb(data, ext_hook=_decode)
-    except (msgpack.UnpackException, msgpack.ExtraData, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"not a valid message: {error}") from error
+    except (msgpack.UnpackException, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"not a valid message: {error or type(error).__name__}") from error
 
 
 def _encode(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, int):
+        raise ValueError(f"cannot send the whole number {value}: it is beyond 64 bits")
     if not hasattr(value, "__array__"):
         raise TypeError(f"cannot send a {type(value).__name__}; valid: maps, lists, strings, numbers, booleans, arrays")
     array = np.asarray(value)
@@ -72,9 +82,11 @@ def _decode(code: int, payload: bytes) -> np.ndarray:
     if code != _ARRAY:
         raise ValueError(f"unknown msgpack extension {code}")
     dtype_name, shape, raw = msgpack.unpackb(payload)
+    if not (isinstance(dtype_name, str) and isinstance(shape, list) and isinstance(raw, bytes)):
+        raise ValueError("an array is its dtype, its shape and its bytes")
     dtype = np.dtype(dtype_name)
     if dtype.kind not in _KINDS:
         raise ValueError(f"arrays of {dtype} are not accepted")
-    if any(not isinstance(n, int) or n < 0 for n in shape) or int(np.prod(shape)) * dtype.itemsize != len(raw):
+    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(raw):
         raise ValueError(f"an array of shape {shape} and type {dtype} does not have {len(raw)} bytes")
     return np.frombuffer(raw, dtype).reshape(shape)

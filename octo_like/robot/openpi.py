@@ -228,26 +228,20 @@ class OpenpiServer(PolicyServer):
     def _largest_message(self) -> int:
         return MAX_MESSAGE_BYTES  # frames come in any size
 
-    def _converse(self, connection) -> None:
-        from websockets.exceptions import ConnectionClosed
-
-        client = str((connection.remote_address or ("unknown",))[0])
+    def _serve(self, connection, client: str) -> None:
         episode = _Episode(History(self.policy.batch_spec.window_size))
-        try:
-            connection.send(pack(self.hello))
-            for data in connection:
-                self.requests[client] += 1
-                with self._answering():
-                    try:
-                        reply = self._infer(unpack(data), episode)
-                    except Exception as error:
-                        self.errors[client] += 1
-                        connection.send(f"{type(error).__name__}: {error}")
-                        connection.close(INTERNAL_ERROR, "the message before says why")
-                        return
-                    connection.send(pack(reply))
-        except (ConnectionClosed, OSError):
-            pass  # a client that is done just goes
+        connection.send(pack(self.hello))
+        for data in connection:
+            self.requests[client] += 1
+            with self._answering():
+                try:
+                    reply = pack(self._infer(unpack(data), episode))
+                except Exception as error:
+                    self._failed(client, error)
+                    connection.send(f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode())
+                    connection.close(INTERNAL_ERROR, "the message before says why")
+                    return
+                connection.send(reply)
 
     def _infer(self, message: Any, episode: "_Episode") -> dict[str, Any]:
         if not isinstance(message, dict):

@@ -2,9 +2,10 @@
 
 The server keeps nothing between requests: the client sends the whole window of observations, and the sampling noise is
 a function of the client's (seed, step). Requests of several clients are computed together (`octo_like.robot.batching`).
-The same port answers plain HTTP:
+A server that compiles first holds its port and does not listen on it: a connection is refused until every announced
+program is compiled. The same port answers plain HTTP:
 
-    /healthz    200 "OK" once requests can be answered, 503 before (needs no token)
+    /healthz    200 "OK" as long as requests are answered, 503 while the server ends (needs no token)
     /metadata   what clients are told when they connect, as JSON
     /metrics    numbers for Prometheus
 """
@@ -16,6 +17,7 @@ import http
 import ipaddress
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +38,15 @@ from octo_like.robot.safety import action_limits, check_allowed, check_observati
 # Of an observation, what says which of its frames are there.
 WINDOW_KEYS = ("timestep", "timestep_pad_mask", "pad_mask_dict", "proprio_pad_mask")
 CONTINUING_KEYS = {"previous", "executed", "delay", "method", "schedule", "max_weight", "prior_std"}
+# Of a request: what its fields are. All but the observation may be left out, or None.
+FIELDS: dict[str, tuple[type, str]] = {
+    "observation": (dict, "a map from key to array"),
+    "allow_missing": (list, "a list of observation keys"),
+    "instruction": (str, "a text"),
+    "goal": (dict, "a map from key to picture"),
+    "unnormalize": (str, "the name of a data set"),
+    "continuing": (dict, f"a map with 'previous' and optionally {sorted(CONTINUING_KEYS - {'previous'})}"),
+}
 TASK_CACHE_BYTES = 64 << 20
 ANSWER_SECONDS = 10.0  # that an end waits for replies to leave
 
@@ -83,14 +94,14 @@ class PolicyServer:
       token: clients must know it. Needed unless only this machine can reach the port.
       without_token: whoever reaches the port may use the policy, wherever they are.
       max_batch: requests computed at a time.
-      max_connections: clients at a time; more are refused with HTTP 503.
-      continue_by: ways of continuing a chunk that are compiled before the first robot is let in, see
-        `octo_like.common.chunks.METHODS`; others are compiled when they are first asked for.
+      max_connections: clients at a time, at least 1; more are refused with HTTP 503.
+      continue_by: ways of continuing a chunk that are compiled before the server listens, see
+        `octo_like.common.chunks.METHODS`; others are compiled at their first request, beside the running ones.
 
     Raises:
       ValueError: `unnormalize` names no statistics of the policy, or nothing although there are several;
         `action_names` of another number than its actions; `continue_by` with what the policy cannot do; a host that
-        others reach and no token.
+        others reach and no token; a number out of its range.
       ImportError: the package websockets is missing.
     """
 
@@ -113,6 +124,7 @@ class PolicyServer:
         _check_access(host, token, without_token)
         unnormalize = choose_units(policy.statistics, unnormalize, normalized)
         self._websockets = _import_websockets()
+        check_numbers(port, max_batch, max_connections, rng_seed)
         self.policy, self.unnormalize = policy, unnormalize
         self.host, self.port, self.token, self.max_connections = host, port, token, max_connections
         self.batcher = Batcher(policy, rng_seed, max_batch)
@@ -153,49 +165,76 @@ class PolicyServer:
         }
 
     def warm_up(self) -> float:
-        """Compiles the policy for every batch size before any robot waits for it; returns the seconds it took."""
+        """Compiles what the announced requests need, for every batch size; returns the seconds it took.
+
+        These are requests of every data set, for actions, for the words of a policy that has some, and with the chunks
+        of `continue_by`. The conversion to units needs no compilation, and what an observation or a task lacks is
+        masked in the same program (a released Octo leaves such tokens out: that is compiled beside the others).
+        """
         start = time.monotonic()
-        example = synthetic_batch(self.policy.batch_spec, 1)
-        dropped = ("pad_mask_dict", "proprio_pad_mask") if "proprio" in example["observation"] else ("pad_mask_dict",)
-        observation = {key: value for key, value in example["observation"].items() if key not in dropped}
-        task = example["task"] if self.policy.batch_spec.language_length is None else self._tasks.of_text("")
-        for size in self.batcher.sizes:
-            chunk = np.asarray(self.batcher.compute([Request(observation, task, None, 0, 0)] * size))[:1]
-            for method in self.continue_by:
-                nothing = Continuation(np.zeros_like(chunk), chunk.shape[1], 0, method)
-                self.batcher.compute([Request(observation, task, None, 0, 0, nothing)] * size)
+        task = self._example_task()
+        for dataset in (*([None] if self.unnormalize is None else []), *self.policy.statistics):
+            window = self._example_observation(dataset)
+            self.batcher.warm_up(Request(window, task, dataset, 0, 0))
+            chunks = self.metadata["chunks"][dataset or ""]
+            width = len(self.metadata["actions"][dataset]["low"]) if dataset else self.policy.batch_spec.action_dim
+            for method in (each for each in self.continue_by if each in chunks["continues"]):
+                nothing = Continuation(
+                    np.zeros((1, chunks["horizon"], width), np.float32), chunks["horizon"], 0, method
+                )
+                self.batcher.warm_up(Request(window, task, dataset, 0, 0, nothing))
             if self.metadata["subtasks"]["says"]:
-                self.batcher.compute([Request(observation, task, None, 0, 0, words=True)] * size)
+                self.batcher.warm_up(Request(window, task, dataset, 0, 0, words=True))
         return time.monotonic() - start
+
+    def _example_observation(self, dataset: str | None) -> dict[str, Any]:
+        example = synthetic_batch(self.policy.batch_spec, 1)["observation"]
+        window = {key: example[key] for key in self.metadata["expects"][dataset or ""]}
+        if dataset is not None and "proprio" in window:
+            mean = np.asarray(self.policy.statistics[dataset]["proprio"]["mean"], np.float32)
+            window["proprio"] = np.broadcast_to(mean, (1, self.policy.batch_spec.window_size, len(mean)))
+        return {**window, **{key: example[key] for key in ("timestep", "timestep_pad_mask")}}
+
+    def _example_task(self) -> Any:
+        spec = self.policy.batch_spec
+        if spec.language_length is not None and getattr(self.policy, "text_tokenizer", True) is not None:
+            return self._tasks.of_text("")
+        if not spec.goal_images:
+            return synthetic_batch(spec, 1)["task"]
+        return self._tasks(
+            None, {f"image_{slot}": np.zeros((*spec.image_sizes[slot], 3), np.uint8) for slot in spec.goal_images}
+        )
 
     @contextlib.contextmanager
     def running(self, *, warm: bool = False) -> Iterator["PolicyServer"]:
         """Listens in a thread of its own for as long as the context lasts; what was asked for by then is answered.
 
         Args:
-          warm: compile first. The port is taken before that, and answers 503 meanwhile.
+          warm: compile first. The port is taken before that, and refuses connections meanwhile, as one that nobody
+            listens on: clients that wait for a server go on waiting, and none is let in too early.
 
         Raises:
           OSError: the address cannot be listened on.
         """
-        server = self._listen()
-        thread = threading.Thread(target=server.serve_forever, name="policy-server", daemon=True)
-        thread.start()
-        self._stopped = threading.Event()
-        try:
+        with contextlib.closing(self._bound()) as taken:
             if warm:
                 log.info("compiled for batches of %s in %.1f s", self.batcher.sizes, self.warm_up())
+            server = self._listen(taken)
             self.batcher.start()
+            self._stopped = threading.Event()
+            thread = threading.Thread(target=server.serve_forever, name="policy-server", daemon=True)
             self.ready.set()
-            yield self
-        finally:
-            self.ready.clear()
-            self.batcher.close()
-            with self._answered:
-                self._answered.wait_for(lambda: not self._unanswered, ANSWER_SECONDS)
-            server.shutdown()
-            thread.join()
-            self._stopped.set()
+            thread.start()
+            try:
+                yield self
+            finally:
+                self.ready.clear()
+                self.batcher.close()
+                with self._answered:
+                    self._answered.wait_for(lambda: not self._unanswered, ANSWER_SECONDS)
+                server.shutdown()
+                thread.join()
+                self._stopped.set()
 
     def wait(self) -> None:
         """Blocks for as long as the server runs."""
@@ -204,22 +243,42 @@ class PolicyServer:
 
     # ---------------------------------------------------------------- connections
 
-    def _listen(self):
+    def _bound(self) -> socket.socket:
+        """A socket that has the port and does not listen on it yet."""
+        flags = socket.AI_PASSIVE
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            self.host or None, self.port, type=socket.SOCK_STREAM, flags=flags
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+        try:
+            try:
+                taken.bind(address)  # not shared with another server that is still compiling
+            except OSError:
+                # Only connections of a server that has ended may be left on the port.
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                taken.bind(address)
+        except OSError:
+            taken.close()
+            raise
+        self.port = taken.getsockname()[1]
+        return taken
+
+    def _listen(self, taken: socket.socket):
         if self.token is None and not is_loopback(self.host):
             log.warning("listening on %r without a token: whoever reaches the port can use the policy", self.host)
+        # Set now: two servers that both have it could hold one port until they listen.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.listen(128)
         # Images compress badly and the robot is waiting: no compression.
-        server = self._websockets.serve(
+        self._server = self._websockets.serve(
             self._converse,
-            self.host,
-            self.port,
+            sock=taken,
             compression=None,
             max_size=min(MAX_MESSAGE_BYTES, self._largest_message()),
             process_request=self._http,
             logger=_one_line_logger(),
         )
-        self.port = server.socket.getsockname()[1]
-        self._server = server
-        return server
+        return self._server
 
     def _largest_message(self) -> int:
         """Twice what a request of this policy takes: an image that was not resized is refused with a reason."""
@@ -233,7 +292,7 @@ class PolicyServer:
         if path == "/healthz":
             ready = self.ready.is_set()
             status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
-            return connection.respond(status, "OK\n" if ready else "compiling or shutting down\n")
+            return connection.respond(status, "OK\n" if ready else "shutting down\n")
         if self.token is not None and not _knows_token(request.headers, self.token):
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN\n")
         if path == "/metadata":
@@ -241,7 +300,7 @@ class PolicyServer:
         if path == "/metrics":
             return connection.respond(http.HTTPStatus.OK, self.metrics())
         if not self.ready.is_set():
-            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "compiling or shutting down\n")
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "shutting down\n")
         if len(self._server.connections) >= self.max_connections:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{self.max_connections} clients are here\n")
         return None
@@ -264,12 +323,16 @@ class PolicyServer:
 
         client = str((connection.remote_address or ("unknown",))[0])
         try:
-            connection.send(pack(self.metadata))
-            for data in connection:
-                with self._answering():
-                    connection.send(pack(self._reply(data, client)))
+            self._serve(connection, client)
         except (ConnectionClosed, OSError) as error:
             log.info("client %s is gone: %s", client, error)
+
+    def _serve(self, connection, client: str) -> None:
+        """Answers a client's messages for as long as it is there."""
+        connection.send(pack(self.metadata))
+        for data in connection:
+            with self._answering():
+                connection.send(pack(self._reply(data, client)))
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -283,6 +346,11 @@ class PolicyServer:
                 self._unanswered -= 1
                 self._answered.notify_all()
 
+    def _failed(self, client: str, error: Exception) -> None:
+        """Counts and logs a request that could not be answered, of whatever protocol."""
+        self.errors[client] += 1
+        log.warning("a request of %s failed: %s: %s", client, type(error).__name__, error)
+
     # ---------------------------------------------------------------- requests
 
     def _reply(self, data: bytes | str, client: str) -> dict[str, Any]:
@@ -292,22 +360,27 @@ class PolicyServer:
         try:
             request = unpack(data)
             number = request.get("id") if isinstance(request, dict) else None
+            if not (number is None or isinstance(number, int)):
+                number = None
+                raise ValueError(f"'id' must be a whole number, got {type(request['id']).__name__}")
             reply = self._answer(request)
         except Exception as error:  # whatever a request does wrong must reach its sender and nobody else
-            self.errors[client] += 1
-            log.warning("a request of %s failed: %s: %s", client, type(error).__name__, error)
-            reply = {"type": "error", "error": type(error).__name__, "message": str(error)}
+            self._failed(client, error)
+            # Half a surrogate pair, out of a file name for instance, cannot be sent.
+            message = str(error).encode(errors="backslashreplace").decode()
+            reply = {"type": "error", "error": type(error).__name__, "message": message}
         return {**reply, "id": number}
 
     def _answer(self, request: Any) -> dict[str, Any]:
         kind = request.get("type") if isinstance(request, dict) else None
         if kind != "act":
             raise ValueError(f"unknown request type {kind!r}; valid: act")
-        if not isinstance(request.get("observation"), dict):
+        if request.get("observation") is None:
             raise ValueError("a request needs 'observation': a map from key to array")
+        for key, (form, what) in FIELDS.items():
+            if not isinstance(request.get(key), form | None):
+                raise ValueError(f"{key!r} must be {what}, got {type(request[key]).__name__}")
         instruction, unnormalize = request.get("instruction"), request.get("unnormalize") or self.unnormalize
-        if not isinstance(instruction, str | None):
-            raise ValueError(f"'instruction' must be a text or nothing, got {type(instruction).__name__}")
         if unnormalize is not None and unnormalize not in self.policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(self.metadata['statistics'])}")
         if request.get("resize", "stretch") != self.policy.batch_spec.resize:
@@ -315,10 +388,15 @@ class PolicyServer:
                 f"the policy reads pictures resized by {self.policy.batch_spec.resize!r} (batch_spec of the metadata), "
                 f"not {request.get('resize', 'stretch')!r}: use a newer client, or resize so and send 'resize'"
             )
-        seed, step = (_whole(request.get(key, 0), key) for key in ("seed", "step"))
-        self._check(request["observation"], request.get("allow_missing") or (), unnormalize or "")
+        seed = check_whole(request.get("seed", 0), "seed", 2**63 - 1)
+        step = check_whole(request.get("step", 0), "step", 2**32 - 1)
         start = time.monotonic()
-        observation = _one_row(request["observation"])
+        window = _window(request["observation"], self.policy.batch_spec.window_size)
+        allow_missing = request.get("allow_missing") or ()
+        if not all(isinstance(key, str) for key in allow_missing):
+            raise ValueError(f"'allow_missing' must be a list of observation keys, got {allow_missing!r:.80}")
+        self._check(window, allow_missing, unnormalize or "")
+        observation = _one_row(window)
         subtask = self._subtask(request, observation, instruction, unnormalize)
         task = self._tasks(instruction, request.get("goal"), subtask)
         continuing = self._continuing(request.get("continuing"), unnormalize)
@@ -425,6 +503,56 @@ def _chunks_of(policy: Any, unnormalize: str | None) -> dict[str, Any]:
     return {"horizon": horizon, "continues": continues}
 
 
+def _window(given: Mapping[Any, Any], length: int) -> dict[str, Any]:
+    """A request's observation with the policy's window W = `length` and types, {key: (W, ...)} and "pad_mask_dict".
+
+    A shorter window is filled up as that of an episode's beginning, by copies of its first frame that are masked: so
+    every request has the shapes that are compiled, and those of training.
+
+    Raises:
+      ValueError: what is no array of numbers, or has another length than timestep_pad_mask, or more than W frames.
+    """
+    masks = given.get("pad_mask_dict") or {}
+    if not isinstance(masks, dict):
+        raise ValueError(f"observation/pad_mask_dict must be a map from key to mask, got {type(masks).__name__}")
+    window = {key: _numbers(value, key) for key, value in given.items() if key != "pad_mask_dict"}
+    masks = {key: _numbers(value, key, "observation/pad_mask_dict") for key, value in masks.items()}
+    if "timestep_pad_mask" not in window:
+        raise ValueError(f"observation/timestep_pad_mask (W,) bool is missing; got {', '.join(sorted(window))}")
+    shape = np.shape(window["timestep_pad_mask"])
+    if len(shape) != 1 or not 1 <= shape[0] <= length:
+        raise ValueError(f"observation/timestep_pad_mask: expected (W,), W from 1 to {length}, got {shape}")
+    (frames,) = shape
+    window.setdefault("timestep", np.arange(frames))
+    for where, tree in (("observation", window), ("observation/pad_mask_dict", masks)):
+        for key, value in tree.items():
+            if np.shape(value)[:1] != shape:
+                raise ValueError(
+                    f"{where}/{key}: expected {frames} frames, as timestep_pad_mask has, got {value.shape}"
+                )
+            first = value[:1].repeat(length - frames, axis=0)
+            if key == "timestep_pad_mask":
+                first = np.zeros_like(first)
+            elif key == "timestep":
+                first = np.maximum(first - np.arange(length - frames, 0, -1), 0)
+            tree[key] = np.concatenate([first, value])
+    window["timestep"] = window["timestep"].astype(np.int32)
+    return {**window, "pad_mask_dict": masks}
+
+
+def _numbers(value: Any, key: Any, where: str = "observation") -> np.ndarray:
+    """An array as the policy reads it: floats of 32 bits, in the machine's own order of bytes."""
+    if not isinstance(key, str):
+        raise ValueError(f"{where}: keys are texts, got {key!r}")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"{where}/{key}: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{where}/{key}: expected an array of numbers, got {type(value).__name__}")
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
+
+
 def _one_row(tree: dict[str, Any]) -> dict[str, Any]:
     """Arrays (W, ...) as a batch of one."""
     return {key: _one_row(value) if isinstance(value, dict) else np.asarray(value)[None] for key, value in tree.items()}
@@ -461,11 +589,19 @@ def _knows_token(headers: Mapping[str, str], token: str) -> bool:
     return scheme in ("Bearer", "Api-Key") and hmac.compare_digest(given.strip().encode(), token.encode())
 
 
-def _whole(value: Any, key: str) -> int:
-    limit = 2**32 if key == "step" else 2**63
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
-        raise ValueError(f"{key!r} must be a whole number from 0 to {limit - 1}, got {value!r}")
+def check_whole(value: Any, key: str, highest: int = 2**63 - 1, lowest: int = 0) -> int:
+    """A whole number. Raises ValueError for anything else, and beyond the limits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise ValueError(f"{key!r} must be a whole number from {lowest} to {highest}, got {value!r}")
     return value
+
+
+def check_numbers(port: int, max_batch: int, max_connections: int, rng_seed: int) -> None:
+    """Raises ValueError for arguments of `PolicyServer` that are out of their range; quick, before a policy is read."""
+    check_whole(port, "port", 65535)
+    check_whole(max_batch, "max_batch", 4096, lowest=1)
+    check_whole(max_connections, "max_connections", 4096, lowest=1)
+    check_whole(rng_seed, "seed")
 
 
 def _import_websockets():

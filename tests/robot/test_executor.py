@@ -193,8 +193,8 @@ def test_what_robots_will_ask_for_is_compiled_before():
     server = PolicyServer(policy, unnormalize="line", port=0, max_batch=2, continue_by=("jacobian_free", "trained"))
     with server.running(warm=True):
         methods = [None if one is None else one.method for one in policy.continued]
-        assert methods == [None, "jacobian_free", "trained"] * 2  # batches of one and of two
-        assert [len(np.ravel(one.executed)) for one in policy.continued if one is not None] == [1, 1, 2, 2]
+        assert methods == [None] * 2 + ["jacobian_free"] * 2 + ["trained"] * 2  # batches of one and of two
+        assert [len(np.ravel(one.executed)) for one in policy.continued if one is not None] == [1, 2, 1, 2]
 
 
 def test_robots_without_jax_can_use_it():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -116,6 +117,19 @@ def test_an_error_is_a_text_after_which_the_connection_is_closed(server, change,
         wire.connection.recv(30)
     assert closed.value.rcvd.code == openpi.INTERNAL_ERROR
     assert Wire(server).infer(message(5))["actions"].shape == (3, 1)
+
+
+def test_an_error_is_logged_and_counted_for_its_client(server, caplog):
+    wrong = message(5)
+    del wrong["observation/image"]
+    Wire(server).infer(message(5))
+    for _ in range(2):
+        assert "lacks 'observation/image'" in Wire(server).infer(wrong)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("a request of 127.0.0.1 failed: ValueError: the observation lacks" in line for line in lines) == 2
+    metrics = server.metrics()
+    assert 'octo_like_requests_total{client="127.0.0.1"} 3' in metrics
+    assert 'octo_like_errors_total{client="127.0.0.1"} 2' in metrics
 
 
 def test_tables_of_keys(tmp_path):
@@ -279,6 +293,41 @@ def test_the_published_client_drives_the_world_to_its_end(server, layout, tmp_pa
             observation = {"image_primary": sent["observation/image"], "proprio": sent["observation/state"]}
             actions = client.act(observation, f"go {goal}")
             np.testing.assert_array_equal(np.load(tmp_path / f"{goal}.npy"), actions)
+
+
+@needs_client
+def test_the_published_client_may_be_started_before_its_server():
+    """With the rule of openpi's repository: try again while the connection is refused. A 503 would end it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = textwrap.dedent(
+        f"""
+        import time, numpy as np
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy
+        policy = None
+        while policy is None:
+            try:
+                policy = WebsocketClientPolicy("127.0.0.1", {port})
+            except ConnectionRefusedError:
+                print("refused", flush=True)
+                time.sleep(0.1)
+        sent = {{"observation/image": np.zeros((32, 32, 3), np.uint8), "observation/state": np.zeros(4, np.float32),
+                 "prompt": "go left"}}
+        print(policy.infer(sent)["actions"].shape)
+        """
+    )
+    client = subprocess.Popen([PYTHON, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert client.stdout.readline() == "refused\n"
+        policy = tiny_policy("line", 3, None)
+        server = OpenpiServer(policy, dataclasses.replace(LINE, state=()), unnormalize="line", port=port, max_batch=1)
+        with server.running(warm=True):
+            printed, said = client.communicate(timeout=120)
+            assert client.returncode == 0 and printed.split("\n")[-2] == "(4, 3)", said
+    finally:
+        client.kill()
+        client.communicate()
 
 
 @needs_client

@@ -120,6 +120,80 @@ def test_nonsense_is_answered_with_an_error(server, data, message):
         assert reply["type"] == "error" and message in reply["message"]
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(observation=[1]), "'observation' must be a map from key to array, got list"),
+        (dict(instruction=5), "'instruction' must be a text, got int"),
+        (dict(instruction=b"go"), "'instruction' must be a text, got bytes"),
+        (dict(unnormalize=["line"]), "'unnormalize' must be the name of a data set, got list"),
+        (dict(goal=np.zeros((4, 4, 3), np.uint8)), "'goal' must be a map from key to picture, got ndarray"),
+        (dict(allow_missing="proprio"), "'allow_missing' must be a list of observation keys, got str"),
+        (dict(allow_missing=[3]), "'allow_missing' must be a list of observation keys"),
+        (dict(continuing="yes"), "'continuing' must be a map"),
+        (dict(plan=1), "'plan' true or false"),
+        (dict(subtask=["reach"]), "'subtask' must be a text or nothing"),
+        (dict(seed="1"), "'seed' must be a whole number from 0 to"),
+        (dict(step=1.0), "'step' must be a whole number from 0 to"),
+        (dict(id=[1]), "'id' must be a whole number, got list"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(server, change, message):
+    with PolicyClient(port=server.port) as client:
+        client.observe(frame())
+        asked = {"type": "act", "id": 1, "observation": dict(client.window), "instruction": "go", **change}
+        client._connection.send(pack(asked))
+        reply = unpack(client._connection.recv(10))
+        assert reply["type"] == "error" and reply["error"] == "ValueError" and message in reply["message"], reply
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"proprio": "left"}, "observation/proprio: expected an array of numbers, got str"),
+        ({"proprio": None}, "observation/proprio: expected an array of numbers, got NoneType"),
+        ({"proprio": [[1.0], [1.0, 2.0]]}, "observation/proprio: "),
+        ({"proprio": {"x": 1}}, "observation/proprio: expected an array of numbers, got dict"),
+        ({"proprio": 3.0}, "observation/proprio: expected 2 frames"),
+        ({"pad_mask_dict": [True]}, "pad_mask_dict must be a map from key to mask, got list"),
+        ({"pad_mask_dict": {"proprio": "yes"}}, "observation/pad_mask_dict/proprio: expected an array of numbers"),
+        ({"pad_mask_dict": {"proprio": [True]}}, "observation/pad_mask_dict/proprio: expected 2 frames"),
+        ({"timestep_pad_mask": None}, "observation/timestep_pad_mask: expected an array of numbers"),
+        ({"timestep_pad_mask": [[True, True]]}, r"expected (W,), W from 1 to 2, got (1, 2)"),
+        ({"timestep_pad_mask": [True] * 3}, r"expected (W,), W from 1 to 2, got (3,)"),
+        ({"timestep": ["a", "b"]}, "observation/timestep: expected an array of numbers"),
+        ({5: [1.0, 2.0]}, "not a valid message: int is not allowed"),
+        ({"image_wrst": np.zeros((2, 4, 4, 3), np.uint8)}, "the policy reads no 'image_wrst'"),
+    ],
+)
+def test_a_wrong_observation_is_refused_by_its_key(server, change, message):
+    with PolicyClient(port=server.port) as client:
+        client.observe(frame())
+        asked = {"type": "act", "instruction": "go", "observation": {**client.window, **change}}
+        client._connection.send(pack({**asked, "id": 1}))
+        reply = unpack(client._connection.recv(10))
+        assert reply["type"] == "error" and reply["error"] == "ValueError" and message in reply["message"], reply
+        assert client.act(frame(), "go left").shape == (3, 1)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "go \udcff left"])
+def test_a_text_that_is_no_unicode_is_refused_where_it_is_sent(server, text):
+    with PolicyClient(port=server.port) as client:
+        with pytest.raises(ValueError, match="cannot send the text .*surrogates not allowed"):
+            client.act(frame(), text)
+        client.reset()
+        assert client.act(frame(), "go left").shape == (3, 1)
+        # By hand, as other languages may encode it.
+        raw = pack({"type": "act", "id": 1, "instruction": "XXX"}).replace(b"XXX", b"\xed\xa0\x80")
+        client._connection.send(raw)
+        assert "not a valid message: 'utf-8'" in unpack(client._connection.recv(10))["message"]
+
+
+def test_numbers_beyond_64_bits_are_refused_where_they_are_sent():
+    with pytest.raises(ValueError, match="beyond 64 bits"):
+        pack({"seed": 2**70})
+
+
 def test_unknown_statistics_are_refused_at_the_start():
     with pytest.raises(ValueError, match="unknown statistics 'bridge'; valid: line"):
         PolicyServer(LinePolicy(), unnormalize="bridge", port=0)
@@ -143,7 +217,7 @@ def test_the_units_of_a_policy_with_several_datasets_must_be_said():
 
 def test_warming_up_runs_the_policy_once_for_every_batch_size():
     policy = LinePolicy()
-    assert PolicyServer(policy, port=0).warm_up() >= 0
+    assert PolicyServer(policy, unnormalize="line", port=0).warm_up() >= 0
     assert [call["batch"] for call in policy.calls] == [1, 2, 4, 8]
 
 
@@ -163,6 +237,15 @@ def test_what_is_not_data_does_not_travel():
             pack({"x": bad})
     import msgpack
 
+    for wrong in (
+        [None, [1], b"\0" * 8],
+        ["<f4", 1, b"\0" * 4],
+        ["<f4", [1], "text"],
+        ["<f4", [2**62, 4], b""],
+        ["<f4"],
+    ):
+        with pytest.raises(ValueError):
+            unpack(msgpack.packb(msgpack.ExtType(0x4E, msgpack.packb(wrong))))
     short = msgpack.ExtType(0x4E, msgpack.packb(["<f4", [3], b"\0\0\0\0"]))
     with pytest.raises(ValueError, match="does not have 4 bytes"):
         unpack(msgpack.packb(short))

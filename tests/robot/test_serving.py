@@ -1,5 +1,6 @@
 """Many robots on one server: batches, HTTP, tokens, limits, clients that vanish, an orderly end."""
 
+import contextlib
 import logging
 import socket
 import threading
@@ -284,33 +285,75 @@ def test_too_many_clients_and_too_large_messages_are_refused():
             assert client.act(frame(), "go left").shape == (3, 1)
 
 
-def test_nobody_is_answered_before_the_policy_is_compiled():
-    policy = Gated()
-    server = PolicyServer(policy, unnormalize="line", port=0, max_batch=2)
-    entered = threading.Event()
+@contextlib.contextmanager
+def compiling(server):
+    """The server runs in a thread, with its port taken and its policy held; leaving, it is let and has to be ready."""
+    ready, over = threading.Event(), threading.Event()
 
     def serve():
         with server.running(warm=True):
-            entered.set()
+            ready.set()
             over.wait(60)
 
-    over = threading.Event()
     thread = threading.Thread(target=serve)
     thread.start()
     try:
         deadline = time.monotonic() + 60
         while server.port == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert http(server, "/healthz")[0] == 503
-        with pytest.raises(ConnectionError, match="compiling"):
-            PolicyClient(port=server.port)
-        for _ in range(10):
-            policy.let.release()
-        assert entered.wait(60) and policy.sizes == [1, 2]
-        assert http(server, "/healthz") == (200, "OK\n")
+        yield
+        for _ in range(100):
+            server.policy.let.release()
+        assert ready.wait(60)
     finally:
         over.set()
         thread.join(60)
+
+
+def test_the_port_refuses_connections_until_the_policy_is_compiled():
+    """As if nobody were there: clients that wait for a server, openpi's for one, wait for exactly that."""
+    server = PolicyServer(Gated(), unnormalize="line", port=0, max_batch=2)
+    with compiling(server):
+        for _ in range(2):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", server.port), timeout=10).close()
+        with pytest.raises(ConnectionRefusedError):
+            PolicyClient(port=server.port)
+        # Another server finds out that the port is taken, although nobody listens on it, before it compiles anything.
+        second = PolicyServer(LinePolicy(), unnormalize="line", port=server.port)
+        with pytest.raises(OSError), second.running(warm=True):
+            pass
+        assert not second.policy.calls
+    assert server.policy.sizes == [1, 2]
+
+
+def test_a_client_that_retries_while_it_is_refused_is_served():
+    """The rule of openpi's client: a refused connection is tried again, anything else ends it."""
+    server, found = PolicyServer(Gated(), unnormalize="line", port=0, max_batch=1), []
+
+    def wait_for_server():
+        tries = 0
+        while True:
+            try:
+                with PolicyClient(port=server.port, limits=False) as client:
+                    found.append((tries, client.act(frame(3), "go left")[0, 0], http(server, "/healthz")))
+                    return
+            except ConnectionRefusedError:
+                tries += 1
+                time.sleep(0.02)
+            except Exception as error:
+                found.append(error)
+                return
+
+    with compiling(server):
+        client = threading.Thread(target=wait_for_server)
+        client.start()
+        time.sleep(0.2)
+        assert not found
+        for _ in range(100):
+            server.policy.let.release()
+        client.join(60)
+        assert len(found) == 1 and found[0][0] > 0 and found[0][1:] == (3, (200, "OK\n"))
 
 
 def test_a_port_that_is_taken_is_an_error_before_anything_is_compiled():
@@ -322,6 +365,35 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_compiled():
             with PolicyServer(policy, port=taken.getsockname()[1]).running(warm=True):
                 pass
     assert not policy.calls
+
+
+def test_a_server_is_started_again_on_its_port():
+    """Connections that the server closed stay on the port for a minute."""
+    port = 0
+    for _ in range(3):
+        with PolicyServer(LinePolicy(), unnormalize="line", port=port).running() as server:
+            port, client = server.port, PolicyClient(port=server.port)
+            assert client.act(frame(), "go left").shape == (3, 1)
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(port=99999),
+        dict(port=-1),
+        dict(port="8000"),
+        dict(max_connections=0),
+        dict(max_batch=0),
+        dict(max_batch=2.5),
+        dict(rng_seed=-1),
+        dict(rng_seed=2**70),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused_at_the_start(wrong):
+    (key, value) = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=f"'{key.removeprefix('rng_')}' must be a whole number from .* got {value!r}"):
+        PolicyServer(LinePolicy(), **wrong)
 
 
 # ---------------------------------------------------------------- clients that vanish, and the end
