@@ -41,6 +41,20 @@ def main() -> int:
         help="speak openpi's protocol, for its clients; their keys are those of droid, libero, aloha, of a JSON file, "
         "or, without a value, of the robot's description",
     )
+    parser.add_argument(
+        "--episode_gap",
+        type=float,
+        metavar="SECONDS",
+        help="with --openpi: a request after so long a silence begins an episode; default: twice the time of a chunk, "
+        "at least 3; inf: never",
+    )
+    parser.add_argument(
+        "--episode_jump",
+        type=float,
+        default=3.0,
+        metavar="DEVIATIONS",
+        help="with --openpi: a state that is so far from the last begins an episode (docs/deployment.md); inf: never",
+    )
     parser.add_argument("--max_batch", type=int, default=8, help="robots whose requests are computed together")
     parser.add_argument("--max_connections", type=int, default=64)
     parser.add_argument(
@@ -53,18 +67,20 @@ def main() -> int:
     args = parser.parse_args()
 
     from octo_like.common.normalization import choose_units
-    from octo_like.robot.openpi import Keys, OpenpiServer
+    from octo_like.robot.openpi import Keys, OpenpiServer, check_episodes
     from octo_like.robot.server import PolicyServer, check_numbers
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         check_numbers(args.port, args.max_batch, args.max_connections, args.seed)
+        check_episodes(args.episode_gap, args.episode_jump)
         policy = octo_like.Policy.load_pretrained(args.checkpoint, modules=args.modules)
         kind, table = PolicyServer, {}
         if args.openpi is not None:
             kind, keys = OpenpiServer, Keys.load(args.openpi) if args.openpi else None
             dataset = choose_units(policy.statistics, args.unnormalize, args.normalized)
             table = {"keys": keys or Keys.of(policy.statistics, dataset)}
+            table |= {"episode_gap": args.episode_gap, "episode_jump": args.episode_jump}
         server = kind(
             policy,
             **table,

@@ -5,8 +5,9 @@ bars are recognised and cut off (`Bars`), then the picture is resized as the pol
 
 A client of openpi sends one frame at a time as a flat map (`observation/image`, `prompt`, ...), and gets a map with
 `actions`; the first thing on the wire is a map of metadata. There are no request numbers, no windows and no word for
-the beginning of an episode. `OpenpiServer` keeps the window of each connection, and takes a changed prompt or the key
-`reset` for a new episode. An error is a text frame, after which the connection is closed, as these clients expect it.
+the beginning of an episode. `OpenpiServer` keeps the window of each connection, and takes a changed prompt, the key
+`reset`, a long silence or a jump of the state for a new episode. An error is a text frame, after which the connection
+is closed, as these clients expect it.
 """
 
 import contextlib
@@ -22,12 +23,13 @@ import msgpack
 import numpy as np
 
 from octo_like.common.geometry import placement
+from octo_like.common.normalization import CONSTANT
 from octo_like.common.robot import Description, OpenpiKeys
 from octo_like.common.schema import BatchSpec
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
 from octo_like.robot.messages import MAX_MESSAGE_BYTES
-from octo_like.robot.server import PolicyServer
+from octo_like.robot.server import PolicyServer, check_whole
 
 _KINDS = "biuf"
 INTERNAL_ERROR = 1011
@@ -112,8 +114,8 @@ def unpack(data: bytes) -> Any:
     """Inverse of `pack`, also of what openpi's clients send. Raises ValueError for anything else."""
     try:
         return msgpack.unpackb(data, object_hook=_decode)
-    except (msgpack.UnpackException, msgpack.ExtraData, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"not a message of openpi: {error}") from error
+    except (msgpack.UnpackException, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise ValueError(f"not a message of openpi: {error!r}") from error
 
 
 def _encode(value: Any) -> Any:
@@ -146,14 +148,29 @@ class OpenpiServer(PolicyServer):
 
     Args:
       keys: of the robot. Cameras that the policy reads and the table does not name are masked.
+      episode_gap: seconds between an answer and the next request after which that begins an episode; inf: never. None:
+        twice as long as a whole chunk takes, at the control rate of the robot's description or 10 Hz, at least 3.
+      episode_jump: change of the state from one request to the next, in standard deviations of the dataset, beyond
+        which the later begins an episode; inf: never. The change is the root mean square over the dimensions that vary,
+        each of at most twice this many deviations (an angle that wraps around is no jump). A sixth of it is enough
+        where it ends ten times nearer to the episode's first state than it is long: the robot was put back.
 
     Raises:
       ValueError: as `PolicyServer`; the table names no camera of the policy, or lacks what else it reads; actions or a
         proprioception that are not those of the program that openpi publishes for a preset.
     """
 
-    def __init__(self, policy: Any, keys: Keys, **arguments: Any):
+    def __init__(
+        self,
+        policy: Any,
+        keys: Keys,
+        *,
+        episode_gap: float | None = None,
+        episode_jump: float = 3.0,
+        **arguments: Any,
+    ):
         super().__init__(policy, **arguments)
+        check_episodes(episode_gap, episode_jump)
         slots = set(policy.batch_spec.image_sizes)
         if not slots & set(keys.images.values()):
             raise ValueError(
@@ -174,6 +191,14 @@ class OpenpiServer(PolicyServer):
             "action_horizon": self.metadata["chunks"][self.unnormalize or ""]["horizon"],
             "action_dim": self._width("action", policy.batch_spec.action_dim),
         }
+        entry = policy.statistics[self.unnormalize] if self.unnormalize is not None else {}
+        seconds = self.hello["action_horizon"] / (entry.get("robot") or {"control_hz": 10.0})["control_hz"]
+        self.episode_gap = max(3.0, 2 * seconds) if episode_gap is None else episode_gap
+        self.episode_jump, self._deviations = episode_jump, None
+        if "proprio" in entry:
+            self._deviations = np.asarray(entry["proprio"]["std"], np.float64)
+        elif self.unnormalize is None and policy.batch_spec.proprio_dim is not None:
+            self._deviations = np.ones(policy.batch_spec.proprio_dim)  # the state is normalised
         for name, client in CLIENTS.items():
             if keys is PRESETS[name]:  # the same keys in a file are those of another client
                 self._check_fit(name, client)
@@ -235,23 +260,35 @@ class OpenpiServer(PolicyServer):
             self.requests[client] += 1
             with self._answering():
                 try:
-                    reply = pack(self._infer(unpack(data), episode))
+                    reply = pack(self._infer(unpack(data), episode, client))
                 except Exception as error:
                     self._failed(client, error)
                     connection.send(f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode())
                     connection.close(INTERNAL_ERROR, "the message before says why")
                     return
                 connection.send(reply)
+                episode.answered = time.monotonic()
 
-    def _infer(self, message: Any, episode: "_Episode") -> dict[str, Any]:
+    def _infer(self, message: Any, episode: "_Episode", client: str) -> dict[str, Any]:
         if not isinstance(message, dict):
             raise ValueError(f"expected a map of observations, got {type(message).__name__}")
         start = time.monotonic()
         flat = dict(_flat(message))
-        prompt = flat.get(self.keys.prompt, "")
-        if flat.get("reset") or prompt != episode.prompt:
-            episode.begin(prompt, int(flat.get("seed", 0)))
-        observation = {key: value for key, value in self._observation(flat).items() if key in self._expected}
+        prompt, reset = flat.get(self.keys.prompt, ""), flat.get("reset", False)
+        if not isinstance(prompt, str):
+            raise ValueError(f"{self.keys.prompt!r} must be a text, got {type(prompt).__name__}")
+        if not isinstance(reset, bool | np.bool_):
+            raise ValueError(f"'reset' must be true or false, got {type(reset).__name__}")
+        seed = flat.get("seed", 0)
+        seed = check_whole(seed.item() if isinstance(seed, np.generic) else seed, "seed")
+        found = self._observation(flat)
+        state = found.get("proprio")
+        because = "reset" if reset else self._begins(episode, prompt, state, start)
+        if because:
+            episode.begin(prompt, seed)
+            log.info("an episode of %s begins: %s", client, because)
+        episode.keep(state)
+        observation = {key: value for key, value in found.items() if key in self._expected}
         missing = [f"image_{slot}" for slot in self.policy.batch_spec.image_sizes]
         missing = [key for key in missing if key.removeprefix("image_") not in self.keys.images.values()]
         self._check(observation, missing, self.unnormalize or "")
@@ -277,6 +314,31 @@ class OpenpiServer(PolicyServer):
             cut[key] = episode.bars.setdefault(key, Bars(key)).cut(observation[key])
         return resize_images(cut, self._sizes, resize=self.policy.batch_spec.resize)
 
+    def _begins(self, episode: "_Episode", prompt: str, state: np.ndarray | None, now: float) -> str | None:
+        """Why a request begins an episode; None: it goes on."""
+        if episode.prompt is None:
+            return "the first request"
+        if prompt != episode.prompt:
+            return "another prompt"
+        if now - episode.answered > self.episode_gap:
+            return f"{now - episode.answered:.1f} s without a request (--episode_gap {self.episode_gap:g})"
+        if state is None or episode.state is None or episode.first is None or self._deviations is None:
+            return None
+        moved = self._distance(state, episode.state)
+        if moved > self.episode_jump:
+            return f"the state jumped by {moved:.1f} deviations (--episode_jump {self.episode_jump:g})"
+        if moved > self.episode_jump / 6 and self._distance(state, episode.first) < moved / 10:
+            return f"the state jumped back to where the episode began, by {moved:.1f} deviations"
+        return None
+
+    def _distance(self, one: np.ndarray, other: np.ndarray) -> float:
+        """Between two states, see `episode_jump`; 0 where they have not the widths of the statistics."""
+        if self._deviations is None or not one.shape == other.shape == self._deviations.shape:
+            return 0.0
+        varies = self._deviations > CONSTANT
+        each = np.abs(one - other)[varies] / self._deviations[varies]
+        return float(np.sqrt(np.mean(np.minimum(each, 2 * self.episode_jump) ** 2))) if varies.any() else 0.0
+
     def _observation(self, flat: Mapping[str, Any]) -> dict[str, Any]:
         """The policy's keys of one frame. Raises ValueError for a camera or a state that is missing."""
         slots = self.policy.batch_spec.image_sizes
@@ -285,23 +347,41 @@ class OpenpiServer(PolicyServer):
         if absent:
             raise ValueError(f"the observation lacks {absent[0]!r}; got {', '.join(sorted(flat))}")
         found = {f"image_{slot}": as_image(flat[key], key) for key, slot in wanted.items()}
+        for key in self.keys.state:
+            if np.asarray(flat[key]).dtype.kind not in _KINDS or np.ndim(flat[key]) > 1:
+                raise ValueError(f"{key}: expected numbers (n,), got {type(flat[key]).__name__} {np.shape(flat[key])}")
         parts = [np.atleast_1d(np.asarray(flat[key], np.float32)) for key in self.keys.state]
         return {**found, "proprio": np.concatenate(parts)} if parts else found
 
 
 @dataclasses.dataclass
 class _Episode:
-    """What a connection is in the midst of; `bars` by camera, which an episode's end does not change."""
+    """What a connection is in the midst of; `bars` by camera, which an episode's end does not change, and the states of the
+    episode's first and of the last request."""
 
     history: History
     bars: dict[str, "Bars"] = dataclasses.field(default_factory=dict)
     prompt: str | None = None
     seed: int = 0
     steps: int = 0
+    answered: float = 0.0
+    first: np.ndarray | None = None
+    state: np.ndarray | None = None
 
     def begin(self, prompt: str, seed: int) -> None:
         self.history.reset()
         self.prompt, self.seed, self.steps = prompt, seed, 0
+        self.first = self.state = None
+
+    def keep(self, state: np.ndarray | None) -> None:
+        self.first, self.state = state if self.first is None else self.first, state
+
+
+def check_episodes(gap: float | None, jump: float) -> None:
+    """Raises ValueError for an `episode_gap` or `episode_jump` of `OpenpiServer` that is not positive."""
+    for name, value in (("episode_gap", gap), ("episode_jump", jump)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive (inf: never), got {value}")
 
 
 # Of cameras: width to height. Where bars end in black parts of the picture, one of these says how wide they are.
@@ -415,7 +495,7 @@ def as_image(value: Any, key: str) -> np.ndarray:
     image = np.asarray(value)
     if image.ndim == 3 and image.shape[0] == 3 and image.shape[-1] != 3:
         image = np.moveaxis(image, 0, -1)
-    if image.ndim != 3 or image.shape[-1] != 3:
+    if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
         raise ValueError(f"{key}: expected a picture (h, w, 3) or (3, h, w), got {image.shape}")
     if image.dtype.kind == "f":
         if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):

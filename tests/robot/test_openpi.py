@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +73,111 @@ def test_frames_become_windows_of_a_connection(server):
     for new_episode in (message(8, "go right"), message(8, "go right", reset=True)):
         first.infer(new_episode)
         assert server.policy.calls[-1]["observations"]["timestep_pad_mask"].tolist() == [[False, True]]
+
+
+def line_policy(deviation: float | None) -> LinePolicy:
+    """`deviation`: of the state in the data; None: the policy reads no state."""
+    policy = LinePolicy()
+    if deviation is None:
+        del policy.statistics["line"]["proprio"]
+    else:
+        policy.statistics["line"]["proprio"]["std"] = np.array([deviation])
+    return policy
+
+
+def begun(server) -> bool:
+    """Whether the last request began an episode."""
+    return server.policy.calls[-1]["observations"]["timestep_pad_mask"].tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize(
+    "deviation, gap, states, first",
+    [
+        (1.0, np.inf, (5, 6, 7, 8), 12),  # four deviations at once
+        (4.0, np.inf, (5, 8, 11), 5.1),  # one and a half, back to where the episode began
+        (4.0, 0.3, (5, 6, 7), 7),  # nothing but a silence
+        (None, 0.3, (5, 6, 7), 5),
+    ],
+)
+def test_a_jump_of_the_state_or_a_silence_begins_an_episode(deviation, gap, states, first, caplog):
+    """Its first answer, which depends on window, noise and step, is that of a fresh connection."""
+    caplog.set_level("INFO")
+    server = OpenpiServer(line_policy(deviation), LINE, unnormalize="line", port=0, episode_gap=gap)
+    with server.running():
+        wire = Wire(server)
+        for number, x in enumerate(states):
+            wire.infer(message(x))
+            assert begun(server) == (number == 0)
+        time.sleep(0.5 if gap < 1 else 0)
+        actions = wire.infer(message(first))["actions"]
+        assert begun(server)
+        np.testing.assert_array_equal(actions, Wire(server).infer(message(first))["actions"])
+        why = "without a request" if gap < 1 else "jumped"
+        assert sum(why in record.getMessage() for record in caplog.records) == 1
+        again = wire.infer(message(first))["actions"]
+        assert not begun(server) and not np.array_equal(again, actions)
+
+
+@pytest.mark.parametrize(
+    "deviation, arguments, states",
+    [
+        (1.0, {}, (5, 7.5, 6, 8, 5.5)),  # fast, to and fro
+        (1.0, {"episode_jump": np.inf}, (1, 14, 1)),
+        (1.0, {"episode_jump": 20.0}, (1, 14)),
+        (0.0, {}, (1, 14, 1)),  # a dimension that never varies in the data
+        (None, {}, (1, 14, 1)),  # nothing is known of the state
+    ],
+)
+def test_motion_begins_no_episode(deviation, arguments, states):
+    with OpenpiServer(line_policy(deviation), LINE, unnormalize="line", port=0, **arguments).running() as server:
+        wire = Wire(server)
+        for number, x in enumerate(states):
+            wire.infer(message(x))
+            assert begun(server) == (number == 0)
+
+
+def test_an_angle_that_wraps_around_and_a_gripper_that_closes_are_no_jump():
+    policy = tiny_policy("arm", 3, 8)
+    server = OpenpiServer(policy, LINE, unnormalize="arm", port=0)
+    rng, episode = np.random.default_rng(0), openpi._Episode(None, prompt="go", answered=5.0)
+    deviations = policy.statistics["arm"]["proprio"]["std"]
+    state = deviations * rng.normal(size=8)
+    episode.keep(state - deviations)
+    episode.keep(state)
+    for change in ({3: 18.0}, {7: 5.0}, {3: -18.0, 7: 5.0}, dict.fromkeys(range(8), 2.5)):
+        other = state.copy()
+        for d, amount in change.items():
+            other[d] += amount * deviations[d]
+        assert server._begins(episode, "go", other, 6.0) is None
+    assert "jumped by 4.0" in server._begins(episode, "go", state + 4 * deviations, 6.0)
+    assert "jumped back" in server._begins(episode, "go", state - 1.05 * deviations, 6.0)
+    assert "7.0 s without" in server._begins(episode, "go", state, 12.0)
+    assert server._begins(episode, "stop", state, 6.0) == "another prompt"
+
+
+def test_the_silence_that_begins_an_episode_is_longer_than_a_chunk_takes():
+    policy = LinePolicy(horizon=50)
+    assert OpenpiServer(policy, LINE, port=0).episode_gap == 10.0  # at 10 Hz
+    assert OpenpiServer(LinePolicy(), LINE, port=0).episode_gap == 3.0
+    for wrong in (dict(episode_gap=0.0), dict(episode_jump=-1.0), dict(episode_jump=np.nan)):
+        with pytest.raises(ValueError, match="must be positive"):
+            OpenpiServer(policy, LINE, port=0, **wrong)
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"prompt": 5}, "'prompt' must be a text, got int"),
+        ({"reset": np.zeros(2)}, "'reset' must be true or false, got ndarray"),
+        ({"seed": "x"}, "'seed' must be a whole number"),
+        ({"observation/state": "left"}, "observation/state: expected numbers"),
+        ({"observation/state": np.zeros((2, 2), np.float32)}, "observation/state: expected numbers"),
+        ({"observation/image": np.zeros((0, 0, 3), np.uint8)}, "observation/image: expected a picture"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(server, change, error):
+    assert error in Wire(server).infer({**message(5), **change})
+    assert Wire(server).infer(message(5))["actions"].shape == (3, 1)
 
 
 def test_the_actions_are_those_of_our_own_client(server):

@@ -200,6 +200,26 @@ def test_after_ready_nothing_compiles_for_openpi(policy, compilations):
     assert not compilations, compilations[:5]
 
 
+@pytest.mark.parametrize("dataset", ["relative", "blind"])
+def test_the_next_episode_of_an_openpi_connection_is_answered_as_on_a_fresh_one(policy, dataset):
+    """A real network that draws from noise, or does not: bitwise, with and without proprioception."""
+    keys = KEYS if "proprio" in policy.statistics[dataset] else Keys(KEYS.images, ())
+    gap = np.inf if keys.state else 0.2
+
+    def sent(value):
+        picture = np.full((16, 16, 3), value, np.uint8)
+        return {"observation/image": picture, "observation/state": np.full(4, value / 50), "prompt": "go"}
+
+    server = OpenpiServer(policy, keys, unnormalize=dataset, port=0, max_batch=1, episode_gap=gap, episode_jump=2.0)
+    with server.running():
+        fresh, wire = Wire(server).infer(sent(200))["actions"], Wire(server)
+        for value in (20, 30, 40):
+            before = wire.infer(sent(value))["actions"]
+        time.sleep(0 if keys.state else 0.4)
+        np.testing.assert_array_equal(wire.infer(sent(200))["actions"], fresh)
+        assert not np.array_equal(before, fresh)
+
+
 def test_a_window_without_a_history_is_that_of_an_episodes_beginning(policy):
     rng = np.random.default_rng(1)
     with PolicyServer(policy, unnormalize="plain", port=0, max_batch=1).running() as server:
