@@ -356,8 +356,8 @@ class OpenpiServer(PolicyServer):
 
 @dataclasses.dataclass
 class _Episode:
-    """What a connection is in the midst of; `bars` by camera, which an episode's end does not change, and the states of the
-    episode's first and of the last request."""
+    """What a connection is in the midst of; `bars` by camera, which an episode's end does not change, and the states of
+    the episode's first and of the last request."""
 
     history: History
     bars: dict[str, "Bars"] = dataclasses.field(default_factory=dict)
