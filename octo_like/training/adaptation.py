@@ -181,6 +181,8 @@ def with_inputs(
                 f"--config.image_sizes.{unknown[0]}=128,128"
             )
         tree["image_sizes"] = {slot: tuple(known[slot]) for slot in slots}
+    if pretrained and tree.get("resize") not in (None, pretrained.resize):
+        log.warning("resize=%r: the pretrained policy has seen pictures by %r", tree["resize"], pretrained.resize)
     tree["resize"] = tree.get("resize") or (pretrained.resize if pretrained else "stretch")
     if tree["proprio_dim"] is None and tree["data"]["kind"] == "rlds":
         for name, fields in tree["data"]["datasets"].items():

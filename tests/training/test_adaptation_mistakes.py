@@ -7,6 +7,8 @@ import pytest
 
 import finetune
 from octo_like.common.config import ConfigError
+from octo_like.common.defaults import adaptation_config
+from octo_like.common.schema import BatchSpec
 from octo_like.training import adaptation
 from tests.data.conftest import build, make_episodes
 from tests.training.test_adaptation import SYNTHETIC, export, prepared  # noqa: F401  fixtures
@@ -100,3 +102,16 @@ def test_wrong_paths(export, prepared, tmp_path):
     with pytest.raises(ConfigError, match="mode 'lora'.*config.pretrained"):
         prepared(*SYNTHETIC, "--config.mode=lora", "--config.num_steps=2")
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_an_adaptation_places_pictures_as_the_pretrained_policy_does(caplog):
+    spec = BatchSpec(1, 4, 3, {"primary": (32, 40)}, resize="letterbox")
+    model = {"observation_tokenizers": {"primary": {"kind": "image", "obs_keys": ["image_primary"]}}}
+    config = adaptation_config()
+    config.data.kind = "synthetic"
+    assert adaptation.with_inputs(config, model, (), spec).resize == "letterbox" and not caplog.records
+    config.image_sizes = {"primary": (32, 40)}
+    assert adaptation.with_inputs(config, model, (), None).resize == "stretch"
+    config.resize = "crop"
+    assert adaptation.with_inputs(config, model, (), spec).resize == "crop"
+    assert "the pretrained policy has seen pictures by 'letterbox'" in caplog.text
