@@ -255,8 +255,12 @@ def check_policy(
         stats = normalization.compute_statistics(np.concatenate([one.true[:, 0] for one in replays]))
     horizon, width = replays[0].predicted.shape[1:]
     exec_horizon = max(1, horizon // 2) if exec_horizon is None else exec_horizon
-    if not 1 <= exec_horizon <= horizon:
-        raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon}")
+    if (
+        isinstance(exec_horizon, bool)
+        or not isinstance(exec_horizon, int | np.integer)
+        or not 1 <= exec_horizon <= horizon
+    ):
+        raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon!r}")
     if description is not None and len(description.actions) != width:
         raise ValueError(
             f"the description has {len(description.actions)} action dimensions, the policy's dataset {width}"

@@ -57,8 +57,9 @@ class Plan:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; valid: {', '.join(MODES)}")
         for name in ("exec_horizon", "delay_window", "ensemble_size", "factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be at least 1, a whole number, got {value!r}")
         if self.initial_delay < 0:
             raise ValueError(f"initial_delay must be at least 0, got {self.initial_delay}")
         if self.mode == "trained" and not self.max_delay:

@@ -96,8 +96,12 @@ def _executed(policy: PolicyLike, unnormalize: str | None, exec_horizon: int | N
     if hasattr(policy, "chunk_horizon"):
         horizon = policy.chunk_horizon(unnormalize)
     exec_horizon = horizon if exec_horizon is None else exec_horizon
-    if not 1 <= exec_horizon <= horizon:
-        raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon}")
+    if (
+        isinstance(exec_horizon, bool)
+        or not isinstance(exec_horizon, int | np.integer)
+        or not 1 <= exec_horizon <= horizon
+    ):
+        raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {exec_horizon!r}")
     return exec_horizon
 
 

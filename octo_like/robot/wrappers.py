@@ -58,8 +58,8 @@ class ActionChunkWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """
 
     def __init__(self, env: gym.Env, exec_horizon: int):
-        if exec_horizon < 1:
-            raise ValueError(f"exec_horizon must be at least 1, got {exec_horizon}")
+        if isinstance(exec_horizon, bool) or not isinstance(exec_horizon, int | np.integer) or exec_horizon < 1:
+            raise ValueError(f"exec_horizon must be at least 1, a whole number, got {exec_horizon!r}")
         _refuse(env, (ActionChunkWrapper, TemporalEnsembleWrapper), "one of them takes chunks already")
         gym.utils.RecordConstructorArgs.__init__(self, exec_horizon=exec_horizon)
         gym.Wrapper.__init__(self, env)

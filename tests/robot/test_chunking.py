@@ -107,6 +107,8 @@ def test_plans_say_what_is_wrong():
     for message, arguments in {
         "unknown mode 'fast'; valid: wait, naive": dict(mode="fast"),
         "exec_horizon must be at least 1": dict(exec_horizon=0),
+        "exec_horizon must be at least 1, a whole number, got 2.5": dict(exec_horizon=2.5),
+        "delay_window must be at least 1, a whole number, got True": dict(delay_window=True),
         "'trained' needs max_delay": dict(mode="trained"),
         "kinds of the action dimensions": dict(factor=2),
     }.items():

@@ -204,6 +204,7 @@ def test_keys_depend_on_all_their_parts_and_on_nothing_else():
     [
         ({"blind": "deaf"}, "valid: vision, language"),
         ({"exec_horizon": 4}, r"in 1\.\.3"),
+        ({"exec_horizon": 2.5}, r"in 1\.\.3 .* got 2\.5"),
         ({"options": [{}]}, "2 seeds, 1 options"),
         ({"batch_size": 0}, "at least one slot"),
         ({"unnormalize": "bridge"}, "valid: line"),
