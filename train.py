@@ -14,6 +14,7 @@ import logging
 from typing import Any
 
 from octo_like.common.config import parse_command_line, to_dict
+from octo_like.model.octo import check_acting
 from octo_like.training.arguments import add_arguments
 
 
@@ -54,6 +55,7 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
 
     # -------------------------------------------------------------------------------------------------------- model
     network = network_from_config(config)
+    check_acting(network.model, network.spec)
 
     # --------------------------------------------------------------------------------------------------------- data
     with attempt.phase("data"):

@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.geometry import check_resize
+from octo_like.common.words import whole_number
 
 Tree = dict[str, Any]
 
@@ -116,8 +117,7 @@ class BatchSpec:
         for name, shape in self.extra_observations.items():
             _check_sensor(name, shape)
         for name in ("window_size", "action_horizon", "action_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            whole_number(getattr(self, name), name)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "BatchSpec":

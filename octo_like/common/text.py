@@ -19,6 +19,14 @@ BUILTIN_MODELS = {"builtin": BUILTIN, "words": ASSETS["words"]}
 MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json"
 
 
+def check_text(text: str) -> None:
+    """Raises ValueError for a text with halves of surrogate pairs, which are no characters and have no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text {text[:60]!r} has no UTF-8: {error.reason} at character {error.start}") from error
+
+
 def model_file(model: str) -> str:
     """The sentencepiece file that a name stands for: "builtin", "words", a `.model` file or a directory written by
     `TextTokenizer.save`.
@@ -102,6 +110,8 @@ class TextTokenizer:
         """
         if isinstance(texts, (str, bytes)):
             raise TypeError("encode takes a list of texts; wrap a single one as [text]")
+        for text in texts:
+            check_text(text)
         ids = np.full((len(texts), self.max_length), PAD, np.int32)
         mask = np.zeros_like(ids)
         for row, pieces in enumerate(self._processor.encode(list(texts))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,3 +21,25 @@ def suggest(word: Any, valid: Iterable[Any]) -> str:
     similar = nearest(word, words)
     listed = ", ".join(words[:LISTED]) + (f" and {len(words) - LISTED} more" if len(words) > LISTED else "")
     return (f"did you mean {similar[0]!r}? " if similar else "") + f"valid: {listed or '(none)'}"
+
+
+def check_words(given: Iterable[Any], valid: Iterable[Any], where: str, also: Iterable[Any] = ()) -> None:
+    """Raises ValueError, with the nearest valid one, for a key of `given` that is neither `valid` nor in `also`."""
+    valid, also = list(valid), set(also)
+    for key in given:
+        if key not in valid and key not in also:
+            raise ValueError(f"{where}: the policy reads no {key!r}; {suggest(key, valid)}")
+
+
+def whole_number(value: Any, what: str, at_least: int = 1, at_most: int | None = None) -> int:
+    """`value` as an int. Raises ValueError for what is no whole number, or is out of range."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} must be a whole number, got {value!r:.60}") from None
+    if number < at_least or (at_most is not None and number > at_most):
+        valid = f"at least {at_least}" if at_most is None else f"in {at_least}..{at_most}"
+        raise ValueError(f"{what} must be {valid}, got {number}")
+    return number

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from octo_like.model.attention import BlockMask, GroupLayout, StaticRule, block_mask
 from octo_like.model.parts import check_tokens
-from octo_like.model.tokens import TokenGroup, masked_mean, valid_mask
+from octo_like.model.tokens import TokenGroup, masked_mean, present, valid_mask
 from octo_like.model.transformer import Transformer
 
 
@@ -83,13 +83,13 @@ class BlockTransformer(nn.Module):
         groups, start = {}, 0
         for name, group in task.items() if only_last is None else ():
             size = group.tokens.shape[-2]
-            groups[name] = TokenGroup(out[:, start : start + size], group.mask)
+            groups[name] = present(TokenGroup(out[:, start : start + size], group.mask), compat=self.compat)
             start += size
         out = out[:, start:].reshape(b, window if only_last is None else 1, -1, dim)
         start = 0
         for name in asked:
             mask = steps[name].mask if only_last is None else steps[name].mask[:, -1:]
-            groups[name] = TokenGroup(out[:, :, start : start + sizes[name]], mask)
+            groups[name] = present(TokenGroup(out[:, :, start : start + sizes[name]], mask), compat=self.compat)
             start += sizes[name]
         return groups
 
@@ -161,6 +161,7 @@ class OctoTransformer(nn.Module):
             group = tokenizer(observation, task)
             if group is not None:
                 check_tokens(group, tokenizer, f"task tokenizer {name!r}", (b,))
+                group = present(group, compat=self.compat)
                 pos = self._position(f"task_{name}_pos_embedding", (1, *group.tokens.shape[1:2], self.token_dim))
                 task_groups[f"task_{name}"] = TokenGroup(self._project(f"task_{name}", group.tokens) + pos, group.mask)
         summaries = {name: masked_mean(group) for name, group in task_groups.items()}
@@ -172,10 +173,11 @@ class OctoTransformer(nn.Module):
             group = tokenizer(observation, task, summaries)
             if group is not None:
                 check_tokens(group, tokenizer, f"observation tokenizer {name!r}", (b, window))
+                group = present(TokenGroup(group.tokens, group.mask & step_mask[..., None]), compat=self.compat)
                 size = group.tokens.shape[-2]
                 pos = self._position(f"obs_{name}_pos_embedding", (1, self.max_window, size, self.token_dim))
                 tokens = self._project(f"obs_{name}", group.tokens) + pos[:, :window]
-                steps[f"obs_{name}"] = TokenGroup(tokens, group.mask & step_mask[..., None])
+                steps[f"obs_{name}"] = TokenGroup(tokens, group.mask)
         if not steps:
             keys = sorted(key for key in observation if key != "pad_mask_dict")
             raise ValueError(f"no observation tokenizer found its input among the observation's keys {keys}")
@@ -215,21 +217,47 @@ class OctoTransformer(nn.Module):
         return self.param(name, nn.initializers.normal(self.position_scale), shape).astype(self.dtype)
 
 
-def without_padding(observation: Mapping, task: Mapping) -> tuple[dict, dict]:
-    """(observation, task) with zeros where the batch says that nothing is: padded timesteps, missing sensors, a missing
-    instruction. What stands there is never attended to, but zero times NaN is NaN in a gradient."""
+def without_padding(observation: Mapping, task: Mapping, *, compat: bool = False) -> tuple[dict, dict]:
+    """(observation, task) with zeros where the batch says that nothing is, whatever stands there.
+
+    That is in padded timesteps, missing sensors, cameras and goals, padded dimensions of a sensor, padding words and
+    missing texts. No valid token reads it here, but zero times NaN is NaN, and a part of a user's own may read it.
+
+    Args:
+      compat: a missing text becomes the empty text (</s> alone), which the releases read where their masks do not hide
+        it. Otherwise it has no word at all.
+    """
     step_mask = jnp.asarray(observation["timestep_pad_mask"], bool)
 
     def kept(value, valid):
-        return jnp.where(valid.reshape(*valid.shape, *[1] * (value.ndim - valid.ndim)), value, 0)
+        value = jnp.asarray(value)
+        return jnp.where(
+            valid.reshape(*valid.shape, *[1] * (value.ndim - valid.ndim)), value, jnp.zeros((), value.dtype)
+        )
 
     observation, task = dict(observation), dict(task)
     for key, value in observation.items():
-        # Images are bytes: there is no NaN among them.
-        if not isinstance(value, Mapping) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            observation[key] = kept(value, step_mask & valid_mask(observation, key, step_mask.shape))
-    for key in ("language_instruction", "subtask"):
-        if key in task:
-            said = valid_mask(task, key, step_mask.shape[:1])
-            task[key] = jax.tree.map(lambda leaf, said=said: kept(jnp.asarray(leaf), said), task[key])
+        if isinstance(value, Mapping) or key.endswith("pad_mask") or jnp.ndim(value) < 3:
+            continue
+        value = kept(value, step_mask & valid_mask(observation, key, step_mask.shape))
+        if (dims := observation.get(f"{key}_pad_mask")) is not None:
+            value = kept(value, jnp.asarray(dims, bool))
+        observation[key] = value
+    rows = step_mask.shape[:1]
+    for key, value in task.items():
+        valid = valid_mask(task, key, rows)
+        if isinstance(value, Mapping) and "input_ids" in value:
+            task[key] = _text_without_padding(value, valid, kept, compat)
+        elif not isinstance(value, Mapping) and jnp.ndim(value) > 1:
+            task[key] = kept(value, valid)
     return observation, task
+
+
+def _text_without_padding(text: Mapping, said: jax.Array, kept, compat: bool) -> dict:
+    """A text of the task {"input_ids", "attention_mask", "encoded"?} without its padding; see `without_padding`."""
+    text = {key: jax.tree.map(lambda leaf: kept(leaf, said), value) for key, value in text.items()}
+    text["input_ids"] = kept(text["input_ids"], text["attention_mask"] > 0)
+    if compat:
+        for key in ("input_ids", "attention_mask"):
+            text[key] = text[key].at[:, 0].set(jnp.where(said, text[key][:, 0], 1))
+    return text

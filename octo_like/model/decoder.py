@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octo_like.model.tokens import TokenGroup
+from octo_like.model.tokens import TokenGroup, present
 from octo_like.model.transformer import LN_EPSILON, Mlp, fold_in_all
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values (N, L, h, D / h) of what has been said
@@ -278,7 +278,8 @@ class TokenDecoder(nn.Module):
 
     def _read(self, read: TokenGroup) -> Sequence[Cache]:
         """Keys and values of the tokens that are read, for every block: they do not change while ids are said."""
-        return [block.reading.keys_values(read.tokens.astype(self.dtype)) for block in self.blocks]
+        tokens = present(read).tokens.astype(self.dtype)
+        return [block.reading.keys_values(tokens) for block in self.blocks]
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:

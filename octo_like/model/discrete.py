@@ -152,11 +152,10 @@ class DiscreteHead(ActionHead):
     ) -> jax.Array:
         """(*sample_shape, B, H, A): samples classes at `temperature`; 0 takes the most likely one."""
         logits = self.logits(groups, last_only=True)[:, -1]
+        numbers = jnp.isfinite(logits).all(-1)  # argmax finds a bin in NaN too
         if self.temperature == 0:
-            action = self.from_bins(jnp.argmax(logits, axis=-1))
+            action = jnp.where(numbers, self.from_bins(jnp.argmax(logits, axis=-1)), jnp.nan)
             return jnp.broadcast_to(action, (*sample_shape, *action.shape))
-        gumbel = jnp.moveaxis(
-            self.draw(jax.random.gumbel, keys_b, sample_shape, (self.num_bins,)), 0, len(sample_shape)
-        )
-        gumbel = gumbel.reshape(*sample_shape, *logits.shape)
-        return self.from_bins(jnp.argmax(logits / self.temperature + gumbel, axis=-1))
+        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (*sample_shape, *logits.shape[1:])))(keys_b)
+        gumbel = jnp.moveaxis(gumbel, 0, len(sample_shape))
+        return jnp.where(numbers, self.from_bins(jnp.argmax(logits / self.temperature + gumbel, axis=-1)), jnp.nan)

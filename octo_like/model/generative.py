@@ -64,7 +64,6 @@ class GenerativeHead(ActionHead):
             self.use_layer_norm,
             self.dropout_rate,
             self.max_delay > 0,
-            self.sizes,
             self.dtype,
         )
 
@@ -125,7 +124,7 @@ class GenerativeHead(ActionHead):
         _, w, flat = shape
         n = self.num_samples
         time = jax.vmap(lambda key: draw_time(key, (n, w, 1)))(fold_in_all(keys_b, 0))
-        noise = jax.vmap(lambda key: jax.random.normal(key, (n, w, flat)))(fold_in_all(keys_b, 1))
+        noise = _row_normal(fold_in_all(keys_b, 1), (n, w, flat))
         return jnp.moveaxis(time, 1, 0), jnp.moveaxis(noise, 1, 0)
 
     def _terms(self, pred, target, mask) -> dict[str, jax.Array]:
@@ -142,7 +141,7 @@ class GenerativeHead(ActionHead):
         b, flat = embedding.shape[0], self.action_horizon * self.action_dim
         drawn = None
         if num_draws:
-            drawn = jnp.moveaxis(self.draw(jax.random.normal, keys_b, (num_draws, *sample_shape)), 0, -2)
+            drawn = jnp.moveaxis(_row_normal(keys_b, (num_draws, *sample_shape, flat)), 0, -2)
         if valid is not None:
             valid = jnp.broadcast_to(jnp.asarray(valid, bool)[..., None, :], (b, self.action_horizon, self.action_dim))
             valid = valid.reshape(b, flat)
@@ -184,6 +183,10 @@ class DiffusionHead(GenerativeHead):
             raise ValueError(f"unknown sampler {self.sampler!r}; valid: 'ddpm', 'ddim'")
         if self.sampler == "ddpm" and (self.sample_steps not in (None, self.num_steps) or self.eta):
             raise ValueError("sample_steps and eta belong to sampler='ddim'; 'ddpm' takes every step of the schedule")
+        if self.clip not in ("sample", "x0"):
+            raise ValueError(f"unknown clip {self.clip!r}; valid: 'sample', 'x0'")
+        if self.sample_steps is not None and not 1 <= self.sample_steps <= self.num_steps:
+            raise ValueError(f"sample_steps must be in 1..num_steps={self.num_steps}, got {self.sample_steps}")
         if not 0 <= self.min_signal < 1:
             raise ValueError(f"min_signal is a square root of alpha_hat, at least 0 and below 1, got {self.min_signal}")
         self.diffusion_model = self._network()
@@ -355,3 +358,8 @@ def _put_in(x: jax.Array, given: tuple[Pull, jax.Array] | None) -> tuple[jax.Arr
         return x, None
     pull, marks = given
     return pull.fix(x), marks
+
+
+def _row_normal(keys_b: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal (B, *shape), one key per row."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_b)

@@ -4,17 +4,15 @@ Shapes: embedding (B, W, D); actions (B, W, H, A); sampled actions (*sample_shap
 Here is what all heads share, and regression; `generative.py` has diffusion and flow matching, `discrete.py` tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from octo_like.common.parts import PartError, name_of
-from octo_like.model.resized import Size, entries
-from octo_like.model.tokens import TokenGroup
+from octo_like.model.tokens import TokenGroup, masked_mean
 from octo_like.model.transformer import MapPooling
 
 
@@ -41,7 +39,8 @@ def head_batch(batch: Mapping, name: str, head: "ActionHead") -> tuple[jax.Array
     mask = action_mask(batch, name, *want)
     action = batch["action"][:, :, : want[0], : want[1]]
     # Generative heads read (noisy) actions: what is masked must not stand in them. The releases were trained with it.
-    return action if head.compat else jnp.where(mask, action, 0.0), mask
+    kept = mask | jnp.isfinite(action) if head.compat else mask
+    return jnp.where(kept, action, 0.0), mask
 
 
 def check_datasets(heads: Mapping[str, "ActionHead"], statistics: Mapping[str, Mapping]) -> list[str]:
@@ -77,8 +76,6 @@ class ActionHead(nn.Module):
       use_map: pool the group by attention; otherwise by its mean.
       action_horizon, action_dim: H and A.
       max_action: bound on the magnitude of normalised actions.
-      resized_from: sizes (action_horizon, action_dim) that the head had before, the oldest first; surgery sets it. What
-        the head does for entries that it has had before stays bitwise the same, see `octo_like.model.resized`.
     """
 
     readout: str
@@ -86,7 +83,6 @@ class ActionHead(nn.Module):
     action_horizon: int = 1
     action_dim: int = 7
     max_action: float = 5.0
-    resized_from: tuple[Size, ...] = ()
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -98,22 +94,6 @@ class ActionHead(nn.Module):
     def setup(self) -> None:
         if self.use_map:
             self.map_head = MapPooling(self.num_probes, self.compat, self.dtype)
-
-    @property
-    def sizes(self) -> tuple[Size, ...]:
-        """Sizes (H, A) that the head has had, the last is the present one."""
-        return (*((h, a) for h, a in self.resized_from), (self.action_horizon, self.action_dim))
-
-    def draw(
-        self, sampler: Callable, keys_b: jax.Array, lead: tuple[int, ...], last: tuple[int, ...] = ()
-    ) -> jax.Array:
-        """(B, *lead, H * A, *last) numbers of `sampler(key, shape)` to act with; a row's depend on its own key only."""
-        if (groups := entries(self.sizes)) is not None:
-            return groups.draw(sampler, keys_b, lead, last)
-        # Taken as groups are: what computes with the numbers is compiled apart from them and leaves their bits alone.
-        count = self.action_horizon * self.action_dim
-        drawn = jax.vmap(lambda key: sampler(key, (*lead, count, *last)))(keys_b)
-        return jnp.take(drawn, np.arange(count), axis=1 + len(lead))
 
     @property
     def needed_group(self) -> str | None:
@@ -133,7 +113,7 @@ class ActionHead(nn.Module):
             if tokens.shape[-2] != self.num_probes:
                 raise ValueError(f"head needs {self.num_probes} tokens, {self.readout!r} has {tokens.shape[-2]}")
             return tokens
-        return tokens.mean(axis=-2)
+        return tokens.mean(axis=-2) if self.compat else masked_mean(TokenGroup(tokens, mask))
 
     @property
     def draws_mask(self) -> bool:
@@ -185,9 +165,7 @@ class RegressionHead(ActionHead):
         super().setup()
         if self.loss not in ("mse", "l1"):
             raise ValueError(f"unknown loss {self.loss!r}; valid: 'mse', 'l1'")
-        groups = entries(self.sizes)
-        dot = None if groups is None else groups.product_out
-        self.mean_proj = nn.Dense(self.action_horizon * self.action_dim, dtype=self.dtype, dot_general=dot)
+        self.mean_proj = nn.Dense(self.action_horizon * self.action_dim, dtype=self.dtype)
 
     def predict(self, groups: Mapping[str, TokenGroup], *, last_only: bool = False) -> jax.Array:
         """(B, W, H, A) float32."""

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from octo_like.common.parts import Modules, PartError, check_options, make
+from octo_like.common.parts import Modules, PartError, check_options, make, name_of
 from octo_like.common.schema import BatchSpec, synthetic_batch
 from octo_like.common.words import suggest
 from octo_like.model import parts
@@ -130,7 +130,7 @@ class OctoModel(nn.Module):
         `guidance`: the chunk that they continue, see `octo_like.model.guidance`; ValueError of a head that cannot.
 
         Only what the head reads is computed: other readouts are left out of the sequence, and the last block is that of
-        the tokens that it reads.
+        the tokens that it reads. A row whose tokens are not finite gives NaN, whatever the head.
         """
         part = self.heads[head]
         groups = self.octo_transformer(observation, task, only_last=part.needed_group)
@@ -138,9 +138,13 @@ class OctoModel(nn.Module):
         if guidance is not None:
             part.check_guidance(guidance)
             options = {"guidance": guidance}
-        actions = part.sample(groups, keys_b, sample_shape=sample_shape, valid=valid, **options)
+        read = _Groups(groups, part, f"head {head!r}")
+        actions = part.sample(read, keys_b, sample_shape=sample_shape, valid=valid, **options)
         parts.check_actions(actions, part, f"head {head!r}", (*sample_shape, observation["timestep_pad_mask"].shape[0]))
-        return actions
+        # A head that draws bins or words makes a number of NaN as well.
+        tokens = [jnp.where(group.mask[..., None], group.tokens, 0) for group in groups.values()]
+        finite = jnp.stack([jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in tokens]).all(0)
+        return jnp.where(finite[:, None, None], actions, jnp.nan)
 
     def predict_text(
         self,
@@ -263,6 +267,11 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0, modules: Modu
         entry = dict(entry)
         weights[name] = float(entry.pop("weight", TEXT_WEIGHT if entry.get("kind") == "text" else 1.0))
         auxiliaries[name] = _make(AUXILIARIES, entry, shared, "auxiliary", f"model.auxiliaries.{name}", modules)
+    for what, some in (("heads", heads), ("auxiliaries", auxiliaries)):
+        for name, part in some.items():
+            chooses = type(part).__dict__.get("needed_group") is not None and parts.is_own(config[what][name]["kind"])
+            if not chooses:  # a part of the user's own may read what it wants
+                _check_readout(getattr(part, "readout", None), config, f"model.{what}.{name}.readout")
     transformer = OctoTransformer(
         task_tokenizers=tokenizers("task_tokenizers"),
         observation_tokenizers=tokenizers("observation_tokenizers"),
@@ -277,6 +286,60 @@ def build_model(config: Mapping[str, Any], *, vocab_size: int = 0, modules: Modu
         **shared,
     )
     return OctoModel(transformer, heads, weights, auxiliaries)
+
+
+def _check_readout(readout: Any, config: Mapping[str, Any], where: str) -> None:
+    """Raises PartError for a group that the sequence does not have at every timestep: training may pass over that, and
+    acting cannot. None is of a part of a user's own that reads what it wants."""
+    groups = [f"readout_{name}" for name in config["readouts"]]
+    groups += ["obs", *(f"obs_{name}" for name in config["observation_tokenizers"])]
+    if config.get("repeat_task_tokens", False):
+        groups += [f"obs_{'task_' + name}" for name in config.get("task_tokenizers") or {}]
+    if readout is not None and readout not in groups:
+        raise PartError(f"{where}: no group {readout!r} at every timestep; {suggest(readout, groups)}")
+
+
+class _Groups(dict):
+    """Token groups by name; one that is not there is named together with those that are."""
+
+    def __init__(self, groups: Mapping[str, TokenGroup], part: nn.Module, where: str):
+        super().__init__(groups)
+        self._part, self._where = part, where
+
+    def __missing__(self, name: str) -> TokenGroup:
+        said = f"needed_group {self._part.needed_group!r}" if hasattr(self._part, "needed_group") else "its readout"
+        raise PartError(
+            f"{self._where} ({name_of(self._part)}) reads group {name!r}; {suggest(name, self)}. When it acts, only "
+            f"its {said} is computed: a part that reads others returns None from needed_group"
+        )
+
+
+def check_acting(model: OctoModel, spec: BatchSpec) -> None:
+    """Traces what every head and text part of a model would do on a robot, so that what training does not run is not
+    refused after it. Computes nothing.
+
+    Raises:
+      PartError, ValueError: what a head refuses, with its name.
+    """
+    batch, keys = synthetic_batch(spec, 1), jax.random.split(jax.random.key(0), 1)
+    params = jax.eval_shape(lambda: init_params(model, spec, jax.random.key(0)))
+    given = batch["observation"], batch["task"], keys
+    for name in model.heads:
+        _traced(lambda p, name=name: model.apply({"params": p}, *given, head=name, method="sample"), params, name)
+    for name, part in model.auxiliaries.items():
+        if isinstance(part, TextHead):
+            _traced(
+                lambda p, name=name: model.apply({"params": p}, *given, part=name, method="predict_text"), params, name
+            )
+
+
+def _traced(function, params, name: str) -> None:
+    try:
+        jax.eval_shape(function, params)
+    except PartError:
+        raise
+    except Exception as error:  # modules, Flax and JAX raise many kinds
+        raise ValueError(f"{name!r} of the model could be trained, but not act: {error}") from error
 
 
 def _plain(node):

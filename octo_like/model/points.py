@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from octo_like.model.tokens import TokenGroup
+from octo_like.model.tokens import TokenGroup, masked_mean
 
 
 class PointsHead(nn.Module):
@@ -35,7 +35,7 @@ class PointsHead(nn.Module):
         """(B, W, K, 2) columns and rows as fractions of the image, float32."""
         if self.readout not in groups:
             raise ValueError(f"points are read from group {self.readout!r}, but the transformer has {sorted(groups)}")
-        raw = self.project(groups[self.readout].tokens.mean(axis=-2)).astype(jnp.float32)
+        raw = self.project(masked_mean(groups[self.readout])).astype(jnp.float32)
         return 0.5 + 0.5 * raw.reshape(*raw.shape[:-1], len(self.names), 2)
 
     def mask(self, batch: Mapping) -> jax.Array:

@@ -16,9 +16,12 @@ import numpy as np
 from octo_like.model.parts import check_features
 from octo_like.model.stems import normalize_depth, normalize_images
 from octo_like.model.t5 import T5Config, T5Encoder
-from octo_like.model.tokens import TokenGroup, masked_mean, valid_mask
+from octo_like.model.tokens import TokenGroup, masked_mean, present, valid_mask
 from octo_like.model.transformer import MapPooling, Mlp, Transformer
 
+# Under this key an observation may hold {sensor: (B, W) bool, False: missing} for tokens of the releases, which are
+# always valid there. They are masked where all sensors that make them are missing; the zeros of one among several stay.
+DECLARED = "present_sensors"
 NGRAM = 3  # neighbouring words that `pool="ngrams"` reads together
 
 
@@ -87,12 +90,15 @@ class ImageTokenizer(nn.Module):
         x = stem(x, condition)
         check_features(x, stem, f"the stem of tokenizer {self.name!r}", b * w)
         tokens = x.reshape(b, w, -1, x.shape[-1])
-        if self.num_learned_tokens:
-            tokens = TokenLearner(self.num_learned_tokens, self.compat, self.dtype, name="TokenLearner_0")(tokens)
         mask = jnp.ones((b, w), bool)
         pads = observation.get("pad_mask_dict", {})
         if self.use_pad_mask and all(key in pads for key in keys):
             mask = jnp.stack([jnp.asarray(pads[key], bool) for key in keys]).any(0)
+        if self.num_learned_tokens:
+            there = mask & jnp.asarray(observation.get("timestep_pad_mask", True), bool)
+            there = jnp.broadcast_to(there[..., None], tokens.shape[:-1])
+            tokens = present(TokenGroup(tokens, there), compat=self.compat).tokens
+            tokens = TokenLearner(self.num_learned_tokens, self.compat, self.dtype, name="TokenLearner_0")(tokens)
         return TokenGroup(tokens, jnp.broadcast_to(mask[..., None], tokens.shape[:-1]))
 
     def _observed(self, observation, key):
@@ -305,7 +311,12 @@ class LowdimTokenizer(nn.Module):
         values = [jnp.asarray(observation[key], jnp.float32) for key in keys]
         x = jnp.concatenate(values, axis=-1)
         if self.compat:
-            valid = jnp.ones(x.shape, bool)
+            # Tokens of the releases know no mask, but a policy's caller may say that a sensor is missing.
+            there = observation.get(DECLARED)
+            valid = jnp.ones(x.shape[:2], bool)
+            if there is not None:
+                valid = jnp.stack([jnp.asarray(there[key], bool) for key in keys]).any(0)
+            valid = jnp.broadcast_to(valid[..., None], x.shape)
         else:
             valid = jnp.concatenate(
                 [self._valid(observation, key, v.shape) for key, v in zip(keys, values, strict=True)], -1

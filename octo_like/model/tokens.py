@@ -28,6 +28,22 @@ class TokenGroup:
         )
 
 
+def present(group: TokenGroup, *, compat: bool = False) -> TokenGroup:
+    """The group as one part hands it to the next: zeros in place of tokens that are not valid.
+
+    Attention gives such a token the weight zero, but zero times NaN is NaN, forwards and in the gradient of every
+    matrix that multiplies it. So whatever a part computes where it says that nothing is, it ends here, and no gradient
+    goes back to it.
+
+    Args:
+      compat: the releases' masked tokens keep their values, which are part of the reference; only NaN and infinity go.
+    """
+    keep = group.mask[..., None]
+    if compat:
+        keep = keep | jnp.isfinite(group.tokens)
+    return TokenGroup(jnp.where(keep, group.tokens, 0), group.mask)
+
+
 def masked_mean(group: TokenGroup) -> jax.Array:
     """Mean over the valid tokens: (..., n, D) to (..., D); zero where no token is valid."""
     weight = group.mask[..., None].astype(group.tokens.dtype)

@@ -377,7 +377,12 @@ def release_spec(
         return found
 
     images = sizes("image_")
-    others = (key for key in observation.value if key != "proprio" and not key.startswith(("image_", "depth_")))
+    # Whether the task is done stands among Octo's observations, and is none.
+    others = (
+        key
+        for key in observation.value
+        if key not in ("proprio", "task_completed") and not key.startswith(("image_", "depth_"))
+    )
     text = task.value.get("language_instruction")
     tokens = isinstance(text, Mapping)
     embedded = None if tokens or text is None else _shape(task, "language_instruction", "B ... d")[1:]

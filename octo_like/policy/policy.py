@@ -20,18 +20,24 @@ from octo_like.common.chunks import Continuation
 from octo_like.common.parts import Modules
 from octo_like.common.schema import BatchSpec, check_tree, flatten, synthetic_batch
 from octo_like.common.text import TextTokenizer
-from octo_like.common.words import suggest
+from octo_like.common.words import check_words, suggest, whole_number
 from octo_like.model import parts
+from octo_like.model.backbone import without_padding
 from octo_like.model.octo import OctoModel, build_model, init_params
-from octo_like.model.tokenizers import match_keys
+from octo_like.model.tokenizers import DECLARED, match_keys
 from octo_like.policy import locations
 from octo_like.policy.continuing import guidance_of, methods_of
 from octo_like.policy.describe import model_card, pretty_spec
 from octo_like.policy.devices import find_devices
 from octo_like.policy.observations import (
+    ACCEPTED,
     array_module,
-    check_finite,
-    check_rows,
+    as_array,
+    check_actions,
+    check_layout,
+    check_mask,
+    check_sensor,
+    check_tasks,
     last_proprio,
     row_keys,
     with_window,
@@ -229,31 +235,56 @@ class Policy:
         """Checks observations, normalises proprio and other sensors, and fills in what is missing (marked so, and
         logged once).
 
-        No mask reaches the tokens of a released Octo's low-dimensional sensors: one that is missing stays out of the
-        observation, and its tokens out of the sequence, as in Octo.
+        What a mask declares absent has no effect, whatever stands there. That holds for a released Octo too, whose own
+        masks do not reach all of its tokens: a missing picture is black there, as in Octo's data, and the tokens of a
+        missing low-dimensional sensor are not read. One that is not given at all stays out of the observation, as in
+        Octo.
 
         Args:
           observations: (B, W, ...) arrays: image_{slot} uint8, proprio and other sensors (physical units when
-            `unnormalize` names statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict. W may be any
-            up to the model's.
+            `unnormalize` names statistics, else normalised), timestep_pad_mask, optionally pad_mask_dict,
+            proprio_pad_mask, timestep and Octo's task_completed, which is not read. W may be any up to the model's.
+
+        Raises:
+          ValueError: a key that the policy does not read; an array of another shape or type; no rows; no camera; values
+            that are not finite where no mask hides them.
         """
         spec = self.batch_spec
         known = spec.observation()
+        if not isinstance(observations, Mapping):
+            raise ValueError(f"observations must be a dict of arrays (B, W, ...), got {observations!r:.60}")
         observations = dict(observations)
+        check_words(observations, [key for key in known if key != "timestep"], "observation", ACCEPTED)
         if "timestep_pad_mask" not in observations:
             raise ValueError(f"observation/timestep_pad_mask (B, W) bool is missing; got {sorted(observations)}")
-        if np.ndim(observations["timestep_pad_mask"]) != 2:
-            shape = np.shape(observations["timestep_pad_mask"])
+        steps = as_array(observations["timestep_pad_mask"], "observation/timestep_pad_mask")
+        if np.ndim(steps) != 2:
             raise ValueError(
-                f"observation/timestep_pad_mask: expected (B, W), got {shape}; a single window needs a batch of one, "
-                "observation = jax.tree.map(lambda x: x[None], window)"
+                f"observation/timestep_pad_mask: expected (B, W), got {np.shape(steps)}; a single window needs a batch "
+                "of one, observation = jax.tree.map(lambda x: x[None], window)"
             )
-        b, w = np.shape(observations["timestep_pad_mask"])
-        xp = array_module(observations["timestep_pad_mask"])
-        pads = dict(observations.get("pad_mask_dict", {}))
+        b, w = np.shape(steps)
+        check_mask(steps, "observation/timestep_pad_mask", (b, w))
+        if b == 0 or not 1 <= w <= self.model.octo_transformer.max_window:
+            raise ValueError(
+                f"observation/timestep_pad_mask is {(b, w)}: expected at least one row, and a window of 1 to "
+                f"{self.model.octo_transformer.max_window}"
+            )
+        xp = array_module(steps)
+        pads = observations.get("pad_mask_dict", {})
+        if not isinstance(pads, Mapping):
+            raise ValueError(f"observation/pad_mask_dict: expected a dict of (B, W) bool, got {pads!r:.60}")
+        check_words(pads, known["pad_mask_dict"], "observation/pad_mask_dict", ACCEPTED)
+        for key, mask in pads.items():
+            check_mask(mask, f"observation/pad_mask_dict/{key}", (b, w))
+        sensors = {"proprio", *spec.extra_observations}
+        for key in set(observations) - {"pad_mask_dict"}:
+            observations[key] = as_array(observations[key], f"observation/{key}", numbers=key in sensors)
+            if key.startswith(("image_", "depth_")):
+                check_layout(observations[key], f"observation/{key}")
         for key in known["pad_mask_dict"]:
             if key in observations:
-                check_finite(key, observations[key], observations["timestep_pad_mask"], pads.get(key))
+                check_sensor(key, observations)
         out: dict[str, Any] = {"timestep_pad_mask": observations["timestep_pad_mask"], "pad_mask_dict": {}}
         out["timestep"] = observations.get("timestep", xp.broadcast_to(np.arange(w, dtype=np.int32), (b, w)))
         if "proprio" in observations and "proprio" in known:
@@ -338,6 +369,11 @@ class Policy:
         return found
 
     def _entry(self, name: str) -> Mapping[str, Any]:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"unnormalize must be the name of a dataset, or None; got {name!r:.60}. Valid: "
+                f"{', '.join(sorted(self.statistics)) or '(none)'}"
+            )
         if name not in self.statistics:
             raise ValueError(f"unknown unnormalisation {name!r}; None, or {suggest(name, self.statistics)}")
         return self.statistics[name]
@@ -354,6 +390,7 @@ class Policy:
         head: str | None = None,
         sample_shape: tuple[int, ...] = (),
         continuing: Continuation | None = None,
+        check_finite: bool = True,
     ) -> jax.Array:
         """Samples action chunks for the last timestep of the window.
 
@@ -368,6 +405,8 @@ class Policy:
           sample_shape: leading dimensions of independent samples.
           continuing: the chunk that is being executed, in the units of `unnormalize` (None: normalised numbers), which
             the new one goes on from; see `continuation_methods`.
+          check_finite: waits for the actions and looks at them. False is for who traces or differentiates this
+            (`jax.jit`, `jax.grad`), or looks at them later: a row that could not be computed is then NaN.
 
         Returns:
           (*sample_shape, B, H, A) float32. Where the dataset's actions were learned relative to the proprioception
@@ -375,15 +414,19 @@ class Policy:
 
         Raises:
           ValueError: what `prepare_observations` refuses, unknown heads or statistics, a wrong number of tasks, actions
-            that are relative to a proprioception that is missing, or a chunk that the head cannot continue.
+            that are relative to a proprioception that is missing, a chunk that the head cannot continue, or a call that
+            is traced without `check_finite=False`.
+          FloatingPointError: actions that are not finite.
         """
         head = self.head_of(unnormalize, head)
+        shape = tuple(sample_shape) if isinstance(sample_shape, list | tuple) else (sample_shape,)
+        shape = tuple(whole_number(size, "sample_shape: each size") for size in shape)
+        given, observations = observations, self.prepare_observations(observations, unnormalize)
         relative_to, origin_bp = None, None
         if unnormalize is not None and (relative_to := self._entry(unnormalize).get("relative_to")) is not None:
-            origin_bp = last_proprio(observations, unnormalize)
-        observations = self.prepare_observations(observations, unnormalize)
+            origin_bp = last_proprio(given, unnormalize)
         b = observations["timestep_pad_mask"].shape[0]
-        check_rows(tasks, b)
+        check_tasks(tasks, self.batch_spec, b)
         keys_b = row_keys(rng, b)
         dim = self.model.heads[head].action_dim
         if unnormalize is not None:
@@ -395,19 +438,23 @@ class Policy:
                     f"{self.model.heads[head].action_dim}"
                 )
         valid = np.arange(self.model.heads[head].action_dim) < dim
-        options: dict[str, Any] = dict(head=head, sample_shape=tuple(sample_shape))
+        options: dict[str, Any] = dict(head=head, sample_shape=shape)
         if continuing is not None:
+            if not isinstance(continuing, Continuation):
+                raise ValueError(f"continuing must be a Continuation, or None; got {continuing!r:.60}")
             statistics = None if unnormalize is None else entry
             options["guidance"] = guidance_of(continuing, self.model.heads[head], b, statistics, origin_bp)
         actions = self.sample_program(self.params, observations, tasks, keys_b, valid, **options)
-        if unnormalize is None:
-            return actions
-        actions = array_module(actions).asarray(actions)[..., :dim]
-        actions = normalization.unnormalize(actions, entry["action"], entry.get("normalization", "normal"))
-        if relative_to is not None and origin_bp is not None:
-            actions = normalization.to_absolute(actions, origin_bp[:, None], relative_to)
-        # jnp.asarray would compile a program for every shape.
-        return actions if isinstance(actions, jax.Array) else jax.device_put(actions)
+        if unnormalize is not None:
+            actions = array_module(actions).asarray(actions)[..., :dim]
+            actions = normalization.unnormalize(actions, entry["action"], entry.get("normalization", "normal"))
+            if relative_to is not None and origin_bp is not None:
+                actions = normalization.to_absolute(actions, origin_bp[:, None], relative_to)
+            # jnp.asarray would compile a program for every shape.
+            actions = actions if isinstance(actions, jax.Array) else jax.device_put(actions)
+        if check_finite:
+            check_actions(actions)
+        return actions
 
     def predict_text(
         self,
@@ -489,14 +536,27 @@ class Policy:
 def _sample(model: OctoModel, params, observations, tasks, keys_b, valid, guidance=None, **static):
     """`static`: head and sample_shape."""
     arguments = dict(valid=valid, guidance=guidance, **static)
-    return model.apply({"params": params}, observations, tasks, keys_b, **arguments, method="sample")
+    given = _declared(model, observations, tasks)
+    return model.apply({"params": params}, *given, keys_b, **arguments, method="sample")
 
 
 def _predict_text(model: OctoModel, params, observations, tasks, keys_b, allowed_v=None, **static):
     """`static`: part, temperature and top_k."""
     options = static | {"allowed_v": allowed_v}
-    return model.apply({"params": params}, observations, tasks, keys_b, **options, method="predict_text")
+    given = _declared(model, observations, tasks)
+    return model.apply({"params": params}, *given, keys_b, **options, method="predict_text")
 
 
 def _text_log_probs(model: OctoModel, params, observations, tasks, ids, *, part):
-    return model.apply({"params": params}, observations, tasks, ids, part=part, method="text_log_probs")
+    given = _declared(model, observations, tasks)
+    return model.apply({"params": params}, *given, ids, part=part, method="text_log_probs")
+
+
+def _declared(model: OctoModel, observations, tasks):
+    """(observations, tasks) without what their masks declare absent. The model does so itself, unless it is a released
+    Octo, whose masks do not reach all of its tokens. There a missing picture or goal is black and a missing text empty,
+    as in the data that it was trained on, and tokens of a missing sensor are not attended to."""
+    if not model.octo_transformer.compat:
+        return observations, tasks
+    observations, tasks = without_padding(observations, tasks, compat=True)
+    return {**observations, DECLARED: observations["pad_mask_dict"]}, tasks

@@ -2,7 +2,8 @@
 
 A folder is written:
 
-    program.json              format, what goes in and comes out (shapes, dtypes, units), statistics, digests
+    program.json              format, what goes in and comes out (shapes, dtypes, units), statistics, digests of every
+                              file and of itself: what was edited is refused
     sample_actions*.bin       what `jax.export` serialises: normalisation, network, sampler, physical units
     encode_language*.bin      the same for the frozen language encoder, of policies that have one
     predict_text*.bin         what the policy says, the likeliest words, of policies that speak
@@ -99,7 +100,10 @@ def export_program(
                 file = programs[name][str(size)] = f"{name}.bin" if size == "any" else f"{name}_{size}.bin"
                 (staging / file).write_bytes(exported[name].serialize())
         made = exported["sample_actions"]
-        files = [PARAMS_FILE, *(file for sizes in programs.values() for file in sizes.values())]
+        shutil.copyfile(program.__file__, staging / "program.py")
+        if policy.text_tokenizer is not None:
+            policy.text_tokenizer.save(str(staging / TEXT_DIR))
+        files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         document = {
             "format_version": FORMAT_VERSION,
             "jax_version": jax.__version__,
@@ -112,10 +116,9 @@ def export_program(
             "instructions": texts,
             "files": {file: hashlib.sha256((staging / file).read_bytes()).hexdigest() for file in files},
         }
+        document = json.loads(json.dumps(document))
+        document["sha256"] = program.digest(document)
         (staging / PROGRAM_FILE).write_text(json.dumps(document, indent=2))
-        shutil.copyfile(program.__file__, staging / "program.py")
-        if policy.text_tokenizer is not None:
-            policy.text_tokenizer.save(str(staging / TEXT_DIR))
     return Path(folder)
 
 
@@ -166,7 +169,8 @@ def _functions(policy, unnormalize, head, inputs) -> dict[str, tuple[Callable, d
         traced.params = unflatten(params)
         tree = unflatten(given)
         rng = jax.random.wrap_key_data(tree[KEYS], impl="threefry2x32")
-        return traced.sample_actions(tree["observation"], tree["task"], rng=rng, unnormalize=unnormalize, head=head)
+        options = dict(unnormalize=unnormalize, head=head, check_finite=False)  # `Program` looks at them
+        return traced.sample_actions(tree["observation"], tree["task"], rng=rng, **options)
 
     def predict_text(params, given):
         tree = unflatten(given)

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.schema import check_tree
+from octo_like.common.text import check_text
+from octo_like.common.words import suggest
+from octo_like.policy.observations import as_array, check_layout
 
 
 def make_tasks(
@@ -17,6 +20,8 @@ def make_tasks(
 ) -> dict[str, Any]:
     """`Policy.create_tasks`."""
     spec = policy.batch_spec
+    if goals is not None and not isinstance(goals, Mapping):
+        raise ValueError(f'goals must be a dict, {{"image_...": (B, h, w, 3)}}, got {goals!r:.60}')
     if texts is None and not goals and embeddings is None and subtasks is None:
         raise ValueError("a task needs texts, goals or both")
     for what, given_texts in (("texts", texts), ("subtasks", subtasks)):
@@ -25,13 +30,15 @@ def make_tasks(
             raise ValueError(f"{what} must be a list of {kind}, one per row of the batch, not {given_texts!r:.40}")
         if given_texts is not None and not (len(given_texts) and all(isinstance(text, str) for text in given_texts)):
             raise ValueError(f"{what} must be strings, at least one, got {list(given_texts)!r}")
+        for text in given_texts or ():
+            check_text(text)
     if subtasks is not None and not spec.subtask:
         raise ValueError("this policy takes no subtasks: no task tokenizer of its model has key='subtask'")
-    goals = {key: np.asarray(g)[None] if np.ndim(g) == 3 else np.asarray(g) for key, g in (goals or {}).items()}
     valid_goals = [f"image_{slot}" for slot in spec.goal_images]
-    for key in goals:
+    for key in goals or {}:
         if key not in valid_goals:
-            raise ValueError(f"this policy takes no goal {key!r}; valid goals: {valid_goals or 'none'}")
+            raise ValueError(f"this policy takes no goal {key!r}; {suggest(key, valid_goals)}")
+    goals = {key: _pictures(key, goal) for key, goal in (goals or {}).items()}
     if texts is not None and spec.language_embedding is not None:
         raise ValueError(f"this policy takes embeddings {spec.language_embedding} of instructions, not texts")
     if texts is not None and spec.language_length is None:
@@ -43,11 +50,20 @@ def make_tasks(
             "this policy has no text tokenizer; load it with text_model=, the sentencepiece model of its language "
             "encoder (T5's spiece.model)"
         )
+    if embeddings is not None:
+        embeddings = as_array(embeddings, "embeddings", numbers=True)
+        if embeddings.ndim == 0 or embeddings.dtype.kind not in "fiu" or not np.isfinite(np.asarray(embeddings)).all():
+            shape = ", ".join(map(str, ("B", *(spec.language_embedding or ()))))
+            raise ValueError(
+                f"embeddings: expected finite numbers ({shape}), got {embeddings.shape} {embeddings.dtype}"
+            )
     given = [len(x) for x in (texts, embeddings, subtasks) if x is not None]
     sizes = {len(g) for g in goals.values()} | set(given)
     if len(sizes) != 1:
         raise ValueError(f"texts and goals must have the same batch size, got sizes {sorted(sizes)}")
     b = sizes.pop()
+    if b == 0:
+        raise ValueError("a task needs at least one row, got goals or embeddings of none")
     task: dict[str, Any] = {"pad_mask_dict": {}, "timestep": np.zeros(b, np.int32)}
     if spec.language_length is not None:
         texts = [""] * b if texts is None else list(texts)
@@ -71,6 +87,16 @@ def make_tasks(
     if encoded:
         task["language_instruction"]["encoded"] = encoded
     return task
+
+
+def _pictures(key: str, goal: Any) -> np.ndarray:
+    """Goal images (B, h, w, 3) of (h, w, 3) or as they are. Raises ValueError for what is no picture."""
+    goal = np.asarray(as_array(goal, f"goals/{key}"))
+    goal = goal[None] if goal.ndim == 3 else goal
+    check_layout(goal, f"goals/{key}")
+    if goal.ndim != 4:
+        raise ValueError(f"goals/{key}: expected (B, h, w, 3) or (h, w, 3) uint8, got {goal.shape} {goal.dtype}")
+    return goal
 
 
 def token_ids(policy: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:

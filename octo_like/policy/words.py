@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from octo_like.common.text import EOS, PAD, TextTokenizer
+from octo_like.common.text import EOS, PAD, TextTokenizer, check_text
 from octo_like.common.vocabularies import tokenizer_of
-from octo_like.common.words import suggest
-from octo_like.policy.observations import check_rows, row_keys
+from octo_like.common.words import suggest, whole_number
+from octo_like.policy.observations import check_tasks, row_keys
 
 
 class Saying(NamedTuple):
@@ -31,12 +31,15 @@ def say(
 ) -> list[str]:
     """`Policy.predict_text`."""
     tokenizer, temperature = speech(policy, how.part), how.temperature
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a number from 0 on, got {temperature!r:.60}")
+    whole_number(how.top_k, "top_k", 0)
     if temperature > 0 and rng is None:
         raise ValueError(f"temperature {temperature} draws: give rng")
     allowed = None if how.only is None else _allowed(tokenizer, how.only)
     observations = policy.prepare_observations(observations, unnormalize)
     b = observations["timestep_pad_mask"].shape[0]
-    check_rows(tasks, b)
+    check_tasks(tasks, policy.batch_spec, b)
     keys_b = None if temperature == 0 else row_keys(rng, b)
     options = dict(part=how.part, temperature=float(temperature), top_k=int(how.top_k))
     return tokenizer.decode(
@@ -61,11 +64,14 @@ def log_probs(
         _check(tokenizer, text)
     observations = policy.prepare_observations(observations, unnormalize)
     b = observations["timestep_pad_mask"].shape[0]
-    check_rows(tasks, b)
+    check_tasks(tasks, policy.batch_spec, b)
     if len(texts) != b:
         raise ValueError(f"one text for each of {b} rows is needed, got {len(texts)}")
     ids = tokenizer.encode(list(texts))["input_ids"]
-    return np.asarray(policy.score_program(policy.params, observations, tasks, ids, part=part))
+    found = np.asarray(policy.score_program(policy.params, observations, tasks, ids, part=part))
+    if np.isnan(found).any():
+        raise FloatingPointError(f"the policy's probabilities for row {int(np.argmax(np.isnan(found)))} are no numbers")
+    return found
 
 
 def speech(policy: Any, part: str) -> TextTokenizer:
@@ -93,6 +99,9 @@ def _allowed(tokenizer: TextTokenizer, only: Sequence[str]) -> np.ndarray:
 
 
 def _check(tokenizer: TextTokenizer, text: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"texts must be strings, got {text!r:.60}")
+    check_text(text)
     if strange := tokenizer.unknown(text):
         raise ValueError(f"{text[:80]!r} has {strange[0]!r}, which this policy cannot say")
     if (length := tokenizer.num_tokens(text)) > tokenizer.max_length:

@@ -52,6 +52,10 @@ def resize_image(
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim < 3:
         raise ValueError(f"an image must be uint8 (..., height, width, channels), got {image.dtype} {image.shape}")
+    if image.shape[-1] > 4 or 0 in image.shape:
+        what = "has no pixels" if 0 in image.shape else f"has {image.shape[-1]} channels"
+        hint = "; the channels come last: np.moveaxis(image, -3, -1)" if image.shape[-3] in (1, 3, 4) else ""
+        raise ValueError(f"an image must be (..., height, width, 1 to 4 channels), {image.shape} {what}{hint}")
     if crop_area is not None and not 0 < crop_area <= 1:
         raise ValueError(f"crop_area must be in (0, 1], got {crop_area}")
     height, width = size

@@ -19,7 +19,7 @@ import numpy as np
 
 from octo_like.common import hand_paths
 from octo_like.common.schema import BatchSpec
-from octo_like.common.words import nearest
+from octo_like.common.words import nearest, whole_number
 from octo_like.robot.images import resize_images
 from octo_like.robot.planning import Plan, Planner
 from octo_like.robot.record import join_views
@@ -150,10 +150,14 @@ def evaluate(
     """
     if blind is not None and blind not in BLIND:
         raise ValueError(f"unknown blind baseline {blind!r}; valid: {', '.join(BLIND)} or None")
-    if batch_size < 1 or not len(seeds):
-        raise ValueError(f"need at least one slot and one seed, got batch_size={batch_size}, {len(seeds)} seeds")
-    if plan_every < 1:
-        raise ValueError(f"plan_every must be at least 1, got {plan_every}")
+    if not len(seeds):
+        raise ValueError("need at least one seed, got none")
+    least = dict(batch_size=(batch_size, 1), plan_every=(plan_every, 1), max_steps=(max_steps, 1))
+    least |= dict(record=(record, 0), threads=(threads, 0), rng_seed=(rng_seed, 0))
+    for name, (value, at_least) in least.items():
+        whole_number(value, name, at_least)
+    for seed in seeds:
+        whole_number(seed, "each seed", 0)
     exec_horizon = _executed(policy, unnormalize, exec_horizon)
     per_episode = _options_per_episode(options, len(seeds))
     waiting = deque((i, int(seed), per_episode[i]) for i, seed in enumerate(seeds))

@@ -20,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 
 from octo_like.common.geometry import check_resize
+from octo_like.common.words import whole_number
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
 from octo_like.robot.safety import ActionFilter
@@ -31,6 +32,7 @@ class HistoryWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def __init__(self, env: gym.Env, window_size: int):
         _refuse(env, HistoryWrapper, "HistoryWrapper is there already")
         _refuse(env, ActionChunkWrapper, "HistoryWrapper must be inside ActionChunkWrapper: it would miss frames")
+        window_size = whole_number(window_size, "window_size")
         gym.utils.RecordConstructorArgs.__init__(self, window_size=window_size)
         gym.Wrapper.__init__(self, env)
         self._history = History(window_size)
@@ -88,8 +90,7 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """
 
     def __init__(self, env: gym.Env, length: int, exp_weight: float = 0.0):
-        if length < 1:
-            raise ValueError(f"length must be at least 1, got {length}")
+        length = whole_number(length, "length")
         _refuse(env, (ActionChunkWrapper, TemporalEnsembleWrapper), "one of them takes chunks already")
         gym.utils.RecordConstructorArgs.__init__(self, length=length, exp_weight=exp_weight)
         gym.Wrapper.__init__(self, env)

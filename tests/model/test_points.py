@@ -158,7 +158,7 @@ def test_mistakes_name_what_is_valid():
     with pytest.raises(ValueError, match="auxiliaries.action: there is a head of that name"):
         build_model(config(auxiliaries=dict(action=dict(kind="points", readout="x", names=("a",)))), vocab_size=100)
     wrong = dict(points=dict(kind="points", readout="readout_acton", names=("cup", "plate")))
-    with pytest.raises(ValueError, match="points are read from group 'readout_acton', but the transformer has"):
+    with pytest.raises(ValueError, match="no group 'readout_acton' at every timestep; did you mean 'readout_action'"):
         made(auxiliaries=wrong)
     bad = config()
     bad["observation_tokenizers"]["primary"]["film_keys"] = ("task_sentense",)

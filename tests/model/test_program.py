@@ -368,6 +368,41 @@ def test_a_damaged_program_is_refused(tmp_path):
         Program(folder)
 
 
+def test_an_edited_program_is_refused(tmp_path):
+    """Any file, program.json included, and what is missing or not its own. Older exports have fewer digests."""
+    folder = export_program(tiny_policy("arm", 3, 4), tmp_path / "p", platforms=["cpu"])
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"program.json", "program.py", "text/tokenizer.model"} <= names
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "program.pyc").write_bytes(b"x")
+    for name in names:
+        data = (folder / name).read_bytes()
+        if name == "program.json":
+            changed = json.loads(data)
+            changed["outputs"]["actions"]["meaning"] = "centimetres"
+            (folder / name).write_text(json.dumps(changed))
+        else:
+            (folder / name).write_bytes(data + b" ")
+        with pytest.raises(ValueError, match=f"{name} (is damaged|was edited): its SHA-256"):
+            Program(folder)
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match="is missing or cannot be read|it has no program.json"):
+            Program(folder)
+        (folder / name).write_bytes(data)
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="notes.txt is no file of this export"):
+        Program(folder)
+    (folder / "program.json").write_text("{")
+    with pytest.raises(ValueError, match="program.json is damaged"):
+        Program(folder)
+    older = export_program(tiny_policy("arm", 3, 4), tmp_path / "q", platforms=["cpu"]) / "program.json"
+    document = json.loads(older.read_text())
+    del document["sha256"]
+    document["files"] = {n: d for n, d in document["files"].items() if n.endswith((".bin", ".safetensors"))}
+    older.write_text(json.dumps(document))
+    assert Program(tmp_path / "q").spec["platforms"] == ["cpu"]
+
+
 ALONE = """
     import sys
 
@@ -394,7 +429,9 @@ ALONE = """
 
 def test_a_process_with_jax_alone(tmp_path, repository):
     """The script writes the program of an exported policy; a process that has no other package of ours runs it."""
-    policy = make_policy(light.config(), light.SPEC, {"arm": {"action": numbers(4), "proprio": numbers(5)}})
+    config = light.config()
+    config["task_tokenizers"]["language"]["vocab_size"] = 0
+    policy = make_policy(config, light.SPEC, {"arm": {"action": numbers(4), "proprio": numbers(5)}})
     policy.save_pretrained(tmp_path / "export")
     script, environment = repository / "scripts" / "export_program.py", {**os.environ, "PYTHONPATH": str(repository)}
     command = [sys.executable, str(script), "--checkpoint", str(tmp_path / "export")]
