@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-lerobot test-openpi test-hub test-package soak test-sim demo docs lint lock doctor clean
+.PHONY: help setup test test-all test-processes test-faults mutate aot test-aot test-docs test-lerobot test-openpi test-hub test-package soak test-sim demo docs lint lock doctor clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -93,6 +93,9 @@ $(AOT_READY): $(READY)
 
 test-aot: $(AOT_READY) ## compiles for TPU topologies that are not here
 	@PYTHONPATH=$(CURDIR)/$(AOT) JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m aot tests/aot tests/model/test_attention.py $(ARGS)
+
+test-docs: $(READY) ## runs the commands of the pages as they stand, in fresh clones, with fewer steps
+	@$(PY) -m pytest -v tests/launch/test_docs.py $(ARGS)
 
 test-lerobot: $(READY) ## converts datasets that the real lerobot writes (installs it in .venv-lerobot, about 8 GB)
 	@[ -x .venv-lerobot/bin/python ] || $(PYTHON) -m venv .venv-lerobot
