@@ -246,7 +246,7 @@ class TokenDecoder(nn.Module):
           rule: what may be said where.
           keys: (N,) keys of the draws; a sequence depends on its own only. None at temperature 0.
           temperature: 0 says the likeliest id; else ids are drawn from softmax(logits / temperature).
-          top_k: draw among the k likeliest that are allowed; 0: among all.
+          top_k: draw among the k likeliest that are allowed, of equally likely ones the lowest ids; 0: among all.
           length: of the sequences, at most (and by default) max_length.
         """
         length = self.max_length if length is None else length
@@ -291,7 +291,8 @@ def choose(logits: jax.Array, keys: jax.Array | None, temperature: float, top_k:
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if top_k:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        chosen = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[1]  # of equal ones those with the lowest ids
+        rows = jnp.arange(logits.shape[0])[:, None]
+        logits = jnp.full_like(logits, -jnp.inf).at[rows, chosen].set(jnp.take_along_axis(logits, chosen, axis=-1))
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     return jnp.argmax(logits / temperature + gumbel, axis=-1).astype(jnp.int32)

@@ -290,3 +290,11 @@ def test_it_can_read_the_task_and_the_observations_of_its_own_timestep():
 def test_bad_settings_of_the_head(change, message):
     with pytest.raises(ValueError, match=message):
         HeadAlone(BINS | change)
+
+
+@pytest.mark.parametrize("top_k,expected", [(1, {1}), (2, {1, 2}), (3, {1, 2, 4}), (4, {1, 2, 4}), (99, {1, 2, 4})])
+def test_top_k_with_ties_draws_no_more_than_k(top_k, expected):
+    """Of equally likely ids the lowest; what is not allowed is never drawn, however large k is."""
+    logits = jnp.tile(jnp.array([-jnp.inf, 1.0, 1.0, -jnp.inf, 1.0]), (200, 1))
+    drawn = choose(logits, jax.random.split(jax.random.key(0), 200), 1.0, top_k)
+    assert set(np.asarray(drawn).tolist()) == expected
