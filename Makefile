@@ -74,7 +74,7 @@ test-all: $(READY) ## the whole test suite
 test-processes: $(READY) ## runs of several processes, signals, bad batches, stalls (tests/multiprocess without what is slow)
 	@$(PY) -m pytest -v tests/multiprocess -m "not slow" $(ARGS)
 
-test-faults: $(READY) ## all of tests/multiprocess: also random kills and moves to other topologies
+test-faults: $(READY) ## all of tests/multiprocess: also random kills, moves to other topologies, every read of a storage failing in turn
 	@$(PY) -m pytest -v tests/multiprocess $(ARGS)
 
 mutate: $(READY) ## changes the code in small ways and counts how often the tests notice (docs/testing.md)

@@ -175,8 +175,12 @@ def export_and_step() -> dict:
         batch = synthetic_batch(network.spec, config.batch_size)
         text = program.step.lower(program.state, batch).as_text()
         return {
-            # README.md is for people.
-            "export": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.name != "README.md"},
+            # README.md is for people, SHA256SUMS follows from the others.
+            "export": {
+                p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+                for p in files
+                if p.name not in ("README.md", "SHA256SUMS")
+            },
             "step": {"text": hashlib.sha256(text.encode()).hexdigest(), "lines": text.count("\n")},
         }
 

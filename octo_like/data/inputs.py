@@ -37,6 +37,7 @@ class Inputs:
       environments: dataset to the gymnasium id it is rolled out in.
       episodes: dataset to a function that makes finite batches of one held-out episode in the order of time, the last
         of them filled up; datasets whose episodes cannot be looked up are not in it.
+      versions: dataset of files to the version that is read; checkpoints keep it beside the order spec.
     """
 
     stream: BatchStream
@@ -44,18 +45,29 @@ class Inputs:
     statistics: dict[str, Any]
     environments: dict[str, str]
     episodes: Mapping[str, Callable[[], Iterable[Tree]]] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def resume(self, order_spec: Mapping[str, Any], position: int) -> None:
+    def resume(self, order_spec: Mapping[str, Any], position: int, versions: Mapping[str, str] | None = None) -> None:
         """Continues at a saved position.
+
+        Args:
+          versions: that the saved run has read; None: it does not say.
 
         Raises:
           ConfigError: the data or its order is not what the saved run saw.
         """
         self.stream.adopt(order_spec)
         changes = spec_differences(order_spec, self.stream.order_spec)
+        moved = [
+            f"dataset {name}: version {was} before, {self.versions[name]} now (data.datasets.{name}.version names one)"
+            for name, was in (versions or {}).items()
+            if self.versions.get(name, was) != was
+        ]
         if changes:
-            listed = "\n  ".join(changes)
+            listed = "\n  ".join([*changes, *moved])
             raise ConfigError(f"the order of the data differs from the saved run's; use a new --workdir:\n  {listed}")
+        for line in moved:
+            log.warning("%s; its episodes are the same", line)
         self.stream.seek(position)
 
 
@@ -118,7 +130,8 @@ def inputs_from_config(
     }
     environments = {name: one.env for name, one in specs.items() if one.env is not None}
     episodes = {name: batches.whole_episode for name, batches in validation.items()}
-    return Inputs(stream, validation, statistics, environments, episodes)
+    versions = {name: one.version for name, one in datasets.items() if specs[name].source is None and one.version}
+    return Inputs(stream, validation, statistics, environments, episodes, versions)
 
 
 def settings_from_config(config: Any) -> Settings:

@@ -7,6 +7,7 @@ An exported policy is a directory:
     dataset_statistics.json   normalisation statistics per dataset
     README.md                 the model card
     text/                     the sentencepiece model, when the policy takes language
+    SHA256SUMS                of all of them but the card, as sha256sum writes it
 """
 
 import contextlib
@@ -35,7 +36,7 @@ CONFIG_FILE, PARAMS_FILE, STATISTICS_FILE, TEXT_DIR = (
     "dataset_statistics.json",
     "text",
 )
-CARD_FILE = "README.md"
+CARD_FILE, SUMS_FILE = "README.md", "SHA256SUMS"
 
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +96,37 @@ def save_directory(
         if save_text is not None:
             (staging / TEXT_DIR).mkdir()
             save_text(staging / TEXT_DIR)
+        files = sorted(p for p in staging.rglob("*") if p.is_file() and p.name != CARD_FILE)
+        sums = [f"{_sha256(file)}  {file.relative_to(staging).as_posix()}\n" for file in files]
+        (staging / SUMS_FILE).write_text("".join(sums))
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _check_sums(path: Path, params_sha256: str) -> None:
+    """Raises PretrainedError when a file of an export is not the one that was written. Older exports have no sums.
+
+    Args:
+      params_sha256: of the parameters, which are not read for this.
+    """
+    sums = path / SUMS_FILE
+    if not sums.is_file():
+        return
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not re.fullmatch("[0-9a-f]{64}", digest) or not name:
+            raise PretrainedError(f"{sums} is damaged: {line!r:.90} is not a SHA-256 and a name")
+        file = path / name
+        if not file.is_file():
+            raise PretrainedError(f"{file} is missing, which {SUMS_FILE} names")
+        if (params_sha256 if name == PARAMS_FILE else _sha256(file)) != digest:
+            raise PretrainedError(
+                f"{file} is damaged: its SHA-256 differs from the one in {SUMS_FILE}. If it was edited on purpose, "
+                f"remove {SUMS_FILE}"
+            )
 
 
 @contextlib.contextmanager
@@ -157,6 +189,7 @@ def _load_directory(path: Path) -> tuple[dict, dict, dict, Path | None]:
     lacking = [key for key in ("params_sha256", "model", "batch_spec") if key not in config]
     if lacking:
         raise PretrainedError(f"{path / CONFIG_FILE} lacks {', '.join(lacking)}; it has {sorted(config)}")
+    _check_sums(path, config["params_sha256"])
     data = (path / PARAMS_FILE).read_bytes()
     if hashlib.sha256(data).hexdigest() != config["params_sha256"]:
         raise PretrainedError(f"{path / PARAMS_FILE} is damaged: its SHA-256 differs from the one in {CONFIG_FILE}")

@@ -39,11 +39,12 @@ class History:
     clock: Clock
     stopping: EarlyStopping
 
-    def extra(self, stream: Any) -> dict[str, Any]:
-        """JSON-able: all of this, and the position in the data."""
+    def extra(self, inputs: Any) -> dict[str, Any]:
+        """JSON-able: all of this, and the position in the data of `octo_like.data.inputs.Inputs`."""
         return {
-            "position": stream.position,
-            "order_spec": json.loads(json.dumps(stream.order_spec)),
+            "position": inputs.stream.position,
+            "order_spec": json.loads(json.dumps(inputs.stream.order_spec)),
+            "versions": dict(inputs.versions),
             "clock": self.clock.state(),
             "early_stopping": self.stopping.state(),
             "began": self.began,
@@ -76,7 +77,7 @@ def resume(run: Run, checkpointer: Checkpointer, workdir: Workdir, program: Prog
     for difference in provenance.differences(saved.metadata.get("code"), provenance.code_version()):
         log.warning("resumed by other code: %s", difference)
     state, extra = checkpointer.restore(None, program.state)
-    run.inputs.resume(extra["order_spec"], extra["position"])
+    run.inputs.resume(extra["order_spec"], extra["position"], extra.get("versions"))
     began = extra.get("began", {"loaded_from": "unknown", "init_from": wanted})  # older checkpoints do not say
     if wanted and began["loaded_from"] is None:
         raise CheckpointError(

@@ -46,7 +46,7 @@ class Saver:
     def save(self, step: int, state: TrainState, scores: Mapping[str, float] | None = None) -> None:
         """Starts to save a step, ranked by its evaluation if it had one; the best one is exported as well."""
         with self._history.clock.section("checkpoint"):
-            extra, score = self._history.extra(self._run.inputs.stream), self.ranking.metric(scores)
+            extra, score = self._history.extra(self._run.inputs), self.ranking.metric(scores)
             self._run.attempt.check_lease()
             self._checkpointer.save(step, state, extra, metric=score)
             if score is not None and self._checkpointer.best_step(besides=step) == step:

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import runpy
+import sys
 
 import pytest
 
@@ -112,3 +114,11 @@ def test_every_script_reads_the_same_command(script, repository, monkeypatch, tm
     spec.loader.exec_module(module)
     assert module.main() == 1
     assert asked == ["tabletop_arm"] and "that is enough" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--beam", "--runner=DirectRunner --x=1"], ["--beam=--runner=DirectRunner --x=1"]])
+def test_options_of_a_pipeline_begin_with_dashes(repository, monkeypatch, given):
+    script = runpy.run_path(str(repository / "scripts" / "prepare_data.py"))
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--data_dir", "d", *given, "toy"])
+    flags = script["arguments"]()
+    assert flags.beam == "--runner=DirectRunner --x=1" and flags.datasets == ["toy"]

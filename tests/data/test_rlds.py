@@ -8,7 +8,10 @@ import stat
 import numpy as np
 import pytest
 
-from octo_like.common import normalization
+from octo_like.common import normalization, storage
+from octo_like.common.errors import ConfigError
+from octo_like.common.storage import StorageError
+from octo_like.data.inputs import Inputs
 from octo_like.data.prepare import prepare_dataset
 from octo_like.data.rlds import cache, cache_files, records
 from octo_like.data.spec import DataError, DatasetSpec, specs_from_config
@@ -227,6 +230,50 @@ def test_nothing_half_written_is_left(copied):
 
 
 # ---------------------------------------------------------------- user functions
+
+
+@pytest.mark.parametrize("name", ["2.0.0", "2.0.0/dataset_info.json", "", "data"])
+@pytest.mark.parametrize("times", [1, 1000], ids=["once", "for good"])
+def test_a_failing_look_does_not_choose_another_version(copied, monkeypatch, caplog, name, times):
+    """Nor does it say that there is no such dataset, or no such data_dir."""
+    root = copied.path.parent
+    shutil.copytree(copied.path, root / "2.0.0")
+    failing = str(root / name).rstrip("/") if name != "data" else copied.data_dir
+    real, left = os.stat, [times]
+
+    def stat(path, *arguments, **named):
+        if str(path) == failing and left[0]:
+            left[0] -= 1
+            raise OSError(5, "I/O error")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(storage, "PAUSES", (0.0,) * 3)
+    if times == 1:
+        with caplog.at_level("INFO"):
+            assert records.find_dataset(copied.name, copied.data_dir) == str(root / "2.0.0")
+        assert not left[0] and "version 2.0.0, the newest one (older: 1.0.0)" in caplog.text
+    else:
+        with pytest.raises(StorageError, match="the storage does not answer"):
+            records.find_dataset(copied.name, copied.data_dir)
+
+
+def test_a_resume_names_another_version():
+    class Stream:
+        order_spec = {"order": {"index_hash": "a"}}
+        position = None
+
+        def adopt(self, saved):
+            pass
+
+        def seek(self, position):
+            self.position = position
+
+    inputs = Inputs(Stream(), {}, {}, {}, versions={"toy": "2.0.0"})
+    with pytest.raises(ConfigError, match=r"(?s)index_hash: 'b' -> 'a'.*toy: version 1.0.0 before, 2.0.0 now"):
+        inputs.resume({"order": {"index_hash": "b"}}, 4, {"toy": "1.0.0"})
+    inputs.resume({"order": {"index_hash": "a"}}, 4, {"toy": "1.0.0"})  # the same episodes
+    assert inputs.stream.position == 4
 
 
 def cut_gripper(trajectory):

@@ -280,7 +280,8 @@ def test_format_version_1_still_loads(tmp_path):
     document["format_version"] = 1
     del document["batch_spec"]["language_embedding"]
     (tmp_path / "old" / "config.json").write_text(json.dumps(document))
-    (tmp_path / "old" / "README.md").unlink()
+    for name in ("README.md", "SHA256SUMS"):
+        (tmp_path / "old" / name).unlink()
     assert Policy.load_pretrained(tmp_path / "old").batch_spec == tiny.SPEC
     (tmp_path / "old" / "config.json").write_text(json.dumps(document | {"format_version": 0}))
     with pytest.raises(PretrainedError, match="reads 1 to 2"):

@@ -217,6 +217,26 @@ def test_directories_that_are_not_policies(policy, tmp_path):
         Policy.load_pretrained(tmp_path / "run" / "export")
 
 
+@pytest.mark.parametrize("name", ["config.json", "dataset_statistics.json", "SHA256SUMS", "text/tokenizer.json"])
+def test_a_flipped_bit_of_an_export_is_found(tmp_path, policy, name):
+    """Digits are what hurts: a file that still is JSON, with other numbers."""
+    policy.save_pretrained(tmp_path / "export")
+    file = tmp_path / "export" / name
+    if not file.exists():
+        pytest.skip("this policy takes no language")
+    content = file.read_bytes()
+    digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
+    for place in digits[:: max(1, len(digits) // 8)]:
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(PretrainedError, match="damaged|format version|missing"):
+            Policy.load_pretrained(tmp_path / "export")
+    file.write_bytes(content)
+    Policy.load_pretrained(tmp_path / "export")
+    if name != "SHA256SUMS":
+        (tmp_path / "export" / "SHA256SUMS").unlink()  # as exports were written before
+        Policy.load_pretrained(tmp_path / "export")
+
+
 def test_merge_reports_every_parameter(policy):
     config = operate(
         policy.config["model"],

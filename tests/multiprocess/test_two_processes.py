@@ -116,3 +116,59 @@ def test_two_processes(tmp_path, repository):
     assert stopped[0] == stopped[1] and len(stopped[0]) == 1
     assert "is damaged" in results[0][1]
     assert (tmp_path / "metrics_0" / "metrics.jsonl").exists() and not (tmp_path / "metrics_1").exists()
+
+
+ONE_CANNOT_READ = """
+import errno, logging, os, pathlib, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from octo_like.common import storage
+from octo_like.training import checkpoint, distributed
+
+port, process, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+assert distributed.initialize(
+    coordinator_address=f"localhost:{port}", num_processes=2, process_id=process, heartbeat_timeout=10
+)
+storage.PAUSES = (0.1,) * 4
+sharding = NamedSharding(Mesh(np.array(jax.devices()), "x"), P("x"))
+make = jax.jit(lambda s: jnp.arange(64.0).reshape(16, 4) + s, out_shardings=sharding)
+abstract = {"x": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding)}
+with checkpoint.Checkpointer(workdir) as saver:
+    for step in (1, 2):
+        saver.save(step, {"x": make(step)}, {"position": step})
+real, left = os.stat, [0]
+
+def stat(path, *arguments, **named):
+    if not isinstance(path, int) and "/checkpoints/2" in os.fspath(path) and left[0]:
+        left[0] -= 1
+        raise OSError(errno.EIO, "I/O error")
+    return real(path, *arguments, **named)
+
+os.stat = stat
+for times in (1, 3):
+    for who in (0, 1):
+        left[0] = times if process == who else 0
+        with checkpoint.Checkpointer(workdir) as saver:
+            state, extra = saver.restore(None, abstract)
+            assert saver.all_steps() == [1, 2] and extra == {"position": 2}, (saver.all_steps(), extra)
+assert not (workdir / "checkpoints" / "damaged").exists()
+print("agreed", flush=True)
+"""
+
+
+@pytest.mark.multiprocess
+def test_an_error_of_one_host_makes_no_difference(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    arguments = [[sys.executable, "-c", ONE_CANNOT_READ, str(port), str(i), str(tmp_path / "run")] for i in range(2)]
+    options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    processes = [subprocess.Popen(command, **options) for command in arguments]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("agreed" in output for output in outputs), "\n".join(output[-3000:] for output in outputs)

@@ -1,6 +1,7 @@
 """Exit statuses, the phases of a start and their limits, with one process; with two, see tests/multiprocess."""
 
 import argparse
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from octo_like.common.config import ConfigError
+from octo_like.common.storage import StorageError
 from octo_like.training import attempt as module
 from octo_like.training import exits
 from octo_like.training.arguments import add_arguments
@@ -17,6 +19,11 @@ from octo_like.training.checkpoint import CheckpointError, NonFiniteState
 from octo_like.training.lease import Lease, WorkdirInUse
 from octo_like.training.watch import TooManyBadSteps
 from tests.training import tiny_config
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
 
 
 @pytest.fixture
@@ -41,6 +48,12 @@ def attempt(tmp_path):
         (FileNotFoundError("x"), exits.USAGE, exits.ERROR),
         (RuntimeError("x"), exits.ERROR, exits.ERROR),
         (CheckpointError("x"), exits.ERROR, exits.ERROR),
+        # An outage is no mistake, whatever was concluded from it.
+        (StorageError("x"), exits.ERROR, exits.ERROR),
+        (caused(ConfigError("no dataset"), OSError(errno.EIO, "I/O error")), exits.ERROR, exits.ERROR),
+        (caused(FileNotFoundError("features.json"), TimeoutError()), exits.ERROR, exits.ERROR),
+        (caused(ConfigError("x"), ValueError("UNAVAILABLE: y")), exits.ERROR, exits.ERROR),
+        (caused(ConfigError("x"), FileNotFoundError("y")), exits.USAGE, exits.ERROR),
         (WorkdirInUse("x"), exits.ERROR, exits.ERROR),
         (TooManyBadSteps("x"), exits.NOT_FINITE, exits.NOT_FINITE),
         (NonFiniteState("x"), exits.NOT_FINITE, exits.NOT_FINITE),

@@ -283,3 +283,53 @@ def test_what_is_wrong_stays_wrong(tmp_path):
     with checkpoint.Checkpointer(tmp_path) as saver:
         assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(1))
         assert saver.all_steps() == [1]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 1000])
+def test_a_failing_look_at_the_newest_step_does_not_hide_it(tmp_path, monkeypatch, times):
+    save(tmp_path, 1, 2)
+    real, left = os.stat, [times]
+
+    def stat(path, *arguments, **named):
+        if os.fspath(path).endswith("/checkpoints/2") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "I/O error")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", stat)
+    if times < 1000:
+        assert checkpoint.has_checkpoint(tmp_path)
+        left[0] = times
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            assert not left[0]
+            assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(2))
+    else:
+        with pytest.raises(storage.StorageError, match="checkpoints/2"):
+            checkpoint.has_checkpoint(tmp_path)
+        with pytest.raises(storage.StorageError, match="checkpoints/2"):
+            checkpoint.Checkpointer(tmp_path)
+
+
+def test_a_status_that_is_hidden_in_a_cause_is_no_damage(tmp_path, monkeypatch):
+    """Files in buckets are not hashed: what Orbax raises is all there is to go by."""
+    save(tmp_path, 1, 2)
+    without_hashes(tmp_path / "checkpoints" / "2")
+    real, left = checkpoint.ocp.PyTreeCheckpointHandler.restore, [3]
+
+    def restore(self, *arguments, **named):
+        if left[0]:
+            left[0] -= 1
+            try:
+                raise ValueError("UNAVAILABLE: Error reading gs://bucket/run: 503")
+            except ValueError as error:
+                raise ValueError("cannot restore params/head") from error
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(2))
+        assert not left[0] and saver.all_steps() == [1, 2]
+        left[0] = 1000
+        with pytest.raises(checkpoint.CheckpointUnreadable, match="checkpoints/2"):
+            saver.restore(None, abstract(make_state(0)))
+    assert not (tmp_path / "checkpoints" / "damaged").exists()

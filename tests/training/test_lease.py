@@ -1,5 +1,6 @@
 """The lease on a workdir: real files, real processes that are killed and stopped, and claimants on other machines."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,12 @@ import pytest
 from etils.epath import gpath
 from fsspec.implementations import memory
 
-from octo_like.training import lease
+from octo_like.common import storage
+from octo_like.common.errors import ConfigError
+from octo_like.common.storage import StorageError
+from octo_like.training import exits, lease
+from octo_like.training import lease as lease_module
+from octo_like.training.attempt import status_of
 from octo_like.training.lease import Lease, WorkdirInUse
 
 QUICK = dict(stale=1.0, pulse=0.1)
@@ -221,3 +227,42 @@ def test_storage_that_does_not_answer_is_no_loss(tmp_path, monkeypatch, caplog):
     assert "Service Unavailable" in caplog.text
     monkeypatch.undo()
     mine.release()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_workdir_that_may_not_be_written_is_a_mistake_in_one_line(tmp_path, monkeypatch, code):
+    def refuse(path, text):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(lease_module, "write_whole", refuse)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    with pytest.raises(ConfigError, match=f"{tmp_path} cannot be written: .*{os.strerror(code)}") as found:
+        Lease(tmp_path).take()
+    assert "\n" not in str(found.value) and status_of(found.value, begun=False) == exits.USAGE
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(ConfigError, match="run is a file, expected a directory"):
+        Lease(tmp_path / "run").take()
+
+
+def test_a_workdir_whose_storage_does_not_answer_is_no_mistake(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0,) * 3)
+    real, left = os.stat, [2]
+
+    def stat(path, *arguments, **named):
+        if str(path) == str(tmp_path) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "I/O error")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", stat)
+    mine = Lease(tmp_path)
+    mine.take()
+    mine.release()
+    left[0] = 99
+    with pytest.raises(StorageError, match="the storage does not answer") as found:
+        Lease(tmp_path).take()
+    assert status_of(found.value, begun=False) == exits.ERROR
+    left[0] = 0

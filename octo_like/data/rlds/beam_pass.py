@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from octo_like.common.storage import StorageError
 from octo_like.data.rlds import shared_pass
+from octo_like.data.rlds.cache_files import make_folder
 from octo_like.data.rlds.scan import traced_summary
 from octo_like.data.spec import DataError
-from octo_like.data.tf import tf
 
 SILENT_SECONDS = 600.0  # without a new part the log says so; again after twice the time, and so on
 
@@ -80,7 +80,7 @@ def run(jobs: Sequence[shared_pass.Job], options: Sequence[str]) -> None:
     if not pieces:
         return
     for job in jobs:
-        tf.io.gfile.makedirs(job.parts)
+        make_folder(job.parts)
 
     class Scan(apache_beam.DoFn):
         """Scans pieces; the functions are made once for each worker."""

@@ -39,7 +39,16 @@ from octo_like.common.storage import Kind, StorageError, kind_of, persistently
 from octo_like.data.rlds import bad_records
 from octo_like.data.rlds import columns as row_columns
 from octo_like.data.rlds.bad_records import MAX_BAD_FRACTION
-from octo_like.data.rlds.cache_files import FILES, DamagedCache, load_arrays, remove, save_arrays, write_atomically
+from octo_like.data.rlds.cache_files import (
+    FILES,
+    DamagedCache,
+    load_arrays,
+    make_folder,
+    remove,
+    remove_folder,
+    save_arrays,
+    write_atomically,
+)
 from octo_like.data.rlds.index import Index, SplitIndex, digest_of, with_usable
 from octo_like.data.rlds.lock import build_once
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
@@ -130,7 +139,7 @@ def _build(
     """Scans all files, several at a time, and writes the index; those that an earlier pass finished are not read."""
     total, numbers = sum(split.shard_lengths), range(len(split.files))
     parts = os.path.join(folder, PARTS)
-    persistently(lambda: tf.io.gfile.makedirs(parts), parts)
+    make_folder(parts)
     part = [os.path.join(parts, part_name(number)) for number in numbers]
     done = set(FILES.names(parts) or ())
     finished = {number for number in numbers if os.path.basename(part[number]) in done}
@@ -198,7 +207,7 @@ def _build(
         return summary
 
     _assemble(folder, len(part), summary_of, function)
-    persistently(lambda: tf.io.gfile.rmtree(parts), parts)
+    remove_folder(parts)
 
 
 def _assemble(folder: str, count: int, summary_of: Callable[[int], FileSummary], function: EpisodeFunction) -> None:

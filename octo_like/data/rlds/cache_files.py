@@ -2,14 +2,15 @@
 
 import io
 import os
+import shutil
 import uuid
 from typing import Any
 
 import numpy as np
 
-from octo_like.common.storage import Files, Found, persistently
+from octo_like.common.storage import Files, Found, StorageError, persistently
 from octo_like.data.errors import DataError
-from octo_like.data.tf import tf
+from octo_like.data.tf import error_text, tf
 
 
 class DamagedCache(DataError):
@@ -34,6 +35,33 @@ class _Gfile:
 FILES = Files(_Gfile())
 
 
+def make_folder(folder: str) -> None:
+    """Makes a folder and those above it, where it is not there yet. Raises StorageError."""
+    if FILES.is_folder(folder):
+        return
+    try:
+        persistently(lambda: tf.io.gfile.makedirs(folder), folder)
+    except tf.errors.OpError as error:
+        # It came in between; or a look of TensorFlow's failed, and it says that a file is in the way.
+        if not FILES.is_folder(folder):
+            if FILES.is_file(folder) or FILES.is_file(os.path.dirname(folder)):
+                raise
+            raise StorageError(f"{folder} cannot be made: {error_text(error)}") from error
+
+
+def remove_folder(folder: str) -> None:
+    """Removes a folder and what is in it, if it is there. Raises StorageError."""
+
+    def act() -> None:
+        if "://" in folder:
+            tf.io.gfile.rmtree(folder)
+        else:
+            shutil.rmtree(folder)
+
+    if FILES.is_folder(folder):
+        persistently(act, folder)
+
+
 def remove(path: str) -> None:
     """Removes a file, if it is there."""
     try:
@@ -52,7 +80,7 @@ def write_atomically(path: str, content: bytes) -> None:
     def write() -> None:
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            tf.io.gfile.makedirs(os.path.dirname(path))
+            make_folder(os.path.dirname(path))
             with tf.io.gfile.GFile(temporary, "wb") as file:
                 file.write(content)
             tf.io.gfile.rename(temporary, path, overwrite=True)

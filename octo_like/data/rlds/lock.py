@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from octo_like.common.storage import StorageError, persistently
-from octo_like.data.rlds.cache_files import FILES, remove
+from octo_like.data.rlds.cache_files import FILES, make_folder, remove
 from octo_like.data.tf import tf
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def build_once(target: str, build: Callable[[], None], *, what: str) -> None:
       target: what `build` writes, last and atomically.
       what: a few words for the log, which says now and then who is waited for.
     """
-    persistently(lambda: tf.io.gfile.makedirs(os.path.dirname(target)), target)
+    make_folder(os.path.dirname(target))
     path = f"{target}.lock"
     other = Watched(path)
     start = reported = time.monotonic()

@@ -27,13 +27,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from octo_like.common.storage import persistently
 from octo_like.data.rlds import lock, records, scan
-from octo_like.data.rlds.cache_files import FILES, write_atomically
+from octo_like.data.rlds.cache_files import FILES, make_folder, write_atomically
 from octo_like.data.rlds.records import EpisodeFunction, RldsSplit
 from octo_like.data.rlds.stall import StallWatch
 from octo_like.data.spec import DatasetSpec
-from octo_like.data.tf import tf
 
 # A piece is at least one file and ends with either of these; what a killed process loses is one piece per thread.
 PIECE_BYTES, PIECE_FILES = 256 << 20, 64
@@ -264,7 +262,7 @@ def take_part(
     if not pieces:
         return
     for job in jobs:
-        persistently(functools.partial(tf.io.gfile.makedirs, job.parts), job.parts)
+        make_folder(job.parts)
     count = process_count * processes
     own = [(process_index * processes + i, count) for i in range(processes)]
     workers = [_start_worker(jobs, threads, index, count) for index, count in own[1:]]
