@@ -36,7 +36,7 @@ from octo_like.data.inputs import inputs_from_config
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
-from octo_like.training.program import network_from_config, optimizer_from_config
+from octo_like.training.program import check_frozen, network_from_config, optimizer_from_config
 from octo_like.training.run import Run, asked_words, check_words, describe
 from octo_like.training.sharding import make_mesh
 from octo_like.training.warm_start import warm_start
@@ -57,6 +57,19 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     network = network_from_config(config)
     check_acting(network.model, network.spec)
 
+    # ------------------------------------------------------------------------------------------------------ weights
+    init, documents, loaded_from = network.init_params, {}, None
+    source: Any = jax.random.key(config.seed)
+    if config.init_from and not attempt.resumes:
+        with attempt.phase("restore"):
+            initial = sharding.to_host(jax.jit(init, out_shardings=sharding.replicated(mesh))(source), mesh)
+            params, report = warm_start(initial, config.init_from, frozen=network.frozen)
+        check_frozen(config, network, loaded=report.paths("loaded"))
+        init, source, loaded_from = (lambda loaded: loaded), params, config.init_from
+        documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
+    elif not config.init_from:
+        check_frozen(config, network, resumes=attempt.resumes)
+
     # --------------------------------------------------------------------------------------------------------- data
     with attempt.phase("data"):
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -70,15 +83,6 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
         )
     new = () if config.init_from else tuple(network.model.auxiliaries)
     check_words(network.model, inputs.stream.order_spec, new=new, **asked_words(config))
-
-    # ------------------------------------------------------------------------------------------------------ weights
-    init, source, documents, loaded_from = network.init_params, jax.random.key(config.seed), {}, None
-    if config.init_from and not attempt.resumes:
-        with attempt.phase("restore"):
-            initial = sharding.to_host(jax.jit(init, out_shardings=sharding.replicated(mesh))(source), mesh)
-            params, report = warm_start(initial, config.init_from, frozen=network.frozen)
-        init, source, loaded_from = (lambda loaded: loaded), params, config.init_from
-        documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
 
     # --------------------------------------------------------------------------------------------------------- loop
     policy_config = {"model": to_dict(config)["model"], "batch_spec": network.spec.to_json()}

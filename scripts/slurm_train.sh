@@ -2,7 +2,8 @@
 # Training on a Slurm cluster with GPUs: one task per GPU, saved and requeued on preemption and at the time limit.
 #
 #   NODES=4 GPUS_PER_NODE=8 TIME=24:00:00 bash scripts/slurm_train.sh \
-#       python train.py --config configs/octo_base.py --workdir /shared/runs/base --config.data.data_dir=/shared/oxe
+#       python train.py --config configs/octo_base.py:base,learned_text --workdir /shared/runs/base \
+#           --config.data.data_dir=/shared/oxe --config.data.mix=oxe_magic_soup
 #
 # Run on the login node it submits itself with sbatch; `--dry-run` as the first argument prints that command instead.
 # Settings (environment): NODES, GPUS_PER_NODE, CPUS_PER_TASK, TIME, JOB_NAME, PARTITION, ACCOUNT, QOS,

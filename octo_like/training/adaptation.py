@@ -19,7 +19,7 @@ from octo_like.common.config import ConfigError, freeze, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.parts import Modules, PartError, modules_in
 from octo_like.common.schema import BatchSpec, flatten
-from octo_like.common.text import TextTokenizer
+from octo_like.common.text import BUILTIN_MODELS, TextTokenizer
 from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel, init_params
 from octo_like.policy import lora, surgery
@@ -266,14 +266,13 @@ def text_tokenizer(config: Any, model: Mapping[str, Any], pretrained: Pretrained
         )
     if config.text.model is None:
         return None
-    if config.text.model == "builtin":
-        if pretrained is not None and pretrained.text_tokenizer is not None:
-            return pretrained.text_tokenizer
-        if any(entry.get("encoder") == "t5" for _, entry in tasks):
-            raise ConfigError(
-                "the language encoder is T5, whose vocabulary the checkpoint does not bring: "
-                "set --config.text.model=PATH of T5's spiece.model"
-            )
+    if config.text.model == "builtin" and pretrained is not None and pretrained.text_tokenizer is not None:
+        return pretrained.text_tokenizer
+    if config.text.model in BUILTIN_MODELS and any(entry.get("encoder") == "t5" for _, entry in tasks):
+        raise ConfigError(
+            f"the language encoder is T5, and text.model={config.text.model!r} is not its vocabulary, which the "
+            "checkpoint does not bring: set --config.text.model=PATH of T5's spiece.model"
+        )
     length = config.text.max_length
     if pretrained is not None and pretrained.batch_spec.language_length is not None:
         length = pretrained.batch_spec.language_length  # position embeddings of words have this length
@@ -442,6 +441,11 @@ def _weights(
             raise ConfigError(f"mode {config.mode!r} keeps pretrained weights, but config.pretrained is not set")
         frozen = surgery.frozen_by_mode("full", patterns, dict.fromkeys(paths, True), untrained_heads)
         _check_encoders(encoders, (), config.text.t5_weights)
+        if random := sorted(path for path in frozen - encoders if any(re.search(one, path) for one in patterns)):
+            raise ConfigError(
+                f"optimizer.freeze={patterns} keeps {random[0]} and {len(random) - 1} more as they are initialised, at "
+                "random: train them, or set config.pretrained to a policy that has them"
+            )
         return Weights(params, frozen | encoders, None), ()
 
     rules = surgery.carry(pretrained.model, model_config, to_dict(config)["surgery"])

@@ -9,7 +9,8 @@ proven or measured is what runs.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ import optax
 from octo_like.common import parts
 from octo_like.common.config import ConfigError, to_dict
 from octo_like.common.defaults import batch_spec
-from octo_like.common.schema import BatchSpec
-from octo_like.common.text import TextTokenizer
+from octo_like.common.schema import BatchSpec, flatten
+from octo_like.common.text import BUILTIN_MODELS, TextTokenizer
 from octo_like.model.octo import OctoModel, build_model, init_params
 from octo_like.model.special import run_once_options
+from octo_like.policy import surgery
 from octo_like.policy.pretrained import load_t5, with_t5
 from octo_like.training import sharding
 from octo_like.training.augment import augmentation_from_config
@@ -30,6 +32,8 @@ from octo_like.training.own_words import OwnSubtasks
 from octo_like.training.own_words import check as check_own_subtasks
 from octo_like.training.state import TrainState, create_state
 from octo_like.training.step import StepConfig, make_train_step
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,62 @@ def network_from_config(config: Any, *, load_weights: bool = True) -> Network:
 
     shapes = jax.eval_shape(initial, jax.random.key(0))
     return Network(tokenizer, spec, model, initial, frozen_paths(shapes, tuple(config.optimizer.freeze)))
+
+
+def check_frozen(config: Any, network: Network, *, loaded: Collection[str] = (), resumes: bool = False) -> None:
+    """Makes sure that nothing stays the random numbers it was initialised with: what is not trained has weights.
+
+    On random batches, where nothing can be learned, and in a run that continues, a fault is logged only.
+
+    Args:
+      loaded: paths of parameters that were taken from `config.init_from`.
+
+    Raises:
+      ConfigError: parameters that are not trained come from nowhere, or a T5 gets ids of another vocabulary.
+    """
+    tokenizers = (to_dict(config)["model"].get("task_tokenizers") or {}).items()
+    reads_t5 = any(entry.get("encoder") == "t5" for _, entry in tokenizers)
+    shapes = jax.eval_shape(network.init_params, jax.random.key(0))
+    encoders = surgery.never_trained(to_dict(config)["model"], [path for path, _ in flatten(shapes)])
+    kept = network.frozen | encoders
+    given = {path for path in kept if "/hf_model/" in path} if config.text.t5_weights else set()
+    random = sorted(kept - given - set(loaded))
+    faults = []
+    if unfilled := [path for path in random if "/hf_model/" in path]:
+        name = unfilled[0].split("/hf_model/")[0].rpartition("_")[2]
+        faults.append(_no_t5(f"model.task_tokenizers.{name} is a T5 that is not trained, and text.t5_weights is None"))
+    elif reads_t5 and network.tokenizer is not None:
+        if config.text.model in BUILTIN_MODELS:
+            faults.append(_no_t5(f"text.model={config.text.model!r} is not the vocabulary that T5 was trained with"))
+        try:
+            surgery.check_vocabulary(shapes, network.tokenizer.vocab_size)
+        except ValueError as error:
+            faults.append(str(error))
+    if others := [path for path in random if "/hf_model/" not in path]:
+        faults.append(
+            f"optimizer.freeze={tuple(config.optimizer.freeze)} keeps {others[0]} and {len(others) - 1} more as they "
+            "are initialised, at random: train them, or take their weights from a policy that has them "
+            "(--config.init_from=EXPORT; finetune.py adapts one to a robot)"
+        )
+    if loose := sorted(encoders - network.frozen):
+        faults.append(
+            f"no gradient reaches {loose[0]}, and weight decay would shrink it: add 'hf_model' to optimizer.freeze, or "
+            "train the encoder (finetune_encoder=True)"
+        )
+    if faults and not resumes and config.data.kind != "synthetic":
+        raise ConfigError(faults[0])
+    for fault in faults:
+        log.warning("%s", fault)
+
+
+def _no_t5(fault: str) -> str:
+    return (
+        f"{fault}: the policy would be told random numbers in place of words. Two ways out: (1) on a machine with a "
+        "network (pip install huggingface_hub), `hf download google-t5/t5-base spiece.model model.safetensors "
+        "--local-dir t5-base`, and then --config.text.model=t5-base/spiece.model --config.text.t5_weights=t5-base; "
+        "(2) a text encoder that is trained with the policy: one word of the config, as in --config "
+        "configs/octo_small.py:small,learned_text. Random batches (--config.data.kind=synthetic) need neither"
+    )
 
 
 def own_subtasks(config: Any) -> OwnSubtasks:

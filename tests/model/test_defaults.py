@@ -201,5 +201,5 @@ def test_octo_small_that_listens_has_film_in_its_stems_and_is_itself_otherwise()
     shapes = jax.eval_shape(lambda: init_params(build_model(model), spec, jax.random.key(0)))
     names = [path for path, _ in flatten(shapes)]
     assert sum("film" in name.lower() for name in names) >= 2 * 5, names
-    with pytest.raises(ValueError, match="valid: small, base, 300m, 1b, each with ,listen"):
+    with pytest.raises(ValueError, match="valid: small, base, 300m, 1b, each with ,listen or ,learned_text or both"):
         load_config("configs/octo_small.py:small,hear")

@@ -115,3 +115,14 @@ def test_an_adaptation_places_pictures_as_the_pretrained_policy_does(caplog):
     config.resize = "crop"
     assert adaptation.with_inputs(config, model, (), spec).resize == "crop"
     assert "the pretrained policy has seen pictures by 'letterbox'" in caplog.text
+
+
+def test_from_scratch_nothing_is_frozen_at_random(export, prepared):
+    with pytest.raises(ConfigError, match="optimizer.freeze.*observation_tokenizers_primary.*at random"):
+        prepared("--config.pretrained=None", "--config.optimizer.freeze=observation_tokenizers_primary")
+
+
+def test_t5_gets_its_own_vocabulary(export, prepared):
+    t5 = "{'kind': 'language', 'encoder': 't5', 't5': 't5-base'}"
+    with pytest.raises(ConfigError, match="text.model='words' is not its vocabulary"):
+        prepared(f"--config.surgery.task_tokenizers.language={t5}", "--config.text.model=words")
