@@ -8,6 +8,7 @@ It prints which parameters were loaded, resized, new and frozen, and writes the 
 Running the same command again continues from the newest checkpoint. See docs/finetune.md.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import logging
 from typing import Any

@@ -5,9 +5,10 @@
 
 Running the same command again continues from the newest checkpoint. Exit statuses: 0 done, 1 a crash, 2 a mistake in
 command line, config or data, found before the first step, 75 stopped by SIGTERM with the state saved, 76 stopped by the
-NaN guard, 77 stalled; docs/training.md.
+NaN guard, 77 stalled, 130 ended by Ctrl-C (from the first step on with the state saved); docs/training.md.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import json
 import logging

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import ast
 import importlib.metadata
 import pathlib

@@ -11,6 +11,7 @@ Compiles the very step that train.py runs with the compiler of a TPU host (`make
 status 1: it does not fit.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import json
 import os

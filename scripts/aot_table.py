@@ -8,6 +8,7 @@
 A row takes four to ten minutes of a core.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import os
 import pathlib

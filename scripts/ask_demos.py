@@ -11,6 +11,7 @@ and motion (which way the hand goes, where --motion says what of the propriocept
 the instructions: train a vocabulary that knows them (scripts/train_tokenizer.py), or use one of general English.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import json
 import pathlib

@@ -14,6 +14,7 @@ repeated; OUT/delay.md is the table and OUT/delay.png the plot. `--quick` sees w
 The time limit of the tasks is `--time_factor` times the usual one: holding still costs time, not the episode.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import dataclasses
 import functools

@@ -10,6 +10,7 @@ FLOPs are those of matrix products and convolutions, read off the traced program
 all meet the same machine; the median ratio to "full" is printed. The table is Markdown; the last line is JSON.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import json
 import pathlib

@@ -16,6 +16,7 @@ loops over frames that the stream itself decoded, with the same number of thread
 The last line is JSON.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import json
 import logging

@@ -12,6 +12,7 @@ those of matrix products and convolutions, read off the traced program. "Without
 16 x 768 features that T5 would have given. The last line is JSON.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import dataclasses
 import json

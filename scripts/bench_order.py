@@ -5,6 +5,7 @@ Processor time, which another load on the machine hardly changes: everything is 
     python scripts/bench_order.py --datasets 60 --episodes 2300000 --lanes 256 --batch_size 2048
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import time
 

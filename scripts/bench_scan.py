@@ -7,6 +7,7 @@ left alone would use almost two. What is timed is the scan, from the first claim
 within it, this process's own imports are not. The parts must have the same bytes every time.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import contextlib
 import hashlib

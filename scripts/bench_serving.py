@@ -10,6 +10,7 @@ of its own, `make test-openpi` makes one) drives the tabletop world, and the pol
 scenes with the same noise. Both end with an error when something is not as it should be.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import contextlib
 import dataclasses

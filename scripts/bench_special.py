@@ -8,6 +8,7 @@ meet the same machine; the first round is left out and medians are printed. The 
 out, as in `bench_model.py`.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import contextlib
 import gc

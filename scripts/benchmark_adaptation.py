@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for _path in (ROOT, ROOT / "scripts"):
     if str(_path) not in sys.path:
         sys.path.insert(0, str(_path))
+import octo_like.common.interrupts  # noqa: E402, F401  isort: skip
 
 from adaptation_cells import (  # noqa: E402
     LONG,

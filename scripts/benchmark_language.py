@@ -20,6 +20,7 @@ on from its checkpoint. Tests of a study use the same scenes. (The key does not 
 a new --workdir.) Needs the extra `data`.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import dataclasses
 import json

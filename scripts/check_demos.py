@@ -11,6 +11,7 @@ training episodes, frames of some. Exit status: 1 when something cannot be read;
 warnings.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import sys
 

@@ -11,6 +11,7 @@ the control rate. Writes OUTPUT/DATASET/index.html and PNGs. docs/demos.md says 
 something cannot be read; 2 with --strict when there are warnings.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import os
 import sys

@@ -15,6 +15,7 @@ episode. Memory: one episode of encoded frames. Exit status 1: something is wron
 recordings, named in one line.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import os
 import sys

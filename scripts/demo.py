@@ -12,6 +12,7 @@ Stages are separate processes. A finished stage is skipped as long as its comman
 an interrupted one continues where it can (training resumes from its checkpoint). Everything is below --workdir.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import dataclasses
 import hashlib
@@ -233,19 +234,22 @@ class Runner:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, *stage.command]
-        begun, status = time.monotonic(), 130
+        begun, status, interrupted = time.monotonic(), 130, False
         self.write_stamp(stage, stamp)
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
         try:
             status = process.wait()
         except KeyboardInterrupt:
             # Ctrl-C reached the stage, too: let it save what it can.
-            print("\ninterrupted: waiting for the stage to end", flush=True)
+            interrupted = True
             status = process.wait() or 130
         finally:
             stamp["seconds"] += time.monotonic() - begun
             stamp["finished"] = status == 0 and (self.workdir / stage.proof).exists()
             self.write_stamp(stage, stamp)
+        if interrupted:
+            print(f"demo.py: interrupted in stage {stage.name}; the same command continues", file=sys.stderr)
+            return 130
         if status == 0 and not stamp["finished"]:
             print(f"\nstage {stage.name} ended without making {self.workdir / stage.proof}", file=sys.stderr)
             return 1

@@ -18,6 +18,7 @@ Writes to --out: episodes.json (every episode of every evaluation), gifs/*.gif (
     seen_pairs          the same scenes in colours that demonstrations ask for
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import dataclasses
 import functools

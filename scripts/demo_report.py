@@ -6,6 +6,7 @@ Reads what the stages left below --workdir: evaluation/, the metrics of every tr
 loaded, and the seconds of the stages.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import base64
 import html

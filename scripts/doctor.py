@@ -10,6 +10,7 @@ FAIL, with what to do about it. On several hosts they are gathered, and process 
 except for what reads data. Exit status: 0 when training can start, 1 when a check failed.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import dataclasses
 import importlib.util

@@ -6,6 +6,7 @@ Who imports stands above and to the right of what is imported. The same files gi
 are counted when it is drawn.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import ast
 import collections

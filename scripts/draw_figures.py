@@ -7,6 +7,7 @@ The block mask is computed by the rule that the model uses, lanes by the functio
 the first episodes of the evaluation's seeds, tasks in turns, whether they succeed or not.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import pathlib
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 python scripts/draw_words.py      # docs/figures/words.png, long_tasks.png and hand_paths.png
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import pathlib
 import textwrap

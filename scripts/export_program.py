@@ -7,6 +7,7 @@ The folder holds the loader too: `from program import Program`. docs/deployment.
 instructions need that were not exported.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import sys
 from pathlib import Path

@@ -9,6 +9,7 @@ The model behaves as it was trained, deviations of its masks included (`octo_com
 do not hold it: without --text-model the policy takes goal images and refuses texts.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import sys
 from pathlib import Path

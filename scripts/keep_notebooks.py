@@ -10,6 +10,7 @@ warning, a folder of this machine, too large) stays as it was, and the reason is
 `data` for explore_data.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import base64
 import io

@@ -13,6 +13,7 @@ Every result is kept in runs/mutation/results.json: a run that is stopped goes o
 again when its file has changed, a survivor also when its tests have.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import ast
 import collections

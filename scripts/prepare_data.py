@@ -15,6 +15,7 @@ Exit status 1: something is wrong with data or arguments, named in one line, or 
 the storage does not answer, after it was asked again for five minutes.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import json
 import logging

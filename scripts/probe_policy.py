@@ -11,6 +11,7 @@ probe.json, probe.txt and PNGs. Frames are those of the tabletop's experts, made
 the file, and how to read the tables: docs/probing.md.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import sys
 from pathlib import Path

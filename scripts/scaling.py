@@ -6,6 +6,7 @@ python scripts/scaling.py --loader_rate 320 --price v5e=0.9 --price v6e=1.8
 python scripts/scaling.py --write                # into docs/scaling.md
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import dataclasses
 import os

@@ -8,6 +8,7 @@ that are finished are not repeated, and one that was interrupted continues. OUT/
 `--isa AVX2` lets XLA use no newer instructions than that, as if the processor had none. TensorFlow is not needed.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import concurrent.futures
 import dataclasses

@@ -7,6 +7,7 @@ On the robot: `octo_like.robot.client.PolicyClient(host, port).act(observation, 
 the environment variable OCTO_LIKE_TOKEN, where no list of processes shows it. Needs the extra [serve].
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import logging
 import os

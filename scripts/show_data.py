@@ -8,6 +8,7 @@ all of them, the mixture table and the ranges. Look at it before you train: wron
 actions and missing instructions are seen at once.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import os
 import sys

@@ -13,6 +13,7 @@ one token: there it shows where the keypoints' softmax lies, in place of layers.
 noise, which tells little.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import sys
 from pathlib import Path

@@ -19,6 +19,7 @@ hosts every host runs its own supervisor: when one process fails, all of them en
 supervisors do the same; when one is killed, the others notice and end, and all of them start again.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import contextlib
 import datetime

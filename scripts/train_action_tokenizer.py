@@ -11,6 +11,7 @@ chunks take, what is clipped and how far actions come back changed, for the trai
 episodes. What the words mean and how to choose: docs/heads.md, "Action tokens: FAST".
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import contextlib
 import dataclasses

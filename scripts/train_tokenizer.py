@@ -9,6 +9,7 @@ Training is deterministic: one thread, sorted unique texts. Symbols are pieces o
 `locations` stands for the 64 location tokens <loc00> to <loc63>.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import io
 import sys

@@ -8,6 +8,7 @@ Exit status: 0 when all of them are what was saved, 1 otherwise. A storage that 
 five minutes; that it cannot be read says nothing about a step.
 """
 
+import octo_like.common.interrupts  # noqa: F401  isort: skip
 import argparse
 import os
 import sys

@@ -22,6 +22,7 @@ FOLDERS = {"metaworld_pretrain": "metaworld", "metaworld_heldout": "metaworld", 
 for path in (HERE, HERE.parent.parent, *(HERE.parent / folder for folder in set(FOLDERS.values()))):
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
+import octo_like.common.interrupts  # noqa: E402, F401  isort: skip
 
 import sim_episodes  # noqa: E402
 

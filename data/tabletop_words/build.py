@@ -15,6 +15,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 for path in (str(HERE), str(HERE.parent), str(HERE.parent.parent)):  # works from a checkout that is not installed, too
     if path not in sys.path:
         sys.path.insert(0, path)
+import octo_like.common.interrupts  # noqa: E402, F401  isort: skip
 
 # No TensorFlow at the top level: worker processes import this file again.
 import tabletop_building  # noqa: E402

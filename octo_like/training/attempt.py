@@ -14,6 +14,8 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -77,6 +79,7 @@ class Attempt:
         self.lease: Lease | None = None
         self.peers: Peers | None = None
         self._timer: threading.Timer | None = None
+        self._interrupts = Interrupts(self._on_interrupt)
         options = config.watchdog
         self.watchdog = Watchdog(
             flags.workdir,
@@ -96,6 +99,7 @@ class Attempt:
         for chatty in ("absl", "jax"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
+            self._interrupts.start()
             distributed.initialize_from_flags(self._flags)  # has a limit of its own, --init_timeout
             self.peers = Peers(self._on_failure)
             self.watchdog.__enter__()
@@ -185,7 +189,28 @@ class Attempt:
             self.leave(exits.ERROR, f"not all processes have come to the end: {error}")
         self._close()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C has asked for the end."""
+        return self._interrupts.count > 0
+
+    def _on_interrupt(self) -> None:
+        """In a thread: the main thread may be in the middle of a compilation, which no signal handler interrupts."""
+        if self._interrupts.count > 1:
+            self._end_interrupted("interrupted again; what was done since the newest checkpoint is not saved")
+        elif not self.begun:
+            self._end_interrupted("interrupted before the first step; the same command starts again")
+        elif distributed.process_count() == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            self._end_interrupted("interrupted at the end; what the run leaves is saved")
+        print("\ninterrupted: saves and stops (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # from here on as when the machine is taken away, on all processes
+
+    def _end_interrupted(self, said: str) -> NoReturn:
+        print(f"\n{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr, flush=True)
+        self.leave(exits.INTERRUPTED, said)
+
     def _close(self) -> None:
+        self._interrupts.stop()
         if self._timer is not None:
             self._timer.cancel()
         self.watchdog.__exit__(None, None, None)
@@ -232,6 +257,43 @@ class Attempt:
         os._exit(end[0])
 
 
+class Interrupts:
+    """Calls a function for every SIGINT, from a thread, whatever the main thread does.
+
+    Attributes:
+      count: of those that came.
+    """
+
+    def __init__(self, act: Callable[[], None]):
+        self._act, self.count = act, 0
+        self._before: Any = None
+        self._ends: tuple[socket.socket, socket.socket] | None = None
+
+    def start(self) -> None:
+        """Only a process's main thread may: elsewhere SIGINT keeps its meaning."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._ends = socket.socketpair()
+        self._ends[1].setblocking(False)
+        signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
+        self._before = signal.signal(signal.SIGINT, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(self._ends[0],), name="octo_like-ctrl-c", daemon=True).start()
+
+    def _listen(self, end: socket.socket) -> None:
+        while numbers := end.recv(16):  # the numbers of all signals that have a handler in Python
+            for _ in range(numbers.count(signal.SIGINT)):
+                self.count += 1
+                self._act()
+        end.close()
+
+    def stop(self) -> None:
+        if self._ends is not None:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
+            self._ends[1].close()
+            self._ends = None
+
+
 def _within(seconds: float, act: Callable[[], None]) -> None:
     """Calls `act`, and goes on without it after so many seconds or when it fails."""
 
@@ -275,6 +337,8 @@ def status_of(error: BaseException, *, begun: bool) -> int:
     """The exit status for what ended an attempt."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else exits.DONE if error.code is None else exits.ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return exits.INTERRUPTED
     if isinstance(error, (TooManyBadSteps, NonFiniteState)):
         return exits.NOT_FINITE
     # A storage that did not answer is no mistake, whatever was concluded from it.

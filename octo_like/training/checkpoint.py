@@ -36,6 +36,7 @@ from octo_like.training.integrity import (
     checked_json,
     checksums,
     contents,
+    note_metric,
     read_manifest,
     some,
     verify_arrays,
@@ -203,7 +204,8 @@ class Checkpointer:
           metric: how good the state is, for `keep_best`; None or NaN: not measured.
 
         Returns:
-          False when this step is on disk already (nothing is done), else True.
+          False when this step is on disk already, else True. One on disk is not written again; it gets the metric, if
+          there is one.
 
         Raises:
           NonFiniteState: an array holds NaN or infinity; nothing was written.
@@ -216,6 +218,10 @@ class Checkpointer:
         self.wait()
         if step in self._manager.all_steps():
             log.info("checkpoint %d exists already; not saved again", step)
+            if metric is not None and math.isfinite(metric):
+                self._best.note(step, float(metric))
+                if jax.process_index() == 0:
+                    note_metric(self.directory / str(step), float(metric))
             return False
         with jax.transfer_guard("allow"):
             leaves, tree = describe_state(state)

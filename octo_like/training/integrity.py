@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from octo_like.common.files import write_whole
 from octo_like.common.storage import is_gone, persistently
 from octo_like.training.storage import FILES, CheckpointDamaged, CheckpointError, StorageError, settled
 
@@ -75,8 +76,28 @@ def write_manifest(folder: epath.Path, body: dict[str, Any], *, hash_files: bool
         names = persistently(lambda: _files_below(folder), folder)
         files = {name: persistently(functools.partial(_hash_file, folder / name), folder / name) for name in names}
     body = {"format": FORMAT, **body, "files": files}
-    text = json.dumps({"sha256": _digest(body), "body": body}, indent=1)
+    text = _manifest_text(body)
     persistently(lambda: (folder / MANIFEST).write_text(text), folder / MANIFEST)
+
+
+def note_metric(folder: epath.Path, metric: float) -> None:
+    """Gives a step that was saved without one the metric of a later evaluation; its manifest is replaced whole.
+
+    Raises:
+      CheckpointDamaged, StorageError: as `read_manifest`.
+    """
+    if read_manifest(folder).metric == metric:
+        return
+    path = folder / MANIFEST
+    body = json.loads(persistently(path.read_text, path))["body"]
+    text = _manifest_text({**body, "metric": metric})
+    # Buckets replace objects whole.
+    write = path.write_text if "://" in os.fspath(path) else functools.partial(write_whole, path)
+    persistently(lambda: write(text), path)
+
+
+def _manifest_text(body: dict[str, Any]) -> str:
+    return json.dumps({"sha256": _digest(body), "body": body}, indent=1)
 
 
 def read_manifest(folder: epath.Path) -> Manifest:

@@ -92,6 +92,7 @@ def _train(
             check_batch(stream.batch(start), stream.batch_spec)
             stream.seek(start * config.batch_size)
         attempt.begun = start >= num_steps
+        saver.catch_up(start, state)
         evaluator = Evaluator(run, writer)
 
         def evaluate() -> dict[str, float]:
@@ -122,11 +123,13 @@ def _train(
             if config.checkpoint.every and step % config.checkpoint.every == 0 and not last:
                 saver.save(step, state, scores)
             if preemption.should_stop(step):
-                saver.save(step, state, scores)
+                # Not ranked: a run that nobody stopped would not have this step. The last one is, by the run that goes
+                # on from it, when it has evaluated it.
+                saver.save(step, state)
                 saver.wait(step)
                 steps.drain()
                 log.warning("stopped at step %d as asked; run the same command to continue", step)
-                return exits.PREEMPTED
+                return exits.INTERRUPTED if attempt.interrupted else exits.PREEMPTED
         steps.drain()
         if stopping.stopped:
             log.warning("stopped early at step %d: %s; that one is in export_best", step, stopping)
@@ -140,6 +143,6 @@ def _train(
         if evaluate_last:
             scores = evaluate()
         if rank:
-            saver.save(step, state, scores)
+            saver.save(step, state, scores)  # of a step that a stopped process has saved, its rank alone
         saver.finish(step, state)
     return exits.DONE

@@ -44,7 +44,10 @@ class Saver:
         report_progress(history.start, history.start or None)
 
     def save(self, step: int, state: TrainState, scores: Mapping[str, float] | None = None) -> None:
-        """Starts to save a step, ranked by its evaluation if it had one; the best one is exported as well."""
+        """Starts to save a step, ranked by its evaluation if it had one; the best one is exported as well.
+
+        A step that is saved already gets its rank.
+        """
         with self._history.clock.section("checkpoint"):
             extra, score = self._history.extra(self._run.inputs), self.ranking.metric(scores)
             self._run.attempt.check_lease()
@@ -54,6 +57,12 @@ class Saver:
         # This one is being written; the one before is complete.
         complete = max((s for s in self._checkpointer.all_steps() if s != step), default=None)
         report_progress(self._history.start, complete)
+
+    def catch_up(self, start: int, state: TrainState) -> None:
+        """Exports the best step again where the run goes on from it: its process may have been killed before it did."""
+        if start and self.ranking.enabled and self._checkpointer.best_step() == start:
+            with self._history.clock.section("export"), self._run.attempt.watchdog.longer():
+                self._export(state, "export_best")
 
     def wait(self, step: int) -> None:
         """Blocks until the save of this step, the newest, is complete."""

@@ -289,6 +289,7 @@ def _trace(jobs: Sequence[Job], pieces: Sequence[Piece]) -> None:
 # ---------------------------------------------------------------- worker processes
 
 _WORKER = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "  # Ctrl-C: its parent says so, and it ends quietly
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from octo_like.data.rlds import shared_pass; "
     "shared_pass.work()"
 )

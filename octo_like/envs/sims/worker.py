@@ -4,6 +4,7 @@ It reads (method, arguments) from the socket FD and answers ("ok", value) or ("e
 for one, until the socket closes. No TensorFlow and no JAX is imported here.
 """
 
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -101,6 +102,7 @@ def serve(connection: Connection, worker: Any) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches it as well as its parent, which says so
     with Connection(int(sys.argv[1])) as connection:
         serve(connection, Worker())
 
