@@ -13,19 +13,25 @@ import argparse
 import logging
 from typing import Any
 
+from octo_like.common.checks import check_run, check_workdir
 from octo_like.common.config import ConfigError, parse_command_line, to_dict
 from octo_like.training.arguments import add_arguments
 
 
-def arguments(argv=None) -> tuple[argparse.Namespace, Any]:
+def arguments(argv=None, **options: Any) -> tuple[argparse.Namespace, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="checkpoints, metrics and the export go here; gs:// too")
     add_arguments(parser)
-    return parse_command_line(parser, argv, default="configs/finetune.py")
+    return parse_command_line(parser, argv, default="configs/finetune.py", **options)
+
+
+def check(flags: argparse.Namespace, config: Any) -> None:
+    check_workdir(flags.workdir)
+    check_run(config, adapts=True)
 
 
 if __name__ == "__main__":
-    arguments()  # --help and mistakes are answered before anything is imported that takes seconds
+    arguments(check=check)  # --help and mistakes are answered before anything is imported that takes seconds
 
 import jax
 
@@ -57,6 +63,7 @@ from octo_like.training.sharding import check_batch_size, make_mesh
 def main(argv=None) -> int:
     # --------------------------------------------------------------------------------------- command line, machine
     flags, config = arguments(argv)
+    check(flags, config)
     check_settings(config)
     with Attempt(flags, config) as attempt:
         return adapt(flags, config, attempt)

@@ -32,7 +32,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -330,6 +330,7 @@ def parse_command_line(
     default: str | None = None,
     open_groups: Sequence[str] = OPEN_GROUPS,
     read_vocabularies: bool = True,
+    check: Callable[[argparse.Namespace, FrozenConfigDict], None] = lambda flags, config: None,
 ) -> tuple[argparse.Namespace, FrozenConfigDict]:
     """Parses `--config FILE[:arg]`, `--config.a.b=value` and the flags of `parser`.
 
@@ -338,6 +339,7 @@ def parse_command_line(
       argv: arguments without the program's name; default: those of the process.
       default: config file used when --config is not given.
       open_groups, read_vocabularies: see `load_config`.
+      check: called with both; raises ConfigError for what no run could use.
 
     Returns:
       The parsed flags and the frozen config. On any mistake: one line on stderr and exit status 2.
@@ -350,14 +352,31 @@ def parse_command_line(
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     overrides, rest = _split_overrides(parser, argv)
-    flags = parser.parse_args(rest)
+    flags, unknown = parser.parse_known_args(rest)
     if flags.config is None:
         parser.error("no config: pass --config configs/NAME.py")
     try:
         options: dict[str, Any] = dict(open_groups=open_groups, read_vocabularies=read_vocabularies)
-        return flags, load_config(flags.config, overrides, **options)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, load_config(flags.config))}")
+        config = load_config(flags.config, overrides, **options)
+        check(flags, config)
+        return flags, config
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _meant(arguments: Sequence[str], config: FrozenConfigDict) -> str:
+    """The field of the config that somebody may have meant by arguments that no flag has."""
+    keys = [path for path, _ in _flatten(config, groups=True)]
+    for argument in arguments:
+        if argument.startswith("-"):
+            word, equals, value = argument.lstrip("-").partition("=")
+            word = word.removeprefix("config_")
+            same = [key for key in keys if key == word or key.rpartition(".")[2] == word]
+            if found := same or nearest(word, keys):
+                return f". Fields of the config begin with --config.: did you mean --config.{found[0]}{equals}{value}?"
+    return ""
 
 
 def _split_overrides(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:

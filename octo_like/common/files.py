@@ -38,7 +38,7 @@ def find_file(text: str) -> pathlib.Path | None:
 
 
 @contextlib.contextmanager
-def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
+def python_file(spec: str, what: str, home: str = "configs") -> Iterator[tuple[ModuleType, str]]:
     """The module of "path/to/file.py:arg", which is run, and the text after the colon.
 
     Files build on each other (`from configs import octo_small`), whatever folder the program lies in that loads them:
@@ -47,6 +47,7 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
 
     Args:
       what: the file is, for messages.
+      home: folder of the project in which such files are.
 
     Raises:
       ConfigError: there is no such file, or it is no Python file; the message names the nearest.
@@ -54,7 +55,7 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
     text, _, argument = spec.partition(":")
     path = find_file(text)
     if path is None:
-        raise ConfigError(f"{what} {text!r} does not exist; {suggest(text, _files_near(pathlib.Path(text)))}")
+        raise ConfigError(f"{what} {text!r} does not exist; {suggest(text, _files_near(pathlib.Path(text), home))}")
     module_spec = importlib.util.spec_from_file_location(f"_file_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"{what} {text!r} is not a Python file: its name must end in .py")
@@ -70,12 +71,11 @@ def python_file(spec: str, what: str) -> Iterator[tuple[ModuleType, str]]:
             sys.path.remove(entry)
 
 
-def _files_near(path: pathlib.Path) -> list[str]:
-    """Files in the folder of one that does not exist; the project's configs when there is no such folder."""
-    folder = path.parent if path.parent.is_dir() and path.parent != pathlib.Path() else pathlib.Path("configs")
+def _files_near(path: pathlib.Path, home: str) -> list[str]:
+    """Files in the folder of one that does not exist; those of the project's folder `home` when that is not there."""
+    folder = path.parent if path.parent.is_dir() and path.parent != pathlib.Path() else pathlib.Path(home)
     if not folder.is_dir():
-        folder = beside_package() / "configs"
-        return [f"configs/{file.name}" for file in folder.glob("*.py")]
+        return [f"{home}/{file.name}" for file in (beside_package() / home).glob("*.py")]
     return [str(file) for file in folder.glob("*.py") if file.name != "__init__.py"]
 
 

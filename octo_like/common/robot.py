@@ -308,7 +308,7 @@ def load_robot(path: str) -> Robot:
     """
     file = path.partition(":")[0]
     try:
-        with python_file(path, "a robot's description") as (module, name):
+        with python_file(path, "a robot's description", "configs/robots") as (module, name):
             found = getattr(module, name or "ROBOT", None)
     except (RobotError, TypeError) as error:  # of what the file makes
         raise RobotError(f"{file}: {error}") from error

@@ -103,6 +103,11 @@ def inputs_from_config(
 
     settings = settings_from_config(config)
     specs = specs_from_config(datasets_from_config(data), data.num_demos)
+    if config.eval.rollouts and not any(one.env for one in specs.values()):
+        raise ConfigError(
+            f"eval.rollouts={config.eval.rollouts}, but no dataset names an environment to act in: set one, e.g. "
+            f"--config.data.datasets.{next(iter(specs))}.env=module:id, or set eval.rollouts to 0"
+        )
     datasets = _prepared(config, specs, processes, workdir)
     stream = make_train_stream(datasets, spec, tokenizer, settings, targets=targets, processes=processes)
     log.info(stream.memory_line())

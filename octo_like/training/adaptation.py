@@ -28,7 +28,7 @@ from octo_like.policy.policy import Policy
 from octo_like.policy.pretrained import LoadReport, PretrainedError, load_t5, merge_params, with_t5
 from octo_like.training.augment import Augmentation, augmentation_from_config
 from octo_like.training.checkpoint import FOLDER, Checkpointer
-from octo_like.training.optimizer import SCHEDULES, find_optimizer
+from octo_like.training.optimizer import find_optimizer
 from octo_like.training.warm_start import load_params
 
 log = logging.getLogger(__name__)
@@ -94,52 +94,20 @@ def own_modules(config: Any) -> tuple[str, ...]:
 
 
 def check_settings(config: Any) -> None:
-    """What can be said of a config before anything is read.
+    """What can be said of a config before anything is read, beside `octo_like.common.checks.check_run`.
 
     Raises:
-      ConfigError, ValueError: a word, number, regular expression or augmentation that no run could use.
+      ConfigError, ValueError: a word, an optimizer, factors or an augmentation that no run could use.
     """
     surgery.check_word(config.mode, tuple(surgery.MODES), "mode")
     surgery.check_word(config.conditioning, surgery.CONDITIONINGS, "conditioning")
-    surgery.check_word(config.optimizer.schedule, SCHEDULES, "optimizer.schedule")
     find_optimizer(config.optimizer.name, to_dict(config.optimizer.arguments))
-    surgery.check_word(config.checkpoint.export, ("ema", "raw"), "checkpoint.export")
-    surgery.check_word(config.checkpoint.best_mode, ("min", "max"), "checkpoint.best_mode")
     if config.mode == "lora":
         lora.LoraSpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    for key, patterns in (
-        ("optimizer.freeze", config.optimizer.freeze),
-        ("reinitialize", config.reinitialize),
-        ("lora.targets", config.lora.targets),
-    ):
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
-    options = config.optimizer
-    for key, value, holds, valid in (
-        ("num_steps", config.num_steps, lambda x: _is_whole(x) and x >= 1, "a whole number of at least 1, or None"),
-        ("batch_size", config.batch_size, lambda x: x >= 1, "at least 1"),
-        ("window_size", config.window_size, lambda x: x >= 1, "at least 1"),
-        ("ema_decay", config.ema_decay, lambda x: 0 <= x < 1, "at least 0 and less than 1, or None"),
-        ("optimizer.peak", options.peak, lambda x: x > 0, "positive"),
-        ("optimizer.weight_decay", options.weight_decay, lambda x: x >= 0, "at least 0"),
-        ("optimizer.warmup_steps", options.warmup_steps, lambda x: x >= 0, "at least 0, or None"),
-        ("optimizer.clip_norm", options.clip_norm, lambda x: x > 0, "positive, or None"),
-        ("optimizer.b2", options.b2, lambda x: 0 <= x < 1, "at least 0 and less than 1"),
-        ("recipe.passes", config.recipe.passes, lambda x: x > 0, "positive"),
-    ):
-        if value is not None and (isinstance(value, str | bool | tuple) or not holds(value)):
-            raise ConfigError(f"{key} must be {valid}; got {value!r}")
     for slot, fields in config.augmentation.items():
         _check_augmentation(slot, fields)
     if config.text.t5_weights and not any(Path(config.text.t5_weights).glob("*.safetensors")):
         raise ConfigError(f"text.t5_weights: no *.safetensors in {config.text.t5_weights!r}")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_augmentation(slot: str, fields: Any) -> None:
@@ -185,12 +153,13 @@ def with_inputs(
         log.warning("resize=%r: the pretrained policy has seen pictures by %r", tree["resize"], pretrained.resize)
     tree["resize"] = tree.get("resize") or (pretrained.resize if pretrained else "stretch")
     if tree["proprio_dim"] is None and tree["data"]["kind"] == "rlds":
-        for name, fields in tree["data"]["datasets"].items():
-            if fields.get("proprio_keys"):
-                raise ConfigError(
-                    f"data.datasets.{name}.proprio_keys is {tuple(fields['proprio_keys'])}, but proprio_dim is None: "
-                    "set --config.proprio_dim to the number of their entries, or proprio_keys to ()"
-                )
+        datasets = tree["data"]["datasets"].items()
+        if reading := {name: tuple(fields["proprio_keys"]) for name, fields in datasets if fields.get("proprio_keys")}:
+            keys = "; ".join(f"data.datasets.{name}.proprio_keys is {keys}" for name, keys in reading.items())
+            raise ConfigError(
+                f"{keys}; but proprio_dim is None: set --config.proprio_dim to the number of their entries (of the "
+                "dataset with most), or proprio_keys to ()"
+            )
     tree["extra_observations"] = _extra_observations(tree, dict(pretrained.extra_observations) if pretrained else {})
     replaced = {
         name

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from octo_like.common.config import ConfigError
+from octo_like.common.checks import check_ranking
+from octo_like.common.config import ConfigError, to_dict
 from octo_like.training.integrity import read_manifest
 from octo_like.training.storage import CheckpointDamaged, CheckpointUnreadable
 
@@ -33,21 +34,10 @@ class Ranking:
     @classmethod
     def from_config(cls, config: Any) -> "Ranking":
         """Raises ConfigError for settings under which no step would ever have a metric."""
-        options, every = config.checkpoint, config.eval.every
+        check_ranking(to_dict(config))
+        options = config.checkpoint
         if options.export not in ("ema", "raw"):
             raise ConfigError(f"checkpoint.export is {options.export!r}; valid: 'ema', 'raw'")
-        if options.keep_best and every is None:
-            raise ConfigError("checkpoint.keep_best needs evaluations, but eval.every is None")
-        if options.keep_best and every and options.every and every % options.every and options.every % every:
-            raise ConfigError(
-                f"checkpoint.keep_best: evaluation every {every} steps and checkpoints every {options.every} seldom "
-                "meet; make one a multiple of the other"
-            )
-        if config.early_stopping.patience is not None and not (options.keep_best and every):
-            raise ConfigError(
-                "early_stopping.patience counts evaluations and leaves the best policy behind: it needs eval.every of "
-                f"at least 1 (now {every}) and checkpoint.keep_best of at least 1 (now {options.keep_best})"
-            )
         parts = ((config.get("model") or {}).get("auxiliaries") or {}).items()
         texts = tuple(name for name, part in parts if part.get("kind") == "text")
         return cls(options.best_metric, bool(options.keep_best), texts)
