@@ -56,6 +56,7 @@ from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
 from octo_like.training.own_words import check as check_own_subtasks
 from octo_like.training.program import own_subtasks
+from octo_like.training.resume import as_begun
 from octo_like.training.run import Run, asked_words, check_words, describe
 from octo_like.training.sharding import check_batch_size, make_mesh
 
@@ -66,6 +67,7 @@ def main(argv=None) -> int:
     check(flags, config)
     check_settings(config)
     with Attempt(flags, config) as attempt:
+        config = as_begun(config, flags.workdir) if attempt.resumes else config
         return adapt(flags, config, attempt)
 
 

@@ -44,6 +44,7 @@ from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
 from octo_like.training.program import check_frozen, network_from_config, optimizer_from_config
+from octo_like.training.resume import as_begun
 from octo_like.training.run import Run, asked_words, check_words, describe
 from octo_like.training.sharding import make_mesh
 from octo_like.training.warm_start import warm_start
@@ -54,6 +55,7 @@ def main(argv=None) -> int:
     flags, config = arguments(argv)
     check(flags, config)
     with Attempt(flags, config) as attempt:
+        config = as_begun(config, flags.workdir) if attempt.resumes else config
         return pretrain(flags, config, attempt)
 
 

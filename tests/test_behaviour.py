@@ -78,7 +78,9 @@ def config_of(name: str, folder: pathlib.Path):
         fields = [bench.bench_fields(one) for one in names]
         fields[0].update(normalization="bounds", weight=2.0)
         fields[1].update(val_fraction=0.3, subsample_length=5)
-        fields[2].update(num_demos=6, relative_to=(0, 1, 2, None, None, None, None), chunk_length=4)
+        fields[2].update(
+            num_demos=6, num_demos_of="training", relative_to=(0, 1, 2, None, None, None, None), chunk_length=4
+        )
         config.data.datasets = dict(zip(names, fields, strict=True))
         config.data.update(balance_weights=True, drop_task_prob=0.1, image_dropout_prob=0.3, max_goal_distance=6)
         config.data.update(max_visits=3, host_memory_gb=0.25)

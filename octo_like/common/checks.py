@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
     "data.index_workers": _whole(1, or_none=True),
     "data.index_processes": _whole(1, or_none=True),
     "data.num_demos": _whole(1, or_none=True),
+    "data.num_demos_of": _word("all", "training"),
     "data.num_lanes": _whole(1, or_none=True),
     "data.max_visits": _whole(1),
     "data.balance_weights": _FLAG,

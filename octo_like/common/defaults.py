@@ -49,7 +49,8 @@ def default_config() -> ConfigDict:
         mix=None,  # a mixture of octo_like/data/oxe/mixes.py, e.g. "oxe_magic_soup"
         mix_only=(),  # these datasets of it; (): all
         datasets=dict(),  # name -> fields of octo_like.data.spec.DatasetSpec, over those of the mixture
-        num_demos=None,  # training episodes used of each dataset; None: all
+        num_demos=None,  # episodes used of each dataset, those held out by val_fraction among them; None: all
+        num_demos_of="all",  # or "training", as in earlier versions: those held out come on top
         num_lanes=None,  # None: by the batch size, for up to 384 hosts; as many hosts as divide it continue a run
         episodes_mixed=None,  # of each dataset at a time; None: as many as host_memory_gb holds
         max_visits=16,  # times that a pass may read an episode, in order to mix more of them in little memory

@@ -51,13 +51,13 @@ def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
     twice = [name for name, count in collections.Counter(args.datasets).items() if count > 1]
     if twice:
         raise DataError(f"dataset {twice[0]!r} is named twice; name it once, and give weights in a config")
-    num_demos = None
+    num_demos, num_demos_of = None, "all"
     if args.robot:
         robot = load_robot(args.robot)
         datasets: dict[str, Any] = {robot.name: robot.dataset_fields()}
     elif args.config:
         data = load_config(args.config).data
-        num_demos = data.num_demos
+        num_demos, num_demos_of = data.num_demos, data.get("num_demos_of", "all")
         datasets = mixes.datasets_from_config(data)
         for name in args.datasets:
             if name not in datasets:
@@ -69,7 +69,9 @@ def specs_from_arguments(args: argparse.Namespace) -> dict[str, DatasetSpec]:
         datasets = {name: {"standardize": name} if name in registry.REGISTRY else {} for name in args.datasets}
     changes = dict(_field(item) for item in args.set)
     # As training does it (octo_like.data.inputs): what a script shows of a config is what a run of it reads.
-    return specs_from_config({name: {**fields, **changes} for name, fields in datasets.items()}, num_demos)
+    return specs_from_config(
+        {name: {**fields, **changes} for name, fields in datasets.items()}, num_demos, num_demos_of
+    )
 
 
 def _field(item: str) -> tuple[str, Any]:

@@ -102,7 +102,7 @@ def inputs_from_config(
     _check(data, config.batch_size, process_count)
 
     settings = settings_from_config(config)
-    specs = specs_from_config(datasets_from_config(data), data.num_demos)
+    specs = specs_from_config(datasets_from_config(data), data.num_demos, data.get("num_demos_of", "training"))
     if config.eval.rollouts and not any(one.env for one in specs.values()):
         raise ConfigError(
             f"eval.rollouts={config.eval.rollouts}, but no dataset names an environment to act in: set one, e.g. "

@@ -59,17 +59,23 @@ def choose_episodes(key: str, spec: DatasetSpec, index: Index, val_index: Index)
       DataError: nothing is left to train on, or fewer episodes than num_demos.
     """
     usable = np.flatnonzero(index.frames > 0)
+    split_inside = spec.val_split is None and spec.num_demos_of == "all"
+    if spec.num_demos is not None and split_inside:
+        if spec.num_demos > len(usable):
+            raise DataError(f"{key}: num_demos={spec.num_demos}, but only {len(usable)} episodes exist")
+        usable = usable[first_demos(index.record_hash[usable], spec.num_demos)]
     if spec.val_split is not None:
         chosen, validation = usable, np.flatnonzero(val_index.frames > 0)
     else:
         validation = usable[hold_out(index.record_hash[usable], spec.val_fraction)] if len(usable) else usable
         chosen = np.setdiff1d(usable, validation)
         if len(usable) and not len(chosen):
+            few = "" if spec.num_demos is None else f" (num_demos={spec.num_demos})"
             raise DataError(
                 f"{key}: split {spec.split!r} has {len(usable)} episode(s) with usable steps, none left to train on "
-                "after holding out validation; set val_fraction=0 or name a val_split"
+                f"after holding out validation{few}; set val_fraction=0 or name a val_split"
             )
-    if spec.num_demos is not None:
+    if spec.num_demos is not None and not split_inside:
         if spec.num_demos > len(chosen):
             raise DataError(f"{key}: num_demos={spec.num_demos}, but only {len(chosen)} training episodes exist")
         chosen = chosen[first_demos(index.record_hash[chosen], spec.num_demos)]

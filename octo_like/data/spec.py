@@ -16,7 +16,8 @@ from octo_like.data.errors import DataError
 
 IDLE_OF = ("action", "change")
 # What decides which episodes are held out, and which of the others are used.
-HELD_OUT = ("name", "split", "val_split", "val_fraction", "num_demos")
+HELD_OUT = ("name", "split", "val_split", "val_fraction", "num_demos", "num_demos_of")
+NUM_DEMOS_OF = ("all", "training")  # earlier versions had the second only
 COMPAT = (None, "octo", "openvla")
 
 
@@ -59,7 +60,9 @@ class DatasetSpec:
       normalization: "normal" or "bounds".
       action_normalization_mask: False for action dimensions that are left in physical units.
       head: action head that learns from this dataset.
-      num_demos: use only this many training episodes (keyed; 10 are among the 50).
+      num_demos: use only this many episodes (keyed; 10 are among the 50). Those of `val_fraction` are held out from
+        among them; a named `val_split` comes on top.
+      num_demos_of: what is counted: "all", or "training": episodes of `val_fraction` come on top.
       filter: None, or "python.module:function": trajectory as on disk (dict of tensors) -> bool for the episode, or
         (T,) bools for its standardised steps. What it refuses is in no batch; an episode refused whole is as if it
         were not there (no statistics, no validation).
@@ -108,6 +111,7 @@ class DatasetSpec:
     action_normalization_mask: tuple[bool, ...] | None = None
     head: str = "action"
     num_demos: int | None = None
+    num_demos_of: str = "all"
     filter: str | None = None
     skip_unlabeled: bool = False
     max_action: float | None = None
@@ -140,6 +144,10 @@ class DatasetSpec:
             raise DataError(f"{self.name}: val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.num_demos is not None and self.num_demos < 1:
             raise DataError(f"{self.name}: num_demos must be at least 1 or None, got {self.num_demos}")
+        if self.num_demos_of not in NUM_DEMOS_OF:
+            raise DataError(
+                f"{self.name}: num_demos_of {self.num_demos_of!r}; {suggest(self.num_demos_of, NUM_DEMOS_OF)}"
+            )
         if self.compat not in COMPAT:
             raise DataError(f"{self.name}: compat {self.compat!r}; valid: None, 'octo', 'openvla'")
         for field in ("compat", "blank_text"):
@@ -376,6 +384,7 @@ class DatasetSpec:
         if trained.get("name") != self.name:
             return self, None
         fields = {field: value for field, value in trained.items() if field in HELD_OUT and field != "name"}
+        fields.setdefault("num_demos_of", "training")
         other = [f"{field}={getattr(self, field)!r}, trained with {value!r}"
                  for field, value in fields.items() if field in given and value != getattr(self, field)]  # fmt: skip
         kept = {field: value for field, value in fields.items() if field not in given}
@@ -428,15 +437,18 @@ class DatasetSpec:
         }
 
 
-def specs_from_config(datasets: Mapping[str, Any], num_demos: int | None = None) -> dict[str, DatasetSpec]:
+def specs_from_config(
+    datasets: Mapping[str, Any], num_demos: int | None = None, num_demos_of: str = "all"
+) -> dict[str, DatasetSpec]:
     """{key: DatasetSpec} of a config's `datasets`; the key is the name unless the dict has another.
 
     Args:
-      num_demos: of the datasets that do not say themselves; the config's `data.num_demos`.
+      num_demos, num_demos_of: of the datasets that do not say themselves; the config's `data.num_demos`, ...
     """
     if not datasets:
         raise DataError("the mixture is empty: `datasets` needs at least one entry, or name a `mix`")
-    specs = {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in datasets.items()}
+    of = {"num_demos_of": num_demos_of}
+    specs = {str(key): DatasetSpec.from_dict({**of, **value}, str(key)) for key, value in datasets.items()}
     if num_demos is not None:
         own = {key: spec.num_demos or num_demos for key, spec in specs.items()}
         specs = {key: dataclasses.replace(spec, num_demos=own[key]) for key, spec in specs.items()}

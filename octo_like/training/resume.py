@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from ml_collections import FrozenConfigDict
 
-from octo_like.common.config import check_resume, to_dict
+from octo_like.common.config import check_resume, freeze, to_dict
 from octo_like.common.defaults import default_config
 from octo_like.training import provenance
 from octo_like.training.checkpoint import Checkpointer, CheckpointError
@@ -91,6 +92,16 @@ def resume(run: Run, checkpointer: Checkpointer, workdir: Workdir, program: Prog
     return state, History(start, began, clock, EarlyStopping(patience, mode, extra.get("early_stopping")))
 
 
+def as_begun(config: FrozenConfigDict, workdir: str) -> FrozenConfigDict:
+    """The config of a run that continues, where what it was begun by counted otherwise: `num_demos` were training
+    episodes alone before there was `data.num_demos_of`."""
+    if "num_demos_of" in Checkpointer(workdir, read_only=True).read().metadata["config"]["data"]:
+        return config
+    tree = to_dict(config)
+    tree["data"]["num_demos_of"] = "training"
+    return freeze(tree)
+
+
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's config as resumes compare it.
 
@@ -99,6 +110,8 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
       more steps, which a resume may ask for, do not silently stretch the schedule of a run that is under way.
     """
     config = {**default_config().to_dict(), **config}
+    if "num_demos_of" not in config["data"]:
+        config["data"] = {**config["data"], "num_demos_of": "training"}
     for group in ("checkpoint", "early_stopping", "eval", "optimizer", "watchdog", "data", "mesh"):
         config[group] = {**default_config()[group].to_dict(), **config[group]}
     model = config.get("model") or {}

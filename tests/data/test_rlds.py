@@ -91,14 +91,33 @@ def test_validation_is_keyed_and_disjoint(toy):
     assert set(small.val.record_hash) <= set(a.val.record_hash)
 
 
+def test_demos_are_so_many_in_all(toy):
+    """What is held out is among them."""
+    before = set()
+    for number in (3, 10, 20, 23):
+        chosen = prepare(toy, num_demos=number)
+        train, val = set(chosen.train.record_hash), set(chosen.val.record_hash)
+        assert len(train) + len(val) == number and not train & val and len(val) == max(1, round(0.2 * number))
+        assert before < train | val
+        assert chosen.statistics["num_trajectories"] == len(train)
+        before = train | val
+    assert len(prepare(toy, num_demos=23, val_fraction=0).train) == 23
+    with pytest.raises(DataError, match="num_demos=24, but only 23 episodes exist"):
+        prepare(toy, num_demos=24)
+    with pytest.raises(DataError, match=r"1 episode.* none left to train on .*\(num_demos=1\); set val_fraction=0"):
+        prepare(toy, num_demos=1)
+
+
 def test_demos_are_keyed_and_nested(toy):
-    subsets = [set(prepare(toy, num_demos=n).train.record_hash) for n in (3, 10, 18)]
+    """As earlier versions counted."""
+    of = dict(num_demos_of="training")
+    subsets = [set(prepare(toy, num_demos=n, **of).train.record_hash) for n in (3, 10, 18)]
     assert [len(s) for s in subsets] == [3, 10, 18]
     assert subsets[0] < subsets[1] < subsets[2]
     val = set(prepare(toy).val.record_hash)
     assert not subsets[2] & val
-    assert set(prepare(toy, num_demos=3).val.record_hash) == val  # the same validation for any number
-    one = prepare(toy, num_demos=3)
+    assert set(prepare(toy, num_demos=3, **of).val.record_hash) == val  # the same validation for any number
+    one = prepare(toy, num_demos=3, **of)
     assert one.statistics["num_trajectories"] == 3
 
 
@@ -351,7 +370,9 @@ def test_stateful_randomness_is_detected(toy, here, tmp_path):
         ),
         (dict(language_key="control"), "'control' cannot be the instruction"),
         (dict(action_normalization_mask=(True,) * 7), "has 7 entries, but 'control' has 4"),
-        (dict(num_demos=100), "num_demos=100, but only 18"),
+        (dict(num_demos=100), "num_demos=100, but only 23 episodes"),
+        (dict(num_demos=100, num_demos_of="training"), "num_demos=100, but only 18 training"),
+        (dict(num_demos_of="al"), "num_demos_of 'al'; did you mean 'all'"),
         (dict(standardize="no_such_dataset"), "no registry entry 'no_such_dataset'"),
         (dict(standardize="no_such_module:f"), "cannot import 'no_such_module'"),
         (dict(standardize="user_functions:cut_griper"), "did you mean 'cut_gripper'"),
