@@ -445,7 +445,7 @@ def frozen_by_mode(
         return any(re.search(pattern, path) for pattern in (*by_mode, *by_user))
 
     frozen = {path for path, whole in loaded.items() if whole and is_frozen(path)}
-    if len(frozen) == len(loaded):
+    if len(frozen) == len(loaded) and mode != "lora":  # there the factors are left
         raise PretrainedError(f"mode {mode!r} with the freeze patterns {list(patterns)} leaves nothing to train")
     return frozenset(frozen)
 
