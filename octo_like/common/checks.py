@@ -206,7 +206,9 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
 def _check_contradictions(tree: Mapping[str, Any], adapts: bool) -> None:
     size, parts = tree["batch_size"], tree.get("accumulate", 1)
     if size % parts:
-        raise ConfigError(f"batch_size {size} does not split into accumulate={parts}: it must be a multiple of it")
+        raise ConfigError(
+            f"batch_size {size} does not split into {parts} micro-batches (accumulate): it must be a multiple"
+        )
     opt, steps = tree["optimizer"], tree["num_steps"]
     decay = opt.get("decay_steps") or steps
     if opt["schedule"] == "cosine" and None not in (decay, opt["warmup_steps"]) and decay <= opt["warmup_steps"]:

@@ -60,7 +60,7 @@ def test_nonsense_is_refused_by_its_key(key):
         ("batch_size", None, "batch_size must be"),
         ("batch_size", 2.5, "batch_size must be"),
         ("batch_size", True, "batch_size must be"),
-        ("accumulate", 3, "batch_size 16 does not split into accumulate=3"),
+        ("accumulate", 3, "batch_size 16 does not split into 3 micro-batches"),
         ("num_steps", None, "num_steps must be"),
         ("model.dtype", "float8", "model.dtype must be one of 'float32', 'bfloat16'"),
         ("image_sizes.primary", (64,), "image_sizes.primary must be a height and a width.*=64,64"),

@@ -61,7 +61,7 @@ def export(tmp_path_factory):
 def prepared(monkeypatch, tmp_path):
     """Runs finetune.py up to the loop; returns what the loop was given."""
     found = {}
-    alone = types.SimpleNamespace(phase=lambda name: contextlib.nullcontext())
+    alone = types.SimpleNamespace(phase=lambda name: contextlib.nullcontext(), resumes=False)
     monkeypatch.setattr(finetune, "Attempt", lambda flags, config: contextlib.nullcontext(alone))
     monkeypatch.setattr(finetune, "run_loop", lambda given: found.update(run=given) or 0)
     # Random values in place of the model's own: nothing has to be compiled.

@@ -2,13 +2,16 @@
 
 import copy
 
+import jax
 import pytest
+from ml_collections import ConfigDict
 
-from octo_like.common.config import ConfigError, ConfigMismatch, check_resume, load_config
+from octo_like.common.config import ConfigError, ConfigMismatch, check_resume, freeze, load_config
 from octo_like.training import provenance
+from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.program import optimizer_from_config
 from octo_like.training.ranking import Ranking
-from octo_like.training.resume import comparable
+from octo_like.training.resume import as_begun, comparable
 from tests.training import tiny_config
 
 
@@ -129,3 +132,21 @@ def test_code_is_told_apart():
     first, second = provenance.differences(other, now)
     assert "sources differ" in first and "abc" in first and second.startswith("jax: 0.1 -> ")
     assert "does not say" in provenance.differences(None, now)[0]
+
+
+def test_a_run_of_an_earlier_version_counts_its_demonstrations_as_then(tmp_path):
+    """`num_demos` were training episodes alone; the same command continues the run."""
+    saved = freeze(config().to_dict()).to_dict()
+    saved["data"]["num_demos"] = 5
+    del saved["data"]["num_demos_of"]
+    with Checkpointer(tmp_path, metadata={"config": saved}) as checkpointer:
+        checkpointer.save(1, {"x": jax.numpy.zeros(2)})
+    now = freeze(config(data__num_demos=5).to_dict())
+    continued = as_begun(now, str(tmp_path))
+    assert (now.data.num_demos_of, continued.data.num_demos_of) == ("all", "training")
+    assert compare(ConfigDict(saved), ConfigDict(continued)) == []
+    with pytest.raises(ConfigMismatch, match="data.num_demos_of: 'training' -> 'all'"):
+        compare(ConfigDict(saved), ConfigDict(now))
+    with Checkpointer(tmp_path / "new", metadata={"config": now.to_dict()}) as checkpointer:
+        checkpointer.save(1, {"x": jax.numpy.zeros(2)})
+    assert as_begun(now, str(tmp_path / "new")) is now
