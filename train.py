@@ -42,6 +42,7 @@ from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
+from octo_like.training.augment import augmentation_from_config
 from octo_like.training.loop import run_loop
 from octo_like.training.program import check_frozen, network_from_config, optimizer_from_config
 from octo_like.training.resume import as_begun
@@ -62,6 +63,8 @@ def main(argv=None) -> int:
 def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer_from_config(config)  # what is wrong with it is found before the data is read
+    for slot, fields in config.augmentation.items():
+        augmentation_from_config(slot, fields)
 
     # -------------------------------------------------------------------------------------------------------- model
     network = network_from_config(config)

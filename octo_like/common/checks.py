@@ -12,6 +12,8 @@ from typing import Any
 from octo_like.common.config import ConfigError, to_dict
 from octo_like.common.words import suggest
 
+TEXT_LENGTH = 16  # of a language tokenizer that does not say its own
+
 Rule = tuple[str, Callable[[Any], bool]]  # what is valid, in words; whether a value is
 
 
@@ -193,6 +195,17 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
             raise ConfigError(f"model must be a group of fields; got {model!r}")
         if (dtype := model.get("dtype", "float32")) not in DTYPES:
             raise ConfigError(f"model.dtype must be one of {', '.join(map(repr, DTYPES))}; got {dtype!r}")
+        _check_model(model, tree)
+    overrides = (tree.get("mesh") or {}).get("overrides", ())
+    if not isinstance(overrides, Sequence) or any(
+        isinstance(one, str) or not isinstance(one, Sequence) or len(one) != 2 or not isinstance(one[0], str)
+        for one in overrides
+    ):
+        raise ConfigError(
+            f"mesh.overrides must hold pairs of a regex of paths and the mesh axis, or None, of each dimension, as "
+            f"(('.*/kernel', (None, 'fsdp')),); got {overrides!r}"
+        )
+    parse_steps(tree.get("profile_steps"))
     for key in ("optimizer.freeze", "reinitialize", "lora.targets"):
         group, _, name = key.rpartition(".")
         patterns = (tree.get(group) or {}).get(name, ()) if group else tree.get(name, ())
@@ -201,6 +214,41 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
                 raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_model(model: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
+    blocks = model.get("transformer")
+    for where, group in (("model", model), ("model.transformer", blocks if isinstance(blocks, Mapping) else {})):
+        for name in ("token_dim", "max_window", "num_layers", "num_heads", "mlp_dim"):
+            if name in group and not (_is_whole(group[name]) and group[name] > 0):
+                raise ConfigError(f"{where}.{name} must be a whole number of at least 1; got {group[name]!r}")
+    length = tree["text"]["max_length"]
+    for name, entry in (model.get("task_tokenizers") or {}).items():
+        longest = entry.get("max_length", TEXT_LENGTH) if isinstance(entry, Mapping) else None
+        if longest is None or entry.get("encoder", "small") != "small" or entry.get("kind") != "language":
+            continue
+        if tree["text"]["model"] is not None and length > longest:
+            raise ConfigError(
+                f"text.max_length={length}, but model.task_tokenizers.{name} has positions for {longest} words: set "
+                f"model.task_tokenizers.{name}.max_length to the same"
+            )
+
+
+def parse_steps(steps: Sequence[int] | str | None) -> tuple[int, int] | None:
+    """(first, stop) of `profile_steps`: "100:110" or (100, 110).
+
+    Raises:
+      ConfigError: anything else.
+    """
+    if steps is None:
+        return None
+    try:
+        first, stop = (int(x) for x in (steps.split(":") if isinstance(steps, str) else steps))
+    except (ValueError, TypeError):
+        raise ConfigError(f'profile_steps is {steps!r}; expected "100:110" or (100, 110), stop excluded') from None
+    if not 1 <= first < stop:
+        raise ConfigError(f"profile_steps {first}:{stop} holds no step; steps count from 1 and the stop is excluded")
+    return first, stop
 
 
 def _check_contradictions(tree: Mapping[str, Any], adapts: bool) -> None:
@@ -235,6 +283,10 @@ def _check_contradictions(tree: Mapping[str, Any], adapts: bool) -> None:
     unknown = [
         slot for slot in tree.get("goal_images") or () if tree["image_sizes"] and slot not in tree["image_sizes"]
     ]
+    for slot, fields in (tree.get("augmentation") or {}).items():
+        if fields is not None and not adapts and slot not in tree["image_sizes"]:
+            cameras = ", ".join(tree["image_sizes"]) or "none"
+            raise ConfigError(f"augmentation.{slot}: the run has no such camera; image_sizes has {cameras}")
     if unknown and not adapts:
         cameras = ", ".join(tree["image_sizes"]) or "none"
         raise ConfigError(f"goal_images has {unknown[0]!r}, but image_sizes only {cameras}")

@@ -448,7 +448,8 @@ def specs_from_config(
     if not datasets:
         raise DataError("the mixture is empty: `datasets` needs at least one entry, or name a `mix`")
     of = {"num_demos_of": num_demos_of}
-    specs = {str(key): DatasetSpec.from_dict({**of, **value}, str(key)) for key, value in datasets.items()}
+    entries = {key: value if isinstance(value, DatasetSpec) else {**of, **value} for key, value in datasets.items()}
+    specs = {str(key): DatasetSpec.from_dict(value, str(key)) for key, value in entries.items()}
     if num_demos is not None:
         own = {key: spec.num_demos or num_demos for key, spec in specs.items()}
         specs = {key: dataclasses.replace(spec, num_demos=own[key]) for key, spec in specs.items()}

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like.common.checks import parse_steps
 from octo_like.common.files import write_whole
 from octo_like.training import distributed, exits
 from octo_like.training.metrics import tolerated
@@ -303,19 +304,6 @@ class ProfileSteps:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-
-def parse_steps(steps: Sequence[int] | str | None) -> tuple[int, int] | None:
-    """(first, stop) of "100:110" or (100, 110)."""
-    if steps is None:
-        return None
-    try:
-        first, stop = (int(x) for x in (steps.split(":") if isinstance(steps, str) else steps))
-    except (ValueError, TypeError):
-        raise ValueError(f'profile_steps is {steps!r}; expected "100:110" or (100, 110), stop excluded') from None
-    if not 1 <= first < stop:
-        raise ValueError(f"profile_steps {first}:{stop} holds no step; steps count from 1 and the stop is excluded")
-    return first, stop
 
 
 def report_progress(start: int, saved: int | None) -> None:

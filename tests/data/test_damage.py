@@ -196,7 +196,7 @@ def test_empty_episodes_take_no_place(make_toy, episodes_like, tmp_path, monkeyp
     prepared = prepare(toy, standardize=cut, val_fraction=0.05)
     assert len(prepared.train) == len(prepared.val) == 1 and prepared.val.frames.min() > 0
     assert prepared.statistics["num_trajectories"] == 1
-    assert prepare(toy, standardize=cut, num_demos=2).val.frames.min() > 0
+    assert prepare(toy, standardize=cut, num_demos=2).train.frames.min() > 0
     with pytest.raises(DataError, match="num_demos=3, but only 2 episodes"):
         prepare(toy, standardize=cut, num_demos=3)
 

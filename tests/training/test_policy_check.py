@@ -239,9 +239,11 @@ def test_what_is_replayed_is_what_training_held_out(tmp_path, repository, monkey
     build(tmp_path, "toy", {"train": make_episodes(20)})
     fields = dict(image_keys=dict(primary="front_rgb"), proprio_keys=("joints", "aperture"), action_key="control",
                   language_key="task_text")  # fmt: skip
-    trained = DatasetSpec.from_dict({"name": "toy", "val_fraction": 0.3, "num_demos": 9, **fields}, "mine")
+    counted = {"num_demos": 9, "num_demos_of": "training"}
+    trained = DatasetSpec.from_dict({"name": "toy", "val_fraction": 0.3, **counted, **fields}, "mine")
     policy = tiny_policy("mine", 4, 4)
     policy.statistics["mine"]["held_out"] = trained.held_out()
+    del policy.statistics["mine"]["held_out"]["num_demos_of"]  # an export of before there was a choice
     policy.save_pretrained(tmp_path / "export")
     spec = importlib.util.spec_from_file_location("check_policy", repository / "scripts" / "check_policy.py")
     module = importlib.util.module_from_spec(spec)
