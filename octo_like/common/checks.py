@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "batch_size": _whole(1),
     "accumulate": _whole(1),
     "window_size": _whole(1),
+    "resize": _word("stretch", "letterbox", "crop"),
     "proprio_dim": _whole(1, or_none=True),
     "ema_decay": _DECAY,
     "log_every": _whole(1),
@@ -128,6 +129,7 @@ RULES: dict[str, Rule] = {
 # Of finetune.py, where None is derived when the run starts.
 ADAPTATION_RULES: dict[str, Rule] = {
     "pretrained": _TEXT,
+    "resize": ("'stretch', 'letterbox', 'crop', or None", lambda x: x in ("stretch", "letterbox", "crop", None)),
     "num_steps": _whole(1, or_none=True),
     "ema_decay": _number("at least 0 and less than 1", lambda x: 0 <= x < 1, or_none=True),
     "optimizer.warmup_steps": _whole(0, or_none=True),
