@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from octo_like.model.guidance import Pull
+from octo_like.model.resized import Size, entries
 from octo_like.model.transformer import dropout, fold_in_all
 
 
@@ -255,23 +256,31 @@ class _ReverseNetwork(nn.Module):
     use_layer_norm: bool
     dropout_rate: float
     with_given: bool
+    sizes: tuple[Size, ...]
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, given, dropout_keys):
         xavier = nn.initializers.xavier_uniform()
         batch_first = lambda i: lambda h: _dropout_b(h, self.dropout_rate, fold_in_all(dropout_keys, i))  # noqa: E731
-        x = nn.Dense(self.hidden_dim, kernel_init=xavier, dtype=self.dtype, name="Dense_0")(x)
+        chunk, steps = entries(self.sizes), entries(tuple((horizon, 1) for horizon, _ in self.sizes))
+        inputs = None if chunk is None else chunk.product_in(x.shape[-1] - self.out_dim)
+        x = nn.Dense(self.hidden_dim, kernel_init=xavier, dtype=self.dtype, dot_general=inputs, name="Dense_0")(x)
         if self.with_given and given is not None:
             # Rows of Dense_0's kernel that are zero at first and kept apart: a network without them loads unchanged.
-            zeros = nn.initializers.zeros_init()
-            x = x + nn.Dense(self.hidden_dim, use_bias=False, kernel_init=zeros, dtype=self.dtype, name="given")(given)
+            zeros, inputs = nn.initializers.zeros_init(), None if steps is None else steps.product_in(0)
+            x = x + nn.Dense(
+                self.hidden_dim, use_bias=False, kernel_init=zeros, dtype=self.dtype, dot_general=inputs, name="given"
+            )(given)
         for i in range(self.num_blocks):
             block = _ResNetBlock(
                 self.hidden_dim, self.use_layer_norm, self.dropout_rate, self.dtype, name=f"MLPResNetBlock_{i}"
             )
             x = block(x, batch_first(i))
-        return nn.Dense(self.out_dim, kernel_init=xavier, dtype=self.dtype, name="Dense_1")(jax.nn.swish(x))
+        outputs = None if chunk is None else chunk.product_out
+        return nn.Dense(self.out_dim, kernel_init=xavier, dtype=self.dtype, dot_general=outputs, name="Dense_1")(
+            jax.nn.swish(x)
+        )
 
 
 def _dropout_b(x_nbwf, rate, keys_b):
@@ -282,7 +291,14 @@ def _dropout_b(x_nbwf, rate, keys_b):
 
 
 class ScoreNetwork(nn.Module):
-    """eps(embedding, x, t): an MLP residual network conditioned by concatenation (IDQL, Hansen-Estruch et al. 2023)."""
+    """eps(embedding, x, t): an MLP residual network conditioned by concatenation (IDQL, Hansen-Estruch et al. 2023).
+
+    Attributes:
+      out_dim: H * A.
+      with_given: whether it has learned to continue a chunk.
+      sizes: (H, A) that the chunk has had, the last is the present one; (): it has always had the same. See
+        `octo_like.model.resized`.
+    """
 
     out_dim: int
     time_dim: int = 32
@@ -291,6 +307,7 @@ class ScoreNetwork(nn.Module):
     use_layer_norm: bool = True
     dropout_rate: float = 0.0
     with_given: bool = False
+    sizes: tuple[Size, ...] = ()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -317,6 +334,7 @@ class ScoreNetwork(nn.Module):
             self.use_layer_norm,
             self.dropout_rate,
             self.with_given,
+            self.sizes,
             self.dtype,
             name="reverse_network",
         )

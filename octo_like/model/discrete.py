@@ -156,6 +156,8 @@ class DiscreteHead(ActionHead):
         if self.temperature == 0:
             action = jnp.where(numbers, self.from_bins(jnp.argmax(logits, axis=-1)), jnp.nan)
             return jnp.broadcast_to(action, (*sample_shape, *action.shape))
-        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (*sample_shape, *logits.shape[1:])))(keys_b)
-        gumbel = jnp.moveaxis(gumbel, 0, len(sample_shape))
+        gumbel = jnp.moveaxis(
+            self.draw(jax.random.gumbel, keys_b, sample_shape, (self.num_bins,)), 0, len(sample_shape)
+        )
+        gumbel = gumbel.reshape(*sample_shape, *logits.shape)
         return jnp.where(numbers, self.from_bins(jnp.argmax(logits / self.temperature + gumbel, axis=-1)), jnp.nan)

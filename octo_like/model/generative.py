@@ -64,6 +64,7 @@ class GenerativeHead(ActionHead):
             self.use_layer_norm,
             self.dropout_rate,
             self.max_delay > 0,
+            self.sizes,
             self.dtype,
         )
 
@@ -124,7 +125,7 @@ class GenerativeHead(ActionHead):
         _, w, flat = shape
         n = self.num_samples
         time = jax.vmap(lambda key: draw_time(key, (n, w, 1)))(fold_in_all(keys_b, 0))
-        noise = _row_normal(fold_in_all(keys_b, 1), (n, w, flat))
+        noise = jax.vmap(lambda key: jax.random.normal(key, (n, w, flat)))(fold_in_all(keys_b, 1))
         return jnp.moveaxis(time, 1, 0), jnp.moveaxis(noise, 1, 0)
 
     def _terms(self, pred, target, mask) -> dict[str, jax.Array]:
@@ -141,7 +142,7 @@ class GenerativeHead(ActionHead):
         b, flat = embedding.shape[0], self.action_horizon * self.action_dim
         drawn = None
         if num_draws:
-            drawn = jnp.moveaxis(_row_normal(keys_b, (num_draws, *sample_shape, flat)), 0, -2)
+            drawn = jnp.moveaxis(self.draw(jax.random.normal, keys_b, (num_draws, *sample_shape)), 0, -2)
         if valid is not None:
             valid = jnp.broadcast_to(jnp.asarray(valid, bool)[..., None, :], (b, self.action_horizon, self.action_dim))
             valid = valid.reshape(b, flat)
@@ -358,8 +359,3 @@ def _put_in(x: jax.Array, given: tuple[Pull, jax.Array] | None) -> tuple[jax.Arr
         return x, None
     pull, marks = given
     return pull.fix(x), marks
-
-
-def _row_normal(keys_b: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal (B, *shape), one key per row."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_b)

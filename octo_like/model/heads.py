@@ -4,14 +4,16 @@ Shapes: embedding (B, W, D); actions (B, W, H, A); sampled actions (*sample_shap
 Here is what all heads share, and regression; `generative.py` has diffusion and flow matching, `discrete.py` tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from octo_like.common.parts import PartError, name_of
+from octo_like.model.resized import Size, entries
 from octo_like.model.tokens import TokenGroup, masked_mean
 from octo_like.model.transformer import MapPooling
 
@@ -76,6 +78,8 @@ class ActionHead(nn.Module):
       use_map: pool the group by attention; otherwise by its mean.
       action_horizon, action_dim: H and A.
       max_action: bound on the magnitude of normalised actions.
+      resized_from: sizes (action_horizon, action_dim) that the head had before, the oldest first; surgery sets it. What
+        the head does for entries that it has had before stays bitwise the same, see `octo_like.model.resized`.
     """
 
     readout: str
@@ -83,6 +87,7 @@ class ActionHead(nn.Module):
     action_horizon: int = 1
     action_dim: int = 7
     max_action: float = 5.0
+    resized_from: tuple[Size, ...] = ()
     compat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -94,6 +99,22 @@ class ActionHead(nn.Module):
     def setup(self) -> None:
         if self.use_map:
             self.map_head = MapPooling(self.num_probes, self.compat, self.dtype)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes (H, A) that the head has had, the last is the present one."""
+        return (*((h, a) for h, a in self.resized_from), (self.action_horizon, self.action_dim))
+
+    def draw(
+        self, sampler: Callable, keys_b: jax.Array, lead: tuple[int, ...], last: tuple[int, ...] = ()
+    ) -> jax.Array:
+        """(B, *lead, H * A, *last) numbers of `sampler(key, shape)` to act with; a row's depend on its own key only."""
+        if (groups := entries(self.sizes)) is not None:
+            return groups.draw(sampler, keys_b, lead, last)
+        # Taken as groups are: what computes with the numbers is compiled apart from them and leaves their bits alone.
+        count = self.action_horizon * self.action_dim
+        drawn = jax.vmap(lambda key: sampler(key, (*lead, count, *last)))(keys_b)
+        return jnp.take(drawn, np.arange(count), axis=1 + len(lead))
 
     @property
     def needed_group(self) -> str | None:
@@ -165,7 +186,9 @@ class RegressionHead(ActionHead):
         super().setup()
         if self.loss not in ("mse", "l1"):
             raise ValueError(f"unknown loss {self.loss!r}; valid: 'mse', 'l1'")
-        self.mean_proj = nn.Dense(self.action_horizon * self.action_dim, dtype=self.dtype)
+        groups = entries(self.sizes)
+        dot = None if groups is None else groups.product_out
+        self.mean_proj = nn.Dense(self.action_horizon * self.action_dim, dtype=self.dtype, dot_general=dot)
 
     def predict(self, groups: Mapping[str, TokenGroup], *, last_only: bool = False) -> jax.Array:
         """(B, W, H, A) float32."""

@@ -28,6 +28,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "head_mlp_only": (r"^octo_transformer/", r"^heads_[^/]+/map_head/(probe$|MultiHeadDotProductAttention_0/)"),
     "lora": (r"^octo_transformer/",),  # and factors beside the kernels that config.lora.targets names
 }
+RESIZABLE = ("diffusion", "flow", "regression", "discrete")  # kinds of heads whose entries keep what they did
 SAYING = ("text", "fast", "bins", "discrete")  # kinds of parts that say numbers with a meaning
 CONDITIONINGS = ("language", "goal_image", "both")
 
@@ -77,6 +78,8 @@ def operate(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> dict[str, A
                     raise PretrainedError(f"surgery removes {group}.{name}, but the model has {sorted(merged)}")
             else:
                 merged[name] = _part(f"surgery.{group}.{name}", name, entry, present)
+                if group == "heads":
+                    merged[name] = _remembering_sizes(merged[name], _source(name, entry, present))
         result[group] = merged
     return result
 
@@ -96,6 +99,25 @@ def _part(where: str, name: str, entry: Any, present: Mapping[str, Any]) -> Any:
     return {**original, **fields}
 
 
+def _source(name: str, entry: Any, present: Mapping[str, Any]) -> Any:
+    """The part of the pretrained model that an entry of the surgery starts from, or None."""
+    return present.get(entry.get("copy_of", name) if isinstance(entry, Mapping) else name)
+
+
+def _remembering_sizes(head: Mapping[str, Any], before: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A head with the sizes that its chunks had before, if they had others; see `octo_like.model.resized`."""
+    if before is None or before.get("kind") not in RESIZABLE or before["kind"] != head.get("kind"):
+        return head
+    sizes = [list(size) for size in before.get("resized_from", ())]
+    if (size := _size(before)) != _size(head):
+        sizes.append(list(size))
+    return {**head, "resized_from": sizes} if sizes else head
+
+
+def _size(head: Mapping[str, Any]) -> tuple[int, int]:
+    return head.get("action_horizon", 1), head.get("action_dim", 7)
+
+
 def replaced(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> list[str]:
     """One message for every part that `surgery` replaces by one that says less: the fields that fall back to defaults.
 
@@ -106,7 +128,7 @@ def replaced(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> list[str]:
     for group in GROUPS:
         present = model.get(group) or {}
         for name, entry in (surgery.get(group) or {}).items():
-            was = present.get(entry.get("copy_of", name)) if isinstance(entry, Mapping) else None
+            was = _source(name, entry, present) if isinstance(entry, Mapping) else None
             if not isinstance(was, Mapping):
                 continue
             where = f"surgery.{group}.{name}"
@@ -117,7 +139,7 @@ def replaced(model: Mapping[str, Any], surgery: Mapping[str, Any]) -> list[str]:
                 if isinstance(value, Mapping) and isinstance(was.get(field), Mapping)
             ]
             for place, before, after in pairs:
-                if lost := {field: value for field, value in before.items() if field not in after}:
+                if lost := {field: value for field, value in before.items() if field not in (*after, "resized_from")}:
                     fields = ", ".join(f"{field}={_shown(value)}" for field, value in lost.items())
                     messages.append(
                         f"{place} replaces the present {before.get('kind', 'entry')!r}, and with it {fields} "
@@ -278,9 +300,7 @@ def carry(old: Mapping[str, Any], new: Mapping[str, Any], surgery: Mapping[str, 
                 copies |= {prefix.format(name): prefix.format(entry["copy_of"]) for prefix in prefixes}
 
     def source_of(group: str, name: str) -> Mapping[str, Any] | None:
-        entry = (surgery.get(group) or {}).get(name)
-        source = entry.get("copy_of", name) if isinstance(entry, Mapping) else name
-        return (old.get(group) or {}).get(source)
+        return _source(name, (surgery.get(group) or {}).get(name), old.get(group) or {})
 
     def resize(path: str, was: np.ndarray, now: np.ndarray) -> np.ndarray | None:
         if found := re.match(r"heads_([^/]+)/", path):
@@ -353,14 +373,17 @@ def _resized_head(
         return None
     was, now = np.moveaxis(was, axis, 0), np.moveaxis(np.array(now), axis, 0)
     rest = was.shape[1:]
-    block = common_block(was[prefix:].reshape(*old_chunk, *rest), now[prefix:].reshape(*new_chunk, *rest))
+    fresh = now[prefix:]
+    if re.search(r"/reverse_network/(Dense_0|given)/kernel$", path):
+        fresh = np.zeros_like(fresh)  # new entries are inputs here: the old ones do not depend on them at first
+    block = common_block(was[prefix:].reshape(*old_chunk, *rest), fresh.reshape(*new_chunk, *rest))
     merged = np.concatenate([was[:prefix], block.reshape(-1, *rest)])
     return np.ascontiguousarray(np.moveaxis(merged, 0, axis))
 
 
 def _chunk_of(path: str, head: Mapping[str, Any]) -> tuple[int, ...] | None:
     """What the chunk axis of a head's array runs over, or None for arrays that have none."""
-    chunk = (head.get("action_horizon", 1), head.get("action_dim", 7))
+    chunk = _size(head)
     bins, per = head.get("num_bins", 256), head.get("token_per", "action_dim_and_action_horizon")
     if re.search(r"/(mean_proj|reverse_network/Dense_1)/(kernel|bias)$|/reverse_network/Dense_0/kernel$", path):
         return chunk

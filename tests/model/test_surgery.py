@@ -1,11 +1,15 @@
 """Surgery: which parts a model gets, how weights reach them, what stays frozen."""
 
 import dataclasses
+import itertools
+import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from octo_like.common.schema import flatten
+from octo_like.common.schema import flatten, synthetic_batch, unflatten
 from octo_like.model.octo import build_model
 from octo_like.policy import surgery
 from octo_like.policy.describe import abstract_params
@@ -33,7 +37,7 @@ def merged(old_config, new_config, changes, *, old_spec=tiny.SPEC, new_spec=tiny
 
 def test_fields_of_a_part_are_changed_without_repeating_the_others():
     new = surgery.operate(BASE, {"heads": {"action": {"action_dim": 14}}})
-    assert new["heads"]["action"] == BASE["heads"]["action"] | {"action_dim": 14}
+    assert new["heads"]["action"] == BASE["heads"]["action"] | {"action_dim": 14, "resized_from": [[3, 4]]}
     assert BASE["heads"]["action"]["action_dim"] == 4, "the pretrained config is left alone"
     assert surgery.operate(BASE, {"max_window": None})["max_window"] == 4
     assert surgery.operate(BASE, {"max_window": 9})["max_window"] == 9
@@ -188,6 +192,142 @@ def test_a_resized_head_predicts_what_it_did_for_what_it_knew(kind, size):
         (slice(None),) * (one.ndim - 2) if kind in ("diffusion", "flow", "regression", "map") else (slice(None),) * 2
     )
     np.testing.assert_allclose(one[(*index, slice(h), slice(a))], other[(*index, slice(h), slice(a))], atol=1e-5)
+
+
+RESIZED = {
+    "ddpm": dict(kind="diffusion", hidden_dim=64),
+    "ddim": dict(kind="diffusion", hidden_dim=48, prediction="action", sampler="ddim", sample_steps=4, max_delay=1),
+    "flow": dict(kind="flow", hidden_dim=96, sample_steps=4),
+    "mse": dict(kind="regression"),
+    "l1": dict(kind="regression", loss="l1"),
+    "discrete": dict(kind="discrete", num_bins=11, token_per=""),
+}
+
+
+def resized(entry, *sizes, rows=1, seed=1):
+    """(head, its parameters) for the head of an entry and for every size that it is given, one after the other."""
+    entry = dict(readout="readout_action", action_horizon=4, action_dim=7) | entry
+    head = light.HeadAlone(entry, rows=rows, seed=seed)
+    found = [(head, head.params)]
+    for h, a in sizes:
+        old, changes = {"heads": {"action": entry}}, {"heads": {"action": dict(action_horizon=h, action_dim=a)}}
+        new = surgery.operate(old, changes)
+        entry = new["heads"]["action"]
+        other = {"x": np.zeros(2, np.float32)}  # something has to be loaded whole
+        grown = light.HeadAlone(entry, rows=rows, seed=seed + len(found))
+        source = {"heads_action": found[-1][1], "other": other}
+        rules = surgery.carry(old, new, changes)
+        tree, _ = merge_params({"heads_action": grown.params, "other": other}, source, resize=rules.resize)
+        grown.groups = head.groups
+        found.append((grown, tree["heads_action"]))
+    return found
+
+
+def drawn(head, params, **options):
+    keys = jax.random.split(jax.random.key(5), head.groups["readout_action"].tokens.shape[0])
+    sample = lambda params, keys: head.apply(head.groups, keys, method="sample", params=params, **options)  # noqa: E731
+    return np.asarray(jax.jit(sample)(params, keys))
+
+
+@pytest.mark.parametrize("kind,rows,size", [(kind, 1, (9, 14)) for kind in RESIZED] + [("flow", 3, (4, 14))])
+def test_a_larger_head_acts_bitwise_as_before_in_what_it_had(kind, rows, size):
+    """Products and draws of other shapes are rounded and drawn otherwise: the old entries keep theirs."""
+    (old, old_params), (new, params) = resized(RESIZED[kind], size, rows=rows)
+    before, after = (drawn(*one, sample_shape=(2,)) for one in ((old, old_params), (new, params)))
+    np.testing.assert_array_equal(after[..., :4, :7], before)
+    assert np.std(after[..., 7:]) > 0.1, "new entries move"
+    if kind in ("mse", "discrete"):
+        return
+    # Whatever the new rows of what the network gives are.
+    wild = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.at[..., -1].set(1e3) if "Dense_1" in str(path[-2]) and leaf.shape[-1] == 56 else leaf,
+        jax.tree.map(jnp.asarray, params),
+    )
+    np.testing.assert_array_equal(drawn(new, wild, sample_shape=(2,))[..., :4, :7], before)
+
+
+@pytest.mark.parametrize("kind", ["flow", "l1"])
+def test_a_head_is_resized_again_and_again(kind):
+    steps = resized(RESIZED[kind], (4, 9), (6, 14), (6, 16))
+    assert [list(map(list, head.module.resized_from)) for head, _ in steps] == [
+        [],
+        [[4, 7]],
+        [[4, 7], [4, 9]],
+        [[4, 7], [4, 9], [6, 14]],
+    ]
+    chunks = [drawn(*one) for one in steps]
+    for before, after in itertools.pairwise(chunks):
+        np.testing.assert_array_equal(after[..., : before.shape[-2], : before.shape[-1]], before)
+
+
+def test_a_smaller_head_acts_as_before_where_what_is_gone_is_zero():
+    """A regression is not concerned; a network that reads the chunk reads zero in the place of what it has no more."""
+    (old, old_params), (new, params) = resized(RESIZED["mse"], (2, 5))
+    np.testing.assert_array_equal(drawn(new, params), drawn(old, old_params)[..., :2, :5])
+    (old, old_params), (new, params) = resized(RESIZED["flow"], (2, 5))
+    x, embedding = np.zeros((1, 4, 7), np.float32), np.ones((1, 16), np.float32)
+    x[:, :2, :5] = np.random.default_rng(0).normal(size=(2, 5))
+
+    def velocity(head, params, x):
+        return head.apply(method=lambda m: m.predict_velocity(embedding, x, np.full((1, 1), 0.5)), params=params)
+
+    before, after = velocity(old, old_params, x.reshape(1, -1)), velocity(new, params, x[:, :2, :5].reshape(1, -1))
+    np.testing.assert_array_equal(after.reshape(1, 2, 5), before.reshape(1, 4, 7)[:, :2, :5])
+
+
+def test_a_resized_head_learns_its_new_entries():
+    """Rows that are zero at first have a gradient, and what it gives for them is of the loss."""
+    _, (head, params) = resized(RESIZED["ddim"], (5, 9), rows=3)
+    batch, keys = light.batch(dict(action_horizon=5, action_dim=9), rows=3), jax.random.split(jax.random.key(0), 3)
+    loss = lambda params: head.apply(  # noqa: E731
+        head.groups, batch["action"], np.ones((3, 2, 5, 9), np.float32), keys, method="loss_terms", params=params
+    )["loss"]
+    network = jax.jit(jax.grad(loss))(params)["diffusion_model"]["reverse_network"]
+    kernel = params["diffusion_model"]["reverse_network"]["Dense_0"]["kernel"][-45:].reshape(5, 9, -1)
+    assert not np.asarray(kernel[4:]).any() and not np.asarray(kernel[:, 7:]).any()
+    gradient = np.asarray(network["Dense_0"]["kernel"][-45:])
+    assert np.abs(gradient).max(-1).min() > 0 and np.abs(network["Dense_1"]["bias"]).min() > 0
+
+
+def test_a_replaced_head_of_the_same_kind_keeps_its_sizes_too():
+    whole = BASE["heads"]["action"] | {"action_dim": 6}
+    once = surgery.operate(BASE, {"heads": {"action": whole}})
+    assert once["heads"]["action"]["resized_from"] == [[3, 4]]
+    again = surgery.operate(once, {"heads": {"action": whole | {"action_horizon": 5}}})["heads"]["action"]
+    assert again["resized_from"] == [[3, 4], [3, 6]]
+    assert not surgery.replaced(once, {"heads": {"action": whole | {"action_horizon": 5}}})
+    other = {"kind": "flow", "readout": "readout_action", "action_horizon": 3, "action_dim": 8}
+    assert "resized_from" not in surgery.operate(once, {"heads": {"action": other}})["heads"]["action"]
+    for wrong in ([[0, 4]], [[3, 4.0]]):
+        with pytest.raises(ValueError, match="resized_from holds the pairs"):
+            light.HeadAlone(HEADS["regression"] | {"resized_from": wrong})
+
+
+def test_a_policy_with_a_resized_head_samples_bitwise_as_before():
+    """Through the whole model, with factors of LoRA beside its kernels, and after an export."""
+    from octo_like.policy import lora
+
+    keys, batch = jax.random.split(jax.random.key(3), 2), synthetic_batch(light.SPEC, 2)
+    config = light.config(heads={"action": light.FLOW})
+    changes = {"heads": {"action": {"action_dim": 11, "action_horizon": 5}}}
+    new = surgery.operate(config, changes)
+    spec = dataclasses.replace(light.SPEC, action_dim=11, action_horizon=5)
+    _, _, tree, _ = merged(config, new, changes, old_spec=light.SPEC, new_spec=spec)
+    old = tiny.random_values(shapes_of(config, light.SPEC), seed=1)
+    factors = lora.LoraSpec(2, targets=("BlockTransformer_0/.*/kernel",))
+    params = unflatten(tree)
+    adapted = lora.add_adapters(params, lora.find_targets(params, factors), factors, jax.random.key(0))
+
+    def sample(model, params):
+        call = lambda params: model.apply(  # noqa: E731
+            {"params": params}, batch["observation"], batch["task"], keys, head="action", method="sample"
+        )
+        return np.asarray(jax.jit(call)(params))
+
+    before = sample(build_model(config), old)
+    grown = build_model(json.loads(json.dumps(new)))  # as an export's config comes back
+    np.testing.assert_array_equal(sample(grown, params)[..., :3, :4], before)
+    np.testing.assert_array_equal(sample(lora.AdaptedModel(grown, factors), adapted)[..., :3, :4], before)
 
 
 def test_tokens_of_a_resized_chunk_keep_their_places():
