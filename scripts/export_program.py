@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="exported policy, as load_pretrained takes it")
     parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
     parser.add_argument("--output", required=True, type=Path, help="the folder that is written")
-    parser.add_argument("--unnormalize", help="dataset whose units go in and come out; default: the only one")
+    parser.add_argument("--unnormalize", help="dataset whose units go in and come out")
     parser.add_argument("--normalized", action="store_true", help="normalised numbers go in and come out")
     parser.add_argument("--head", help="of a policy with several")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=(), help="that can be run; default: any")

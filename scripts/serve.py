@@ -22,9 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="exported policy, as load_pretrained takes it")
     parser.add_argument("--modules", nargs="+", default=(), help="of the policy's own parts: they may be imported")
-    parser.add_argument(
-        "--unnormalize", help="dataset whose units the actions have when a request names none; default: the only one"
-    )
+    parser.add_argument("--unnormalize", help="dataset whose units the actions have when a request names none")
     parser.add_argument(
         "--normalized", action="store_true", help="send normalised numbers to who names none: no units, no limits"
     )

@@ -60,11 +60,11 @@ def choose_units(statistics: Mapping[str, Any], unnormalize: str | None, normali
 
     Args:
       statistics: of the policy, by dataset.
-      unnormalize: the dataset that was named. None: the policy's only one.
+      unnormalize: the dataset that was named.
       normalized: whether normalised numbers are wanted: a robot that executes them moves by other amounts.
 
     Raises:
-      ValueError: no such dataset, several and none of them named, or one that is named beside `normalized`.
+      ValueError: no such dataset, none named although the policy has statistics, or one named beside `normalized`.
     """
     if normalized and unnormalize is not None:
         raise ValueError(
@@ -74,12 +74,12 @@ def choose_units(statistics: Mapping[str, Any], unnormalize: str | None, normali
         raise ValueError(f"unknown statistics {unnormalize!r}; {suggest(unnormalize, statistics)}")
     if normalized or unnormalize is not None:
         return unnormalize
-    if len(statistics) > 1:
+    if statistics:
         raise ValueError(
-            f"unnormalize: in the units of which dataset are the actions? valid: {', '.join(sorted(statistics))}; "
-            "numbers without units have to be requested by normalized"
+            "unnormalize (--unnormalize) has to name the dataset in whose units the actions are; valid: "
+            f"{', '.join(sorted(statistics))}. Numbers without units have to be requested by normalized (--normalized)"
         )
-    return next(iter(statistics), None)
+    return None
 
 
 def _mask(stats: Mapping[str, Any]) -> np.ndarray:

@@ -83,7 +83,7 @@ class PolicyServer:
 
     Args:
       policy: see `ServedPolicy`.
-      unnormalize: statistics used when a request names none; None: the policy's only ones.
+      unnormalize: statistics used when a request names none. Needed unless the policy has none, or `normalized`.
       normalized: send normalised actions to who names none: their limits are unknown, and a robot that executes them
         moves by other amounts.
       action_names: of the action dimensions, told to clients; None: those of the statistics `unnormalize`.
@@ -99,7 +99,7 @@ class PolicyServer:
         `octo_like.common.chunks.METHODS`; others are compiled at their first request, beside the running ones.
 
     Raises:
-      ValueError: `unnormalize` names no statistics of the policy, or nothing although there are several;
+      ValueError: `unnormalize` names no statistics of the policy, or nothing although the policy has some;
         `action_names` of another number than its actions; `continue_by` with what the policy cannot do; a host that
         others reach and no token; a number out of its range.
       ImportError: the package websockets is missing.

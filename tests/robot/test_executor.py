@@ -170,7 +170,7 @@ def test_a_policy_that_cannot_continue_chunks_is_served_as_before():
             del client.metadata["chunks"]
             assert client.chunks() == {"horizon": 3, "continues": {}}
     with pytest.raises(ValueError, match="cannot continue chunks by 'vjp'; valid: none"):
-        PolicyServer(LinePolicy(), port=0, continue_by=("vjp",))
+        PolicyServer(LinePolicy(), unnormalize="line", port=0, continue_by=("vjp",))
 
 
 def test_several_commands_for_each_action(source):

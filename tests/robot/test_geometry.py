@@ -140,13 +140,16 @@ def test_every_way_to_the_policy_shows_it_the_picture_of_training(resize):
     want = trained(image, size, resize).astype(int)
     policy = Seeing(size, resize)
     state = np.zeros(1, np.float32)
-    with OpenpiServer(policy, Keys({"cam": "primary"}, ("q",)), port=0).running() as server:
+    with OpenpiServer(policy, Keys({"cam": "primary"}, ("q",)), unnormalize="line", port=0).running() as server:
         Wire(server).infer({"cam": their_letterbox(image), "q": state, "prompt": "go left"})
     levels = np.abs(policy.seen - want)
     print(f"{resize}: openpi's client, letterboxed to 224x224: mean {levels.mean():.2f} levels of 255")
     assert levels.mean() < 2
     observation = {"image_primary": image, "proprio": state}
-    with PolicyServer(policy, port=0).running() as server, PolicyClient(port=server.port, limits=False) as client:
+    with (
+        PolicyServer(policy, unnormalize="line", port=0).running() as server,
+        PolicyClient(port=server.port, limits=False) as client,
+    ):
         client.act(observation, "go left")
         assert np.abs(policy.seen - want).mean() < 0.4
         request = {"type": "act", "observation": client.window, "instruction": "go", "step": 0}
@@ -209,7 +212,7 @@ def test_a_dark_picture_is_corrected_by_the_next_ones(caplog):
 def test_our_rollouts_send_openpis_servers_letterboxed_pictures():
     """As their own clients do: their models were trained so."""
     policy = Seeing((224, 224), "letterbox")
-    with OpenpiServer(policy, Keys({"cam": "primary"}, ("q",)), port=0).running() as server:
+    with OpenpiServer(policy, Keys({"cam": "primary"}, ("q",)), unnormalize="line", port=0).running() as server:
         theirs = OpenpiPolicy(
             f"127.0.0.1:{server.port}", Keys({"cam": "primary"}, ("q",)), action_horizon=3, action_dim=1, proprio_dim=1
         )
@@ -229,7 +232,7 @@ def test_a_geometry_that_is_none_is_an_error():
     ):
         with pytest.raises(ValueError, match="valid: crop, letterbox, stretch"):
             call()
-    with pytest.raises(ValueError, match="0x64"):
+    with pytest.raises(ValueError, match="has no pixels"):
         resize_image(np.zeros((0, 64, 3), np.uint8), (32, 32))
     # The default is not written: specs, batches and exports from before are as they were.
     assert "resize" not in BatchSpec(**spec).to_json()

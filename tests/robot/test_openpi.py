@@ -157,11 +157,11 @@ def test_an_angle_that_wraps_around_and_a_gripper_that_closes_are_no_jump():
 
 def test_the_silence_that_begins_an_episode_is_longer_than_a_chunk_takes():
     policy = LinePolicy(horizon=50)
-    assert OpenpiServer(policy, LINE, port=0).episode_gap == 10.0  # at 10 Hz
-    assert OpenpiServer(LinePolicy(), LINE, port=0).episode_gap == 3.0
+    assert OpenpiServer(policy, LINE, unnormalize="line", port=0).episode_gap == 10.0  # at 10 Hz
+    assert OpenpiServer(LinePolicy(), LINE, unnormalize="line", port=0).episode_gap == 3.0
     for wrong in (dict(episode_gap=0.0), dict(episode_jump=-1.0), dict(episode_jump=np.nan)):
         with pytest.raises(ValueError, match="must be positive"):
-            OpenpiServer(policy, LINE, port=0, **wrong)
+            OpenpiServer(policy, LINE, unnormalize="line", port=0, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_tables_of_keys(tmp_path):
         with pytest.raises(ValueError, match="valid: droid, libero, aloha, or a JSON file"):
             Keys.load(name)
     with pytest.raises(ValueError, match="name none: wrist"):
-        OpenpiServer(LinePolicy(), Keys({"cam": "wrist"}, ()), port=0)
+        OpenpiServer(LinePolicy(), Keys({"cam": "wrist"}, ()), unnormalize="line", port=0)
 
 
 def preset_policy(preset: str, *, horizon: int = 50, action: int | None = None, proprio: int | None = None, **robot):
@@ -273,39 +273,39 @@ def test_a_policy_that_a_presets_client_cannot_execute_is_refused(preset, tmp_pa
         (dict(proprio=client.state + 1), f"sends a proprioception of {client.state} numbers, the policy reads"),
     ):
         with pytest.raises(ValueError, match=message):
-            OpenpiServer(preset_policy(preset, **wrong), keys, port=0)
+            OpenpiServer(preset_policy(preset, **wrong), keys, unnormalize="line", port=0)
         # The same keys in a file are those of another client.
         table = {"images": dict(keys.images), "state": list(keys.state)}
         (tmp_path / "own.json").write_text(json.dumps(table))
-        OpenpiServer(preset_policy(preset, **wrong), Keys.load(str(tmp_path / "own.json")), port=0)
+        OpenpiServer(preset_policy(preset, **wrong), Keys.load(str(tmp_path / "own.json")), unnormalize="line", port=0)
     chunk = client.chunk or max(client.executes)
     assert not caplog.records
-    server = OpenpiServer(preset_policy(preset, horizon=chunk), keys, port=0)
+    server = OpenpiServer(preset_policy(preset, horizon=chunk), keys, unnormalize="line", port=0)
     assert not caplog.records
     assert (server.hello["action_horizon"], server.hello["action_dim"]) == (chunk, width)
 
 
 def test_what_may_not_fit_a_presets_client_is_a_warning(caplog):
-    OpenpiServer(preset_policy("droid", horizon=16), PRESETS["droid"], port=0)
+    OpenpiServer(preset_policy("droid", horizon=16), PRESETS["droid"], unnormalize="line", port=0)
     assert "insists on 10" in caplog.text
-    OpenpiServer(preset_policy("aloha", horizon=12), PRESETS["aloha"], port=0)
+    OpenpiServer(preset_policy("aloha", horizon=12), PRESETS["aloha"], unnormalize="line", port=0)
     assert "executes 25" in caplog.text
     caplog.clear()
     registry = preset_policy("libero")  # its grippers are 1 for open and 0 for closed
     for least in (-1.0, 0.0):
         assert not caplog.records
         registry.statistics["line"]["action"] |= {"min": np.full(7, least), "max": np.ones(7)}
-        OpenpiServer(registry, PRESETS["libero"], port=0)
+        OpenpiServer(registry, PRESETS["libero"], unnormalize="line", port=0)
     assert "gripper's commands from -1 to 1" in caplog.text
     robot = {"control_hz": 5, "action_kind": ["delta"] * 7 + ["gripper"], "action_name": list("abcdefgh")}
-    OpenpiServer(preset_policy("droid", horizon=10, **robot), PRESETS["droid"], port=0)
+    OpenpiServer(preset_policy("droid", horizon=10, **robot), PRESETS["droid"], unnormalize="line", port=0)
     assert "action 0 is delta to the policy and velocity to the client of droid" in caplog.text
     assert "trained at 5 Hz, the client of droid acts at 15" in caplog.text
 
 
 def test_what_the_clients_do_not_send_is_an_error_at_the_start():
     with pytest.raises(ValueError, match="reads proprio, which clients with these openpi keys do not send"):
-        OpenpiServer(LinePolicy(), Keys({"cam": "primary"}, ()), port=0)
+        OpenpiServer(LinePolicy(), Keys({"cam": "primary"}, ()), unnormalize="line", port=0)
 
 
 def test_the_table_of_a_robots_description():

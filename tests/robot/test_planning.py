@@ -234,7 +234,7 @@ def served():
     policy = Policy(
         silent.config, silent.params, {"arm": {"action": unit, "proprio": unit, **kinds}}, silent.text_tokenizer
     )
-    with PolicyServer(policy, host="127.0.0.1", port=0).running(warm=True) as server:
+    with PolicyServer(policy, unnormalize="arm", host="127.0.0.1", port=0).running(warm=True) as server:
         yield policy, server
 
 
@@ -280,7 +280,7 @@ def test_a_robot_hands_back_what_was_said_last_to_a_policy_that_remembers(served
     said = [dict(plan=True), dict(plan=True), dict(subtask="reach"), {}, dict(plan=True)]
     seen = [moment() | {"image_primary": rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)} for _ in said]
     local = LocalPolicy(remembering, "arm")
-    with PolicyServer(remembering, host="127.0.0.1", port=0).running() as server:
+    with PolicyServer(remembering, unnormalize="arm", host="127.0.0.1", port=0).running() as server:
         with PolicyClient("127.0.0.1", server.port, limits=False) as client:
             assert client.metadata["subtasks"]["remembers"]
             last, differs = None, 0
@@ -357,7 +357,7 @@ def test_what_is_only_compiled_was_not_said():
 
 def test_a_policy_without_sub_tasks_says_so():
     pytest.importorskip("websockets")
-    with PolicyServer(tiny_policy("arm", 3, None), host="127.0.0.1", port=0).running() as server:
+    with PolicyServer(tiny_policy("arm", 3, None), unnormalize="arm", host="127.0.0.1", port=0).running() as server:
         with PolicyClient("127.0.0.1", server.port, limits=False) as client:
             image = {"image_primary": np.zeros((32, 32, 3), np.uint8)}
             with pytest.raises(ValueError, match="cannot be told a subtask"):

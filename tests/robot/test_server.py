@@ -199,9 +199,10 @@ def test_unknown_statistics_are_refused_at_the_start():
         PolicyServer(LinePolicy(), unnormalize="bridge", port=0)
 
 
-def test_the_units_of_a_policy_with_several_datasets_must_be_said():
+def test_a_server_without_units_is_refused():
     policy = LinePolicy()
-    assert PolicyServer(policy, port=0).metadata["unnormalize"] == "line"  # the only one
+    with pytest.raises(ValueError, match="--unnormalize.*valid: line.*--normalized"):
+        PolicyServer(policy, port=0)
     assert PolicyServer(policy, normalized=True, port=0).metadata["unnormalize"] is None
     with pytest.raises(ValueError, match="leave out either"):
         PolicyServer(policy, normalized=True, unnormalize="line", port=0)

@@ -252,21 +252,21 @@ def test_a_token_keeps_others_out():
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.168.0.7", "gpu-box", "::ffff:10.0.0.1"])
 def test_others_are_let_in_with_a_token_or_on_request_only(host):
     with pytest.raises(ValueError, match="OCTO_LIKE_TOKEN.*without_token"):
-        PolicyServer(LinePolicy(), host=host, port=0)
+        PolicyServer(LinePolicy(), unnormalize="line", host=host, port=0)
     with pytest.raises(ValueError, match="token must not be empty"):
-        PolicyServer(LinePolicy(), host=host, port=0, token="")
+        PolicyServer(LinePolicy(), unnormalize="line", host=host, port=0, token="")
     with pytest.raises(ValueError, match="leave out one"):
-        PolicyServer(LinePolicy(), host=host, port=0, token="sesame", without_token=True)
-    assert PolicyServer(LinePolicy(), host=host, port=0, token="sesame").token == "sesame"
+        PolicyServer(LinePolicy(), unnormalize="line", host=host, port=0, token="sesame", without_token=True)
+    assert PolicyServer(LinePolicy(), unnormalize="line", host=host, port=0, token="sesame").token == "sesame"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost", "::ffff:127.0.0.1"])
 def test_this_machine_alone_needs_no_token(host):
-    assert PolicyServer(LinePolicy(), host=host, port=0).token is None
+    assert PolicyServer(LinePolicy(), unnormalize="line", host=host, port=0).token is None
 
 
 def test_a_server_without_a_token_on_request_warns(caplog):
-    with PolicyServer(LinePolicy(), port=0, host="0.0.0.0", without_token=True).running() as server:
+    with PolicyServer(LinePolicy(), unnormalize="line", port=0, host="0.0.0.0", without_token=True).running() as server:
         assert "without a token" in caplog.text
         with PolicyClient(port=server.port) as client:
             assert client.act(frame(), "go left").shape == (3, 1)
@@ -362,7 +362,7 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_compiled():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(OSError):
-            with PolicyServer(policy, port=taken.getsockname()[1]).running(warm=True):
+            with PolicyServer(policy, unnormalize="line", port=taken.getsockname()[1]).running(warm=True):
                 pass
     assert not policy.calls
 
@@ -393,7 +393,7 @@ def test_a_server_is_started_again_on_its_port():
 def test_numbers_out_of_their_range_are_refused_at_the_start(wrong):
     (key, value) = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"'{key.removeprefix('rng_')}' must be a whole number from .* got {value!r}"):
-        PolicyServer(LinePolicy(), **wrong)
+        PolicyServer(LinePolicy(), unnormalize="line", **wrong)
 
 
 # ---------------------------------------------------------------- clients that vanish, and the end
