@@ -16,7 +16,6 @@ from typing import Any
 
 from octo_like.common.checks import check_run, check_workdir
 from octo_like.common.config import parse_command_line, to_dict
-from octo_like.model.octo import check_acting
 from octo_like.training.arguments import add_arguments
 
 
@@ -40,6 +39,7 @@ import jax
 from octo_like import Policy
 from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
+from octo_like.model.octo import check_acting
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.augment import augmentation_from_config

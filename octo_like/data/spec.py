@@ -321,13 +321,15 @@ class DatasetSpec:
         return _registry_entry(self.standardize) is not None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], name: str | None = None) -> "DatasetSpec":
-        """Spec of a plain dict. Fields not given come from the registry entry that `standardize` names, if any.
+    def from_dict(cls, data: "Mapping[str, Any] | DatasetSpec", name: str | None = None) -> "DatasetSpec":
+        """Spec of a plain dict; a spec stays as it is.
+
+        Fields not given come from the registry entry that `standardize` names, if any.
 
         Raises:
           DataError: an unknown field or a missing name.
         """
-        if isinstance(data, cls):
+        if isinstance(data, DatasetSpec):
             return data
         fields = {field.name for field in dataclasses.fields(cls)}
         data = dict(data)

@@ -221,7 +221,7 @@ def test_tokens_are_drawn_at_the_temperature(temperature):
     "entry,message",
     [
         (tiny.diffusion(sampler="dpm"), "'ddim'"),
-        (tiny.diffusion(sampler="ddim", sample_steps=6), "6 steps, but the schedule has 5"),
+        (tiny.diffusion(sampler="ddim", sample_steps=6), "sample_steps must be in 1..num_steps=5, got 6"),
         (tiny.diffusion(eta=0.5), "belong to sampler='ddim'"),
         (tiny.diffusion(clip="hard"), "'x0'"),
         (tiny.diffusion(loss="l2"), "'l1'"),
