@@ -138,6 +138,8 @@ ADAPTATION_RULES: dict[str, Rule] = {
     "recipe.max_steps": _whole(1),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+BIN_TYPES = ("uniform", "normal", "openvla", "rt1", "rt2")  # of heads that choose among bins
+BOUNDED_BINS = ("openvla", "rt1", "rt2")  # those whose range is -1 to 1 unless a head says another
 
 
 def check_run(config: Any, *, adapts: bool = False) -> None:
@@ -198,6 +200,8 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
         if (dtype := model.get("dtype", "float32")) not in DTYPES:
             raise ConfigError(f"model.dtype must be one of {', '.join(map(repr, DTYPES))}; got {dtype!r}")
         _check_model(model, tree)
+        _check_bins(model, "model")
+    _check_bins(tree.get("surgery"), "surgery")
     overrides = (tree.get("mesh") or {}).get("overrides", ())
     if not isinstance(overrides, Sequence) or any(
         isinstance(one, str) or not isinstance(one, Sequence) or len(one) != 2 or not isinstance(one[0], str)
@@ -233,6 +237,23 @@ def _check_model(model: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"text.max_length={length}, but model.task_tokenizers.{name} has positions for {longest} words: set "
                 f"model.task_tokenizers.{name}.max_length to the same"
+            )
+
+
+def _check_bins(group: Any, where: str) -> None:
+    heads = group.get("heads") if isinstance(group, Mapping) else None
+    for name, entry in (heads or {}).items():
+        if not isinstance(entry, Mapping) or entry.get("kind") not in ("discrete", "bins"):
+            continue  # a field of a user's own part may mean anything
+        kind, number = entry.get("bin_type", "uniform"), entry.get("num_bins", 256)
+        if kind not in BIN_TYPES:
+            valid = ", ".join(map(repr, BIN_TYPES))
+            raise ConfigError(f"{where}.heads.{name}.bin_type must be one of {valid}; got {kind!r}")
+        least = 2 if kind in BOUNDED_BINS else 1
+        if not _is_whole(number) or number < least:
+            raise ConfigError(
+                f"{where}.heads.{name}.num_bins must be a whole number of at least {least} with bin_type={kind!r}; got "
+                f"{number!r}"
             )
 
 

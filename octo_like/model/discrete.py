@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from octo_like.common.checks import BIN_TYPES, BOUNDED_BINS
 from octo_like.model.heads import ActionHead
 from octo_like.model.tokenizers import bin_index, bin_thresholds
 from octo_like.model.tokens import TokenGroup
@@ -18,15 +19,17 @@ Range = float | tuple[float, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class ActionBins:
-    """Classes of action entries: bins between edges, another range per dimension.
+    """Classes of action entries, another range per dimension.
 
     Attributes:
-      edges: (A, bins + 1).
-      kind: "uniform" or "normal", see `DiscreteHead`.
+      edges: (A, n) float32, ascending: an action's class is the last one whose edge is not above it.
+      values: (A, bins) float32, the action that each class stands for.
+      kind: see `DiscreteHead`.
       compat: values outside of normal bins as upstream; see `bin_index`.
     """
 
     edges: np.ndarray
+    values: np.ndarray
     kind: str
     compat: bool = False
 
@@ -34,29 +37,41 @@ class ActionBins:
     def make(
         cls, num_bins: int, kind: str, low: Range, high: Range, max_action: float, action_dim: int, *, compat: bool
     ) -> "ActionBins":
-        """Arguments as the attributes of `DiscreteHead`. Raises ValueError for a range that is none."""
+        """Arguments as the attributes of `DiscreteHead`. Raises ValueError for a range or bins that are none."""
+        if kind not in BIN_TYPES:
+            raise ValueError(f"unknown bin_type {kind!r}; valid: {', '.join(map(repr, BIN_TYPES))}")
         if kind == "normal" and not (low is None and high is None):
-            raise ValueError("low and high are the range of uniform bins; normal bins have none")
+            raise ValueError("low and high are the range of other bins; normal bins have none")
+        least = 2 if kind in BOUNDED_BINS else 1
+        if num_bins < least:
+            raise ValueError(f"num_bins={num_bins}: {kind} bins are at least {least}")
+        bound = 1.0 if kind in BOUNDED_BINS else max_action
         ranges = []
-        for name, value, default in (("low", low, -max_action), ("high", high, max_action)):
+        for name, value, default in (("low", low, -bound), ("high", high, bound)):
             values = np.asarray(default if value is None else value, np.float64)
             if values.ndim > 1 or values.size not in (1, action_dim):
                 raise ValueError(f"{name} needs one number or {action_dim}, one per dimension, got {value}")
             ranges.append(np.broadcast_to(values, action_dim))
+        made = []
         for d, pair in enumerate(zip(*ranges, strict=True)):
-            if not pair[0] < pair[1]:
+            if not np.float32(pair[0]) < np.float32(pair[1]):
                 raise ValueError(
                     f"bins of action dimension {d} span [{pair[0]}, {pair[1]}]: low must be less than high"
                 )
-        if kind == "normal":
-            return cls(np.tile(bin_thresholds(num_bins, "normal", 0.0, 0.0), (action_dim, 1)), kind, compat)
-        edges = np.stack([bin_thresholds(num_bins, kind, *pair) for pair in zip(*ranges, strict=True)])
-        return cls(edges, kind, compat)
+            if kind == "openvla":
+                made.append(_openvla(num_bins, *pair))
+            elif kind in ("rt1", "rt2"):
+                made.append(_rt1(num_bins, *pair))
+            else:
+                edges = bin_thresholds(num_bins, kind, *pair)
+                made.append((edges, (edges[1:] + edges[:-1]) / 2))
+        edges, values = (np.stack(part) for part in zip(*made, strict=True))
+        return cls(edges, values, kind, compat)
 
     def index(self, action: jax.Array) -> jax.Array:
         """(..., A) actions to int32 bins; values outside of the range are in the nearest one."""
-        num_bins = self.edges.shape[1] - 1
-        if self.compat:
+        num_bins = self.values.shape[1]
+        if self.compat and self.kind not in BOUNDED_BINS:
             low, high = (float(self.edges[0, i]) for i in (0, -1))
             return bin_index(action, num_bins, self.kind, low, high, compat=True)
         search = lambda edges, x: jnp.searchsorted(edges, x, side="right") - 1  # noqa: E731
@@ -64,9 +79,38 @@ class ActionBins:
         return jnp.clip(index, 0, num_bins - 1)
 
     def centre(self, index: jax.Array) -> jax.Array:
-        """(..., A) bins to their centres."""
-        centres = jnp.asarray((self.edges[:, 1:] + self.edges[:, :-1]) / 2)
-        return centres[jnp.arange(len(self.edges)), index]
+        """(..., A) bins to the actions that they stand for."""
+        return jnp.asarray(self.values)[jnp.arange(len(self.values)), index]
+
+
+def _openvla(num_bins: int, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and values of one dimension. OpenVLA compares with edges of double precision."""
+    edges = np.linspace(low, high, num_bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    near = edges.astype(np.float32)
+    # A float32 is not below an edge if and only if it is not below the next float32 from the edge on.
+    up = np.where(near < edges, np.nextafter(near, np.float32(np.inf)), near)
+    return up, np.append(centres, centres[-1]).astype(np.float32)
+
+
+def _rt1(num_bins: int, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and values of one dimension. RT-1 computes in float32, so an edge is the least float32 of its class, which
+    bisection finds; a compiler that multiplies by a reciprocal would round otherwise."""
+    first, last, steps = np.float32(low), np.float32(high), np.float32(num_bins - 1)
+    classes = np.arange(num_bins, dtype=np.int32)
+
+    def order(x: np.float32) -> int:  # of all float32, from the least to the greatest, 0 for zero
+        bits = int(np.abs(x).view(np.int32))
+        return -bits if x < 0 else bits
+
+    below, found = (np.full(num_bins, order(x), np.int64) for x in (first, last))
+    while (below < found).any():
+        middle = (below + found) // 2
+        x = np.where(middle < 0, np.float32(-1), np.float32(1)) * np.abs(middle).astype(np.int32).view(np.float32)
+        reached = ((x - first) / (last - first) * steps).astype(np.int32) >= classes
+        below, found = np.where(reached, below, middle + 1), np.where(reached, middle, found)
+    edges = np.where(found < 0, np.float32(-1), np.float32(1)) * np.abs(found).astype(np.int32).view(np.float32)
+    return edges, classes.astype(np.float32) / steps * (last - first) + first
 
 
 class DiscreteHead(ActionHead):
@@ -77,9 +121,16 @@ class DiscreteHead(ActionHead):
 
     Attributes:
       num_bins: classes per entry.
-      bin_type: "uniform" on [low, high], or "normal": equally likely under a standard normal.
-      low, high: range of uniform bins, one number or one per action dimension; None: -max_action, max_action. Values
-        outside go to the nearest bin.
+      bin_type: what the classes are. Actions outside of the range have the class of its nearest end.
+        "uniform" (the default): num_bins of equal width fill [low, high]; a class stands for its centre.
+        "normal": equally likely under a standard normal; a class stands for its centre.
+        "openvla": OpenVLA's. num_bins edges, num_bins - 1 bins between them: class i begins at edge i, the last one is
+          `high` and above alone, and stands as the one before it for the centre of the last bin. Its token of a
+          vocabulary of V words is V - 1 - i.
+        "rt1", "rt2": RT-1's, which RT-2 uses as well: class floor((a - low) / (high - low) (num_bins - 1)), in float32,
+          stands for low + i / (num_bins - 1) (high - low), the lower end of its bin; the last one is `high` and above.
+      low, high: range of the bins, one number or one per action dimension; None: -max_action, max_action, and -1, 1 of
+        the named binnings of other policies, whose actions are scaled to their bounds. Normal bins have none.
       token_per: what an embedding is read for: "" (the chunk), "action_horizon" (a step) or
         "action_dim_and_action_horizon" (an entry). The readout must have as many tokens, unless `use_map` makes them.
       temperature: of sampling; 0 takes the most likely class.
@@ -123,7 +174,7 @@ class DiscreteHead(ActionHead):
         return self.bins.index(action)
 
     def from_bins(self, index: jax.Array) -> jax.Array:
-        """(..., A) bins to their centres."""
+        """(..., A) bins to the actions that they stand for."""
         return self.bins.centre(index)
 
     def loss_terms(

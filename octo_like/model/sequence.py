@@ -109,8 +109,9 @@ class BinsHead(SequenceHead):
     """One token per step and dimension, a class each, decoded one after the other (RT-2, Brohan et al. 2023; OpenVLA,
     Kim et al. 2024): all dimensions of the first step, then of the second ...
 
-    OpenVLA's bins are 256 between the 1st and the 99th percentile: `normalization="bounds"` of the dataset, and low=-1,
-    high=1 here. Padded dimensions have a token of their own, which nothing is learned from.
+    The classes are uniform bins unless `bin_type` says others: OpenVLA's are `bin_type="openvla"`, RT-2's
+    `bin_type="rt2"`, of both num_bins=256 and `normalization="bounds"` of the dataset (1st to 99th percentile). Padded
+    dimensions have a token of their own, which nothing is learned from.
 
     Attributes:
       num_bins, bin_type, low, high: see `octo_like.model.discrete.DiscreteHead`.
@@ -159,7 +160,7 @@ class BinsHead(SequenceHead):
         valid: jax.Array | None = None,
         noise: Any = None,
     ) -> jax.Array:
-        """(*sample_shape, B, H, A): centres of the bins that were said; zero in padded dimensions.
+        """(*sample_shape, B, H, A): what the bins that were said stand for; zero in padded dimensions.
 
         Args:
           valid: (A,) or (B, A) bool, False for padded action dimensions.

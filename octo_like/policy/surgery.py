@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.checks import BOUNDED_BINS
 from octo_like.common.parts import is_own
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.words import suggest
@@ -341,7 +342,7 @@ def untaught(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _numbers_mean(part: Mapping[str, Any]) -> Any:
     """What decides the meaning of the ids that a part says."""
-    bounded = part.get("low") is not None and part.get("high") is not None
+    bounded = part.get("low") is not None and part.get("high") is not None or part.get("bin_type") in BOUNDED_BINS
     fields = ("vocabulary", "bin_type", "low", "high", *(() if bounded else ("max_action",)))
     return _plain([part.get(field) for field in fields]) if part.get("kind") in SAYING else None
 
