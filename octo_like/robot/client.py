@@ -49,7 +49,7 @@ class PolicyClient(RobotState):
         `expects` (observation keys), `actions` (limits, kinds, names and units) and `dimensions` (names and units of
         actions and proprioception) of each dataset.
       filter: the `ActionFilter` of the dataset in use, with its `counts` and what was executed `last`; None with
-        limits=False.
+        limits=False, and on a server of normalised numbers that no dataset was named to.
       window: the last W observations, as they are sent; {} before the first.
       subtask: what the policy was told to do next in its last actions, or said itself; None: nothing.
       late_replies: answers that came after their request had timed out, and were dropped.
@@ -97,7 +97,6 @@ class PolicyClient(RobotState):
         self._address, self._headers = f"{host}:{port}", {} if token is None else {"Authorization": f"Bearer {token}"}
         self._limits, self._max_change, self._kinds = limits, max_change, kinds
         self._ids = itertools.count(1)
-        self._warned: set[str] = set()
         self._connection: Any = None
         self._wire = contextlib.ExitStack()
         self._closed = False
@@ -112,59 +111,6 @@ class PolicyClient(RobotState):
         except Exception:
             self.close()
             raise
-
-    def act(
-        self,
-        observation: Mapping[str, Any],
-        instruction: str | None = None,
-        *,
-        goal: Mapping[str, np.ndarray] | None = None,
-        unnormalize: str | None = None,
-        subtask: str | None = None,
-        plan: bool = False,
-    ) -> np.ndarray:
-        """The next actions (H, A) float32. Nothing of them is executed until `executed` says so.
-
-        Args:
-          observation: one moment: `image_{slot}` (h, w, 3) uint8 of any size, `proprio` (P,) and other sensors in
-            physical units. That of a moment that was observed already takes the place of the first.
-          instruction: what to do, in words.
-          goal: what it should look like: `image_{slot}` (h, w, 3) uint8.
-          unnormalize: name of the statistics of the actions' units; the server's default when None.
-          subtask: what to do next, in words: a planner's, or a correction of what the policy wanted to do.
-          plan: let the policy say that itself first; `self.subtask` then has it. One that remembers is asked with what
-            it was told last, since `reset` and for this instruction.
-
-        Raises:
-          ValueError: see `observe`; nothing was sent.
-          RuntimeError: `max_change` is to be kept, and of the last chunk nothing was reported as executed.
-          PolicyServerError: the server refused the request and says why, or answered with what is no chunk.
-          TimeoutError: no answer in time. The next call goes on; the late answer is dropped when it comes.
-          ConnectionError, OSError: the server is away. The next call connects anew.
-        """
-        limits = self._filter_of(unnormalize)
-        if limits is not None and self._unreported:
-            self._check_reported(limits)
-        self._observe(observation, unnormalize)
-        said: dict[str, Any] = dict(subtask=subtask, plan=plan)
-        actions = self.predict(self.window, instruction, goal=goal, unnormalize=unnormalize, **said)
-        if limits is not None:
-            actions = limits.chunk(actions)
-        self._answered()
-        return actions
-
-    def _check_reported(self, limits: ActionFilter) -> None:
-        if np.isfinite(limits.max_change).any():
-            raise RuntimeError(
-                "max_change is measured from what was executed, and of the last chunk nothing was reported: call "
-                "executed(action) after each action that the robot has executed"
-            )
-        if "executed" not in self._warned:
-            self._warned.add("executed")
-            log.warning(
-                "of a chunk nothing was reported as executed before the next was asked for: hold() repeats only what "
-                "executed(action) has recorded"
-            )
 
     def predict(
         self,

@@ -3,6 +3,7 @@ NumPy only: a robot's own computer needs no more."""
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from octo_like.common.geometry import check_resize
 from octo_like.robot.images import resize_images
 from octo_like.robot.safety import ActionFilter, UnsafeAction, check_frame, check_observation
+
+log = logging.getLogger(__name__)
 
 
 class History:
@@ -75,7 +78,8 @@ class RobotState:
 
     Attributes:
       window: the last W observations, as the policy gets them; {} before the first.
-      filter: the `ActionFilter` of the dataset in use, with its `counts` and `last`; None: with limits=False.
+      filter: the `ActionFilter` of the dataset in use, with its `counts` and `last`; None: with limits=False, and where
+        no dataset is named.
       allow_missing: observation keys that the policy reads and this robot does not have.
     """
 
@@ -87,6 +91,7 @@ class RobotState:
         self._history, self._last = History(window_size), LastWords()
         self._sizes = {f"image_{slot}": (size[0], size[1]) for slot, size in image_sizes.items()}
         self._filters: dict[str | None, ActionFilter] = {}
+        self._warned: set[str] = set()
         self._begin(0)
 
     def _begin(self, seed: int) -> None:
@@ -127,6 +132,59 @@ class RobotState:
                 "executed(action) after each action that the robot has executed"
             )
         self._observe(observation, unnormalize)
+
+    def act(
+        self,
+        observation: Mapping[str, Any],
+        instruction: str | None = None,
+        *,
+        goal: Mapping[str, np.ndarray] | None = None,
+        unnormalize: str | None = None,
+        subtask: str | None = None,
+        plan: bool = False,
+    ) -> np.ndarray:
+        """The next actions (H, A) float32. Nothing of them is executed until `executed` says so.
+
+        Args:
+          observation: one moment: `image_{slot}` (h, w, 3) uint8 of any size, `proprio` (P,) and other sensors in
+            physical units. That of a moment that was observed already takes the place of the first.
+          instruction: what to do, in words.
+          goal: what it should look like: `image_{slot}` (h, w, 3) uint8.
+          unnormalize: name of the statistics of the actions' units; the server's default when None.
+          subtask: what to do next, in words: a planner's, or a correction of what the policy wanted to do.
+          plan: let the policy say that itself first; `self.subtask` then has it. One that remembers is asked with what
+            it was told last, since `reset` and for this instruction.
+
+        Raises:
+          ValueError: see `observe`; nothing was sent. Of a `LocalPolicy` also a chunk that is none.
+          RuntimeError: `max_change` is to be kept, and of the last chunk nothing was reported as executed.
+          PolicyServerError: the server refused the request and says why, or answered with what is no chunk.
+          TimeoutError: no answer in time. The next call goes on; the late answer is dropped when it comes.
+          ConnectionError, OSError: the server is away. The next call connects anew.
+        """
+        limits = self._filter_of(unnormalize)
+        if limits is not None and self._unreported:
+            self._check_reported(limits)
+        self._observe(observation, unnormalize)
+        said: dict[str, Any] = dict(subtask=subtask, plan=plan)
+        actions = self.predict(self.window, instruction, goal=goal, unnormalize=unnormalize, **said)
+        if limits is not None:
+            actions = limits.chunk(actions)
+        self._answered()
+        return actions
+
+    def _check_reported(self, limits: ActionFilter) -> None:
+        if np.isfinite(limits.max_change).any():
+            raise RuntimeError(
+                "max_change is measured from what was executed, and of the last chunk nothing was reported: call "
+                "executed(action) after each action that the robot has executed"
+            )
+        if "executed" not in self._warned:
+            self._warned.add("executed")
+            log.warning(
+                "of a chunk nothing was reported as executed before the next was asked for: hold() repeats only what "
+                "executed(action) has recorded"
+            )
 
     def _observe(self, observation: Mapping[str, Any], unnormalize: str | None) -> None:
         expected, shapes = self._expected(unnormalize)
@@ -188,7 +246,8 @@ class RobotState:
 
     @property
     def filter(self) -> ActionFilter | None:
-        return self._filter_of(None if self._units is None else self._units[0])
+        name = self._name(None if self._units is None else self._units[0])
+        return None if name is None else self._filter_of(name)
 
     def _use(self, unnormalize: str | None) -> None:
         """The units of this episode. Raises ValueError when they were others before."""
@@ -196,6 +255,20 @@ class RobotState:
         if self._units is not None and self._units != (name,):
             raise ValueError(f"this episode's units are those of {self._units[0]!r}; reset() before those of {name!r}")
         self._units = (name,)
+
+    def predict(
+        self,
+        window: Mapping[str, Any],
+        instruction: str | None = None,
+        *,
+        goal: Mapping[str, np.ndarray] | None = None,
+        unnormalize: str | None = None,
+        continuing: Mapping[str, Any] | None = None,
+        subtask: str | None = None,
+        plan: bool = False,
+    ) -> np.ndarray:
+        """See `PolicyClient.predict`."""
+        raise NotImplementedError
 
     def _name(self, unnormalize: str | None) -> str | None:
         """Name of the dataset of the units, for one that may be left out."""

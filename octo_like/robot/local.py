@@ -1,4 +1,5 @@
-"""A policy in this process for `octo_like.robot.executor.AsyncExecutor`: what `PolicyClient` is for one on a server."""
+"""A policy in this process for `octo_like.robot.loop.drive` and `octo_like.robot.executor.AsyncExecutor`: what
+`PolicyClient` is for one on a server."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

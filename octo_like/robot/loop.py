@@ -7,17 +7,19 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from octo_like.robot.client import PolicyClient, PolicyServerError
+from octo_like.robot.client import PolicyServerError
+from octo_like.robot.history import RobotState
 
 log = logging.getLogger(__name__)
 
 
 def drive(
-    policy: PolicyClient, robot: Any, instruction: str, running: Callable[[], bool], *, execute: int = 4, seed: int = 0
+    policy: RobotState, robot: Any, instruction: str, running: Callable[[], bool], *, execute: int = 4, seed: int = 0
 ) -> None:
     """Drives a robot for one episode, and leaves it holding, whatever ends it.
 
     Args:
+      policy: a `PolicyClient`, or a `LocalPolicy` of this process.
       robot: `observe()` waits for the next control step and gives its observation; `execute(action)` commands (A,).
       running: whether to go on.
       execute: actions of a chunk that are executed before the next is asked for.

@@ -22,6 +22,7 @@ from octo_like.robot import loop as robot_loop
 from octo_like.robot.chunking import Plan
 from octo_like.robot.client import PolicyClient, PolicyServerError
 from octo_like.robot.executor import AsyncExecutor
+from octo_like.robot.local import LocalPolicy
 from octo_like.robot.loop import drive
 from octo_like.robot.messages import pack, unpack
 from octo_like.robot.safety import UnknownKind
@@ -457,6 +458,42 @@ def test_nothing_that_may_hold_starts_without_knowing_what_holds(limits):
         with PolicyClient(port=server.port, kinds=("velocity",)) as policy:
             policy.executed(policy.act(frame(3), "go")[0])
             assert policy.hold() == 0
+
+
+def test_a_policy_in_this_process_acts_as_one_on_a_server():
+    """Also under `drive`: the same actions, limits and record."""
+    policies = [LinePolicy(), LinePolicy()]
+    for policy in policies:
+        policy.statistics["line"]["action"] |= {"min": np.array([-1.0]), "max": np.array([1.0])}
+    with PolicyServer(policies[0], unnormalize="line", port=0).running() as server:
+        with PolicyClient(port=server.port) as remote:
+            commanded = []
+            for source in (remote, LocalPolicy(policies[1], "line")):
+                x, executed = iter(range(99)), []
+                robot = types.SimpleNamespace(
+                    observe=lambda x=x: {**frame(next(x)), "image_primary": np.full((SIZE, SIZE, 3), 255, np.uint8)},
+                    execute=lambda action, executed=executed: executed.append(float(action[0])),
+                )
+                drive(source, robot, "go right", times(3), execute=2, seed=3)
+                commanded.append(executed)
+                assert source.filter.counts["clipped"] > 0 and seen(source) == [4, 5]
+            assert commanded[0] == commanded[1] and len(commanded[0]) == 7 and commanded[0][-1] == 0
+
+
+def test_nothing_is_known_to_hold_where_no_dataset_is_named():
+    with Scripted() as server:
+        server.told["unnormalize"] = None
+        for key in ("expects", "chunks"):
+            server.told[key][""] = server.told[key]["line"]
+        with PolicyClient(port=server.port) as policy:
+            assert policy.filter is None and not policy.keeps_moving
+            with pytest.raises(RuntimeError, match="no dataset was named"):
+                policy.hold()
+            for call in (policy.filter_of, lambda: policy.act(frame(0), "go")):
+                with pytest.raises(ValueError, match="give unnormalize, one of line, or limits=False"):
+                    call()
+            policy.executed(policy.act(frame(0), "go", unnormalize="line")[0], unnormalize="line")
+            assert policy.filter is policy.filter_of("line") and policy.hold() == 0
 
 
 # ---------------------------------------------------------------- a process
