@@ -13,10 +13,10 @@ What happens after the command has ended with status:
     77, any other     crashed or stalled: started again after --backoff seconds, twice as long after every further crash
                       in which nothing new was saved; after --max_crashes of these in a row: ends with the last status
 
-SIGTERM and SIGINT reach the command as SIGTERM, so that it saves and leaves; then the supervisor ends with its status
-and does not start it again (the machine is going away, or somebody pressed Ctrl-C). A second one kills it. On several
-hosts every host runs its own supervisor: when one process fails, all of them end with its status, so that all
-supervisors do the same; when one is killed, the others notice and end, and all of them start again.
+SIGTERM and SIGINT reach the command as SIGTERM, so that it saves and leaves; then the supervisor does not start it
+again (the machine is going away, or somebody pressed Ctrl-C), and ends with its status, after Ctrl-C with 130. A second
+one kills it. On several hosts every host runs its own supervisor: when one process fails, all of them end with its
+status, so that all supervisors do the same; when one is killed, the others notice and end, and all of them start again.
 """
 
 import octo_like.common.interrupts  # noqa: F401  isort: skip
@@ -84,6 +84,9 @@ class Supervisor:
                     crashes_without_progress=crashes,
                     next_in=None if final else wait,
                 )
+                if self.signal == signal.SIGINT and status != 0:
+                    print("supervise: interrupted", file=sys.stderr)
+                    return exits.INTERRUPTED
                 if final:
                     if crashes >= self.max_crashes and status not in exits.FINAL:
                         print(f"supervise: {crashes} crashes without a new checkpoint; giving up", file=sys.stderr)

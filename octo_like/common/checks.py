@@ -38,6 +38,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) < 1e300
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 _TEXT: Rule = ("a text, or None", lambda x: x is None or isinstance(x, str))
 _FLAG: Rule = ("True or False", lambda x: isinstance(x, bool))
 _SHARE = _number("a number from 0 to 1", lambda x: 0 <= x <= 1)
@@ -47,7 +55,7 @@ _MINUTES = _number("a number of minutes, 0 for none", lambda x: x >= 0, or_none=
 _DECAY = _number("at least 0 and less than 1", lambda x: 0 <= x < 1)
 
 RULES: dict[str, Rule] = {
-    "seed": ("a whole number", _is_whole),
+    "seed": ("a whole number of 64 bits", lambda x: _is_whole(x) and abs(x) < 2**63),
     "num_steps": _whole(1),
     "batch_size": _whole(1),
     "accumulate": _whole(1),
@@ -108,7 +116,10 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_last": _whole(1),
     "checkpoint.keep_every": _whole(1, or_none=True),
     "checkpoint.keep_best": _whole(0),
-    "checkpoint.best_metric": ("a pattern of names of metrics", lambda x: isinstance(x, str) and bool(x)),
+    "checkpoint.best_metric": (
+        "a pattern of names of metrics",
+        lambda x: isinstance(x, str) and bool(x) and _compiles(x),
+    ),
     "checkpoint.best_mode": _word("min", "max"),
     "checkpoint.export": _word("ema", "raw"),
     "eval.every": _whole(0, or_none=True),
@@ -137,9 +148,17 @@ ADAPTATION_RULES: dict[str, Rule] = {
     "recipe.min_steps": _whole(1),
     "recipe.max_steps": _whole(1),
 }
+SCHEMES = ("gs", "s3")  # of buckets that checkpoints can be written to
 DTYPES = ("float32", "bfloat16", "float16")
 BIN_TYPES = ("uniform", "normal", "openvla", "rt1", "rt2")  # of heads that choose among bins
 BOUNDED_BINS = ("openvla", "rt1", "rt2")  # those whose range is -1 to 1 unless a head says another
+# Fields of the model's parts that are sizes or numbers of something, and those that are shares which are dropped.
+SIZES = (
+    *("token_dim", "max_window", "num_heads", "mlp_dim", "hidden_dim", "time_dim", "dim", "vocab_size"),
+    *("action_dim", "action_horizon", "num_probes", "num_steps", "sample_steps", "num_samples", "num_bins"),
+    *("num_tokens", "num_features", "num_keypoints", "num_groups", "patch_size", "max_length"),
+)
+RATES = ("dropout_rate", "attention_dropout_rate")
 
 
 def check_run(config: Any, *, adapts: bool = False) -> None:
@@ -211,7 +230,12 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
             f"mesh.overrides must hold pairs of a regex of paths and the mesh axis, or None, of each dimension, as "
             f"(('.*/kernel', (None, 'fsdp')),); got {overrides!r}"
         )
-    parse_steps(tree.get("profile_steps"))
+    traced, steps = parse_steps(tree.get("profile_steps")), tree["num_steps"]
+    if traced is not None and steps is not None and traced[0] > steps:
+        raise ConfigError(f"profile_steps {traced[0]}:{traced[1]} begin after the run's last step, num_steps={steps}")
+    for pattern, _ in overrides:
+        if not _compiles(pattern):
+            raise ConfigError(f"mesh.overrides: {pattern!r} is not a regular expression")
     for key in ("optimizer.freeze", "reinitialize", "lora.targets"):
         group, _, name = key.rpartition(".")
         patterns = (tree.get(group) or {}).get(name, ()) if group else tree.get(name, ())
@@ -222,12 +246,57 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from error
 
 
+def _check_sizes(where: str, group: Mapping[str, Any]) -> None:
+    if ":" in str(group.get("kind", "")):  # a part of the user's own, whose fields are its own
+        return
+    for name, value in group.items():
+        if isinstance(value, Mapping):
+            _check_sizes(f"{where}.{name}", value)
+        elif value is None:
+            continue
+        elif name in SIZES and not (_is_whole(value) and value > 0):
+            raise ConfigError(f"{where}.{name} must be a whole number of at least 1; got {value!r}")
+        elif name == "num_layers" and not (_is_whole(value) and value >= (least := 0 if "tokenizers" in where else 1)):
+            raise ConfigError(f"{where}.{name} must be a whole number of at least {least}; got {value!r}")
+        elif name in RATES and not (_is_number(value) and 0 <= value < 1):
+            raise ConfigError(f"{where}.{name} must be {_DECAY[0]}; got {value!r}")
+
+
+def _check_keys(model: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
+    """Every tokenizer of observations finds a key of a batch, and every camera and sensor a tokenizer."""
+    entries = model.get("observation_tokenizers") or {}
+    if not all(isinstance(entry, Mapping) for entry in entries.values()):
+        return
+    keys = [f"image_{slot}" for slot in tree["image_sizes"]]
+    keys += [f"depth_{slot}" for slot in tree.get("depth_sizes") or {}]
+    keys += ["proprio"] if tree.get("proprio_dim") is not None else []
+    keys += list(tree.get("extra_observations") or {})
+    match = re.match if model.get("octo_compat") else re.fullmatch
+    read: set[str] = set()
+    for name, entry in entries.items():
+        patterns = entry.get("obs_keys", ())
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        found = {key for pattern in patterns for key in keys if match(pattern, key)}
+        if patterns and not found:
+            raise ConfigError(
+                f"model.observation_tokenizers.{name}.obs_keys: the run has no {', '.join(patterns)}; "
+                f"{suggest(patterns[0], keys)}"
+            )
+        read |= found
+    own = any(":" in str(entry.get("kind", "")) for entry in entries.values())
+    if entries and not own and (unread := [key for key in keys if key not in read]):
+        raise ConfigError(
+            f"no tokenizer reads observation/{unread[0]}: add one to model.observation_tokenizers, or leave it out of "
+            "the run"
+        )
+
+
 def _check_model(model: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
-    blocks = model.get("transformer")
-    for where, group in (("model", model), ("model.transformer", blocks if isinstance(blocks, Mapping) else {})):
-        for name in ("token_dim", "max_window", "num_layers", "num_heads", "mlp_dim"):
-            if name in group and not (_is_whole(group[name]) and group[name] > 0):
-                raise ConfigError(f"{where}.{name} must be a whole number of at least 1; got {group[name]!r}")
+    _check_sizes("model", model)
+    _check_keys(model, tree)
+    for name, count in (model.get("readouts") or {}).items():
+        if not (_is_whole(count) and count > 0):
+            raise ConfigError(f"model.readouts.{name} must be a whole number of tokens, at least 1; got {count!r}")
     length = tree["text"]["max_length"]
     for name, entry in (model.get("task_tokenizers") or {}).items():
         longest = entry.get("max_length", TEXT_LENGTH) if isinstance(entry, Mapping) else None
@@ -354,7 +423,10 @@ def _check_installed(tree: Mapping[str, Any]) -> None:
 
 def check_workdir(workdir: str) -> None:
     """Raises ConfigError for a workdir on this machine that cannot be a folder: it, or what it lies in, is a file."""
-    if "://" in workdir:
+    if scheme := re.match(r"(\w+):/", workdir):
+        if scheme[1] not in SCHEMES or not re.match(r"\w+://[^/]", workdir):
+            places = " or ".join(f"{name}://bucket/folder" for name in SCHEMES)
+            raise ConfigError(f"--workdir {workdir}: expected a folder of this machine, or {places}")
         return
     if not workdir:
         raise ConfigError("--workdir is empty: give the folder of the run")

@@ -9,6 +9,7 @@ Processes that multiprocessing starts import the script again: Ctrl-C, which rea
 word.
 """
 
+import _thread
 import multiprocessing
 import os
 import signal
@@ -39,7 +40,15 @@ def _hook(kind, error, trace, before=sys.excepthook) -> None:
     before(kind, error, trace)
 
 
+def _not_raised(unraisable, before=sys.unraisablehook) -> None:
+    """What a callback or a finaliser cannot raise (libraries have such ones while they are imported) comes again."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _thread.interrupt_main()
+    else:
+        before(unraisable)
+
+
 if multiprocessing.parent_process() is not None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 else:
-    sys.excepthook = _hook
+    sys.excepthook, sys.unraisablehook = _hook, _not_raised

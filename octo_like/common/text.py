@@ -62,8 +62,8 @@ class TextTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._model)
-        except RuntimeError as error:
-            raise ValueError(f"not a sentencepiece model ({len(self._model)} bytes): {error}") from error
+        except RuntimeError:  # its "INTERNAL: ..." is about the bytes, and no status of a storage
+            raise ValueError(f"not a sentencepiece model ({len(self._model)} bytes)") from None
         pad, eos = self._processor.pad_id(), self._processor.eos_id()
         if (pad, eos) != (PAD, EOS):
             raise ValueError(

@@ -93,9 +93,10 @@ def resume(run: Run, checkpointer: Checkpointer, workdir: Workdir, program: Prog
 
 
 def as_begun(config: FrozenConfigDict, workdir: str) -> FrozenConfigDict:
-    """The config of a run that continues, where what it was begun by counted otherwise: `num_demos` were training
-    episodes alone before there was `data.num_demos_of`."""
-    if "num_demos_of" in Checkpointer(workdir, read_only=True).read().metadata["config"]["data"]:
+    """The config of a run that continues, with `data.num_demos_of` as the run began. Before there was this key,
+    `num_demos` were training episodes alone; such a run has "training" in all steps that it saves since."""
+    saved = Checkpointer(workdir, read_only=True).read().metadata["config"]["data"]
+    if saved.get("num_demos_of", "training") != "training":
         return config
     tree = to_dict(config)
     tree["data"]["num_demos_of"] = "training"

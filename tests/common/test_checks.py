@@ -84,6 +84,15 @@ def test_nonsense_is_refused_by_its_key(key):
         ("mesh.overrides", ("a", "b"), "mesh.overrides must hold pairs"),
         ("profile_steps", "abc", "profile_steps is 'abc'; expected"),
         ("profile_steps", "9:3", "holds no step"),
+        ("profile_steps", "1000000:1000001", "begin after the run's last step"),
+        ("mesh.overrides", (("(", (None,)),), "is not a regular expression"),
+        ("seed", 2**64, "seed must be a whole number of 64 bits"),
+        ("checkpoint.best_metric", "[", "checkpoint.best_metric"),
+        ("model.heads.action.hidden_dim", 0, "model.heads.action.hidden_dim must be a whole number of at least 1"),
+        ("model.transformer.dropout_rate", 2, "model.transformer.dropout_rate must be at least 0 and less than 1"),
+        ("model.readouts.action", 0, "model.readouts.action must be a whole number of tokens"),
+        ("model.observation_tokenizers.wrist.obs_keys", ("image_wrst",), "no image_wrst; did you mean 'image_wrist'"),
+        ("image_sizes", {"primary": (64, 64), "wrist": (32, 32), "side": (9, 9)}, "reads observation/image_side"),
         ("augmentation", {"side": {"shift": 1}}, "augmentation.side: the run has no such camera"),
         ("checkpoint.keep_best", 2, None),
     ],
@@ -169,6 +178,12 @@ def test_a_command_says_it_in_one_line_and_imports_nothing_large(tmp_path):
     done = subprocess.run([*command, "--config.batch_size=-1"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "batch_size must be a whole number of at least 1; got -1" in done.stderr
+
+
+@pytest.mark.parametrize("workdir", ["gs:/bucket/x", "nope://bucket/x", "gs:///x", "C:/runs"])
+def test_a_workdir_that_is_neither_a_folder_nor_a_bucket(workdir):
+    with pytest.raises(ConfigError, match="gs://bucket/folder"):
+        check_workdir(workdir)
 
 
 def test_a_robot_s_description_that_is_not_there():

@@ -114,3 +114,18 @@ def test_every_command_begins_with_it():
         ]
         before = imports[: imports.index("octo_like.common.interrupts")]
         assert {name.partition(".")[0] for name in before} <= set(sys.stdlib_module_names), (file, before)
+
+
+def test_ctrl_c_that_a_finaliser_cannot_raise_comes_again():
+    """Python ignores what finalisers and callbacks raise, as libraries have them while they are imported."""
+    code = (
+        "import octo_like.common.interrupts, os, signal, time\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        for _ in range(1000): pass\n"
+        "Last()\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr

@@ -6,7 +6,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from octo_like.common.config import ConfigError, ConfigMismatch, check_resume, freeze, load_config
+from octo_like.common.config import ConfigError, ConfigMismatch, check_resume, freeze, load_config, to_dict
 from octo_like.training import provenance
 from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.program import optimizer_from_config
@@ -147,6 +147,10 @@ def test_a_run_of_an_earlier_version_counts_its_demonstrations_as_then(tmp_path)
     assert compare(ConfigDict(saved), ConfigDict(continued)) == []
     with pytest.raises(ConfigMismatch, match="data.num_demos_of: 'training' -> 'all'"):
         compare(ConfigDict(saved), ConfigDict(now))
+    with Checkpointer(tmp_path, metadata={"config": to_dict(continued)}) as checkpointer:
+        checkpointer.save(2, {"x": jax.numpy.zeros(2)})
+    again = as_begun(now, str(tmp_path))  # what it has saved since says so itself
+    assert again.data.num_demos_of == "training" and compare(ConfigDict(to_dict(continued)), ConfigDict(again)) == []
     with Checkpointer(tmp_path / "new", metadata={"config": now.to_dict()}) as checkpointer:
         checkpointer.save(1, {"x": jax.numpy.zeros(2)})
     assert as_begun(now, str(tmp_path / "new")) is now
