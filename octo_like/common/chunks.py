@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from octo_like.common.dimensions import KINDS
+from octo_like.common.words import suggest
+
 METHODS = ("jacobian_free", "vjp", "trained")
 SCHEDULES = ("exp", "linear", "ones", "zeros")
 
@@ -102,16 +105,29 @@ class Continuation:
         return np.take_along_axis(previous, steps[..., None], axis=1)
 
 
+def check_known(kinds: Sequence[str]) -> None:
+    """Raises ValueError for what is no sequence of kinds of action dimensions: a misspelt one would be held."""
+    if isinstance(kinds, str):
+        raise ValueError(f"kinds is one for each action dimension; for one dimension: kinds=({kinds!r},)")
+    for d, kind in enumerate(kinds):
+        if kind not in tuple(KINDS):
+            raise ValueError(f"kinds[{d}]: unknown kind {kind!r}; {suggest(kind, KINDS)}")
+
+
 def resample(chunk: np.ndarray, factor: int, kinds: Sequence[str]) -> np.ndarray:
     """A chunk (H, A) for a robot that is commanded `factor` times as often, (H * factor, A) float32.
 
     Args:
       factor: commands for each action, at least 1.
-      kinds: of the dimensions, see `octo_like.common.robot.KINDS`: "absolute" targets are interpolated linearly, from
-        each action to the next (the last stays); a "delta" is divided into equal parts, so that the movement is the
-        same; a "velocity", a "gripper" and what is "other" is held.
+      kinds: of the dimensions, see `octo_like.common.dimensions.KINDS`: "absolute" targets are interpolated linearly,
+        from each action to the next (the last stays); a "delta" is divided into equal parts, so that the movement is
+        the same; a "velocity", a "gripper" and what is "other" is held.
+
+    Raises:
+      ValueError: an unknown kind, or another number of them than dimensions; a factor below 1.
     """
     chunk = np.asarray(chunk, np.float32)
+    check_known(kinds)
     if chunk.ndim != 2 or len(kinds) != chunk.shape[1]:
         raise ValueError(f"expected a chunk (H, {len(kinds)}), got shape {chunk.shape}")
     if factor < 1:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from octo_like.common.chunks import resample
+from octo_like.common.chunks import check_known, resample
 
 # Mode: (what it does while a chunk is computed, method of `Continuation` or None).
 MODES: dict[str, tuple[str, str | None]] = {
@@ -40,7 +40,8 @@ class Plan:
       exp_weight: of "ensemble": weights exp(-exp_weight * i), i = 0 for the oldest chunk (Zhao et al. 2023).
       ensemble_size: of "ensemble": chunks that are averaged at most.
       factor: commands for each action of the policy: see `octo_like.common.chunks.resample`.
-      kinds: of the action dimensions, for `factor` > 1.
+      kinds: of the action dimensions, for `factor` > 1. None: `AsyncExecutor` takes those that its source knows; it
+        refuses others than those.
     """
 
     mode: str = "guided"
@@ -64,8 +65,8 @@ class Plan:
             raise ValueError(f"initial_delay must be at least 0, got {self.initial_delay}")
         if self.mode == "trained" and not self.max_delay:
             raise ValueError("mode 'trained' needs max_delay, that of the policy's head")
-        if self.factor > 1 and self.kinds is None:
-            raise ValueError("factor > 1 needs the kinds of the action dimensions: not all may be interpolated")
+        if self.kinds is not None:
+            check_known(self.kinds)
 
     @property
     def method(self) -> str | None:
@@ -114,6 +115,8 @@ class Chunks:
     def __init__(self, plan: Plan, horizon: int):
         if plan.exec_horizon > horizon:
             raise ValueError(f"exec_horizon must be in 1..{horizon} (the policy's chunk), got {plan.exec_horizon}")
+        if plan.factor > 1 and plan.kinds is None:
+            raise ValueError("factor > 1 needs the kinds of the action dimensions: not all may be interpolated")
         self.plan, self.horizon = plan, horizon
         self.delays: collections.deque[int] = collections.deque(maxlen=plan.delay_window)
         self.counts = dict.fromkeys(("chunks", "held", "late", "dropped"), 0)

@@ -13,6 +13,7 @@ needs no more. With `delay=k` chunks arrive exactly k steps after they were aske
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import logging
 import weakref
 from collections.abc import Mapping
@@ -99,7 +100,7 @@ class AsyncExecutor:
             raise ValueError(f"max_errors must be at least 1, got {max_errors}")
         if delay is not None and delay < 0:
             raise ValueError(f"delay must be at least 0, got {delay}")
-        self.source, self.plan, self.unnormalize = source, plan, unnormalize
+        self.source, self.unnormalize = source, unnormalize
         self.max_errors, self.delay = max_errors, delay
         other = _DRIVING.get(id(source))
         if other is not None and other.source is source:
@@ -118,7 +119,14 @@ class AsyncExecutor:
             raise ValueError(
                 f"max_delay={plan.max_delay}, but the policy was trained for {about['continues']['trained']}"
             )
-        self.state = Chunks(plan, about["horizon"])
+        kinds = tuple(self.filter.kinds)
+        if plan.kinds is not None and tuple(plan.kinds) != kinds:
+            raise ValueError(
+                f"Plan(kinds={tuple(plan.kinds)}), but the source's actions are {kinds}: leave kinds out of the "
+                f"plan, or make the {type(source).__name__} with the right ones"
+            )
+        self.plan = dataclasses.replace(plan, kinds=kinds)
+        self.state = Chunks(self.plan, about["horizon"])
         self.errors: dict[str, int] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="chunks")
         self._running: tuple[Ask, concurrent.futures.Future] | None = None

@@ -110,12 +110,15 @@ def test_plans_say_what_is_wrong():
         "exec_horizon must be at least 1, a whole number, got 2.5": dict(exec_horizon=2.5),
         "delay_window must be at least 1, a whole number, got True": dict(delay_window=True),
         "'trained' needs max_delay": dict(mode="trained"),
-        "kinds of the action dimensions": dict(factor=2),
+        r"kinds\[1\]: unknown kind 'Delta'; did you mean 'delta'": dict(factor=2, kinds=("delta", "Delta")),
+        "kinds is one for each action dimension": dict(kinds="delta"),
     }.items():
         with pytest.raises(ValueError, match=message):
             Plan(**arguments)
     with pytest.raises(ValueError, match=r"exec_horizon must be in 1..8"):
         Chunks(Plan(exec_horizon=9), H)
+    with pytest.raises(ValueError, match="factor > 1 needs the kinds of the action dimensions"):
+        Chunks(Plan(factor=2), H)
 
 
 # ------------------------------------------------------------------------------------------------- resampling, weights
@@ -130,6 +133,8 @@ def test_resampling_interpolates_targets_divides_changes_and_holds_the_rest():
     assert resample(chunk, 1, ["other"] * 4) is not None and found.dtype == np.float32
     with pytest.raises(ValueError, match=r"expected a chunk \(H, 3\)"):
         resample(chunk, 2, ["delta"] * 3)
+    with pytest.raises(ValueError, match="unknown kind 'detla'; did you mean 'delta'"):
+        resample(chunk, 2, ["delta"] * 3 + ["detla"])
 
 
 def test_a_faster_control_rate_goes_on_between_actions():

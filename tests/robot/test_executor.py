@@ -188,6 +188,19 @@ def test_several_commands_for_each_action(source):
             executor.step()
 
 
+@pytest.mark.parametrize("kinds", [None, ("delta",)])
+def test_a_faster_control_rate_moves_a_robot_no_further(kinds):
+    """The kinds are the source's; a plan that contradicts them would move the robot `factor` times as far."""
+    source = LocalPolicy(Faulty("delta"), "line")
+    with AsyncExecutor(source, Plan("naive", H, factor=3, kinds=kinds), delay=0) as executor:
+        executor.start(frame(1), "go right")
+        moved = sum(float(executor.step(frame(1))[0]) for _ in range(3 * H))
+    assert moved == pytest.approx(H + sum(range(H)) / 10, abs=1e-4)
+    for wrong in (("absolute",), ("other",), ("delta",) * 2, ()):
+        with pytest.raises(ValueError, match=r"but the source's actions are \('delta',\): leave kinds out"):
+            AsyncExecutor(source, Plan("naive", factor=3, kinds=wrong))
+
+
 def test_what_robots_will_ask_for_is_compiled_before():
     policy = HeldUpPolicy()
     server = PolicyServer(policy, unnormalize="line", port=0, max_batch=2, continue_by=("jacobian_free", "trained"))
