@@ -9,7 +9,6 @@ Processes that multiprocessing starts import the script again: Ctrl-C, which rea
 word.
 """
 
-import _thread
 import multiprocessing
 import os
 import signal
@@ -41,9 +40,12 @@ def _hook(kind, error, trace, before=sys.excepthook) -> None:
 
 
 def _not_raised(unraisable, before=sys.unraisablehook) -> None:
-    """What a callback or a finaliser cannot raise (libraries have such ones while they are imported) comes again."""
+    """What a callback or a finaliser cannot raise (libraries have such ones while they are imported) comes again, when
+    that has returned."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        _thread.interrupt_main()
+        again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        again.daemon = True
+        again.start()
     else:
         before(unraisable)
 
