@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import numbers
 import os
 import struct
 import time
@@ -30,9 +31,11 @@ import numpy as np
 
 from octo_like.robot.history import RobotState
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
-from octo_like.robot.safety import ActionFilter, check_allowed, check_chunk, frame_shapes
+from octo_like.robot.safety import ActionFilter, Shape, check_allowed, check_chunk, frame_shapes
 
 log = logging.getLogger(__name__)
+LONGEST_TIMEOUT = 1e9  # seconds; sockets take no infinite one
+RETRY_SECONDS = 0.1  # between two attempts to reach a server that is not ready yet
 # What a server says that has to be the same after it was started again: else it has another policy.
 SAME = ("batch_spec", "unnormalize", "expects", "actions", "chunks", "subtasks")
 
@@ -58,8 +61,8 @@ class PolicyClient(RobotState):
     Args:
       host: of the server.
       port: of the server.
-      timeout: seconds to wait for the connection, and for each answer with the connection that it may need first
-        (TimeoutError after that).
+      timeout: seconds to wait for the server to be started (the constructor tries a refused connection again), and for
+        each answer with the connection that it may need first (TimeoutError after that).
       token: what the server was started with (PermissionError without it).
       allow_missing: observation keys that the policy reads and this robot does not have: the policy masks them. Any
         other key that is missing is an error.
@@ -70,7 +73,8 @@ class PolicyClient(RobotState):
 
     Raises:
       UnknownKind: neither the server nor `kinds` says what holds each dimension of `unnormalize`'s actions.
-      ConnectionError, TimeoutError, PermissionError: there is no server, or it lets nobody in.
+      ConnectionRefusedError, ConnectionError, TimeoutError, PermissionError: there is no server within `timeout`, or it
+        lets nobody in. The message has the address.
     """
 
     def __init__(
@@ -92,6 +96,13 @@ class PolicyClient(RobotState):
             raise ImportError("talking to a policy server needs websockets: pip install 'octo_like[serve]'") from error
         if isinstance(allow_missing, str):
             raise ValueError(f"allow_missing is a list of keys; for one: allow_missing=({allow_missing!r},)")
+        seconds: Any = timeout
+        if (
+            isinstance(seconds, bool)
+            or not isinstance(seconds, numbers.Real)
+            or not 0 < float(seconds) <= LONGEST_TIMEOUT
+        ):
+            raise ValueError(f"timeout must be seconds, above 0 and at most {LONGEST_TIMEOUT:g}, got {timeout!r}")
         self.timeout, self.allow_missing = timeout, tuple(allow_missing)
         self.late_replies = self.connections = 0
         self._address, self._headers = f"{host}:{port}", {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -101,7 +112,7 @@ class PolicyClient(RobotState):
         self._wire = contextlib.ExitStack()
         self._closed = False
         self.metadata: dict[str, Any] = {}
-        self._connect(time.monotonic() + timeout)
+        self._wait_for_server(time.monotonic() + timeout)
         try:
             check_allowed(self.allow_missing, self.metadata["expects"][""])
             spec = self.metadata["batch_spec"]
@@ -186,13 +197,6 @@ class PolicyClient(RobotState):
             return {"horizon": horizon, "continues": {}}
         return self._of_dataset("chunks", unnormalize)
 
-    def filter_of(self, unnormalize: str | None = None) -> ActionFilter:
-        """The `ActionFilter` of a dataset's actions. Raises ValueError with limits=False, UnknownKind as the client."""
-        found = self._filter_of(unnormalize)
-        if found is None:
-            raise ValueError("limits=False: what holds this robot is not known; make the client with limits")
-        return found
-
     def _filter_of(self, unnormalize: str | None) -> ActionFilter | None:
         if not self._limits:
             return None
@@ -215,7 +219,7 @@ class PolicyClient(RobotState):
             raise ValueError(f"unknown statistics {name!r}; valid: {', '.join(self.metadata['statistics'])}")
         return name
 
-    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, tuple[int | None, ...]]]:
+    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, Shape]]:
         name = self._name(unnormalize)
         proprio = (self.metadata.get("dimensions", {}).get(name) or {}).get("proprio")
         shapes = frame_shapes(self.metadata["batch_spec"], None if proprio is None else len(proprio["names"]))
@@ -226,9 +230,23 @@ class PolicyClient(RobotState):
 
     # ---------------------------------------------------------------- the connection
 
+    def _wait_for_server(self, deadline: float) -> None:
+        """Connects, and tries again until then while the connection is refused: the server is not ready yet."""
+        waiting = False
+        while True:
+            try:
+                return self._connect(deadline)
+            except ConnectionRefusedError as error:
+                if time.monotonic() + RETRY_SECONDS >= deadline:
+                    raise
+                if not waiting:
+                    log.info("waiting up to %g s: %s", self.timeout, error)
+                waiting = True
+                time.sleep(RETRY_SECONDS)
+
     def _connect(self, deadline: float) -> None:
         """Connects, and reads what the server says of its policy: the same as before, if there was a before."""
-        from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
+        from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
         from websockets.sync.client import connect
 
         where = f"the server at {self._address}"
@@ -244,6 +262,13 @@ class PolicyClient(RobotState):
             raise kind(f"{where} refused: {answer}") from error
         except (InvalidHandshake, EOFError) as error:
             raise ConnectionError(f"{where} is no policy server, or ended while it was asked: {error}") from error
+        except (InvalidURI, ValueError) as error:
+            raise ValueError(f"{self._address} is no address of a server: {error}") from error
+        except TimeoutError as error:
+            raise TimeoutError(f"{where} did not answer within {self.timeout:g} s") from error
+        except OSError as error:  # nobody listens, the name is not known, there is no way to it
+            kind = ConnectionRefusedError if isinstance(error, ConnectionRefusedError) else ConnectionError
+            raise kind(f"{where} cannot be reached: {error}") from error
         try:
             told = unpack(connection.recv(max(0.0, deadline - time.monotonic())))
             if not isinstance(told, dict) or told.get("protocol") != PROTOCOL:
@@ -255,7 +280,9 @@ class PolicyClient(RobotState):
                 )
         except BaseException as error:
             self._disconnect()
-            if isinstance(error, WebSocketException):
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"{where} did not answer within {self.timeout:g} s") from error
+            if isinstance(error, (WebSocketException, OSError)):
                 raise ConnectionError(f"{where} ended while it was asked: {error}") from error
             if isinstance(error, ValueError):
                 raise PolicyServerError(f"{where} does not speak protocol {PROTOCOL} of this client") from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from octo_like.common.geometry import check_resize
 from octo_like.robot.images import resize_images
-from octo_like.robot.safety import ActionFilter, UnsafeAction, check_frame, check_observation
+from octo_like.robot.safety import ActionFilter, Shape, UnsafeAction, check_frame, check_observation
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class History:
           ValueError: other keys or shapes than those of the episode's frames; nothing was added.
         """
         frame = {key: np.array(value) for key, value in observation.items()}
-        kept = self._frames[-1] if self._frames else frame
+        only = self._count == 0 or (replace and self._count == 1)  # it is then the window's only frame
+        kept = frame if only else self._frames[-1]
         if frame.keys() != kept.keys():
             raise ValueError(f"observation keys changed within an episode: had {sorted(kept)}, got {sorted(frame)}")
         for key, value in frame.items():
@@ -54,7 +55,7 @@ class History:
                 raise ValueError(
                     f"observation/{key}: its shape changed within an episode: had {kept[key].shape}, got {value.shape}"
                 )
-        if self._count == 0 or (replace and self._count == 1):
+        if only:
             self._frames.extend([frame] * self.window_size)
             self._count = 1
         elif replace:
@@ -249,6 +250,14 @@ class RobotState:
         name = self._name(None if self._units is None else self._units[0])
         return None if name is None else self._filter_of(name)
 
+    def filter_of(self, unnormalize: str | None = None) -> ActionFilter:
+        """The `ActionFilter` of a dataset's actions. Raises ValueError with limits=False and where no dataset is
+        named, UnknownKind as the constructor."""
+        found = self._filter_of(unnormalize)
+        if found is None:
+            raise ValueError("limits=False: what holds this robot is not known; make the client with limits")
+        return found
+
     def _use(self, unnormalize: str | None) -> None:
         """The units of this episode. Raises ValueError when they were others before."""
         name = self._name(unnormalize)
@@ -274,7 +283,7 @@ class RobotState:
         """Name of the dataset of the units, for one that may be left out."""
         raise NotImplementedError
 
-    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, tuple[int | None, ...]]]:
+    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, Shape]]:
         """Keys that an observation has, and the shapes of those that have one."""
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from octo_like.common.chunks import Continuation
 from octo_like.robot.history import RobotState
 from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.rollout import sampling_keys
-from octo_like.robot.safety import ActionFilter, action_limits, check_chunk, expected_keys, frame_shapes
+from octo_like.robot.safety import ActionFilter, Shape, action_limits, check_chunk, expected_keys, frame_shapes
 
 KEPT_TASKS = 64  # sub-tasks of an instruction
 
@@ -99,10 +99,6 @@ class LocalPolicy(RobotState):
             horizon = self.policy.chunk_horizon(self.unnormalize)
         return {"horizon": horizon, "continues": able}
 
-    def filter_of(self, unnormalize: str | None = None) -> ActionFilter:
-        """See `PolicyClient.filter_of`."""
-        return self._filters[self._name(unnormalize)]
-
     def _filter_of(self, unnormalize: str | None) -> ActionFilter | None:
         return self._filters.get(self._name(unnormalize))
 
@@ -111,7 +107,7 @@ class LocalPolicy(RobotState):
             raise ValueError(f"this LocalPolicy speaks the units of {self.unnormalize!r}, not {unnormalize!r}")
         return self.unnormalize
 
-    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, tuple[int | None, ...]]]:
+    def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, Shape]]:
         self._name(unnormalize)
         return self._reads
 

@@ -17,6 +17,7 @@ from octo_like.common.words import suggest
 # A policy may leave the demonstrated range by this share of its width before it is clipped: demonstrations end where
 # the people who gave them stopped, not where the robot has to.
 MARGIN = 0.1
+Shape = tuple[Any, ...]  # sizes: int, None (any) or range (one of these)
 STANDS_STILL = ("delta", "velocity")  # kinds of actions for which zero means "stay where you are"
 HOLDS = ("absolute", "gripper", *STANDS_STILL)  # kinds of which it is known; the first two repeat their last command
 
@@ -75,30 +76,44 @@ def check_observation(
             raise ValueError(f"{where}/{key}: {_describe_not_finite(array)}")
 
 
-def frame_shapes(batch_spec: Mapping[str, Any], proprio: int | None = None) -> dict[str, tuple[int | None, ...]]:
-    """{key: shape} of one moment's observations; None: any size. A picture is resized, so its size is free.
+def frame_shapes(batch_spec: Mapping[str, Any], proprio: int | None = None) -> dict[str, Shape]:
+    """{key: shape} of one moment's observations; None: any size, a range: one of its sizes. A picture
+    is resized, so its size is free.
 
     Args:
       batch_spec: as JSON (`BatchSpec.to_json`).
-      proprio: dimensions of the dataset in whose units observations come; None: not checked.
+      proprio: dimensions of the dataset in whose units observations come; None: not known, so any that the policy
+        has room for.
     """
-    shapes: dict[str, tuple[int | None, ...]] = {f"image_{slot}": (None, None, 3) for slot in batch_spec["image_sizes"]}
+    shapes: dict[str, Shape] = {f"image_{slot}": (None, None, 3) for slot in batch_spec["image_sizes"]}
     shapes |= {f"depth_{slot}": (*size, 1) for slot, size in (batch_spec.get("depth_sizes") or {}).items()}
     shapes |= {key: tuple(shape) for key, shape in (batch_spec.get("extra_observations") or {}).items()}
-    return shapes if proprio is None else {**shapes, "proprio": (proprio,)}
+    most = batch_spec.get("proprio_dim")
+    if proprio is not None:
+        shapes["proprio"] = (proprio,)
+    elif most is not None:
+        shapes["proprio"] = (range(1, most + 1),)
+    return shapes
 
 
-def check_frame(observation: Mapping[str, Any], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+def check_frame(observation: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     """Raises ValueError for a value of one moment that has another shape than `frame_shapes` says."""
     for key, value in observation.items():
         array, wanted = np.asarray(value), shapes.get(key)
         if wanted is None:
             continue
-        same = array.ndim == len(wanted) and all(n in (None, array.shape[d]) for d, n in enumerate(wanted))
+        same = array.ndim == len(wanted) and all(
+            n is None or (size in n if isinstance(n, range) else size == n) for size, n in zip(array.shape, wanted)
+        )
         is_image = key.startswith("image_")
         if not same or 0 in array.shape or (is_image and array.dtype != np.uint8):
-            text = "(height, width, 3) uint8" if is_image else str(wanted)
+            text = "(height, width, 3) uint8" if is_image else _shape_text(wanted)
             raise ValueError(f"observation/{key}: expected one moment of shape {text}, got {array.shape} {array.dtype}")
+
+
+def _shape_text(shape: Shape) -> str:
+    sizes = [f"1 to {n[-1]}" if isinstance(n, range) else str(n) for n in shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
 
 
 def check_chunk(actions: np.ndarray, horizon: int, width: int | None, whose: str = "the policy") -> np.ndarray:

@@ -496,6 +496,29 @@ def test_nothing_is_known_to_hold_where_no_dataset_is_named():
             assert policy.filter is policy.filter_of("line") and policy.hold() == 0
 
 
+@pytest.mark.parametrize("frames", [0, 1, 2])
+def test_a_frame_of_a_wrong_width_enters_no_window_of_normalised_numbers(frames):
+    with Scripted() as server:
+        server.told["unnormalize"] = None
+        server.told["batch_spec"]["proprio_dim"] = 2
+        for key in ("expects", "chunks"):
+            server.told[key][""] = server.told[key]["line"]
+        with PolicyClient(port=server.port, limits=False) as policy:
+            for x in range(frames):
+                policy.executed(policy.act(frame(x), "go")[0])
+            before = dict(policy.window)
+            for width in (0, 3):
+                with pytest.raises(
+                    ValueError, match=r"observation/proprio: expected one moment of shape .1 to 2,., got"
+                ):
+                    policy.act({**frame(7), "proprio": np.zeros(width, np.float32)}, "go")
+                assert policy.window.keys() == before.keys() and all(policy.window[k] is before[k] for k in before)
+            if frames == 0:  # what was refused elsewhere is replaced by a frame of another width
+                policy.observe({**frame(7), "proprio": np.zeros(2, np.float32)})
+            assert policy.act(frame(frames), "go").shape == (H, 1)
+            assert seen(policy) == [max(frames - 1, 0), frames]
+
+
 # ---------------------------------------------------------------- a process
 
 SERVE = """

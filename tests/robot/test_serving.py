@@ -317,8 +317,8 @@ def test_the_port_refuses_connections_until_the_policy_is_compiled():
         for _ in range(2):
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", server.port), timeout=10).close()
-        with pytest.raises(ConnectionRefusedError):
-            PolicyClient(port=server.port)
+        with pytest.raises(ConnectionRefusedError, match=f"127.0.0.1:{server.port} cannot be reached"):
+            PolicyClient(port=server.port, timeout=0.25)
         # Another server finds out that the port is taken, although nobody listens on it, before it compiles anything.
         second = PolicyServer(LinePolicy(), unnormalize="line", port=server.port)
         with pytest.raises(OSError), second.running(warm=True):
@@ -327,33 +327,48 @@ def test_the_port_refuses_connections_until_the_policy_is_compiled():
     assert server.policy.sizes == [1, 2]
 
 
-def test_a_client_that_retries_while_it_is_refused_is_served():
-    """The rule of openpi's client: a refused connection is tried again, anything else ends it."""
+def test_a_client_that_is_started_before_its_server_waits_for_it(caplog):
+    """A refused connection is tried again, as openpi's client does."""
+    caplog.set_level("INFO", "octo_like.robot.client")
     server, found = PolicyServer(Gated(), unnormalize="line", port=0, max_batch=1), []
 
     def wait_for_server():
-        tries = 0
-        while True:
-            try:
-                with PolicyClient(port=server.port, limits=False) as client:
-                    found.append((tries, client.act(frame(3), "go left")[0, 0], http(server, "/healthz")))
-                    return
-            except ConnectionRefusedError:
-                tries += 1
-                time.sleep(0.02)
-            except Exception as error:
-                found.append(error)
-                return
+        try:
+            with PolicyClient(port=server.port, limits=False, timeout=60) as client:
+                found.append((client.act(frame(3), "go left")[0, 0], http(server, "/healthz")))
+        except Exception as error:
+            found.append(error)
 
     with compiling(server):
         client = threading.Thread(target=wait_for_server)
         client.start()
-        time.sleep(0.2)
+        while "waiting up to 60 s" not in caplog.text and not found:
+            time.sleep(0.01)
         assert not found
         for _ in range(100):
             server.policy.let.release()
         client.join(60)
-        assert len(found) == 1 and found[0][0] > 0 and found[0][1:] == (3, (200, "OK\n"))
+        assert found == [(3, (200, "OK\n"))]
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "error", "message"),
+    [
+        ("127.0.0.1", 1, ConnectionRefusedError, "the server at 127.0.0.1:1 cannot be reached"),
+        ("no-such-host.invalid", 8000, ConnectionError, "the server at no-such-host.invalid:8000 cannot be reached"),
+        ("", 8000, ValueError, ":8000 is no address of a server"),
+        ("127.0.0.1", "many", ValueError, "127.0.0.1:many is no address of a server"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_named(host, port, error, message):
+    with pytest.raises(error, match=message):
+        PolicyClient(host, port, timeout=0.2)
+
+
+@pytest.mark.parametrize("timeout", [None, 0, -1, float("inf"), float("nan"), "30", True])
+def test_a_timeout_is_a_number_of_seconds(timeout):
+    with pytest.raises(ValueError, match="timeout must be seconds, above 0"):
+        PolicyClient(port=1, timeout=timeout)
 
 
 def test_a_port_that_is_taken_is_an_error_before_anything_is_compiled():
