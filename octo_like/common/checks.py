@@ -118,7 +118,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_best": _whole(0),
     "checkpoint.best_metric": (
         "a pattern of names of metrics",
-        lambda x: isinstance(x, str) and bool(x) and _compiles(x),
+        lambda x: isinstance(x, str) and bool(x),
     ),
     "checkpoint.best_mode": _word("min", "max"),
     "checkpoint.export": _word("ema", "raw"),
@@ -293,7 +293,8 @@ def _check_keys(model: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
 
 def _check_model(model: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
     _check_sizes("model", model)
-    _check_keys(model, tree)
+    if "pretrained" not in tree:  # finetune.py looks at the pretrained policy's model, after surgery
+        _check_keys(model, tree)
     for name, count in (model.get("readouts") or {}).items():
         if not (_is_whole(count) and count > 0):
             raise ConfigError(f"model.readouts.{name} must be a whole number of tokens, at least 1; got {count!r}")
