@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -43,3 +45,10 @@ def whole_number(value: Any, what: str, at_least: int = 1, at_most: int | None =
         valid = f"at least {at_least}" if at_most is None else f"in {at_least}..{at_most}"
         raise ValueError(f"{what} must be {valid}, got {number}")
     return number
+
+
+def finite_number(value: Any, what: str) -> float:
+    """`value` as a float. Raises ValueError for what is no number, and for infinity and NaN."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r:.60}")
+    return float(value)

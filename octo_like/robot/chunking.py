@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.chunks import check_known, resample
+from octo_like.common.words import finite_number, whole_number
 
 # Mode: (what it does while a chunk is computed, method of `Continuation` or None).
 MODES: dict[str, tuple[str, str | None]] = {
@@ -58,11 +59,11 @@ class Plan:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; valid: {', '.join(MODES)}")
         for name in ("exec_horizon", "delay_window", "ensemble_size", "factor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be at least 1, a whole number, got {value!r}")
-        if self.initial_delay < 0:
-            raise ValueError(f"initial_delay must be at least 0, got {self.initial_delay}")
+            whole_number(getattr(self, name), name)
+        whole_number(self.initial_delay, "initial_delay", 0)
+        if self.max_delay is not None:
+            whole_number(self.max_delay, "max_delay", 0)
+        finite_number(self.exp_weight, "exp_weight")
         if self.mode == "trained" and not self.max_delay:
             raise ValueError("mode 'trained' needs max_delay, that of the policy's head")
         if self.kinds is not None:
@@ -222,8 +223,7 @@ class Chunks:
             found = current.commands[current.position]
         else:
             said = [one.commands[one.position] for one in self._older if one.position < len(one.commands)]
-            weights = np.exp(-self.plan.exp_weight * np.arange(len(said)))
-            found = ((weights / weights.sum()) @ np.stack(said)).astype(np.float32)
+            found = (ensemble_weights(self.plan.exp_weight, len(said)) @ np.stack(said)).astype(np.float32)
         for one in self._older if self.plan.mode == "ensemble" else (current,):
             one.position += 1
         self._consumed += 1
@@ -232,6 +232,13 @@ class Chunks:
     def summary(self) -> dict[str, Any]:
         """Counts and measured delays, for logs."""
         return {**self.counts, "delays": list(self.delays)}
+
+
+def ensemble_weights(exp_weight: float, count: int) -> np.ndarray:
+    """(count,) that sum to 1: as exp(-exp_weight * i), i = 0 for the oldest chunk."""
+    exponents = np.float64(-exp_weight) * np.arange(count)
+    weights = np.exp(exponents - exponents.max())  # no overflow, however large exp_weight is
+    return weights / weights.sum()
 
 
 def _up(count: int, factor: int) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from octo_like.common.words import whole_number
 from octo_like.robot.chunking import Ask, Chunks, Plan
 from octo_like.robot.safety import ActionFilter, check_chunk
 
@@ -96,10 +97,9 @@ class AsyncExecutor:
         max_errors: int = 5,
         delay: int | None = None,
     ):
-        if max_errors < 1:
-            raise ValueError(f"max_errors must be at least 1, got {max_errors}")
-        if delay is not None and delay < 0:
-            raise ValueError(f"delay must be at least 0, got {delay}")
+        whole_number(max_errors, "max_errors")
+        if delay is not None:
+            whole_number(delay, "delay", 0)
         self.source, self.unnormalize = source, unnormalize
         self.max_errors, self.delay = max_errors, delay
         other = _DRIVING.get(id(source))

@@ -523,7 +523,9 @@ def _window(given: Mapping[Any, Any], length: int) -> dict[str, Any]:
     if len(shape) != 1 or not 1 <= shape[0] <= length:
         raise ValueError(f"observation/timestep_pad_mask: expected (W,), W from 1 to {length}, got {shape}")
     (frames,) = shape
-    window.setdefault("timestep", np.arange(frames))
+    steps = window.setdefault("timestep", np.arange(frames))
+    if steps.shape != shape or not ((steps >= 0) & (steps < 2**31) & (steps % 1 == 0)).all():
+        raise ValueError(f"observation/timestep: expected ({frames},) whole numbers from 0 on, got {steps}")
     for where, tree in (("observation", window), ("observation/pad_mask_dict", masks)):
         for key, value in tree.items():
             if np.shape(value)[:1] != shape:

@@ -20,7 +20,8 @@ import gymnasium as gym
 import numpy as np
 
 from octo_like.common.geometry import check_resize
-from octo_like.common.words import whole_number
+from octo_like.common.words import finite_number, whole_number
+from octo_like.robot.chunking import ensemble_weights
 from octo_like.robot.history import History
 from octo_like.robot.images import resize_images
 from octo_like.robot.safety import ActionFilter
@@ -95,7 +96,7 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         gym.utils.RecordConstructorArgs.__init__(self, length=length, exp_weight=exp_weight)
         gym.Wrapper.__init__(self, env)
         self.length = length
-        self.exp_weight = exp_weight
+        self.exp_weight = finite_number(exp_weight, "exp_weight")
         self.action_space = _chunk_space(env.action_space, length)
         self._chunks: deque[np.ndarray] = deque(maxlen=length)
 
@@ -107,8 +108,7 @@ class TemporalEnsembleWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._chunks.append(_check_chunk(self.env, action, self.length, "length"))
         n = len(self._chunks)
         now = np.stack([chunk[n - 1 - i] for i, chunk in enumerate(self._chunks)])
-        weights = np.exp(-self.exp_weight * np.arange(n))
-        return self.env.step((weights / weights.sum()) @ now)
+        return self.env.step(ensemble_weights(self.exp_weight, n) @ now)
 
 
 class ActionFilterWrapper(gym.Wrapper, gym.utils.RecordConstructorArgs):

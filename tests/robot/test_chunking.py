@@ -5,7 +5,7 @@ import pytest
 
 from octo_like.common import normalization
 from octo_like.common.chunks import Continuation, resample
-from octo_like.robot.chunking import MODES, Chunks, Plan
+from octo_like.robot.chunking import MODES, Chunks, Plan, ensemble_weights
 
 H = 8
 
@@ -103,12 +103,23 @@ def test_ensembles_average_what_the_last_chunks_say_of_the_present(delay):
         assert commands[tick] == pytest.approx(weights @ (1000 * np.array(there)) / weights.sum() + tick, abs=1e-3)
 
 
+@pytest.mark.parametrize(("exp_weight", "weights"), [(1e6, [1, 0, 0]), (-1e6, [0, 0, 1]), (0.0, [1 / 3] * 3)])
+def test_weights_of_an_ensemble_are_finite(exp_weight, weights):
+    np.testing.assert_array_equal(ensemble_weights(exp_weight, 3), weights)
+
+
 def test_plans_say_what_is_wrong():
     for message, arguments in {
         "unknown mode 'fast'; valid: wait, naive": dict(mode="fast"),
         "exec_horizon must be at least 1": dict(exec_horizon=0),
-        "exec_horizon must be at least 1, a whole number, got 2.5": dict(exec_horizon=2.5),
-        "delay_window must be at least 1, a whole number, got True": dict(delay_window=True),
+        "exec_horizon must be a whole number, got 2.5": dict(exec_horizon=2.5),
+        "delay_window must be a whole number, got True": dict(delay_window=True),
+        "initial_delay must be a whole number, got 1.5": dict(initial_delay=1.5),
+        "initial_delay must be a whole number, got nan": dict(initial_delay=float("nan")),
+        "initial_delay must be at least 0, got -1": dict(initial_delay=-1),
+        "max_delay must be a whole number, got 2.5": dict(mode="trained", max_delay=2.5),
+        "exp_weight must be a finite number, got nan": dict(mode="ensemble", exp_weight=float("nan")),
+        "exp_weight must be a finite number, got None": dict(mode="ensemble", exp_weight=None),
         "'trained' needs max_delay": dict(mode="trained"),
         r"kinds\[1\]: unknown kind 'Delta'; did you mean 'delta'": dict(factor=2, kinds=("delta", "Delta")),
         "kinds is one for each action dimension": dict(kinds="delta"),

@@ -19,6 +19,14 @@ from octo_like.robot.server import PolicyServer
 from tests.robot.toy import SIZE, LinePolicy
 
 pytest.importorskip("websockets")
+
+
+@pytest.mark.parametrize("option", [dict(max_errors=2.5), dict(max_errors=0), dict(delay=2.5), dict(delay=-1)])
+def test_counts_of_an_executor_are_whole_numbers(option):
+    with pytest.raises(ValueError, match="(max_errors|delay) must be (a whole number|at least)"):
+        AsyncExecutor(LocalPolicy(LinePolicy(), "line"), Plan("naive", 2), **option)
+
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 H = 6
 
