@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from octo_like.common.config import ConfigError, to_dict
+from octo_like.common.storage import Files, Kind, StorageError, kind_of
 from octo_like.common.words import suggest
 
 TEXT_LENGTH = 16  # of a language tokenizer that does not say its own
@@ -423,7 +424,12 @@ def _check_installed(tree: Mapping[str, Any]) -> None:
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises ConfigError for a workdir on this machine that cannot be a folder: it, or what it lies in, is a file."""
+    """Looks at a workdir on this machine, or at what it will lie in.
+
+    Raises:
+      ConfigError: it cannot be a folder.
+      StorageError: the disk does not answer, so nothing is known about it.
+    """
     if scheme := re.match(r"(\w+):/", workdir):
         if scheme[1] not in SCHEMES or not re.match(r"\w+://[^/]", workdir):
             places = " or ".join(f"{name}://bucket/folder" for name in SCHEMES)
@@ -432,7 +438,15 @@ def check_workdir(workdir: str) -> None:
     if not workdir:
         raise ConfigError("--workdir is empty: give the folder of the run")
     path = os.path.abspath(os.path.expanduser(workdir))
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    if os.path.exists(path) and not os.path.isdir(path):
+    disk = Files()
+    try:
+        while (found := disk.look(path)) is None:
+            path = os.path.dirname(path)
+    except StorageError as error:
+        if kind_of(error.__cause__ or error) is Kind.DENIED:
+            raise ConfigError(f"--workdir {workdir} cannot be used: {error}; use another one") from None
+        raise
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        raise ConfigError(f"--workdir {workdir} cannot be a folder: {error}") from None
+    if not found.is_directory:
         raise ConfigError(f"--workdir {workdir}: {path} is a file; give a folder, which is made if it is not there")

@@ -40,6 +40,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from octo_like.common import vocabularies
 from octo_like.common.errors import ConfigError
 from octo_like.common.files import python_file, write_whole
+from octo_like.common.storage import StorageError
 from octo_like.common.words import nearest
 
 # Groups whose keys the user chooses (datasets, cameras, parts of a model); everything below them is free as well.
@@ -364,6 +365,8 @@ def parse_command_line(
         return flags, config
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except StorageError as error:  # no mistake: another attempt may work
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
 def _meant(arguments: Sequence[str], config: FrozenConfigDict) -> str:

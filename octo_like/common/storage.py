@@ -241,10 +241,10 @@ class Files:
     All methods raise StorageError when it does not answer, or refuses.
 
     Args:
-      remote: for paths with a scheme (gs://...). Others are of this machine.
+      remote: for paths with a scheme (gs://...), where there are any. Others are of this machine.
     """
 
-    def __init__(self, remote: FileSystem):
+    def __init__(self, remote: FileSystem | None = None):
         self._remote = remote
 
     def look(self, path: str | os.PathLike) -> Found | None:
@@ -252,7 +252,7 @@ class Files:
         text = os.fspath(path)
 
         def act() -> Found:
-            if "://" in text:
+            if self._remote is not None and "://" in text:
                 return self._remote.stat(text)
             found = os.stat(text)
             return Found(stat.S_ISDIR(found.st_mode), found.st_size, found.st_mtime_ns)
@@ -274,7 +274,7 @@ class Files:
         text = os.fspath(folder)
 
         def act() -> list[str]:
-            if "://" not in text:
+            if self._remote is None or "://" not in text:
                 return sorted(os.listdir(text))
             # Some listings hide an error of their own look behind "no such folder".
             if not self._remote.stat(text).is_directory:
@@ -298,7 +298,7 @@ class Files:
         text = os.fspath(path)
 
         def act() -> bytes:
-            if "://" in text:
+            if self._remote is not None and "://" in text:
                 return self._remote.read(text)
             with open(text, "rb") as file:
                 return file.read()

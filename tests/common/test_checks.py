@@ -146,6 +146,34 @@ def test_a_workdir_that_is_a_file(tmp_path):
         check_workdir(workdir)
 
 
+def test_a_workdir_whose_disk_does_not_answer(tmp_path):
+    """From the first look on: the fault is there before train.py is."""
+    code = (
+        "import os, sys, runpy; sys.argv = sys.argv[1:]\n"
+        "from octo_like.common import storage; storage.PAUSES = (0.0,) * 3\n"
+        "left, real, workdir = int(sys.argv.pop()), os.stat, sys.argv[-1]\n"
+        "def stat(path, *arguments, **named):\n"
+        "    global left\n"
+        "    if path == workdir and left: left -= 1; raise OSError(5, 'Input/output error', path)\n"
+        "    return real(path, *arguments, **named)\n"
+        "os.stat = stat\n"
+        "import octo_like.common.config as config; parse = config.parse_command_line\n"
+        "config.parse_command_line = lambda *a, **k: (parse(*a, **k), os._exit(0))\n"  # ends after the first look
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "train.py", "--config", "configs/tabletop.py", "--workdir", str(tmp_path)]
+    for times, status in (("1", 0), ("2", 0), ("9", 1)):
+        done = subprocess.run([*command, times], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == status and "is a file" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: ") and "does not answer" in done.stderr
+
+
+def test_a_workdir_that_no_folder_can_be(tmp_path):
+    for workdir in (tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(ConfigError, match="cannot be a folder"):
+            check_workdir(str(workdir))
+
+
 def test_every_shipped_config_is_good():
     for file in sorted((REPOSITORY / "configs").glob("*.py")):
         if file.name not in ("__init__.py", "tabletop_delay.py"):
