@@ -45,18 +45,28 @@ def check_sensor(key: str, observations: Mapping[str, Any]) -> None:
 
 
 def as_array(value: Any, where: str, *, numbers: bool = False) -> Any:
-    """What is an array, as it is; nested lists of `numbers` as one of float32. Raises ValueError for anything else."""
+    """What is an array, as it is; nested lists of `numbers` as one of float32. Raises ValueError for anything else,
+    with `numbers` also for arrays of texts, objects or complex numbers."""
     if numbers and isinstance(value, list | tuple | int | float):
         try:
-            return np.asarray(value, np.float32)
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: expected an array of numbers, got {value!r:.60}") from None
+            made = np.asarray(value)
+        except (TypeError, ValueError):  # lists of different lengths
+            made = np.asarray("ragged")
+        if not _holds_numbers(made.dtype):
+            raise ValueError(f"{where}: expected an array of numbers, got {value!r:.60}")
+        return made.astype(np.float32)
     try:
-        np.dtype(value.dtype), tuple(value.shape)
+        dtype, _ = np.dtype(value.dtype), tuple(value.shape)
     except (AttributeError, TypeError):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise ValueError(f"{where}: expected a NumPy or JAX array, got a {kind}; give np.asarray(...)") from None
+    if numbers and not _holds_numbers(dtype):
+        raise ValueError(f"{where}: expected an array of numbers, got one of {dtype}")
     return value
+
+
+def _holds_numbers(dtype: np.dtype) -> bool:
+    return dtype.kind in "biuf" or jnp.issubdtype(dtype, np.floating)  # the latter: bfloat16
 
 
 def check_mask(mask: Any, where: str, shape: tuple[Any, ...], axes: str = "(B, W)") -> None:

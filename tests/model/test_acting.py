@@ -103,8 +103,30 @@ WRONG = {
     "without pixels": lambda o: o | {"image_primary": np.zeros((2, 2, 0, 0, 3), np.uint8)},
     r"image_primary: expected .* uint8, got .* <U1": lambda o: o | {"image_primary": np.full((2, 2, 32, 32, 3), "a")},
     "proprio: expected an array of numbers": lambda o: o | {"proprio": [["a"]]},
+    "proprio: expected an array of numbers, got \\[None": lambda o: o | {"proprio": [None] * 2},
+    "proprio: expected an array of numbers, got \\['1": lambda o: o | {"proprio": ["1", "2"]},
+    "proprio: expected an array of numbers, got one of object": lambda o: (
+        o | {"proprio": np.full(o["proprio"].shape, None)}
+    ),
+    "proprio: expected an array of numbers, got one of [|]S1": lambda o: (
+        o | {"proprio": np.full(o["proprio"].shape, b"1")}
+    ),
+    "proprio: expected an array of numbers, got one of <U1": lambda o: (
+        o | {"proprio": np.full(o["proprio"].shape, "a")}
+    ),
+    "proprio: expected an array of numbers, got one of complex64": lambda o: (
+        o | {"proprio": o["proprio"] + np.complex64(1j)}
+    ),
     "observations must be a dict": lambda o: 5,
 }
+
+
+def test_sensors_of_other_number_types_are_read(policy, batch):
+    whole = batch["observation"] | {"proprio": np.round(batch["observation"]["proprio"])}
+    wanted = policy.sample_actions(whole, batch["task"], rng=KEY)
+    for dtype in (jax.numpy.bfloat16, np.int16, np.float64):
+        other = whole | {"proprio": jax.numpy.asarray(whole["proprio"].astype(dtype))}
+        np.testing.assert_array_equal(policy.sample_actions(other, batch["task"], rng=KEY), wanted)
 
 
 @pytest.mark.parametrize("message", WRONG)
