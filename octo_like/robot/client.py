@@ -70,9 +70,11 @@ class PolicyClient(RobotState):
         nothing is known that holds the robot.
       max_change: largest change from one action to the next, one number or one for each dimension (None: unlimited).
       kinds: of the action dimensions, see `octo_like.robot.safety.check_kinds`; None: as the server says.
+      unnormalize: dataset of the units of this robot, for every call that names no other; None: the server's default.
 
     Raises:
-      UnknownKind: neither the server nor `kinds` says what holds each dimension of `unnormalize`'s actions.
+      ValueError: the server has no such dataset.
+      UnknownKind: neither the server nor `kinds` says what holds each dimension of that dataset's actions.
       ConnectionRefusedError, ConnectionError, TimeoutError, PermissionError: there is no server within `timeout`, or it
         lets nobody in. The message has the address.
     """
@@ -88,6 +90,7 @@ class PolicyClient(RobotState):
         limits: bool = True,
         max_change: Sequence[float | None] | float | None = None,
         kinds: Sequence[str] | None = None,
+        unnormalize: str | None = None,
     ):
         # Imported here and not at the top: only the two ends of the wire need the package.
         try:
@@ -106,6 +109,7 @@ class PolicyClient(RobotState):
         self.timeout, self.allow_missing = timeout, tuple(allow_missing)
         self.late_replies = self.connections = 0
         self._address, self._headers = f"{host}:{port}", {} if token is None else {"Authorization": f"Bearer {token}"}
+        self.unnormalize = unnormalize
         self._limits, self._max_change, self._kinds = limits, max_change, kinds
         self._ids = itertools.count(1)
         self._connection: Any = None
@@ -117,7 +121,7 @@ class PolicyClient(RobotState):
             check_allowed(self.allow_missing, self.metadata["expects"][""])
             spec = self.metadata["batch_spec"]
             super().__init__(spec["window_size"], spec["image_sizes"], spec.get("resize", "stretch"))
-            if self.metadata["unnormalize"] is not None:
+            if self._name(None) is not None:
                 self._filter_of(None)
         except Exception:
             self.close()
@@ -166,7 +170,7 @@ class PolicyClient(RobotState):
                 "allow_missing": list(self.allow_missing),
                 "instruction": instruction,
                 "goal": None if goal is None else self._resized(goal),
-                "unnormalize": unnormalize,
+                "unnormalize": self._name(unnormalize),
                 "seed": self._seed,
                 "step": int(window["timestep"][-1]),
                 "resize": self._resize,
@@ -214,7 +218,7 @@ class PolicyClient(RobotState):
         return self._filters[name]
 
     def _name(self, unnormalize: str | None) -> str | None:
-        name = unnormalize or self.metadata["unnormalize"]
+        name = unnormalize or self.unnormalize or self.metadata["unnormalize"]
         if name is not None and name not in self.metadata["actions"]:
             raise ValueError(f"unknown statistics {name!r}; valid: {', '.join(self.metadata['statistics'])}")
         return name

@@ -125,7 +125,7 @@ class AsyncExecutor:
                 f"Plan(kinds={tuple(plan.kinds)}), but the source's actions are {kinds}: leave kinds out of the "
                 f"plan, or make the {type(source).__name__} with the right ones"
             )
-        self.plan = dataclasses.replace(plan, kinds=kinds)
+        self.plan: Plan = dataclasses.replace(plan, kinds=kinds)
         self.state = Chunks(self.plan, about["horizon"])
         self.errors: dict[str, int] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="chunks")

@@ -95,7 +95,7 @@ class RobotState:
         self._warned: set[str] = set()
         self._begin(0)
 
-    def _begin(self, seed: int) -> None:
+    def _begin(self, seed: int, units: tuple[str | None] | None = None) -> None:
         self._history.reset()
         self._last.reset()
         for each in self._filters.values():
@@ -103,17 +103,21 @@ class RobotState:
         self._seed = seed
         self.window: dict[str, Any] = {}
         self.subtask: str | None = None
-        self._units: tuple[str | None] | None = None  # name of the dataset in use; None: of none yet
+        self._units = units  # name of the dataset in use; None: of none yet
         self._open = False  # the newest frame is of the present moment, and no chunk was given for it
         self._unreported = False  # a chunk was given, and nothing was executed since
 
-    def reset(self, seed: int = 0) -> None:
+    def reset(self, seed: int = 0, *, unnormalize: str | None = None) -> None:
         """Starts an episode: forgets observations and what was executed, for the robot may have been moved meanwhile.
 
         Args:
           seed: determines the policy's sampling noise.
+          unnormalize: dataset of the episode's units; None: that of the first call that names one, else the default.
+
+        Raises:
+          ValueError: no such dataset; the episode goes on.
         """
-        self._begin(seed)
+        self._begin(seed, None if unnormalize is None else (self._name(unnormalize),))
 
     def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:
         """Adds the observation of this moment, so that the policy's window has no gaps. Observing executes nothing: a
@@ -121,6 +125,7 @@ class RobotState:
 
         Args:
           observation: see `PolicyClient.act`.
+          unnormalize: dataset of the units; None: that of the episode so far, else the default.
 
         Raises:
           ValueError: a key is missing or unknown, a value has another shape or is not finite; the window stays as it
@@ -151,7 +156,7 @@ class RobotState:
             physical units. That of a moment that was observed already takes the place of the first.
           instruction: what to do, in words.
           goal: what it should look like: `image_{slot}` (h, w, 3) uint8.
-          unnormalize: name of the statistics of the actions' units; the server's default when None.
+          unnormalize: name of the statistics of the actions' units; None: as `observe`.
           subtask: what to do next, in words: a planner's, or a correction of what the policy wanted to do.
           plan: let the policy say that itself first; `self.subtask` then has it. One that remembers is asked with what
             it was told last, since `reset` and for this instruction.
@@ -163,6 +168,7 @@ class RobotState:
           TimeoutError: no answer in time. The next call goes on; the late answer is dropped when it comes.
           ConnectionError, OSError: the server is away. The next call connects anew.
         """
+        unnormalize = self._of_episode(unnormalize)
         limits = self._filter_of(unnormalize)
         if limits is not None and self._unreported:
             self._check_reported(limits)
@@ -188,6 +194,7 @@ class RobotState:
             )
 
     def _observe(self, observation: Mapping[str, Any], unnormalize: str | None) -> None:
+        unnormalize = self._of_episode(unnormalize)
         expected, shapes = self._expected(unnormalize)
         check_observation(observation, expected, self.allow_missing)
         check_frame(observation, shapes)
@@ -212,6 +219,7 @@ class RobotState:
 
         Args:
           action: (A,) in the robot's units.
+          unnormalize: see `observe`.
 
         Raises:
           ValueError: another number of dimensions, or a value that is not finite; nothing was recorded.
@@ -260,7 +268,7 @@ class RobotState:
 
     def _use(self, unnormalize: str | None) -> None:
         """The units of this episode. Raises ValueError when they were others before."""
-        name = self._name(unnormalize)
+        name = self._name(self._of_episode(unnormalize))
         if self._units is not None and self._units != (name,):
             raise ValueError(f"this episode's units are those of {self._units[0]!r}; reset() before those of {name!r}")
         self._units = (name,)
@@ -278,6 +286,10 @@ class RobotState:
     ) -> np.ndarray:
         """See `PolicyClient.predict`."""
         raise NotImplementedError
+
+    def _of_episode(self, unnormalize: str | None) -> str | None:
+        """What was given, else what the episode has."""
+        return self._units[0] if unnormalize is None and self._units is not None else unnormalize
 
     def _name(self, unnormalize: str | None) -> str | None:
         """Name of the dataset of the units, for one that may be left out."""

@@ -14,7 +14,14 @@ log = logging.getLogger(__name__)
 
 
 def drive(
-    policy: RobotState, robot: Any, instruction: str, running: Callable[[], bool], *, execute: int = 4, seed: int = 0
+    policy: RobotState,
+    robot: Any,
+    instruction: str,
+    running: Callable[[], bool],
+    *,
+    execute: int = 4,
+    seed: int = 0,
+    unnormalize: str | None = None,
 ) -> None:
     """Drives a robot for one episode, and leaves it holding, whatever ends it.
 
@@ -23,14 +30,15 @@ def drive(
       robot: `observe()` waits for the next control step and gives its observation; `execute(action)` commands (A,).
       running: whether to go on.
       execute: actions of a chunk that are executed before the next is asked for.
+      unnormalize: dataset of the units; None: the policy's default.
     """
 
     def do(action):
         robot.execute(action)
         policy.executed(action)  # what hold() repeats, and what max_change is measured from
 
-    policy.filter_of()  # who may have to hold knows how, or does not start
-    policy.reset(seed)
+    policy.filter_of(unnormalize)  # who may have to hold knows how, or does not start
+    policy.reset(seed, unnormalize=unnormalize)
     try:
         while running():
             observation = robot.observe()

@@ -63,7 +63,7 @@ class Scripted:
     """Answers request number i as `script.get(i)` says, else with a chunk of where the robot is, + 0, + .01, ..."""
 
     def __init__(self, kind: str = "absolute"):
-        self.told, self.script, self.windows = metadata(kind), {}, []
+        self.told, self.script, self.windows, self.requests = metadata(kind), {}, [], []
         self.chunk = lambda seen, number: seen + np.arange(H)[:, None] / 100
         self.port, self._open = 0, None
 
@@ -89,6 +89,7 @@ class Scripted:
             request = unpack(data)
             number = len(self.windows)
             self.windows.append(request["observation"])
+            self.requests.append(request)
             fault = self.script.get(number)
             if fault == "slow":
                 continue
@@ -438,6 +439,69 @@ def test_units_do_not_change_within_an_episode():
                     call(frame(1), unnormalize="other")
             policy.reset()
             policy.act(frame(1), "go", unnormalize="other")
+
+
+def of_two_robots(default: str | None) -> dict:
+    """What a server of two datasets says: of 'line' nobody knows what holds it; 'other' has two velocities."""
+    told, policy = metadata("other"), LinePolicy(horizon=H)
+    policy.statistics["line"]["dimensions"]["action"] = {"names": ["u", "v"], "kinds": ["velocity"] * 2}
+    policy.statistics["line"]["action"] = {
+        key: np.repeat(x, 2) for key, x in policy.statistics["line"]["action"].items()
+    }
+    other = unpack(pack(PolicyServer(policy, unnormalize="line", port=0).metadata))
+    for key in ("expects", "actions", "chunks", "dimensions"):
+        told[key]["other"] = other[key]["line"]
+    return {**told, "statistics": ["line", "other"], "unnormalize": default}
+
+
+@pytest.mark.parametrize("default", ["line", None])
+def test_a_client_of_a_dataset_that_is_not_the_servers_default(default):
+    with Scripted() as server:
+        server.told, server.chunk = of_two_robots(default), lambda seen, number: np.full((H, 2), 0.5)
+        with PolicyClient(port=server.port, unnormalize="other") as policy:
+            actions = policy.act(frame(0), "go")
+            policy.executed(actions[0])
+            policy.observe(frame(1))
+            assert policy.keeps_moving and policy.hold().tolist() == [0, 0] and policy.chunks()["horizon"] == H
+            policy.executed(policy.hold())
+            robot = Arm(server, policy)
+            drive(policy, robot, "go", times(2), execute=2)
+            assert [x for _, x in robot.executed] == [0.5, 0.5, 0] * 2 + [0]
+        assert {request["unnormalize"] for request in server.requests} == {"other"}
+        with PolicyClient(port=server.port, unnormalize="other", limits=False) as policy:
+            assert policy.act(frame(0), "go").shape == (H, 2)
+        for limits in (True, False):
+            with pytest.raises(ValueError, match="unknown statistics 'others'; valid: line, other"):
+                PolicyClient(port=server.port, unnormalize="others", limits=limits)
+        if default is not None:
+            with pytest.raises(UnknownKind, match="line: nobody has said"):
+                PolicyClient(port=server.port)
+
+
+@pytest.mark.parametrize("first", ["act", "observe", "reset", "drive"])
+def test_units_that_were_named_once_are_the_episodes(first):
+    """`executed`, `observe` and `act` without a name go on with them, whatever the server's default is."""
+    with Scripted() as server:
+        server.told, server.chunk = of_two_robots(None), lambda seen, number: np.full((H, 2), 0.5)
+        with PolicyClient(port=server.port) as policy:
+            if first == "drive":
+                robot = Arm(server, policy)
+                drive(policy, robot, "go", times(2), execute=2, unnormalize="other")
+                assert [x for _, x in robot.executed] == [0.5, 0.5, 0] * 2 + [0]
+            elif first == "act":
+                policy.act(frame(0), "go", unnormalize="other")
+            elif first == "observe":
+                policy.observe(frame(0), unnormalize="other")
+            else:
+                policy.reset(unnormalize="other")
+            policy.executed(np.array([1.0, 2.0]))
+            policy.observe(frame(1))
+            assert policy.act(frame(1), "go").shape == (H, 2) and policy.filter.last.tolist() == [1, 2]
+            with pytest.raises(ValueError, match="units are those of 'other'"):
+                policy.executed(np.zeros(1), unnormalize="line")
+            with pytest.raises(ValueError, match="unknown statistics 'others'"):
+                policy.reset(unnormalize="others")
+            assert policy.filter.last.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("limits", [True, False])
