@@ -277,6 +277,9 @@ class Policy:
         check_words(pads, known["pad_mask_dict"], "observation/pad_mask_dict", ACCEPTED)
         for key, mask in pads.items():
             check_mask(mask, f"observation/pad_mask_dict/{key}", (b, w))
+        if "proprio_pad_mask" in observations:
+            shape = (b, w, spec.proprio_dim)
+            check_mask(observations["proprio_pad_mask"], "observation/proprio_pad_mask", shape, "(B, W, P)")
         sensors = {"proprio", *spec.extra_observations}
         for key in set(observations) - {"pad_mask_dict"}:
             observations[key] = as_array(observations[key], f"observation/{key}", numbers=key in sensors)

@@ -24,14 +24,8 @@ def make_tasks(
         raise ValueError(f'goals must be a dict, {{"image_...": (B, h, w, 3)}}, got {goals!r:.60}')
     if texts is None and not goals and embeddings is None and subtasks is None:
         raise ValueError("a task needs texts, goals or both")
-    for what, given_texts in (("texts", texts), ("subtasks", subtasks)):
-        if isinstance(given_texts, str) or not (given_texts is None or hasattr(given_texts, "__len__")):
-            kind = "instructions" if what == "texts" else "sub-tasks"
-            raise ValueError(f"{what} must be a list of {kind}, one per row of the batch, not {given_texts!r:.40}")
-        if given_texts is not None and not (len(given_texts) and all(isinstance(text, str) for text in given_texts)):
-            raise ValueError(f"{what} must be strings, at least one, got {list(given_texts)!r}")
-        for text in given_texts or ():
-            check_text(text)
+    texts = None if texts is None else _texts(texts, "texts", "instructions")
+    subtasks = None if subtasks is None else _texts(subtasks, "subtasks", "sub-tasks")
     if subtasks is not None and not spec.subtask:
         raise ValueError("this policy takes no subtasks: no task tokenizer of its model has key='subtask'")
     valid_goals = [f"image_{slot}" for slot in spec.goal_images]
@@ -66,11 +60,11 @@ def make_tasks(
         raise ValueError("a task needs at least one row, got goals or embeddings of none")
     task: dict[str, Any] = {"pad_mask_dict": {}, "timestep": np.zeros(b, np.int32)}
     if spec.language_length is not None:
-        texts = [""] * b if texts is None else list(texts)
+        texts = [""] * b if texts is None else texts
         task["language_instruction"] = token_ids(policy, texts)
         task["pad_mask_dict"]["language_instruction"] = np.array([bool(text.strip()) for text in texts])
         if spec.subtask:
-            subtasks = [""] * b if subtasks is None else list(subtasks)
+            subtasks = [""] * b if subtasks is None else subtasks
             task["subtask"] = token_ids(policy, subtasks)
             task["pad_mask_dict"]["subtask"] = np.array([bool(text.strip()) for text in subtasks])
     if spec.language_embedding is not None:
@@ -89,8 +83,24 @@ def make_tasks(
     return task
 
 
+def _texts(given: Any, what: str, kind: str) -> list[str]:
+    """A list of the B texts in a list, a tuple or an array (B,). Raises ValueError for anything else."""
+    if isinstance(given, str) or not hasattr(given, "__len__") or (hasattr(given, "shape") and not given.shape):
+        raise ValueError(f"{what} must be a list of {kind}, one per row of the batch, not {given!r:.40}")
+    if not (len(given) and all(isinstance(text, str) for text in given)):
+        raise ValueError(f"{what} must be strings, at least one, got {list(given)!r}")
+    for text in given:
+        check_text(text)
+    return [str(text) for text in given]
+
+
 def _pictures(key: str, goal: Any) -> np.ndarray:
     """Goal images (B, h, w, 3) of (h, w, 3) or as they are. Raises ValueError for what is no picture."""
+    if isinstance(goal, list | tuple) and all(hasattr(each, "dtype") for each in goal):  # B pictures
+        try:
+            goal = np.stack(goal) if goal else np.zeros(0)
+        except ValueError as error:
+            raise ValueError(f"goals/{key}: {error}") from None
     goal = np.asarray(as_array(goal, f"goals/{key}"))
     goal = goal[None] if goal.ndim == 3 else goal
     check_layout(goal, f"goals/{key}")

@@ -97,6 +97,15 @@ WRONG = {
     r"pad_mask_dict/proprio: expected \(B, W\) = \(2, 2\) bool, got \(2, 2\) float64": lambda o: (
         o | {"pad_mask_dict": {"proprio": np.ones((2, 2))}}
     ),
+    r"proprio_pad_mask: expected \(B, W, P\) = \(2, 2, 5\) bool, got \(2, 2, 5\) float32": lambda o: (
+        o | {"proprio_pad_mask": np.ones((2, 2, 5), np.float32)}
+    ),
+    r"proprio_pad_mask: expected \(B, W, P\) = \(2, 2, 5\) bool, got \(2, 2\) bool": lambda o: (
+        o | {"proprio_pad_mask": o["timestep_pad_mask"]}
+    ),
+    "proprio_pad_mask: expected a NumPy or JAX array, got a list": lambda o: (
+        o | {"proprio_pad_mask": o["proprio_pad_mask"].tolist()}
+    ),
     "pad_mask_dict: expected a dict": lambda o: o | {"pad_mask_dict": [True]},
     "at least one row": lambda o: jax.tree.map(lambda leaf: leaf[:0], o),
     "channels come first": lambda o: o | {"image_primary": np.moveaxis(o["image_primary"], -1, -3)},
@@ -172,6 +181,12 @@ def test_arguments_that_do_not_fit_are_named(policy, batch):
 def test_goals_and_texts_that_do_not_fit_are_named(policy):
     for message, arguments in {
         "no UTF-8": dict(texts=["\ud800"]),
+        "texts must be a list of instructions": dict(texts=np.array("a")),
+        "texts must be strings, at least one": dict(texts=np.array([["a", "b"]])),
+        "subtasks must be strings, at least one": dict(subtasks=np.array([1, 2])),
+        "goals/image_primary: all input arrays must have the same shape": dict(
+            goals={"image_primary": [np.zeros((32, 32, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)]}
+        ),
         "no goal 'image_primry'; did you mean 'image_primary'": dict(goals={"image_primry": np.zeros((8, 8, 3))}),
         "channels come first": dict(goals={"image_primary": np.zeros((3, 32, 32), np.uint8)}),
         "without pixels": dict(goals={"image_primary": np.zeros((0, 0, 3), np.uint8)}),
@@ -181,6 +196,15 @@ def test_goals_and_texts_that_do_not_fit_are_named(policy):
     }.items():
         with pytest.raises(ValueError, match=message):
             policy.create_tasks(**arguments)
+
+
+@pytest.mark.parametrize("as_given", [tuple, np.array, lambda texts: np.array(texts, object)])
+def test_arrays_of_texts_and_lists_of_goals_are_tasks(policy, as_given):
+    pictures = synthetic_batch(tiny.SPEC, 2)["task"]["image_primary"]
+    want = policy.create_tasks(["lift the cup", ""], {"image_primary": pictures})
+    got = policy.create_tasks(as_given(["lift the cup", ""]), {"image_primary": list(pictures)})
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert got["pad_mask_dict"]["language_instruction"].tolist() == [True, False]
 
 
 def test_what_is_left_among_observations_of_a_batch_is_accepted(policy, batch):
