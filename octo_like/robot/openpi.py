@@ -356,8 +356,8 @@ class OpenpiServer(PolicyServer):
 
 @dataclasses.dataclass
 class _Episode:
-    """What a connection is in the midst of; `bars` by camera, which an episode's end does not change, and the states of
-    the episode's first and of the last request."""
+    """What a connection is in the midst of; `bars` by camera, found anew in each episode, and the states of the
+    episode's first and of the last request."""
 
     history: History
     bars: dict[str, "Bars"] = dataclasses.field(default_factory=dict)
@@ -370,6 +370,7 @@ class _Episode:
 
     def begin(self, prompt: str, seed: int) -> None:
         self.history.reset()
+        self.bars = {}
         self.prompt, self.seed, self.steps = prompt, seed, 0
         self.first = self.state = None
 
@@ -393,8 +394,8 @@ STRIP = 0.25  # of a picture, and no more, may be black beside a bar for the bar
 class Bars:
     """The black bars of one camera's pictures: where openpi's rule puts them, and never anything but black.
 
-    What has been black in all pictures so far bounds the bars, so a later picture can correct what a dark first one
-    suggested. Changes are logged.
+    What has been black in all pictures of an episode so far bounds the bars, so a later picture can correct what a dark
+    first one suggested. Changes are logged.
 
     Args:
       name: of the camera, for messages.

@@ -118,6 +118,25 @@ def test_a_jump_of_the_state_or_a_silence_begins_an_episode(deviation, gap, stat
         assert not begun(server) and not np.array_equal(again, actions)
 
 
+def test_bars_are_found_anew_in_each_episode():
+    """A dark picture of the episode before bounds no bars of the next one: its answer is a fresh connection's."""
+    dark = np.full((224, 224, 3), 90, np.uint8)
+    dark[:40] = dark[184:] = 0  # dark rows beside the bars
+    bright = np.arange(224 * 224 * 3, dtype=np.uint64).reshape(224, 224, 3).astype(np.uint8) | 1
+    bright[:28] = bright[196:] = 0
+    frames = [
+        {**message(5), "observation/image": image, "prompt": prompt}
+        for image, prompt in ((dark, "go left"), (bright, "go left"), (dark, "go right"))
+    ]
+    policy = tiny_policy("line", 1, 1)
+    with OpenpiServer(policy, LINE, unnormalize="line", port=0).running() as server:
+        wire = Wire(server)
+        for frame in frames:
+            actions = wire.infer(frame)["actions"]
+        np.testing.assert_array_equal(actions, Wire(server).infer(frames[-1])["actions"])
+        assert not np.array_equal(actions, Wire(server).infer({**frames[1], "prompt": "go right"})["actions"])
+
+
 @pytest.mark.parametrize(
     "deviation, arguments, states",
     [
