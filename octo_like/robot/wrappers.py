@@ -3,7 +3,7 @@
 A policy reads a window of W observations and answers with a chunk of H actions. The usual stack, innermost first:
 
     env = ActionFilterWrapper(env, ActionFilter.of(action_limits(policy.statistics["my_robot"])))
-    env = ResizeImages(env, {"image_primary": (256, 256)})
+    env = ResizeImages(env, {"image_primary": (256, 256)}, resize=policy.batch_spec.resize)
     env = HistoryWrapper(env, window_size=policy.batch_spec.window_size)
     env = ActionChunkWrapper(env, exec_horizon=4)            # or TemporalEnsembleWrapper(env, length=4)
 
