@@ -31,7 +31,7 @@ import numpy as np
 
 from octo_like.robot.history import RobotState
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
-from octo_like.robot.safety import ActionFilter, Shape, check_allowed, check_chunk, frame_shapes
+from octo_like.robot.safety import ActionFilter, Shape, check_allowed, check_chunk, check_request, frame_shapes
 
 log = logging.getLogger(__name__)
 LONGEST_TIMEOUT = 1e9  # seconds; sockets take no infinite one
@@ -97,8 +97,6 @@ class PolicyClient(RobotState):
             import websockets.sync.client  # noqa: F401
         except ImportError as error:
             raise ImportError("talking to a policy server needs websockets: pip install 'octo_like[serve]'") from error
-        if isinstance(allow_missing, str):
-            raise ValueError(f"allow_missing is a list of keys; for one: allow_missing=({allow_missing!r},)")
         seconds: Any = timeout
         if (
             isinstance(seconds, bool)
@@ -106,7 +104,7 @@ class PolicyClient(RobotState):
             or not 0 < float(seconds) <= LONGEST_TIMEOUT
         ):
             raise ValueError(f"timeout must be seconds, above 0 and at most {LONGEST_TIMEOUT:g}, got {timeout!r}")
-        self.timeout, self.allow_missing = timeout, tuple(allow_missing)
+        self.timeout = timeout
         self.late_replies = self.connections = 0
         self._address, self._headers = f"{host}:{port}", {} if token is None else {"Authorization": f"Bearer {token}"}
         self.unnormalize = unnormalize
@@ -118,7 +116,8 @@ class PolicyClient(RobotState):
         self.metadata: dict[str, Any] = {}
         self._wait_for_server(time.monotonic() + timeout)
         try:
-            check_allowed(self.allow_missing, self.metadata["expects"][""])
+            check_allowed(allow_missing, self.metadata["expects"][""])
+            self.allow_missing = tuple(allow_missing)
             spec = self.metadata["batch_spec"]
             super().__init__(spec["window_size"], spec["image_sizes"], spec.get("resize", "stretch"))
             if self._name(None) is not None:
@@ -148,6 +147,7 @@ class PolicyClient(RobotState):
         Raises:
           As `act`; ValueError when the server cannot continue a chunk by that method.
         """
+        check_request(instruction, goal, subtask, plan)
         if continuing is not None:
             able = self.chunks(unnormalize)["continues"]
             if continuing.get("method", "jacobian_free") not in able:
@@ -219,7 +219,7 @@ class PolicyClient(RobotState):
 
     def _name(self, unnormalize: str | None) -> str | None:
         name = unnormalize or self.unnormalize or self.metadata["unnormalize"]
-        if name is not None and name not in self.metadata["actions"]:
+        if name is not None and not (isinstance(name, str) and name in self.metadata["actions"]):
             raise ValueError(f"unknown statistics {name!r}; valid: {', '.join(self.metadata['statistics'])}")
         return name
 

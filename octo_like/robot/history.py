@@ -12,7 +12,7 @@ import numpy as np
 
 from octo_like.common.geometry import check_resize
 from octo_like.robot.images import resize_images
-from octo_like.robot.safety import ActionFilter, Shape, UnsafeAction, check_frame, check_observation
+from octo_like.robot.safety import ActionFilter, Shape, UnsafeAction, check_frame, check_observation, check_request
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ class RobotState:
           TimeoutError: no answer in time. The next call goes on; the late answer is dropped when it comes.
           ConnectionError, OSError: the server is away. The next call connects anew.
         """
+        check_request(instruction, goal, subtask, plan)
         unnormalize = self._of_episode(unnormalize)
         limits = self._filter_of(unnormalize)
         if limits is not None and self._unreported:
@@ -285,6 +286,10 @@ class RobotState:
         plan: bool = False,
     ) -> np.ndarray:
         """See `PolicyClient.predict`."""
+        raise NotImplementedError
+
+    def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:
+        """See `PolicyClient.chunks`."""
         raise NotImplementedError
 
     def _of_episode(self, unnormalize: str | None) -> str | None:

@@ -7,10 +7,20 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.chunks import Continuation
+from octo_like.common.words import whole_number
 from octo_like.robot.history import RobotState
 from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.rollout import sampling_keys
-from octo_like.robot.safety import ActionFilter, Shape, action_limits, check_chunk, expected_keys, frame_shapes
+from octo_like.robot.safety import (
+    ActionFilter,
+    Shape,
+    action_limits,
+    check_allowed,
+    check_chunk,
+    check_request,
+    expected_keys,
+    frame_shapes,
+)
 
 KEPT_TASKS = 64  # sub-tasks of an instruction
 
@@ -31,7 +41,7 @@ class LocalPolicy(RobotState):
       kinds: of the action dimensions, see `octo_like.robot.safety.check_kinds`; None: as the statistics say.
 
     Raises:
-      ValueError: no such statistics.
+      ValueError: no such statistics, or `allow_missing` has a key that the policy does not read.
       UnknownKind: neither the statistics nor `kinds` say what holds each dimension of the actions.
     """
 
@@ -45,11 +55,12 @@ class LocalPolicy(RobotState):
         max_change: Sequence[float | None] | float | None = None,
         kinds: Sequence[str] | None = None,
     ):
-        if unnormalize not in policy.statistics:
+        if not isinstance(unnormalize, str) or unnormalize not in policy.statistics:
             raise ValueError(f"unknown statistics {unnormalize!r}; valid: {', '.join(sorted(policy.statistics))}")
-        self.policy, self.unnormalize, self.allow_missing = policy, unnormalize, tuple(allow_missing)
-        self._rng_seed = rng_seed
         entry, spec = policy.statistics[unnormalize], policy.batch_spec.to_json()
+        check_allowed(allow_missing, expected_keys(spec))
+        self.policy, self.unnormalize, self.allow_missing = policy, unnormalize, tuple(allow_missing)
+        self._rng_seed = whole_number(rng_seed, "rng_seed", 0, 2**63 - 1)
         proprio = None if entry.get("proprio") is None else len(entry["proprio"]["mean"])
         self._reads = expected_keys(spec, entry), frame_shapes(spec, proprio)
         self._tasks: tuple[Any, dict[str | None, Any]] = (None, {})
@@ -71,6 +82,7 @@ class LocalPolicy(RobotState):
     ) -> np.ndarray:
         """See `PolicyClient.predict`. Raises ValueError for what is no chunk of finite actions."""
         self._name(unnormalize)
+        check_request(instruction, goal, subtask, plan)
         check_words(subtask, plan, self._able)
         options = {}
         if continuing is not None:

@@ -58,6 +58,8 @@ def check_observation(
       expected: see `expected_keys`.
       allow_missing: those of them that the robot does not have; the policy masks them.
     """
+    if not isinstance(observation, Mapping):
+        raise ValueError(f"{where}: expected a map from keys to arrays, got {observation!r:.60}")
     for key in observation:
         if key not in expected:
             raise ValueError(f"{where}: {_not_read(key, expected)}")
@@ -74,6 +76,18 @@ def check_observation(
             raise ValueError(f"{where}/{key}: expected numbers, got an array of {array.dtype}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{where}/{key}: {_describe_not_finite(array)}")
+
+
+def check_request(instruction: Any, goal: Any, subtask: Any = None, plan: Any = False) -> None:
+    """Raises ValueError for what is no instruction, goal, sub-task or plan of `PolicyClient.act`."""
+    for text, name in ((instruction, "instruction"), (subtask, "subtask")):
+        if not isinstance(text, (str, type(None))):
+            raise ValueError(f"{name} must be a text or None, got {text!r:.60}")
+    if not isinstance(goal, (Mapping, type(None))):
+        kind = type(goal).__name__
+        raise ValueError(f"goal must be a map, {{'image_primary': (h, w, 3) uint8}}, or None, got one of type {kind}")
+    if not isinstance(plan, bool):
+        raise ValueError(f"plan must be True or False, got {plan!r:.60}")
 
 
 def frame_shapes(batch_spec: Mapping[str, Any], proprio: int | None = None) -> dict[str, Shape]:
@@ -134,6 +148,8 @@ def check_chunk(actions: np.ndarray, horizon: int, width: int | None, whose: str
 
 def check_allowed(allow_missing: Collection[str], keys: Collection[str]) -> None:
     """Raises ValueError for an `allow_missing` with a key that the policy never reads."""
+    if isinstance(allow_missing, str) or not isinstance(allow_missing, Collection):
+        raise ValueError(f"allow_missing is a list of keys, got {allow_missing!r:.60}; for one key: ('image_wrist',)")
     for key in allow_missing:
         if key not in keys:
             raise ValueError(f"allow_missing: {_not_read(key, keys)}")

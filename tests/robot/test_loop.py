@@ -583,6 +583,57 @@ def test_a_frame_of_a_wrong_width_enters_no_window_of_normalised_numbers(frames)
             assert seen(policy) == [max(frames - 1, 0), frames]
 
 
+CALLS = {
+    "observation: expected a map from keys to arrays, got None": dict(observation=None),
+    "observation: expected a map from keys to arrays, got 5": dict(observation=5),
+    "instruction must be a text or None, got b'go'": dict(instruction=b"go"),
+    "instruction must be a text or None, got 3": dict(instruction=3),
+    "goal must be a map, .*, got one of type ndarray": dict(goal=np.zeros((SIZE, SIZE, 3), np.uint8)),
+    "subtask must be a text or None": dict(subtask=["left"]),
+    "plan must be True or False": dict(plan="yes"),
+    r"\['line'\]": dict(unnormalize=["line"]),
+    r"\{'mean': 0\}": dict(unnormalize={"mean": 0}),
+}
+
+
+@pytest.mark.parametrize("place", ["server", "process"])
+def test_a_wrong_call_is_refused_where_it_is_made(place):
+    """Nothing is sent, and window and record stay as they are."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Scripted("delta"))
+        remote = place == "server"
+        policy = stack.enter_context(PolicyClient(port=server.port)) if remote else LocalPolicy(LinePolicy(), "line")
+        for message, wrong in CALLS.items():
+            given = {"observation": frame(0), "instruction": "go", **wrong}
+            with pytest.raises(ValueError, match=message):
+                policy.act(**given)
+            if "observation" in wrong:
+                with pytest.raises(ValueError, match=message):
+                    policy.observe(wrong["observation"])
+            assert policy.window == {} and not server.windows
+
+
+@pytest.mark.parametrize(
+    ("allow_missing", "message"),
+    [
+        ("proprio", "allow_missing is a list of keys, got 'proprio'"),
+        (5, "allow_missing is a list of keys, got 5"),
+        (["image_primry"], "allow_missing: the policy reads no 'image_primry'; did you mean 'image_primary'"),
+    ],
+)
+def test_keys_that_may_be_missing_are_keys_of_the_policy(allow_missing, message):
+    with pytest.raises(ValueError, match=message):
+        LocalPolicy(LinePolicy(), "line", allow_missing=allow_missing)
+    with Scripted() as server, pytest.raises(ValueError, match=message):
+        PolicyClient(port=server.port, allow_missing=allow_missing)
+
+
+@pytest.mark.parametrize("wrong", [["line"], {"line": 1}, None, "lines"])
+def test_a_local_policy_takes_the_name_of_a_dataset(wrong):
+    with pytest.raises(ValueError, match="unknown statistics .*; valid: line"):
+        LocalPolicy(LinePolicy(), wrong)
+
+
 # ---------------------------------------------------------------- a process
 
 SERVE = """
