@@ -32,12 +32,13 @@ log = logging.getLogger(__name__)
 
 class Kind(enum.Enum):
     """What an error says about a file: the storage does not answer now, refuses, has no such file, or what was
-    read is wrong. OTHER: nothing of these."""
+    read is wrong. MEMORY: there is too little memory to read it. OTHER: nothing of these."""
 
     PASSING = "the storage does not answer"
     DENIED = "the storage refuses"
     GONE = "there is no such file"
     DATA = "what was read is wrong"
+    MEMORY = "there is too little memory"
     OTHER = "another error"
 
 
@@ -70,16 +71,18 @@ _NAMES = {
         Kind.PASSING,
     ),
 }
-# XLA, TensorStore and Orbax name the status in the text.
-_STATUS = (
-    (
-        re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED|UNKNOWN|INTERNAL)\b"),
-        Kind.PASSING,
-    ),
-    (re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED)\b"), Kind.DENIED),
-    (re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|INVALID_ARGUMENT|FAILED_PRECONDITION)\b"), Kind.DATA),
-    (re.compile(r"\bNOT_FOUND\b"), Kind.GONE),
-)
+# XLA and TensorStore begin their text with the status. TensorStore's errors are plain ValueErrors.
+_STATUS_FIRST = re.compile(r"([A-Z_]+): ")
+_STATUS_MODULES = ("grpc.", "jax.", "jaxlib.", "orbax.", "tensorstore.")
+_STATUS = {
+    **dict.fromkeys(("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"), Kind.PASSING),
+    **dict.fromkeys(("RESOURCE_EXHAUSTED", "UNKNOWN", "INTERNAL"), Kind.PASSING),
+    **dict.fromkeys(("PERMISSION_DENIED", "UNAUTHENTICATED"), Kind.DENIED),
+    **dict.fromkeys(("DATA_LOSS", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"), Kind.DATA),
+    "NOT_FOUND": Kind.GONE,
+}
+# RESOURCE_EXHAUSTED is a storage's quota, or the memory of this machine and its devices.
+_MEMORY = re.compile(r"\bOOM\b|\bmemory\b|\ballocat", re.IGNORECASE)
 # Libraries whose errors without a status are those of a connection. Not all of `google`: its JSON reader is no client.
 _CLIENTS = (
     "aiohttp.",
@@ -98,15 +101,16 @@ _DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, zipfile.BadZipFile, zlib.er
 def kind_of(error: BaseException) -> Kind:
     """What an error says, by all that caused it: a library may hide the status of a read in `__cause__`.
 
-    Where one of the causes may pass, nothing else counts: what was concluded from it is not known.
+    Where one of the causes is memory or may pass, nothing else counts: what was concluded from it is not known.
     """
     found = {_kind(one) for one in _chain(error)}
-    return next((kind for kind in (Kind.PASSING, Kind.DENIED, Kind.DATA, Kind.GONE) if kind in found), Kind.OTHER)
+    ranked = (Kind.MEMORY, Kind.PASSING, Kind.DENIED, Kind.DATA, Kind.GONE)
+    return next((kind for kind in ranked if kind in found), Kind.OTHER)
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error says nothing about what is stored: the storage does not answer, or refuses."""
-    return kind_of(error) in (Kind.PASSING, Kind.DENIED)
+    """Whether an error says nothing about what is stored: the storage does not answer or refuses, or memory ran out."""
+    return kind_of(error) in (Kind.PASSING, Kind.DENIED, Kind.MEMORY)
 
 
 def is_gone(error: BaseException) -> bool:
@@ -130,8 +134,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _kind(error: BaseException) -> Kind:
     """What one error says by itself."""
-    if isinstance(error, (StorageError, MemoryError)):
+    if isinstance(error, StorageError):
         return Kind.PASSING
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return Kind.MEMORY
     if isinstance(error, _DAMAGE):
         return Kind.DATA
     if (status := _http_status(error)) is not None:
@@ -146,16 +152,29 @@ def _kind(error: BaseException) -> Kind:
         return Kind.DENIED
     name, text = type(error).__name__, str(error)
     if name in _NAMES:
+        if name == "ResourceExhaustedError" and _MEMORY.search(text):
+            return Kind.MEMORY
         # An error of a user's function within a graph is UNKNOWN as well.
         return Kind.OTHER if "Traceback (most recent call last)" in text else _NAMES[name]
     if name == "FailedPreconditionError":
         return Kind.GONE if "directory" in text.lower() else Kind.PASSING
     module = type(error).__module__ + "."
-    if not module.startswith("octo_like."):  # whose messages may quote anything
-        for pattern, kind in _STATUS:
-            if pattern.search(text):
-                return kind
+    if (word := _status(error, module, text)) is not None:
+        memory = word == "RESOURCE_EXHAUSTED" and (module.startswith("jax") or _MEMORY.search(text))
+        return Kind.MEMORY if memory else _STATUS[word]
     return Kind.PASSING if isinstance(error, OSError) or module.startswith(_CLIENTS) else Kind.OTHER
+
+
+def _status(error: BaseException, module: str, text: str) -> str | None:
+    """The status that the libraries name which have one; in the text of others its name is a word like any other."""
+    if type(error) is not ValueError and not module.startswith(_STATUS_MODULES):
+        return None
+    if module.startswith("grpc.") and callable(code := getattr(error, "code", None)):
+        name = getattr(code(), "name", "")
+    else:
+        found = _STATUS_FIRST.match(text)
+        name = found[1] if found else ""
+    return name if name in _STATUS else None
 
 
 def _http_status(error: BaseException) -> int | None:

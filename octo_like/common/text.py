@@ -78,6 +78,7 @@ class TextTokenizer:
 
         Raises:
           FileNotFoundError: no such model, with what would be valid.
+          ValueError: the file is no such model.
         """
         path, config = model_file(model), {}
         config_path = os.path.join(os.path.dirname(path), CONFIG_FILE)
@@ -85,7 +86,11 @@ class TextTokenizer:
             with open(config_path, encoding="utf-8") as file:
                 config = json.load(file)
         with open(path, "rb") as file:
-            return cls(file.read(), max_length or config.get("max_length", 16))
+            content = file.read()
+        try:
+            return cls(content, max_length or config.get("max_length", 16))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save(self, directory: str) -> None:
         """Writes the model and its settings into `directory`, from which `load` reads them back."""

@@ -3,11 +3,14 @@
 import errno
 import json
 import os
+import types
 import zipfile
 
+import jax
 import pytest
 
 from octo_like.common import storage
+from octo_like.common.config import ConfigError
 from octo_like.common.storage import Files, Found, Kind, StorageError, kind_of, persistently
 
 
@@ -25,6 +28,19 @@ class FailedPreconditionError(Exception):
 
 class UnknownError(Exception):
     """As TensorFlow's."""
+
+
+class ResourceExhaustedError(Exception):
+    """As TensorFlow's."""
+
+
+class RpcError(Exception):
+    """As grpc's."""
+
+    __module__ = "grpc._channel"
+
+    def code(self):
+        return types.SimpleNamespace(name="UNAVAILABLE")
 
 
 class HttpError(OSError):
@@ -65,7 +81,14 @@ def in_passing(error, cause):
         (OSError("of a file system that has no numbers"), Kind.PASSING),
         (TimeoutError(), Kind.PASSING),
         (ConnectionResetError(), Kind.PASSING),
-        (MemoryError(), Kind.PASSING),
+        (MemoryError(), Kind.MEMORY),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Kind.MEMORY),
+        (ResourceExhaustedError("OOM when allocating tensor with shape[9]"), Kind.MEMORY),
+        (ResourceExhaustedError("429: rate limit"), Kind.PASSING),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), Kind.MEMORY),
+        (ValueError("RESOURCE_EXHAUSTED: Error reading gs://x: 429"), Kind.PASSING),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: x"), Kind.PASSING),
+        (RpcError("x"), Kind.PASSING),
         (StorageError("after all looks"), Kind.PASSING),
         (FileNotFoundError(errno.ENOENT, "no"), Kind.GONE),
         (FileNotFoundError("no"), Kind.GONE),
@@ -87,6 +110,12 @@ def in_passing(error, cause):
         (ValueError("PERMISSION_DENIED: x"), Kind.DENIED),
         (ValueError("NOT_FOUND: x"), Kind.GONE),
         (ValueError("DATA_LOSS: x"), Kind.DATA),
+        # A word of a status is none: another library's, in the middle of a text, or of a key.
+        (RuntimeError("INTERNAL: src/sentencepiece_processor.cc(1102)"), Kind.OTHER),
+        (ValueError("the mode INTERNAL is unknown; valid: ABORTED, UNKNOWN"), Kind.OTHER),
+        (ValueError("UNKNOWN"), Kind.OTHER),
+        (KeyError("UNKNOWN: x"), Kind.OTHER),
+        (ConfigError("INTERNAL: x"), Kind.OTHER),
         (json.JSONDecodeError("x", "{", 0), Kind.DATA),
         (zipfile.BadZipFile("x"), Kind.DATA),
         (ValueError("a shape is wrong"), Kind.OTHER),
@@ -95,6 +124,7 @@ def in_passing(error, cause):
         (caused(ValueError("x"), caused(RuntimeError("y"), ValueError("UNAVAILABLE: z"))), Kind.PASSING),
         (in_passing(FileNotFoundError("features.json"), OSError(errno.EIO, "I/O error")), Kind.PASSING),
         (caused(ValueError("x"), ValueError("DATA_LOSS: y")), Kind.DATA),
+        (caused(OSError(errno.EIO, "I/O error"), MemoryError()), Kind.MEMORY),
         (ExceptionGroup("several", [ValueError("x"), OSError(errno.EIO, "I/O error")]), Kind.PASSING),
     ],
     ids=lambda x: x.name if isinstance(x, Kind) else f"{type(x).__name__} {str(x)[:24]}",
@@ -141,7 +171,7 @@ def test_a_refusal_is_asked_a_few_times_and_other_errors_once(monkeypatch):
     with pytest.raises(StorageError, match="the storage refuses: PermissionError"):
         persistently(failing(99, PermissionError(errno.EACCES, "no"))[0], "x")
     assert len(slept) == storage.DENIED_LOOKS - 1
-    for error in (FileNotFoundError("no"), ValueError("wrong"), OSError(errno.ENOSPC, "full")):
+    for error in (FileNotFoundError("no"), ValueError("wrong"), OSError(errno.ENOSPC, "full"), MemoryError()):
         act, left = failing(99, error)
         with pytest.raises(type(error)):
             persistently(act, "x")

@@ -127,6 +127,9 @@ def test_bad_input(tokenizer, tmp_path):
         TextTokenizer.load(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         TextTokenizer(b"something else")
+    (tmp_path / "other.model").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="other.model: not a sentencepiece model"):
+        TextTokenizer.load(str(tmp_path / "other.model"))
     with pytest.raises(ValueError, match="max_length"):
         TextTokenizer.load("builtin", -1)
     with pytest.raises(TypeError, match="list of texts"):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from octo_like.common import storage
@@ -308,6 +309,19 @@ def test_a_failing_look_at_the_newest_step_does_not_hide_it(tmp_path, monkeypatc
             checkpoint.has_checkpoint(tmp_path)
         with pytest.raises(storage.StorageError, match="checkpoints/2"):
             checkpoint.Checkpointer(tmp_path)
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+    without_hashes(tmp_path / "checkpoints" / "2")
+
+    def restore(self, *arguments, **named):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with checkpoint.Checkpointer(tmp_path) as saver, pytest.raises(checkpoint.CheckpointUnreadable, match="memory"):
+        saver.restore(None, abstract(make_state(0)))
+    assert not (tmp_path / "checkpoints" / "damaged").exists()
 
 
 def test_a_status_that_is_hidden_in_a_cause_is_no_damage(tmp_path, monkeypatch):
