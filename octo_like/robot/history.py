@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from octo_like.common.geometry import check_resize
+from octo_like.common.words import whole_number
 from octo_like.robot.images import resize_images
 from octo_like.robot.safety import ActionFilter, Shape, UnsafeAction, check_frame, check_observation, check_request
 
@@ -111,12 +112,13 @@ class RobotState:
         """Starts an episode: forgets observations and what was executed, for the robot may have been moved meanwhile.
 
         Args:
-          seed: determines the policy's sampling noise.
+          seed: determines the policy's sampling noise, a whole number from 0 to 2**63 - 1.
           unnormalize: dataset of the episode's units; None: that of the first call that names one, else the default.
 
         Raises:
-          ValueError: no such dataset; the episode goes on.
+          ValueError: no such seed or dataset; the episode goes on.
         """
+        seed = whole_number(seed, "seed", 0, 2**63 - 1)
         self._begin(seed, None if unnormalize is None else (self._name(unnormalize),))
 
     def observe(self, observation: Mapping[str, Any], *, unnormalize: str | None = None) -> None:

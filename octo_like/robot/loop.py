@@ -7,8 +7,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from octo_like.common.words import whole_number
 from octo_like.robot.client import PolicyServerError
 from octo_like.robot.history import RobotState
+from octo_like.robot.safety import check_request
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +31,21 @@ def drive(
       policy: a `PolicyClient`, or a `LocalPolicy` of this process.
       robot: `observe()` waits for the next control step and gives its observation; `execute(action)` commands (A,).
       running: whether to go on.
-      execute: actions of a chunk that are executed before the next is asked for.
+      execute: actions of a chunk that are executed before the next is asked for, 1 to H.
       unnormalize: dataset of the units; None: the policy's default.
+
+    Raises:
+      ValueError: an argument that no request could be answered with; the robot was not asked for anything. Later:
+        an observation that the policy cannot read.
+      UnknownKind: nobody has said what holds each dimension of the actions.
     """
 
     def do(action):
         robot.execute(action)
         policy.executed(action)  # what hold() repeats, and what max_change is measured from
 
+    check_request(instruction, None)
+    whole_number(execute, "execute", 1, policy.chunks(unnormalize)["horizon"])
     policy.filter_of(unnormalize)  # who may have to hold knows how, or does not start
     policy.reset(seed, unnormalize=unnormalize)
     try:

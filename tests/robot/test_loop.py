@@ -300,6 +300,36 @@ def test_a_robot_whose_hold_is_not_known_is_not_driven():
         assert not server.windows
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(seed=2.5), "seed must be a whole number, got 2.5"),
+        (dict(seed=-1), "seed must be in 0..9223372036854775807, got -1"),
+        (dict(seed=2**63), "seed must be in 0.."),
+        (dict(seed="1"), "seed must be a whole number"),
+        (dict(execute=0), "execute must be in 1..10, got 0"),
+        (dict(execute=-1), "execute must be in 1..10, got -1"),
+        (dict(execute=H + 1), "execute must be in 1..10, got 11"),
+        (dict(execute=2.5), "execute must be a whole number, got 2.5"),
+        (dict(instruction=b"go"), "instruction must be a text or None"),
+    ],
+)
+def test_a_loop_of_wrong_arguments_does_not_begin(wrong, message):
+    """A mistake is an error, not an outage that is held through."""
+    with Scripted() as server, PolicyClient(port=server.port) as policy:
+        robot = Arm(server, policy)
+        with pytest.raises(ValueError, match=message):
+            drive(**{"policy": policy, "robot": robot, "instruction": "go", "running": times(3), **wrong})
+        assert robot.x == -1 and not robot.executed and not server.windows
+        if "seed" in wrong:
+            policy.observe(frame(1))
+            with pytest.raises(ValueError, match=message):
+                policy.reset(**wrong)
+            assert seen(policy) == [1, 1]
+        policy.reset(np.int64(3))
+        policy.act(frame(0), "go")
+
+
 def test_connections_are_closed_when_they_are_given_up():
     with Scripted() as server:
         with PolicyClient(port=server.port) as policy:
