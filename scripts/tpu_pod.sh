@@ -391,9 +391,13 @@ pod_logs() {
 
 pod_status() {
   gcloud_tpu describe "$name" --format="table(name.basename(), state.state, tpu.nodeSpec[0].node.acceleratorType, createTime)"
-  if [[ $dry_run == no && $(state) != ACTIVE ]]; then
-    echo "Not ACTIVE: there are no hosts to ask."
-    return
+  if [[ $dry_run == no ]]; then
+    local now_state
+    now_state=$(state)
+    if [[ $now_state != ACTIVE ]]; then
+      echo "Not ACTIVE: there are no hosts to ask."
+      return
+    fi
   fi
   remote all all "bash octo_like/scripts/tpu_host.sh status"
   remote 0 0 "bash octo_like/scripts/tpu_host.sh status --checkpoints"
@@ -464,7 +468,9 @@ end_if_called_off() {
     case $begun-$off in
       -*) ;;
       *-delete:*)
-        while now_state=$(state) && [[ $now_state != MISSING && $now_state != DELETING ]]; do
+        while true; do
+          now_state=$(state) || die "$name may be there still, and then it costs: tpu_pod.sh delete"
+          [[ $now_state != MISSING && $now_state != DELETING ]] || break
           announce "giving back what was asked for at the same moment"
           gcloud_tpu delete "$name" --force --quiet || sleep "$poll_seconds"
         done

@@ -272,6 +272,14 @@ def test_keep_ends_when_it_is_called_off_at_any_moment(clouds, tpu, what, when):
         assert beside(clouds, "run").read_text() == "ended", "the run goes on although it was stopped"
 
 
+def test_keep_that_cannot_see_what_it_has_to_give_back_names_it(clouds, tpu):
+    denied = "ERROR: (gcloud) PERMISSION_DENIED: 403"
+    meanwhile(clouds, "before.create", f"{elsewhere('delete')}; echo '{denied}' > {beside(clouds, 'fails.describe')}")
+    done, verbs = keep_one(clouds)
+    assert done.returncode == 2 and denied in done.stderr and verbs.count("create") == 1, done.stdout + done.stderr
+    assert "may be there still, and then it costs: tpu_pod.sh delete" in done.stderr
+
+
 def test_delete_while_keep_asks_for_a_preempted_tpu_again(clouds, tpu):
     meanwhile(clouds, "after.run", f"echo -n SUSPENDED > {tpu}")
     meanwhile(clouds, "after.delete", elsewhere("delete"))  # between keep's own delete and its next create
