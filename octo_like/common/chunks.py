@@ -30,7 +30,7 @@ class Continuation:
     """A previous chunk that the next continues.
 
     Attributes:
-      previous: (B, H, A) actions in the robot's own units, as they were predicted (and filtered).
+      previous: (B, H, A) actions in the robot's own units: what will be executed of them, within limits.
       executed: number of its actions, or (B,) numbers, that were executed before the present observation; H: there is
         nothing to continue.
       delay: number of further actions, or (B,) numbers, that will be executed before the new chunk is there.

@@ -80,7 +80,7 @@ class Ask:
 
     Attributes:
       tick: control step of its observation.
-      previous: (H, A) the chunk that it continues, or None.
+      previous: (H, A) the chunk that it continues, as predicted, or None.
       executed, delay: see `octo_like.common.chunks.Continuation`.
       method: of the continuation, or None.
     """

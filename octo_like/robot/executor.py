@@ -68,7 +68,7 @@ class ChunkSource(Protocol):
 
 
 class AsyncExecutor:
-    """Executes the chunks of one policy on one robot.
+    """Executes the chunks of one policy on one robot. It begins by a `reset` of the source.
 
     Attributes:
       state: `Chunks`: its counts and measured delays.
@@ -135,6 +135,7 @@ class AsyncExecutor:
         self._says_subtasks = False
         self._phase = "idle"  # "running", "stopped" or "closed"
         self._last_error = ""
+        source.reset()  # what another loop executed says nothing of where the robot is now
         _DRIVING[id(source)] = self
 
     def start(
@@ -224,7 +225,9 @@ class AsyncExecutor:
         self._collect()
         if self.state.wants_chunk():
             ask, window = self.state.ask(), self.source.window
-            self._running = ask, self._compute(window, ask)
+            self._running = ask, self._compute(window, self._as_executed(ask))
+            if self.delay is not None:
+                concurrent.futures.wait([self._running[1]])
             self._collect()
         command = self.state.action()
         if command is None:
@@ -240,13 +243,17 @@ class AsyncExecutor:
         Raises:
           UnsafeAction: nothing was executed since `start`, and a dimension is neither a change nor a velocity: command
             nothing, the robot stands where it was found.
+          RuntimeError: after `close`, when another executor drives the source.
         """
+        if self._phase == "closed" and (other := _DRIVING.get(id(self.source))) is not None:
+            raise RuntimeError(f"this executor was closed, and another drives its source: hold() of {other!r}")
         command = self.filter.hold()
         self.source.executed(command, unnormalize=self.unnormalize)
         return command
 
     def close(self) -> None:
-        """Ends the thread, when it has finished what it does. `hold` still says what holds the robot."""
+        """Ends the thread, when it has finished what it does. `hold` still says what holds the robot, until another
+        executor drives the source."""
         self._forget()
         self._pool.shutdown()
         self._phase = "closed"
@@ -276,38 +283,50 @@ class AsyncExecutor:
         )
         return check_chunk(chunk, self.state.horizon, len(self.filter.low))
 
+    def _as_executed(self, ask: Ask) -> Ask:
+        """The request with the rest of its chunk as limits and `max_change` let it be executed from here on. With a
+        `factor`, of which they see each command alone, it stays as predicted."""
+        if ask.previous is None or self.plan.factor > 1:
+            return ask
+        previous = ask.previous.copy()
+        previous[ask.executed :] = self.filter.preview(previous[ask.executed :])
+        return dataclasses.replace(ask, previous=previous)
+
     def _compute(self, window: Mapping[str, Any], ask: Ask) -> concurrent.futures.Future:
         try:
             future = self._pool.submit(self._predict, window, ask)
         except RuntimeError as error:  # no thread can be started: a request that failed, as any other
             future = concurrent.futures.Future()
             future.set_exception(error)
-        if self.delay is not None:
-            concurrent.futures.wait([future])
         return future
 
     def _collect(self) -> None:
         """Takes the chunk that was asked for, if it is there."""
         if self._running is None:
+            self.state.give_up()  # of a request that was interrupted before it was made
             return
         ask, future = self._running
         if not future.done() if self.delay is None else self.state.now < ask.tick + self.delay:
             return
-        self._running = None
         try:
             actions = future.result()
         except Exception as error:  # whatever the policy does wrong, the robot must be told to hold
+            self._running = None
+            self.state.give_up()
             message = f"{type(error).__name__}: {error}"
             self.errors[message] = self.errors.get(message, 0) + 1
             self._failed += 1
-            self.state.give_up()
             log.warning("no chunk (%d of %d failures in a row): %s", self._failed, self.max_errors, message)
             if self._failed >= self.max_errors:
                 self._phase = "stopped"
                 self._last_error = f"{self._failed} requests failed in a row; the last: {message}"
                 raise ExecutorStopped(self._last_error) from error
             return
-        self._failed = 0
+        except BaseException:  # no answer, but the end of the program; who goes on all the same gets another chunk
+            if future.done():
+                self._running = None
+            raise
+        self._running, self._failed = None, 0
         self.state.accept(actions)
 
     def _forget(self) -> None:

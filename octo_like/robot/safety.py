@@ -332,6 +332,14 @@ class ActionFilter:
             done.append(last)
         return np.array(done, np.float32)
 
+    def preview(self, actions: np.ndarray) -> np.ndarray:
+        """`chunk`, uncounted: what will be executed of it when nothing comes between."""
+        counts = dict(self.counts)
+        try:
+            return self.chunk(actions)
+        finally:
+            self.counts.update(counts)
+
     def _safe(self, action: np.ndarray, last: np.ndarray | None) -> np.ndarray:
         wanted = np.asarray(action, np.float64)
         self._check_width(wanted)

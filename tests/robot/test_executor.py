@@ -1,5 +1,6 @@
 """Acting while the next chunk is computed: in this process and over the real server, with a policy that is held up."""
 
+import concurrent.futures
 import contextlib
 import gc
 import pathlib
@@ -194,6 +195,32 @@ def test_several_commands_for_each_action(source):
         np.testing.assert_allclose(said, [0, 0.05, 0.1, 0.15], atol=1e-6)
         with pytest.raises(ValueError, match="needs an observation"):
             executor.step()
+
+
+@pytest.mark.parametrize("limit", ["max_change", "range"])
+def test_what_a_chunk_continues_is_what_is_executed(limit):
+    """The frozen actions are those that limits and `max_change` let pass, and are counted when they are executed."""
+    policy = HeldUpPolicy()
+    if limit == "range":
+        policy.statistics["line"]["action"] = {**policy.statistics["line"]["action"], "max": np.full(1, 2.0)}
+        policy.statistics["line"]["action"]["min"] = np.full(1, -2.0)
+    source = LocalPolicy(policy, "line", max_change=0.05 if limit == "max_change" else None)
+    with AsyncExecutor(source, Plan("guided", 2, initial_delay=2), delay=2) as executor:
+        executor.start(frame(0), "go right")
+        said, asked = [], {}
+        for step in range(30):
+            before = len(policy.continued)
+            said.append(float(executor.step(frame(0.2 * step))[0]))
+            if len(policy.continued) > before:
+                asked[step] = policy.continued[-1]
+        assert len(asked) > 5 and executor.filter.counts["actions"] == 30
+        assert executor.filter.counts["slowed" if limit == "max_change" else "clipped"] > 5
+        for step, one in asked.items():
+            executed, delay = int(np.ravel(one.executed)[0]), int(np.ravel(one.delay)[0])
+            frozen = np.ravel(one.previous)[executed : executed + delay]
+            assert delay == 2 and frozen == pytest.approx(
+                said[step : step + delay] + [frozen[-1]] * (step + delay - 30)
+            )
 
 
 @pytest.mark.parametrize("kinds", [None, ("delta",)])
@@ -396,6 +423,56 @@ def test_an_executor_is_as_fast_as_max_change_from_what_was_executed():
                 said.append(executor.step(frame(float(rng.normal(0, 3))))[0])
                 assert executor.filter.last == said[-1]
             assert np.abs(np.diff(said)).max() <= 0.25 + 1e-6 and executor.filter.counts["slowed"]
+
+
+@pytest.mark.parametrize("delay", [None, 0, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_goes_on_after_an_interrupt_gets_another_chunk(error, delay, monkeypatch):
+    """Raised by the policy, or in the wait for it: it is not an outage, and nothing stays asked for."""
+    for where in ("policy", "wait"):
+        if where == "wait" and delay is None:
+            continue  # there is none
+        policy = HeldUpPolicy()
+        with AsyncExecutor(LocalPolicy(policy, "line"), Plan("naive", 2), delay=delay) as executor:
+            executor.start(frame(0), "go")
+            answer, wait = policy.sample_actions, concurrent.futures.wait
+
+            def interrupted(*_, **__):
+                raise error
+
+            if where == "policy":
+                policy.sample_actions = interrupted
+            else:
+                monkeypatch.setattr(concurrent.futures, "wait", interrupted)
+            interrupts = 0
+            for x in range(30):
+                try:
+                    command = executor.step(frame(x))
+                except error:
+                    interrupts += 1
+                    policy.sample_actions = answer
+                    monkeypatch.setattr(concurrent.futures, "wait", wait)
+                if executor._running is not None:
+                    wait_for_chunk(executor)
+            assert interrupts == 1 and not executor.errors
+            assert command[0] > 20 and executor.state.counts["chunks"] > 5, where
+
+
+def test_a_new_executor_knows_nothing_of_the_episode_before():
+    source = LocalPolicy(HeldUpPolicy(), "line")
+    first = AsyncExecutor(source, Plan("naive", 2), delay=0)
+    first.start(frame(3), "go")
+    first.step(frame(3))
+    first.close()
+    assert first.hold()[0] == 3
+    with AsyncExecutor(source, Plan("naive", 2), delay=0) as second:
+        with pytest.raises(UnsafeAction, match="nothing was executed yet"):
+            second.hold()
+        second.start(frame(5), "go")
+        second.step(frame(5))
+        with pytest.raises(RuntimeError, match="was closed, and another drives its source"):
+            first.hold()
+        assert second.hold()[0] == 5
 
 
 def test_a_source_without_limits_drives_no_executor():
