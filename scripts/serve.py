@@ -26,6 +26,13 @@ def main() -> int:
     parser.add_argument(
         "--normalized", action="store_true", help="send normalised numbers to who names none: no units, no limits"
     )
+    parser.add_argument(
+        "--kinds",
+        metavar="DATASET=KIND,...",
+        nargs="+",
+        default=(),
+        help="absolute, delta, velocity or gripper for each action dimension of a dataset, in place of the export's",
+    )
     parser.add_argument("--action_names", nargs="+", help="names of the action dimensions, told to clients")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: every interface)")
     parser.add_argument(
@@ -65,15 +72,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     args = parser.parse_args()
 
+    from octo_like.common.dimensions import unknown_kinds
     from octo_like.common.normalization import choose_units
     from octo_like.robot.openpi import Keys, OpenpiServer, check_episodes
-    from octo_like.robot.server import PolicyServer, check_numbers
+    from octo_like.robot.server import PolicyServer, check_numbers, with_kinds
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         check_numbers(args.port, args.max_batch, args.max_connections, args.seed)
         check_episodes(args.episode_gap, args.episode_jump)
         policy = octo_like.Policy.load_pretrained(args.checkpoint, modules=args.modules)
+        policy.statistics = with_kinds(policy.statistics, args.kinds)
+        if unknown := unknown_kinds(policy.statistics):
+            logging.warning("%s", unknown)
         kind, table = PolicyServer, {}
         if args.openpi is not None:
             kind, keys = OpenpiServer, Keys.load(args.openpi) if args.openpi else None

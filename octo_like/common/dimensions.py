@@ -223,6 +223,32 @@ def action_kinds(statistics: Mapping[str, Any], width: int | None = None) -> tup
     return tuple(found)
 
 
+def unknown_kinds(statistics: Mapping[str, Mapping[str, Any]]) -> str:
+    """What has to be given before a robot can hold, a line for each dataset whose action kinds are not all known.
+
+    Args:
+      statistics: by dataset, as `Policy.statistics`.
+
+    Returns:
+      The text of a warning; "" where all kinds are known.
+    """
+    lines = []
+    for dataset, entry in statistics.items():
+        kinds = action_kinds(entry)
+        names = [name for name, kind in _pairs(of_statistics(entry).names, kinds) if kind == UNKNOWN]
+        if names:
+            lines.append(
+                f"  {dataset}: kinds=({', '.join(repr(kind or '...') for kind in kinds)},) for {', '.join(names)}"
+            )
+    if not lines:
+        return ""
+    return (
+        "the kinds of some action dimensions are not known, so no client starts that may have to hold the robot. In "
+        "place of each '...' write absolute, delta, velocity or gripper; then give action_kinds in the dataset's "
+        "config, --kinds DATASET=KIND,... of serve.py, or kinds= of the client:\n" + "\n".join(lines)
+    )
+
+
 def check_width(dimensions: Dimensions, width: int, part: str = "action") -> None:
     """Raises DimensionError when a vector of `width` has another number of dimensions than there are names."""
     if len(dimensions) != width:

@@ -29,11 +29,12 @@ from octo_like.common.chunks import Continuation
 from octo_like.common.dimensions import PARTS, of_statistics
 from octo_like.common.normalization import choose_units
 from octo_like.common.schema import BatchSpec, flatten, synthetic_batch
+from octo_like.common.words import suggest
 from octo_like.robot.batching import Batcher, Request
 from octo_like.robot.messages import MAX_MESSAGE_BYTES, PROTOCOL, pack, unpack
 from octo_like.robot.planning import able_to, check_words
 from octo_like.robot.prediction import dimensions_of
-from octo_like.robot.safety import action_limits, check_allowed, check_observation, expected_keys
+from octo_like.robot.safety import action_limits, check_allowed, check_kinds, check_observation, expected_keys
 
 # Of an observation, what says which of its frames are there.
 WINDOW_KEYS = ("timestep", "timestep_pad_mask", "pad_mask_dict", "proprio_pad_mask")
@@ -596,6 +597,27 @@ def check_whole(value: Any, key: str, highest: int = 2**63 - 1, lowest: int = 0)
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         raise ValueError(f"{key!r} must be a whole number from {lowest} to {highest}, got {value!r}")
     return value
+
+
+def with_kinds(statistics: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """A policy's statistics with other kinds of actions.
+
+    Args:
+      given: "DATASET=KIND,..." with a kind for each action dimension.
+
+    Raises:
+      ValueError: an unknown dataset or kind, no kind of a dimension.
+    """
+    found = dict(statistics)
+    for text in given:
+        name, _, kinds = text.rpartition("=")
+        if name not in found:
+            raise ValueError(f"kinds {text!r}: unknown statistics {name!r}; {suggest(name, found)}")
+        named = of_statistics(found[name])
+        check_kinds(kinds.split(","), named.names, f"kinds {text!r}: ")
+        named = named.of_kinds(kinds.split(","))
+        found[name] = found[name] | {"dimensions": (found[name].get("dimensions") or {}) | {"action": named.to_json()}}
+    return found
 
 
 def check_numbers(port: int, max_batch: int, max_connections: int, rng_seed: int) -> None:

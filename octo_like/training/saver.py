@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from octo_like.common.config import to_dict
+from octo_like.common.dimensions import unknown_kinds
 from octo_like.training import sharding
 from octo_like.training.checkpoint import Checkpointer
 from octo_like.training.distributed import is_main, wait_for_all
@@ -83,5 +84,8 @@ class Saver:
         params = sharding.to_host(params, run.mesh)
         if is_main():
             target = self._workdir.path / name
-            run.make_policy(params).push(str(target))
+            policy = run.make_policy(params)
+            policy.push(str(target))
             log.info("exported to %s", target)
+            if name == "export" and (unknown := unknown_kinds(policy.statistics)):  # once: not for each best step
+                log.warning("%s", unknown)

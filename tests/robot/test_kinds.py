@@ -1,12 +1,13 @@
 """What stands still means: declared in configs and registry, carried by exports, needed by whoever may have to hold."""
 
 import pathlib
+import runpy
 
 import numpy as np
 import pytest
 
 from octo_like.common.config import load_config
-from octo_like.common.dimensions import KINDS, DimensionError, Dimensions, action_kinds
+from octo_like.common.dimensions import KINDS, DimensionError, Dimensions, action_kinds, unknown_kinds
 from octo_like.common.robot import Description, absolute, velocity
 from octo_like.data.spec import DataError, DatasetSpec
 from octo_like.envs import EMBODIMENTS, TabletopEnv
@@ -16,7 +17,7 @@ from octo_like.robot.client import PolicyClient
 from octo_like.robot.executor import AsyncExecutor
 from octo_like.robot.local import LocalPolicy
 from octo_like.robot.safety import HOLDS, ActionFilter, UnknownKind, action_limits
-from octo_like.robot.server import PolicyServer
+from octo_like.robot.server import PolicyServer, with_kinds
 from octo_like.robot.wrappers import ActionFilterWrapper
 from tests.robot.tiny import tiny_policy
 from tests.robot.toy import LineEnv
@@ -196,3 +197,50 @@ def test_an_export_carries_them_and_one_of_before_is_read(tmp_path):
     policy.save_pretrained(tmp_path / "export")
     loaded = Policy.load_pretrained(tmp_path / "export")
     assert LocalPolicy(loaded, "tabletop_gripper").filter.kinds == list(GRIPPER.action_kinds)
+
+
+def test_dimensions_without_kinds_are_listed_with_the_tuple_to_write():
+    policy = unknown_policy()
+    text = unknown_kinds({**policy.statistics, "pictures": {"action": {"mean": np.zeros(0)}}})
+    assert text.endswith("\n  tabletop_gripper: kinds=(" + "'...', " * 6 + "'...',) for a0, a1, a2, a3, a4, a5, a6")
+    known = with_kinds(policy.statistics, ["tabletop_gripper=" + ",".join(GRIPPER.action_kinds)])
+    assert unknown_kinds(known) == "" and "dimensions" not in policy.statistics["tabletop_gripper"]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("tabletop_griper=delta", "unknown statistics 'tabletop_griper'; did you mean 'tabletop_gripper'"),
+        ("delta,delta", "unknown statistics ''"),
+        ("tabletop_gripper=delta,delta", "2 kinds for 7 action dimensions"),
+        ("tabletop_gripper=" + ",".join(["detla"] * 7), "unknown kind 'detla'; did you mean 'delta'"),
+        ("tabletop_gripper=" + ",".join(["delta"] * 6 + [""]), "keeps a6 where"),
+    ],
+)
+def test_kinds_for_a_server_that_do_not_fit_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        with_kinds(unknown_policy().statistics, [given])
+
+
+def test_the_server_command_takes_kinds_and_warns_without(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("websockets")
+    unknown_policy().save_pretrained(tmp_path / "export")
+    words = ["serve.py", "--checkpoint", str(tmp_path / "export"), "--unnormalize", "tabletop_gripper", "--port", "0"]
+    kinds = ["--kinds", "tabletop_gripper=" + ",".join(GRIPPER.action_kinds)]
+    served = []
+
+    def serves(server):  # in the place of waiting for the end
+        with PolicyClient(port=server.port) as client:
+            served.append(client.filter.kinds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PolicyServer, "wait", serves)
+    monkeypatch.setattr(PolicyServer, "warm_up", lambda server: 0.0)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    main = runpy.run_path(str(ROOT / "scripts" / "serve.py"))["main"]
+    monkeypatch.setattr("sys.argv", [*words, *kinds])
+    assert main() == 0 and served == [list(GRIPPER.action_kinds)] and "are not known" not in caplog.text
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(UnknownKind):
+        main()
+    assert caplog.text.count("the kinds of some action dimensions are not known") == 1

@@ -222,6 +222,7 @@ def test_early_stopping(export, tmp_path):
     rounds = ("--config.eval.every=3", "--config.checkpoint.every=3", "--config.early_stopping.patience=2")
     done = finetuned(tmp_path / "run", *common, *rounds, "--config.checkpoint.best_mode=max")
     assert "stopped early at step 9: 2 evaluations without a better score" in done.stderr
+    assert done.stderr.count("the kinds of some action dimensions are not known") == 1  # for two exports
     assert read_metrics(tmp_path / "run")[-1]["step"] == 9
     reader = Checkpointer(tmp_path / "run", read_only=True)
     assert reader.all_steps() == [3, 6, 9] and reader.read(9).extra["early_stopping"]["without"] == 2
