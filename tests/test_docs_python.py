@@ -50,7 +50,12 @@ def test_acting_as_the_docs_say(export, policy, capsys):
 
 
 @pytest.mark.parametrize(
-    ("page", "words"), [("README.md", "PolicyClient"), ("docs/deployment.md", "octo_like_client import PolicyClient")]
+    ("page", "words"),
+    [
+        ("README.md", "PolicyClient"),
+        ("docs/deployment.md", "import PolicyClient, drive"),
+        ("docs/deployment.md", "import Plan"),
+    ],
 )
 def test_a_robot_as_the_docs_say(page, words, policy, monkeypatch, client_package):
     client = importlib.import_module(client_package.name)
@@ -71,13 +76,18 @@ def test_a_robot_as_the_docs_say(page, words, policy, monkeypatch, client_packag
                 super().__init__("127.0.0.1", server.port)
 
         monkeypatch.setattr(client, "PolicyClient", Here)
+        plan = client.Plan("wait", 2)  # chunks of the tiny policy are short, and continue none
+        monkeypatch.setattr(client, "Plan", lambda *_, **__: plan)
         exec(block(page, words), names)
     if page == "README.md":
         assert names["actions"].shape == (4, ROBOT.action_dim)
     else:
-        assert len(executed) == 2 * 4 + 1 and not executed[-1].any()  # two chunks, and the hold at the end
+        steps = 2 if "Plan" in words else 2 * 4
+        assert len(executed) == steps + 1 and not executed[-1].any()  # two chunks, and the hold at the end
 
 
 def test_the_docs_show_the_loop_that_is_shipped():
     source = (ROOT / "octo_like" / "robot" / "loop.py").read_text("utf-8")
-    assert block("docs/deployment.md", "def drive(") == source[source.index("def drive(") :]
+    for name in ("drive", "drive_async"):
+        loop = re.search(rf"^def {name}\(.*?(?=^def |\Z)", source, re.MULTILINE | re.DOTALL).group().rstrip() + "\n"
+        assert block("docs/deployment.md", f"def {name}(") == loop

@@ -4,6 +4,7 @@
     executor.start(observe(), "put the cup on the plate")      # waits for the first chunk: it may compile
     while running:                                             # at the robot's control rate
         robot.execute(executor.step(observe()))
+    robot.execute(executor.hold())                             # whatever ends it: `octo_like.robot.loop.drive_async`
 
 What was executed is counted, not guessed from latencies (`octo_like.robot.chunking`): a command that `step` or `hold`
 returns is one that the robot executes. Its states are a table in docs/act.md. NumPy only: the robot's own computer
@@ -37,8 +38,10 @@ class ExecutorStopped(RuntimeError):
 class ChunkSource(Protocol):
     """What an executor needs of a policy: `PolicyClient`, or `octo_like.robot.local.LocalPolicy` in this process."""
 
-    window: Mapping[str, Any]
     subtask: str | None
+
+    @property
+    def window(self) -> Mapping[str, Any]: ...
 
     def reset(self, seed: int = 0) -> None: ...
 

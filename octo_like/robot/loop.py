@@ -1,16 +1,19 @@
-"""The loop that drives a robot, as docs/deployment.md shows it: one chunk after the other, and a hold whenever there is
-none. Import it or copy it; `octo_like.robot.executor` is for robots that move while the policy thinks."""
+"""The loops that drive a robot, as docs/deployment.md shows them: one chunk after the other, and a hold whenever there
+is none (`drive`); and with chunks that are computed while the robot moves (`drive_async`). Import or copy them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from octo_like.common.words import whole_number
+from octo_like.robot.chunking import Plan
 from octo_like.robot.client import PolicyServerError
+from octo_like.robot.executor import AsyncExecutor
 from octo_like.robot.history import RobotState
-from octo_like.robot.safety import check_request
+from octo_like.robot.safety import UnsafeAction, check_request
 
 log = logging.getLogger(__name__)
 
@@ -67,3 +70,33 @@ def drive(
     finally:
         if (held := policy.hold()) is not None:
             do(held)
+
+
+def drive_async(
+    policy: RobotState,
+    robot: Any,
+    instruction: str,
+    running: Callable[[], bool],
+    plan: Plan,
+    *,
+    seed: int = 0,
+    unnormalize: str | None = None,
+    max_errors: int = 5,
+) -> None:
+    """Drives a robot for one episode while the policy computes, and leaves it holding, whatever ends it.
+
+    Args:
+      policy, robot, running, unnormalize: as of `drive`.
+      plan: which action is executed when.
+      max_errors: requests that may fail in a row, before ExecutorStopped ends the episode.
+    """
+    with AsyncExecutor(policy, plan, unnormalize=unnormalize, max_errors=max_errors) as executor:
+        try:
+            observation = robot.observe()
+            executor.start(observation, instruction, seed=seed)  # waits for the first chunk: it may compile
+            while running():
+                robot.execute(executor.step(observation))
+                observation = robot.observe()  # waits for the next control step
+        finally:
+            with contextlib.suppress(UnsafeAction):  # nothing was executed: the robot stands where it was found
+                robot.execute(executor.hold())

@@ -293,6 +293,58 @@ def test_an_executor_goes_on_through_every_fault_and_an_absence(mode, kind):
                 assert executor.hold()[0] == (0 if kind == "delta" else said[-1])
 
 
+@pytest.mark.parametrize("kind", ["absolute", "velocity"])
+@pytest.mark.parametrize("end", ["running", "interrupt", "frame", "camera", "motor", "policy", "start"])
+def test_the_loop_that_computes_meanwhile_holds_whatever_ends_it(end, kind, modules):
+    client, loop = modules
+    executor, plans = (
+        importlib.import_module(loop.drive_async.__globals__[x].__module__) for x in ("AsyncExecutor", "Plan")
+    )
+    with Scripted(kind) as server, client.PolicyClient(port=server.port) as policy:
+        robot, turns = Arm(server, policy), iter(range(8))
+        server.chunk = lambda seen, number: np.full((H, 1), 0.5)
+        observe, execute = robot.observe, robot.execute
+
+        def running():
+            turn = next(turns, None)
+            if end == "interrupt" and turn == 4:
+                raise KeyboardInterrupt
+            return turn is not None or end == "policy"
+
+        def seen():
+            if end == "camera" and len(robot.executed) == 4:
+                raise OSError("no camera")
+            return {"proprio": np.zeros(2, np.float32)} if end == "frame" and len(robot.executed) == 4 else observe()
+
+        def commanded(action):
+            if end == "motor" and len(robot.executed) == 4:
+                execute(np.array([9.0]))
+                raise OSError("no motor")
+            execute(action)
+
+        robot.observe, robot.execute = seen, commanded
+        if end in ("policy", "start"):
+            server.script = dict.fromkeys(range(end == "policy", 99), "refused")
+        error = {
+            "interrupt": KeyboardInterrupt, "frame": ValueError, "camera": OSError, "motor": OSError,
+            "policy": executor.ExecutorStopped, "start": client.PolicyServerError,
+        }.get(end)  # fmt: skip
+        plan = plans.Plan("naive", exec_horizon=4)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            loop.drive_async(policy, robot, "go", running, plan, max_errors=3)
+        held = 0.0 if kind == "velocity" else 0.5
+        said = [x for _, x in robot.executed]
+        if end == "start":  # what was not moved needs no command
+            assert said == [0.0] * (kind == "velocity")
+        elif end == "policy":
+            assert said[:4] == [0.5] * 4 and said[-1] == held
+        else:
+            moved = 8 if end == "running" else 4
+            assert said == [0.5] * moved + [9.0] * (end == "motor") + [held]
+        with pytest.raises(ValueError, match="unknown statistics 'others'"):
+            loop.drive_async(policy, robot, "go", running, plan, unnormalize="others")
+
+
 def test_a_robot_whose_hold_is_not_known_is_not_driven():
     with Scripted() as server, PolicyClient(port=server.port, limits=False) as policy:
         with pytest.raises(ValueError, match="limits=False: what holds this robot is not known"):
