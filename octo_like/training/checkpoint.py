@@ -370,7 +370,7 @@ class Checkpointer:
                     number += 1
                     target = self.directory / DAMAGED / f"{step}-{number}"
                 storage.make_folder(target.parent)
-                (self.directory / str(step)).rename(target)
+                _move(self.directory / str(step), target)
                 log.warning("moved to %s", target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
@@ -445,6 +445,16 @@ def _is_marked(step: epath.Path) -> bool:
     return persistently(lambda: ocp.utils.is_checkpoint_finalized(step), step) or FILES.is_file(step / _MARK)
 
 
+def _move(step: epath.Path, target: epath.Path) -> None:
+    """Renames a step's folder. An error may come after the act: then the step is gone, and the target is there."""
+
+    def act() -> None:
+        if FILES.look(step) is not None or FILES.look(target) is None:
+            step.rename(target)
+
+    persistently(act, step)
+
+
 def _tidy(folder: epath.Path) -> None:
     """Makes the folder of a run's steps, and removes what killed saves have left.
 
@@ -460,7 +470,7 @@ def _tidy(folder: epath.Path) -> None:
                 complete = FILES.look(step / MANIFEST) is not None
                 if complete and not _is_marked(step):
                     log.warning("%s is complete, but not marked as such; marked now", step)
-                    (step / _MARK).write_text("the manifest is complete")
+                    persistently(functools.partial((step / _MARK).write_text, "the manifest is complete"), step / _MARK)
                 complete = complete or "://" not in os.fspath(folder) or _is_marked(step)
             else:
                 continue

@@ -69,14 +69,22 @@ def agree(problem: CheckpointError | None) -> CheckpointError | None:
     """A problem of any process is a problem of all, so that all take the same branch; damage is the worst."""
     if jax.process_count() == 1:
         return problem
-    kind = 0 if problem is None else 2 if isinstance(problem, CheckpointDamaged) else 1
+    kind = 0 if problem is None else 3 if isinstance(problem, CheckpointDamaged) else 2 if _is_brief(problem) else 1
     kinds = multihost_utils.process_allgather(np.array(kind))
     if kind == kinds.max():
         return problem
     where = int(np.flatnonzero(kinds == kinds.max())[0])
-    if kinds.max() == 2:
+    if kinds.max() == 3:
         return CheckpointDamaged(f"process {where} found it damaged (see its log)")
-    return CheckpointUnreadable(f"process {where} cannot read it (see its log)")
+    error = CheckpointUnreadable(f"process {where} cannot read it (see its log)")
+    if kinds.max() == 2:  # all give up at the same look
+        error.__cause__ = RuntimeError(f"of process {where}")
+    return error
+
+
+def _is_brief(problem: CheckpointError) -> bool:
+    """Whether an error is none of a storage, or a refusal: not worth minutes."""
+    return problem.__cause__ is not None and storage.kind_of(problem.__cause__) is not storage.Kind.PASSING
 
 
 def make_folder(folder: epath.Path) -> None:
@@ -98,21 +106,28 @@ def of_first(read: Callable[[], Any]) -> Any:
     """The JSON-able result of `read`, which process 0 alone calls, so that all processes go on from the same.
 
     Raises:
-      CheckpointError: on all processes, what it raised on process 0.
+      CheckpointError: on all processes, where `read` raised it or StorageError on process 0.
+      Exception: whatever else `read` raised, on process 0; a RuntimeError with its text on the others.
     """
     if jax.process_count() == 1:
         return read()
-    outcome: dict[str, Any] = {}
+    text, other = "", None
     if jax.process_index() == 0:
         try:
-            outcome = {"value": read()}
+            text = json.dumps({"value": read()})
         except (CheckpointError, StorageError) as error:
-            outcome = {"error": str(error), "damaged": isinstance(error, CheckpointDamaged)}
-    content = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+            text = json.dumps({"error": str(error), "damaged": isinstance(error, CheckpointDamaged)})
+        except Exception as error:  # the others wait below, whatever it is
+            text, other = json.dumps({"error": f"process 0: {first_line(error)}"}), error
+    content = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
     padded = np.zeros(size, np.uint8)
     padded[: min(size, len(content))] = content[:size]
     outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    if other is not None:
+        raise other
+    if "error" in outcome and "damaged" not in outcome:
+        raise RuntimeError(outcome["error"])
     if "error" in outcome:
         raise (CheckpointDamaged if outcome["damaged"] else CheckpointUnreadable)(outcome["error"])
     return outcome["value"]
@@ -155,9 +170,7 @@ def settled(
         damaged = isinstance(problem, CheckpointDamaged)
         if damaged and damaged_before:
             raise problem
-        # What is no error of a storage, or a refusal, is not worth minutes.
-        brief = problem.__cause__ is not None and storage.kind_of(problem.__cause__) is not storage.Kind.PASSING
-        if pause is None or (not damaged and brief and number >= storage.DENIED_LOOKS):
+        if pause is None or (not damaged and _is_brief(problem) and number >= storage.DENIED_LOOKS):
             raise CheckpointUnreadable(f"{what} does not read the same twice: {problem}") if damaged else problem
         log.warning("%s; looking again in %g s (gives up after %.0f s)", problem, pause, sum(storage.PAUSES))
         damaged_before = damaged

@@ -14,10 +14,13 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from octo_like.common import storage
+from octo_like.common.storage import StorageError
 from octo_like.training import checkpoint, integrity
+from octo_like.training import storage as training_storage
 from octo_like.training.storage import settled
 from tests.training.test_checkpoint import abstract, assert_same, data_files, flip, make_state, save, without_hashes
 
@@ -309,6 +312,70 @@ def test_a_failing_look_at_the_newest_step_does_not_hide_it(tmp_path, monkeypatc
             checkpoint.has_checkpoint(tmp_path)
         with pytest.raises(storage.StorageError, match="checkpoints/2"):
             checkpoint.Checkpointer(tmp_path)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_step_is_set_aside_although_a_rename_fails(tmp_path, monkeypatch, after):
+    monkeypatch.setattr(checkpoint.storage.storage, "PAUSES", (0.0,) * 3)
+    save(tmp_path, 1, 2)
+    flip(tmp_path / "checkpoints" / "2" / "state" / "manifest.ocdbt", 40)
+    kind = type(checkpoint.storage.absolute(tmp_path))
+    real, errors = kind.rename, [OSError(errno.EIO, "I/O error")]
+
+    def rename(self, target):
+        if errors and after:
+            real(self, target)
+        if errors:
+            raise errors.pop()
+        return real(self, target)
+
+    monkeypatch.setattr(kind, "rename", rename)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        assert_same(saver.restore(None, abstract(make_state(0)))[0], make_state(1))
+        assert saver.all_steps() == [1] and not errors
+    assert (tmp_path / "checkpoints" / "damaged" / "2").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error,others",
+    [
+        (KeyError("body"), RuntimeError),
+        (OSError(errno.ENOSPC, "full"), RuntimeError),
+        (StorageError("x"), checkpoint.CheckpointUnreadable),
+        (checkpoint.CheckpointDamaged("x"), checkpoint.CheckpointDamaged),
+    ],
+)
+def test_an_error_of_the_first_process_is_one_of_all(monkeypatch, error, others):
+    """The values that process 0 sends are what process 1 receives."""
+    sent = []
+
+    def read():
+        raise error
+
+    monkeypatch.setattr(training_storage.jax, "process_count", lambda: 2)
+    for process, kind in ((0, type(error) if others is RuntimeError else others), (1, others)):
+        monkeypatch.setattr(training_storage.jax, "process_index", lambda process=process: process)
+        send = (lambda x: sent.append(x) or x) if process == 0 else (lambda x: sent.pop(0))
+        monkeypatch.setattr(training_storage.multihost_utils, "broadcast_one_to_all", send)
+        with pytest.raises(kind):
+            training_storage.of_first(read)
+    assert not sent
+
+
+def test_all_processes_give_up_at_the_same_look(monkeypatch):
+    monkeypatch.setattr(training_storage.jax, "process_count", lambda: 2)
+    problem = checkpoint.CheckpointUnreadable("x")
+    problem.__cause__ = KeyError("y")
+    kinds = []
+    monkeypatch.setattr(
+        training_storage.multihost_utils, "process_allgather", lambda x: kinds.append(x) or np.array(kinds)
+    )
+    assert training_storage.agree(problem) is problem
+    monkeypatch.setattr(training_storage.storage, "PAUSES", (0.0,) * 9)
+    looks = []
+    with pytest.raises(checkpoint.CheckpointUnreadable, match="process 0 cannot read it"):
+        training_storage.settled(lambda: looks.append(1), "x", training_storage.agree)
+    assert len(looks) == training_storage.storage.DENIED_LOOKS
 
 
 def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
