@@ -152,20 +152,31 @@ def check_data(report: Report, data_dir: str) -> None:
     if importlib.util.find_spec("tensorflow") is None:
         report.fail("data", f"{data_dir} was not looked at: TensorFlow is missing", "pip install -e '.[data]'")
         return
+    from octo_like.common.storage import StorageError
+    from octo_like.data.rlds.cache_files import FILES
     from octo_like.data.tf import tf
 
-    infos = tf.io.gfile.glob(os.path.join(data_dir, "*", "*", "dataset_info.json"))
-    if not infos:
+    def versions() -> list[str]:
+        below = [os.path.join(data_dir, name) for name in FILES.folders(data_dir)]
+        found = [os.path.join(folder, version) for folder in below for version in FILES.folders(folder)]
+        return [folder for folder in found if FILES.is_file(os.path.join(folder, "dataset_info.json"))]
+
+    try:
+        found = versions()
+        files = [name for name in (FILES.names(found[0]) if found else None) or [] if ".tfrecord" in name]
+    except StorageError as error:  # no absence
+        report.fail("data", str(error), "try again; check the rights to read --data_dir and the network")
+        return
+    if not found:
         finding = f"{data_dir} holds no dataset (name/version/dataset_info.json)"
         report.fail("data", finding, "check --data_dir and the rights to read it; `gcloud storage ls` shows a bucket")
         return
-    names = sorted({info.split("/")[-3] for info in infos})
-    files = tf.io.gfile.glob(os.path.join(os.path.dirname(infos[0]), "*.tfrecord*"))
+    names = sorted({folder.split("/")[-2] for folder in found})
     if not files:
-        report.fail("data", f"{os.path.dirname(infos[0])} has no tfrecord files", "copy the dataset again")
+        report.fail("data", f"{found[0]} has no tfrecord files", "copy the dataset again")
         return
     begin = time.perf_counter()
-    with tf.io.gfile.GFile(files[0], "rb") as file:
+    with tf.io.gfile.GFile(os.path.join(found[0], files[0]), "rb") as file:
         size = len(file.read(64 << 20))
     rate = size / 1e6 / (time.perf_counter() - begin)
     listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

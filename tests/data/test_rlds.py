@@ -393,6 +393,9 @@ def test_bad_specs(toy, here, tmp_path, changes, message):
 def test_missing_folder(toy, tmp_path):
     with pytest.raises(DataError, match="data_dir .*nowhere.* does not exist"):
         prepare_dataset("toy", spec_of(toy), str(tmp_path / "nowhere"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="data_dir .*file' is a file, expected the folder"):
+        prepare_dataset("toy", spec_of(toy), str(tmp_path / "file"))
     with pytest.raises(DataError, match="not in"):
         prepare_dataset("toy", spec_of(toy), str(tmp_path))
     (tmp_path / toy.name / "1.0.0.incompleteABC").mkdir(parents=True)

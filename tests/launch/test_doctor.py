@@ -1,5 +1,6 @@
 """The doctor: as a command on healthy and ill machines, with several processes, and without TensorFlow."""
 
+import errno
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 
+from octo_like.common import storage
 from octo_like.common.config import load_config
 from tests.data.conftest import build, make_episodes
 from tests.launch.clouds import ROOT
@@ -181,6 +183,23 @@ def test_storage_that_loses_or_refuses(modules, monkeypatch, tmp_path):
     found = report.Report()
     doctor.check_workdir(found, str(tmp_path))
     assert found.rows[0].status == "FAIL" and "403" in found.rows[0].finding and found.rows[0].remedy
+
+
+@pytest.mark.parametrize("times,status", [(1, "OK"), (99, "FAIL")])
+def test_data_on_a_storage_that_does_not_answer_is_not_absent(modules, monkeypatch, data_dir, times, status):
+    doctor, found = modules["machine"], modules["report"].Report()
+    monkeypatch.setattr(storage, "PAUSES", (0.0,) * 3)
+    real, errors = os.listdir, [OSError(errno.EIO, "I/O error")] * times
+
+    def listdir(path="."):
+        if "toy_buttons" in str(path) and errors:
+            raise errors.pop()
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    doctor.check_data(found, str(data_dir))
+    assert found.rows[0].status == status
+    assert status == "OK" or "does not answer" in found.rows[0].finding
 
 
 def test_a_check_that_raises_is_a_finding(modules):

@@ -102,8 +102,10 @@ def find_dataset(name: str, data_dir: str, version: str | None = None) -> str:
       StorageError: the storage does not answer, so nothing is known of it.
     """
     data_dir = os.path.expanduser(data_dir)
-    if not FILES.is_folder(data_dir):
-        raise DataError(f"dataset {name!r}: data_dir {data_dir!r} does not exist")
+    found = FILES.look(data_dir)
+    if found is None or not found.is_directory:
+        problem = "does not exist" if found is None else "is a file, expected the folder with the datasets"
+        raise DataError(f"dataset {name!r}: data_dir {data_dir!r} {problem}")
     root = os.path.join(data_dir, name)
     if not FILES.is_folder(root):
         raise DataError(f"dataset {name!r} is not in {data_dir!r}; {suggest(name, _datasets(data_dir))}")
