@@ -56,8 +56,8 @@ from octo_like.training.attempt import Attempt, command
 from octo_like.training.loop import run_loop
 from octo_like.training.own_words import check as check_own_subtasks
 from octo_like.training.program import own_subtasks
-from octo_like.training.resume import as_begun
-from octo_like.training.run import Run, asked_words, check_words, describe
+from octo_like.training.resume import as_begun, kept_since_begun
+from octo_like.training.run import Run, asked_words, check_taught, check_words, describe
 from octo_like.training.sharding import check_batch_size, make_mesh
 
 
@@ -107,14 +107,18 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
         )
     transitions = sum(entry["num_transitions"] for entry in inputs.statistics.values())
     config = with_schedule(config, transitions, validated=bool(inputs.validation))
-    untrained = check_actions(model, inputs.statistics)
-    new = untaught(base if pretrained else {}, model_config)
+    check_actions(model, inputs.statistics)
+    known = base if pretrained else {}
+    new = untaught(known, model_config)
     check_words(model, inputs.stream.order_spec, new=new, **asked_words(config))
+    made = {f"auxiliaries_{name}" for name in new}
+    made |= {f"heads_{name}" for name in model.heads if name not in known.get("heads", {})}
+    words = spec.language_length is not None
+    untrained = check_taught(model, inputs, new=made.__contains__, words=words, resumes=attempt.resumes)
+    untrained = kept_since_begun(untrained, flags.workdir) if attempt.resumes else untrained
 
     # ------------------------------------------------------------------------------------------------------ weights
-    weights = make_weights(
-        config, model, model_config, spec, pretrained, vocab_size=vocab_size, untrained_heads=untrained
-    )
+    weights = make_weights(config, model, model_config, spec, pretrained, vocab_size=vocab_size, untrained=untrained)
     if weights.report is not None:
         logging.info("weights of %s\n%s", config.pretrained, weights.report)
 

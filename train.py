@@ -37,6 +37,7 @@ if __name__ == "__main__":
 import jax
 
 from octo_like import Policy
+from octo_like.common.schema import flatten
 from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
 from octo_like.model.octo import check_acting
@@ -46,7 +47,7 @@ from octo_like.training.augment import augmentation_from_config
 from octo_like.training.loop import run_loop
 from octo_like.training.program import check_frozen, network_from_config, optimizer_from_config
 from octo_like.training.resume import as_begun
-from octo_like.training.run import Run, asked_words, check_words, describe
+from octo_like.training.run import Run, asked_words, check_taught, check_words, describe
 from octo_like.training.sharding import make_mesh
 from octo_like.training.warm_start import warm_start
 
@@ -96,6 +97,10 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
         )
     new = () if config.init_from else tuple(network.model.auxiliaries)
     check_words(network.model, inputs.stream.order_spec, new=new, **asked_words(config))
+    trained = {path.partition("/")[0] for path, _ in flatten(jax.eval_shape(network.init_params, jax.random.key(0)))
+               if path not in network.frozen}  # fmt: skip
+    words = network.spec.language_length is not None
+    check_taught(network.model, inputs, new=trained.__contains__, words=words, resumes=attempt.resumes)
 
     # --------------------------------------------------------------------------------------------------------- loop
     policy_config = {"model": to_dict(config)["model"], "batch_spec": network.spec.to_json()}

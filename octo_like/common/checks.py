@@ -220,8 +220,8 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
         if (dtype := model.get("dtype", "float32")) not in DTYPES:
             raise ConfigError(f"model.dtype must be one of {', '.join(map(repr, DTYPES))}; got {dtype!r}")
         _check_model(model, tree)
-        _check_bins(model, "model")
-    _check_bins(tree.get("surgery"), "surgery")
+        _check_parts(model, "model")
+    _check_parts(tree.get("surgery"), "surgery")
     overrides = (tree.get("mesh") or {}).get("overrides", ())
     if not isinstance(overrides, Sequence) or any(
         isinstance(one, str) or not isinstance(one, Sequence) or len(one) != 2 or not isinstance(one[0], str)
@@ -311,7 +311,12 @@ def _check_model(model: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
             )
 
 
-def _check_bins(group: Any, where: str) -> None:
+def _check_parts(group: Any, where: str) -> None:
+    for kind in ("heads", "auxiliaries") if isinstance(group, Mapping) else ():
+        for name, entry in (group.get(kind) or {}).items():
+            weight = entry.get("weight", 1.0) if isinstance(entry, Mapping) else 1.0
+            if not _is_number(weight) or weight < 0:
+                raise ConfigError(f"{where}.{kind}.{name}.weight must be a number of at least 0; got {weight!r}")
     heads = group.get("heads") if isinstance(group, Mapping) else None
     for name, entry in (heads or {}).items():
         if not isinstance(entry, Mapping) or entry.get("kind") not in ("discrete", "bins"):

@@ -25,13 +25,17 @@ class Rule(Protocol):
     """What may be said next. A state is any tree of arrays (N, ...); ids and allowed ids are of one position."""
 
     def start(self, rows: int) -> Any:
-        """The state before anything is said."""
+        """The state before anything is said. Raises ValueError for a rule that leaves nothing to say."""
 
     def allowed(self, state: Any, position: jax.Array) -> jax.Array:
         """(N, V) or (1, V) bool, at least one True in a row."""
 
     def advance(self, state: Any, said: jax.Array, position: jax.Array) -> Any:
         """The state after `said` (N,) int32."""
+
+
+def _is_known(values: Any) -> bool:
+    return not isinstance(values, jax.core.Tracer)  # of values that are traced nothing can be said
 
 
 class Places(NamedTuple):
@@ -44,6 +48,9 @@ class Places(NamedTuple):
     table: jax.Array | np.ndarray
 
     def start(self, rows: int) -> tuple[()]:
+        if _is_known(self.table) and not np.asarray(self.table).any(-1).all():
+            row, place = np.argwhere(~np.asarray(self.table).any(-1))[0]
+            raise ValueError(f"the rule of sequence {row} leaves no id for position {place}")
         return ()
 
     def allowed(self, state: Any, position: jax.Array) -> jax.Array:
@@ -67,6 +74,8 @@ class UntilEnd(NamedTuple):
     pad: int = 0
 
     def start(self, rows: int) -> jax.Array:
+        if _is_known(self.words) and not np.asarray(self.words).any():
+            raise ValueError("none of the ids that may be said is a word: the rule leaves nothing but the end")
         return jnp.zeros(rows, bool)
 
     def allowed(self, state: jax.Array, position: jax.Array) -> jax.Array:
@@ -101,6 +110,10 @@ class Filling(NamedTuple):
         return table
 
     def start(self, rows: int) -> jax.Array:
+        if not self.fillable()[self.most, self.space]:
+            raise ValueError(
+                f"the rule leaves no id: up to {self.most} pieces of these lengths cannot fill {self.space}"
+            )
         return jnp.full(rows, self.space, jnp.int32)
 
     def allowed(self, state: jax.Array, position: jax.Array) -> jax.Array:

@@ -435,7 +435,7 @@ def frozen_by_mode(
     mode: str,
     patterns: Sequence[str],
     loaded: Mapping[str, bool],
-    untrained_heads: Sequence[str] = (),
+    untrained: Sequence[str] = (),
     copies: Sequence[str] = (),
 ) -> frozenset[str]:
     """Paths that keep their values.
@@ -448,7 +448,7 @@ def frozen_by_mode(
       mode: one of `MODES`.
       patterns: further regexes, searched in paths.
       loaded: path -> whether it was loaded whole.
-      untrained_heads: heads that no dataset trains; nothing but weight decay would change them.
+      untrained: "heads_NAME" and "auxiliaries_NAME" that no sample teaches; weight decay alone would change them.
       copies: prefixes of the paths of parts that are copies; only `patterns` freeze them.
 
     Raises:
@@ -462,7 +462,7 @@ def frozen_by_mode(
     # A bias that was trained with another kernel is not worth keeping.
     kernels = {path.removesuffix("kernel") for path, whole in loaded.items() if path.endswith("/kernel") and not whole}
     loaded = {path: whole and path.rpartition("/")[0] + "/" not in kernels for path, whole in loaded.items()}
-    by_user = [*patterns, *(rf"^heads_{re.escape(name)}/" for name in untrained_heads)]
+    by_user = [*patterns, *(rf"^{re.escape(name)}/" for name in untrained)]
 
     def is_frozen(path: str) -> bool:
         by_mode = () if path.startswith(tuple(copies)) else MODES[mode]

@@ -95,6 +95,8 @@ def _allowed(tokenizer: TextTokenizer, only: Sequence[str]) -> np.ndarray:
     allowed = np.zeros(tokenizer.vocab_size, bool)
     allowed[tokenizer.encode(list(only))["input_ids"]] = True
     allowed[[PAD, EOS]] = False
+    if not allowed.any():
+        raise ValueError(f"only={list(only)!r} has no piece that could be said: give at least one text with a word")
     return allowed
 
 

@@ -20,7 +20,6 @@ from octo_like.common.defaults import batch_spec
 from octo_like.common.parts import Modules, PartError, modules_in
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import BUILTIN_MODELS, TextTokenizer
-from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel, init_params
 from octo_like.policy import lora, surgery
 from octo_like.policy.describe import abstract_params
@@ -294,8 +293,8 @@ def with_schedule(config: Any, transitions: int, *, validated: bool = True) -> F
     return freeze(tree)
 
 
-def check_actions(model: OctoModel, statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """`check_datasets`, with the flags of finetune.py that help. Returns the heads that no dataset trains.
+def check_actions(model: OctoModel, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+    """A part of `check_datasets`, with the flags of finetune.py that help.
 
     Raises:
       ConfigError: a dataset has more action dimensions than its head.
@@ -309,7 +308,6 @@ def check_actions(model: OctoModel, statistics: Mapping[str, Mapping[str, Any]])
                 f"--config.surgery.heads.{head}.action_dim={width}; or give the dataset a head of its own "
                 f"(--config.surgery.heads.NAME.copy_of={head} and --config.data.datasets.{dataset}.head=NAME)"
             )
-    return check_datasets(model.heads, statistics)
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -357,7 +355,7 @@ def make_weights(
     pretrained: Pretrained | None,
     *,
     vocab_size: int = 0,
-    untrained_heads: Sequence[str] = (),
+    untrained: Sequence[str] = (),
 ) -> Weights:
     """Initial parameters, with those of the pretrained policy where they fit, and what is frozen of them.
 
@@ -368,7 +366,7 @@ def make_weights(
     params = jax.tree.map(np.asarray, jax.device_get(init_params(model, spec, rng)))
     if config.text.t5_weights:
         params = with_t5(params, load_t5(config.text.t5_weights))
-    weights, targets = _weights(config, params, model_config, pretrained, vocab_size, untrained_heads)
+    weights, targets = _weights(config, params, model_config, pretrained, vocab_size, untrained)
     if weights.adapters is None:
         return weights
     assert weights.report is not None  # factors are for loaded kernels only
@@ -399,7 +397,7 @@ def _weights(
     model_config: Mapping[str, Any],
     pretrained: Pretrained | None,
     vocab_size: int,
-    untrained_heads: Sequence[str],
+    untrained: Sequence[str],
 ) -> tuple[Weights, tuple[str, ...]]:
     """Weights without factors, from initial parameters, and the kernels that get factors."""
     patterns = tuple(config.optimizer.freeze)
@@ -408,7 +406,7 @@ def _weights(
     if pretrained is None:
         if config.mode != "full":
             raise ConfigError(f"mode {config.mode!r} keeps pretrained weights, but config.pretrained is not set")
-        frozen = surgery.frozen_by_mode("full", patterns, dict.fromkeys(paths, True), untrained_heads)
+        frozen = surgery.frozen_by_mode("full", patterns, dict.fromkeys(paths, True), untrained)
         _check_encoders(encoders, (), config.text.t5_weights)
         if random := sorted(path for path in frozen - encoders if any(re.search(one, path) for one in patterns)):
             raise ConfigError(
@@ -434,7 +432,7 @@ def _weights(
     loaded = {path: status == "loaded" for path, status in report.status.items()}
     _check_encoders(encoders, report.paths("loaded"), None)
     copies = tuple(rules.copies)
-    frozen = surgery.frozen_by_mode(config.mode, patterns, loaded, untrained_heads, copies) | encoders
+    frozen = surgery.frozen_by_mode(config.mode, patterns, loaded, untrained, copies) | encoders
     report = dataclasses.replace(report, frozen=frozen)
     if config.mode != "lora":
         return Weights(params, frozen, report), ()

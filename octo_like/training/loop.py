@@ -12,7 +12,6 @@ import jax
 from octo_like.common.config import save as save_config
 from octo_like.common.config import to_dict
 from octo_like.common.schema import check_batch
-from octo_like.model.heads import check_datasets
 from octo_like.model.special import spare_the_collector
 from octo_like.training import exits, sharding
 from octo_like.training.checkpoint import NonFiniteState
@@ -35,8 +34,6 @@ log = logging.getLogger(__name__)
 def run_loop(run: Run) -> int:
     """Trains to config.num_steps, from the newest checkpoint if there is one. Returns the process's exit status."""
     config, attempt = run.config, run.attempt
-    for head in check_datasets(run.model.heads, run.inputs.statistics):
-        log.warning("no dataset trains the action head %r: it keeps the weights it starts from", head)
     ranking = Ranking.from_config(config)
     program = build_program(
         config, run.model, run.mesh, init_params=run.init_params, init_from=run.init_from, frozen=run.frozen

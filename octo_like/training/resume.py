@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,6 +101,14 @@ def as_begun(config: FrozenConfigDict, workdir: str) -> FrozenConfigDict:
     tree = to_dict(config)
     tree["data"]["num_demos_of"] = "training"
     return freeze(tree)
+
+
+def kept_since_begun(parts: Sequence[str], workdir: str) -> tuple[str, ...]:
+    """Those of some parts that a run has kept as they are: of heads all, of auxiliaries those that are frozen in its
+    checkpoint, since in runs of earlier versions weight decay acted on them."""
+    leaves = Checkpointer(workdir, read_only=True).read().leaves
+    frozen = {leaf.split("/")[1] for leaf in leaves if leaf.startswith("frozen/")}
+    return tuple(part for part in parts if part.startswith("heads_") or part in frozen)
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import numpy as np
 
 from octo_like.common.config import ConfigError
 from octo_like.common.schema import flatten
+from octo_like.model.heads import check_datasets
 from octo_like.model.octo import OctoModel
+from octo_like.model.points import PointsHead
 from octo_like.model.text_head import TextHead
 from octo_like.policy.policy import Policy
 from octo_like.training.attempt import Attempt
@@ -90,8 +92,8 @@ def check_words(
             "with key='subtask') and says them (model.auxiliaries.text); None for others"
         )
     _check_memory(model, new, own_subtasks, last_subtask)
-    views = order_spec.get("views")  # synthetic data has texts, and none
-    if not views:
+    views = _drawn(order_spec)
+    if not views:  # synthetic data has texts, and none
         return
     texts = {name: view.get("text_keys", {}) for name, view in views.items()}  # left out of the views that have none
     kinds = {name: [kind for kind, key in found.items() if key is not None] for name, found in texts.items()}
@@ -107,6 +109,81 @@ def check_words(
         raise ConfigError(f"own_subtasks.prob={own_subtasks}, but no dataset has sub-tasks (text_keys): {have}")
     if last_subtask and "subtask" not in there:
         raise ConfigError(f"data.last_subtask_prob={last_subtask}, but no dataset has sub-tasks (text_keys): {have}")
+
+
+def _drawn(order_spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The views of the datasets that samples are drawn from: one of weight 0 teaches nothing. {} of synthetic data."""
+    datasets = order_spec.get("order", {}).get("datasets", ())
+    unused = {one["name"] for one in datasets if one["weight"] == 0}
+    return {name: view for name, view in order_spec.get("views", {}).items() if name not in unused}
+
+
+def check_taught(
+    model: OctoModel, inputs: Any, *, new: Callable[[str], bool], words: bool = True, resumes: bool = False
+) -> tuple[str, ...]:
+    """Checks that some sample teaches each part: weight decay alone would act on one that none does.
+
+    Args:
+      inputs: `octo_like.data.inputs.Inputs`.
+      new: whether the parameters below "heads_NAME" or "auxiliaries_NAME" are made or changed in this run.
+      words: tasks may be instructions; places are learned beside these only.
+      resumes: the run has begun: what is wrong is logged only.
+
+    Returns:
+      The parts ("heads_NAME", "auxiliaries_NAME") that no sample teaches, whose parameters are to stay as they are.
+
+    Raises:
+      ConfigError: a part that is new, and what it would need. ValueError: see `check_datasets`.
+    """
+    check_datasets(model.heads, inputs.statistics)
+    faults = _untaught(model, inputs.statistics, _drawn(inputs.stream.order_spec), words)
+    for part, fault in faults.items():
+        if new(part) and not resumes:
+            raise ConfigError(
+                f"{fault}. Weight decay alone would change it: give it such data, leave the part out, or, if its "
+                f"weights are loaded, keep them: --config.optimizer.freeze=\"('^{part}/',)\""
+            )
+        log.warning("%s: nothing of this run's data teaches it", fault)
+    return tuple(faults)
+
+
+def _untaught(
+    model: OctoModel, statistics: Mapping[str, Mapping[str, Any]], views: Mapping[str, Any], words: bool
+) -> dict[str, str]:
+    """What is wrong with the parts that no sample teaches, by the beginning of their parameters' paths."""
+    if not views:
+        return {}
+    faults = {}
+    acting = {name: entry for name, entry in statistics.items() if name in views}
+    heads = ", ".join(f"{name}: {entry['head']!r}" for name, entry in acting.items())
+    for name in check_datasets(model.heads, acting) if acting else ():  # without actions, pictures teach the rest
+        faults[f"heads_{name}"] = (
+            f"model.heads.{name}: no dataset with a weight above 0 trains this action head (heads of the datasets, "
+            f"data.datasets.NAME.head: {heads})"
+        )
+    for name in model.heads:
+        if model.head_weights.get(name, 1.0) == 0:
+            faults[f"heads_{name}"] = f"model.heads.{name}.weight is 0: this action head learns nothing"
+    points = {name: view.get("point_keys", {}).items() for name, view in views.items()}
+    said = {name: [point for point, key in found if key is not None] for name, found in points.items()}
+    have = "; ".join(f"{name}: {', '.join(found) or 'none'}" for name, found in said.items())
+    # Robot data says where things are beside an instruction, pictures with words do always.
+    spoken = {name for name, view in views.items() if name not in statistics or (words and view["language_key"])}
+    texts = {kind for view in views.values() for kind, key in view.get("text_keys", {}).items() if key is not None}
+    for name, part in model.auxiliaries.items():
+        where, path = f"model.auxiliaries.{name}", f"auxiliaries_{name}"
+        if isinstance(part, PointsHead) and not any(set(part.names) & set(said[data]) for data in spoken):
+            faults[path] = (
+                f"{where} learns where things are ({', '.join(part.names)}), and no dataset with a weight above 0 says "
+                f"so beside an instruction (data.datasets.NAME.point_keys, with a language_key): {have}"
+            )
+        elif isinstance(part, TextHead) and not set(part.learns) & texts:
+            faults[path] = f"{where} learns texts ({', '.join(part.learns)}), and no dataset has any (text_keys)"
+        elif model.head_weights.get(name, 1.0) == 0 and isinstance(part, TextHead):
+            faults[path] = f"{where}.weight is 0: the part learns nothing, and would say what it is initialised to"
+        elif model.head_weights.get(name, 1.0) == 0:
+            log.warning("%s.weight is 0: its error is measured, and it learns nothing", where)
+    return faults
 
 
 def _hears_subtasks(model: OctoModel) -> bool:

@@ -219,6 +219,22 @@ def test_bad_sizes(change, message):
         TokenDecoder(**options).init(jax.random.key(0), jnp.zeros((N, L), jnp.int32), read())
 
 
+@pytest.mark.parametrize(
+    "rule,message",
+    [
+        (Places(np.arange(L)[:, None] * np.ones(V) != 3), "position 3"),
+        (UntilEnd(np.zeros(V, bool), L), "leaves nothing but the end"),
+        (Filling(np.array([0] + [2] * (V - 1)), 2 * L + 1, L), "cannot fill"),
+        (Filling(np.array([0] + [2] * (V - 1)), 3, L), "cannot fill 3"),
+    ],
+)
+def test_a_rule_that_leaves_no_id_is_refused(params, rule, message):
+    if isinstance(rule, Places):
+        rule = Places(rule.table[None])
+    with pytest.raises(ValueError, match=message):
+        say(params, read(), rule, None)
+
+
 # -- the head of bins --------------------------------------------------------------------------------------------------
 
 

@@ -283,6 +283,20 @@ def test_a_part_that_speaks_from_the_command_line(export, prepared):
     assert batch["text_target"]["input_ids"].shape[-1] == 8 and "auxiliaries_text" in given.documents["weights.txt"]
 
 
+def test_a_part_without_labels_is_refused_when_new_and_kept_when_pretrained(data_dir, export, prepared, tmp_path):
+    files = (f"--config.data.data_dir={data_dir}", "--config.data.datasets.toy.name=toy_wide", WIDER)
+    points = f"--config.surgery.auxiliaries.points={tiny_config.POINTS}"
+    with pytest.raises(ConfigError, match="model.auxiliaries.points learns where things are .*: toy: none"):
+        prepared(*files, f"--config.pretrained={export}", points)
+    given = prepared(*SYNTHETIC, f"--config.pretrained={export}", points, "--config.num_steps=2")
+    given.make_policy(given.init_from).save_pretrained(tmp_path / "told")
+    kept = prepared(*files, f"--config.pretrained={tmp_path / 'told'}")
+    paths = {path for path, _ in flatten(kept.init_from) if path.startswith("auxiliaries_points/")}
+    assert paths and paths <= kept.frozen and not paths & given.frozen
+    with pytest.raises(ConfigError, match="model.heads.nav: no dataset"):
+        prepared(*files, f"--config.pretrained={export}", "--config.surgery.heads.nav.copy_of=action")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copied_camera_is_trained_in_every_mode(export, prepared, mode):
     """It begins as the other camera's and is this robot's to learn; only a regex of one's own keeps it as it is."""

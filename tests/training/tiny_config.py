@@ -1,10 +1,13 @@
 """A config for tests, as a user would write one: own dataset, own keys, own sizes.
 
 The argument is a comma-separated list of words: "synthetic" needs no data, "finetune" adds the fields of finetune.py,
-"smallest" leaves little to trace and to compile, for tests that start many processes; "tabletop" has an environment.
+"smallest" leaves little to trace and to compile, for tests that start many processes; "tabletop" has an environment;
+"points" has a part that learns places, which no dataset says.
 """
 
 from octo_like.common.defaults import adaptation_config, default_config
+
+POINTS = dict(kind="points", readout="readout_action", names=("target", "plate"))
 
 
 def dataset(name="toy_buttons", action_dim=4):
@@ -84,6 +87,8 @@ def get_config(words: str = ""):
             config.model.observation_tokenizers = dict(proprio=dict(kind="lowdim", obs_keys=("proprio",)))
             config.model.transformer.update(num_layers=1)
             config.model.heads.action.update(hidden_dim=16)
+        elif word == "points":
+            config.model.auxiliaries = dict(points=POINTS)
         elif word == "tabletop":
             # Made in memory by the built-in world, where the policy also acts; it reads joints and words, no pictures.
             from configs import tabletop
