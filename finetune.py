@@ -39,7 +39,7 @@ from octo_like import Policy
 from octo_like.common.defaults import batch_spec
 from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
-from octo_like.model.octo import build_model, check_acting
+from octo_like.model.octo import build_model, check_acting, explained
 from octo_like.policy.surgery import check_inputs, condition, operate, replaced, untaught
 from octo_like.training.adaptation import (
     check_actions,
@@ -94,7 +94,8 @@ def adapt(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     spec = batch_spec(config, model_config, tokenizer)
     check_inputs(model_config, spec)
     vocab_size = tokenizer.vocab_size if tokenizer else 0
-    model = build_model(model_config, vocab_size=vocab_size, modules=modules)
+    with explained():
+        model = build_model(model_config, vocab_size=vocab_size, modules=modules)
     check_acting(model, spec)
     check_own_subtasks(own_subtasks(config), model, tokenizer)
     check_weights(config, model, model_config, spec, pretrained, vocab_size=vocab_size)

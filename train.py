@@ -40,12 +40,12 @@ from octo_like import Policy
 from octo_like.common.schema import flatten
 from octo_like.common.vocabularies import targets_of
 from octo_like.data.inputs import inputs_from_config
-from octo_like.model.octo import check_acting
+from octo_like.model.octo import check_acting, explained
 from octo_like.training import sharding
 from octo_like.training.attempt import Attempt, command
 from octo_like.training.augment import augmentation_from_config
 from octo_like.training.loop import run_loop
-from octo_like.training.program import check_frozen, network_from_config, optimizer_from_config
+from octo_like.training.program import build_program, check_frozen, network_from_config, optimizer_from_config
 from octo_like.training.resume import as_begun
 from octo_like.training.run import Run, asked_words, check_taught, check_words, describe
 from octo_like.training.sharding import make_mesh
@@ -63,7 +63,7 @@ def main(argv=None) -> int:
 
 def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    optimizer_from_config(config)  # what is wrong with it is found before the data is read
+    optimizer_from_config(config)
     for slot, fields in config.augmentation.items():
         augmentation_from_config(slot, fields)
 
@@ -83,6 +83,9 @@ def pretrain(flags: argparse.Namespace, config: Any, attempt: Attempt) -> int:
         documents = {"weights.json": json.dumps(report.to_dict(), indent=1), "weights.txt": f"{report}\n"}
     elif not config.init_from:
         check_frozen(config, network, resumes=attempt.resumes)
+
+    with explained("config.optimizer or config.mesh do not fit the model"):
+        build_program(config, network.model, mesh, init_params=init, init_from=source, frozen=network.frozen)
 
     # --------------------------------------------------------------------------------------------------------- data
     with attempt.phase("data"):

@@ -150,6 +150,7 @@ ADAPTATION_RULES: dict[str, Rule] = {
     "recipe.max_steps": _whole(1),
 }
 SCHEMES = ("gs", "s3")  # of buckets that checkpoints can be written to
+MESH_AXES = ("data", "fsdp")
 DTYPES = ("float32", "bfloat16", "float16")
 BIN_TYPES = ("uniform", "normal", "openvla", "rt1", "rt2")  # of heads that choose among bins
 BOUNDED_BINS = ("openvla", "rt1", "rt2")  # those whose range is -1 to 1 unless a head says another
@@ -234,9 +235,15 @@ def _check_shapes(tree: Mapping[str, Any]) -> None:
     traced, steps = parse_steps(tree.get("profile_steps")), tree["num_steps"]
     if traced is not None and steps is not None and traced[0] > steps:
         raise ConfigError(f"profile_steps {traced[0]}:{traced[1]} begin after the run's last step, num_steps={steps}")
-    for pattern, _ in overrides:
+    for pattern, axes in overrides:
         if not _compiles(pattern):
             raise ConfigError(f"mesh.overrides: {pattern!r} is not a regular expression")
+        named = [axes] if isinstance(axes, str) or not isinstance(axes, Sequence) else axes
+        if named is not axes or any(axis not in (*MESH_AXES, None) for axis in named):
+            raise ConfigError(
+                f"mesh.overrides: {pattern!r} is placed by {axes!r}; expected the mesh axis of each dimension, "
+                f"{', '.join(map(repr, MESH_AXES))} or None, as (None, 'fsdp')"
+            )
     for key in ("optimizer.freeze", "reinitialize", "lora.targets"):
         group, _, name = key.rpartition(".")
         patterns = (tree.get(group) or {}).get(name, ()) if group else tree.get(name, ())

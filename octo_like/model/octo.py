@@ -1,13 +1,16 @@
 """The whole network (transformer and heads) and its construction from a plain nested dict."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from octo_like.common.errors import ConfigError
 from octo_like.common.parts import Modules, PartError, check_options, make, name_of
 from octo_like.common.schema import BatchSpec, synthetic_batch
 from octo_like.common.words import suggest
@@ -322,7 +325,8 @@ def check_acting(model: OctoModel, spec: BatchSpec) -> None:
       PartError, ValueError: what a head refuses, with its name.
     """
     batch, keys = synthetic_batch(spec, 1), jax.random.split(jax.random.key(0), 1)
-    params = jax.eval_shape(lambda: init_params(model, spec, jax.random.key(0)))
+    with explained():
+        params = jax.eval_shape(lambda: init_params(model, spec, jax.random.key(0)))
     given = batch["observation"], batch["task"], keys
     for name in model.heads:
         _traced(lambda p, name=name: model.apply({"params": p}, *given, head=name, method="sample"), params, name)
@@ -340,6 +344,31 @@ def _traced(function, params, name: str) -> None:
         raise
     except Exception as error:  # modules, Flax and JAX raise many kinds
         raise ValueError(f"{name!r} of the model could be trained, but not act: {error}") from error
+
+
+@contextlib.contextmanager
+def explained(what: str = "the model of the config cannot be built") -> Iterator[None]:
+    """What a model's numbers make Python, Flax and JAX raise while it is built and traced, as one line.
+
+    Raises:
+      ConfigError: with `what`, the part of the model, and the line of code. Errors that explain themselves stay as they
+        are, and so do those of the machine (OSError, MemoryError).
+    """
+    try:
+        yield
+    except (ConfigError, PartError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        part, line = "", ""
+        for frame, number in traceback.walk_tb(error.__traceback__):
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module.scope is not None and module.scope.path:
+                part = f", in {'/'.join(module.scope.path)} ({type(module).__name__})"
+            if "site-packages" not in (file := frame.f_code.co_filename):
+                line = f" ({file.rpartition('/')[2]}:{number})"
+        said = " ".join(str(error).split()) or type(error).__name__
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{what}{part}: {kind}{said}{line}") from error
 
 
 def _plain(node):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -101,7 +102,42 @@ def find_optimizer(name: str, arguments: Mapping[str, Any]) -> Callable[..., opt
         raise ValueError(f"unknown optimizer.name {name!r}; valid: {', '.join(OPTIMIZERS)}, or 'module:function'")
     options = set(inspect.signature(OPTIMIZERS[name]).parameters) - {"learning_rate", *_RESERVED[name]}
     check_options(arguments, options, f"optimizer.arguments ({name})")
+    for key, value in arguments.items():
+        _check_argument(f"optimizer.arguments.{key}", value, inspect.signature(OPTIMIZERS[name]).parameters[key])
     return OPTIMIZERS[name]
+
+
+# Of Optax's arguments: how much of an average is kept each time.
+_DECAYS = ("b1", "b2", "beta", "momentum", "adam_b1", "adam_b2", "decay_rate")
+
+
+def _check_argument(where: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Raises ValueError for a value that is not of the kind of the default; Optax itself takes what it is given."""
+    default, optional = parameter.default, "None" in str(parameter.annotation)
+    if value is None and (default is None or optional):
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(default, bool):
+        valid, good = "True or False", isinstance(value, bool)
+    elif parameter.name in _DECAYS:
+        valid, good = "at least 0 and less than 1", number and 0 <= value < 1
+    elif isinstance(default, int):
+        valid, good = "a whole number of at least 0", number and isinstance(value, int) and value >= 0
+    elif isinstance(default, float):
+        valid, good = "a number of at least 0", number and value >= 0
+    elif "dtype" in parameter.name:
+        valid, good = "the name of a type of numbers, e.g. 'bfloat16'", _is_float_dtype(value)
+    else:
+        return
+    if not good:
+        raise ValueError(f"{where} must be {valid}{', or None' if optional else ''}; got {value!r}")
+
+
+def _is_float_dtype(value: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        return False
 
 
 def make_optimizer(

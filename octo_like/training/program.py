@@ -21,7 +21,7 @@ from octo_like.common.config import ConfigError, to_dict
 from octo_like.common.defaults import batch_spec
 from octo_like.common.schema import BatchSpec, flatten
 from octo_like.common.text import BUILTIN_MODELS, TextTokenizer
-from octo_like.model.octo import OctoModel, build_model, init_params
+from octo_like.model.octo import OctoModel, build_model, explained, init_params
 from octo_like.model.special import run_once_options
 from octo_like.policy import surgery
 from octo_like.policy.pretrained import load_t5, with_t5
@@ -62,18 +62,21 @@ def network_from_config(config: Any, *, load_weights: bool = True) -> Network:
       load_weights: False leaves T5 weights on disk: shapes and dtypes are the same without them.
 
     Raises:
-      ConfigError: the config names no model.
+      ConfigError: the config names no model, or one that cannot be built.
     """
     if config.get("model") is None:
         raise ConfigError("config.model is not set: this config starts from a checkpoint and describes no network")
     tokenizer = TextTokenizer.load(config.text.model, config.text.max_length) if config.text.model else None
     spec = batch_spec(config)
-    model = build_model(config.model, vocab_size=tokenizer.vocab_size if tokenizer else 0)
+    with explained():
+        model = build_model(config.model, vocab_size=tokenizer.vocab_size if tokenizer else 0)
     check_own_subtasks(own_subtasks(config), model, tokenizer)
     t5 = load_t5(config.text.t5_weights) if config.text.t5_weights and load_weights else None
 
     def initial(key):
-        return with_t5(init_params(model, spec, key), t5)
+        with explained():
+            params = init_params(model, spec, key)
+        return with_t5(params, t5)
 
     shapes = jax.eval_shape(initial, jax.random.key(0))
     return Network(tokenizer, spec, model, initial, frozen_paths(shapes, tuple(config.optimizer.freeze)))

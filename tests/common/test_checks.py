@@ -86,6 +86,12 @@ def test_nonsense_is_refused_by_its_key(key):
         ("profile_steps", "9:3", "holds no step"),
         ("profile_steps", "1000000:1000001", "begin after the run's last step"),
         ("mesh.overrides", (("(", (None,)),), "is not a regular expression"),
+        (
+            "mesh.overrides",
+            (("a", (None, "fdsp")),),
+            "expected the mesh axis of each dimension, 'data', 'fsdp' or None",
+        ),
+        ("mesh.overrides", (("a", "fsdp"),), "expected the mesh axis of each dimension"),
         ("seed", 2**64, "seed must be a whole number of 64 bits"),
         ("model.heads.action.hidden_dim", 0, "model.heads.action.hidden_dim must be a whole number of at least 1"),
         ("model.transformer.dropout_rate", 2, "model.transformer.dropout_rate must be at least 0 and less than 1"),

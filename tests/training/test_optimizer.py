@@ -214,6 +214,13 @@ def test_an_optimizer_of_ones_own(own):
         ),
         (dict(name="not_there:make"), r"there is no module 'not_there' here"),
         (dict(name="own_optimizers:momentum", arguments__dekay=1), r"momentum\(learning_rate, decay=0.5\).*'dekay'"),
+        (dict(arguments__b1="abc"), r"optimizer.arguments.b1 must be at least 0 and less than 1; got 'abc'"),
+        (dict(arguments__b1=2), r"optimizer.arguments.b1 must be at least 0 and less than 1; got 2"),
+        (dict(arguments__eps=-1), r"optimizer.arguments.eps must be a number of at least 0; got -1"),
+        (dict(arguments__nesterov="yes"), r"optimizer.arguments.nesterov must be True or False; got 'yes'"),
+        (dict(arguments__mu_dtype="bfloat17"), r"optimizer.arguments.mu_dtype must be .*'bfloat16'.*got 'bfloat17'"),
+        (dict(name="muon", arguments__ns_steps=1.5), r"optimizer.arguments.ns_steps must be a whole number"),
+        (dict(name="sgd", arguments__momentum=1), r"optimizer.arguments.momentum must be .*, or None; got 1"),
         (dict(name="own_optimizers:nothing"), r"nothing returned .*expected an optax.GradientTransformation"),
     ],
 )

@@ -1,12 +1,15 @@
 """What is proven ahead of time is what train.py runs."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
+import train
 from octo_like.aot import proof, report
 from octo_like.common.config import ConfigError, load_config
 from octo_like.training.program import network_from_config
@@ -200,3 +203,34 @@ def test_the_compiler_that_make_aot_keeps_beside_the_environment_is_found(tmp_pa
     absent = [sys.executable, "-c", code, str(tmp_path / "none"), *words]
     done = subprocess.run(absent, cwd=root, capture_output=True, text=True)
     assert (done.returncode == 2 and "make aot" in done.stderr) or proof.has_compiler(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "key,value,words",
+    [
+        ("observation_tokenizers.primary.stem.layers", "8", ["in octo_transformer/observation_tokenizers_primary"]),
+        ("heads.action.hidden_dim", "0", ["in heads_action", "division by zero"]),
+        ("heads.action.num_steps", "0", ["in heads_action (DiffusionHead)"]),
+        ("transformer.num_heads", "5", ["token width 32 is not divisible by 5 attention heads"]),
+    ],
+)
+def test_a_model_that_cannot_be_traced_is_a_mistake_of_the_config_in_one_line(key, value, words):
+    config = load_config("tests/training/tiny_config.py:synthetic", [(f"model.{key}", value)])
+    with pytest.raises(ConfigError, match="the model of the config cannot be built") as caught:
+        network_from_config(config)
+    assert all(one in str(caught.value) for one in words) and "\n" not in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        ("(('nonsense', (None, 'fsdp')),)", "no parameter's path matches"),
+        ("(('reverse_network/Dense_0/kernel', ('fsdp', None, None, None)),)", "4 entries for 2 dimensions"),
+    ],
+)
+def test_what_does_not_fit_the_mesh_is_found_before_the_data_is_read(overrides, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "inputs_from_config", lambda *args, **kwargs: pytest.fail("data was read"))
+    config = load_config("tests/training/tiny_config.py:synthetic,smallest", [("mesh.overrides", overrides)])
+    attempt = types.SimpleNamespace(resumes=False, phase=lambda name: contextlib.nullcontext())
+    with pytest.raises(ConfigError, match=words):
+        train.pretrain(types.SimpleNamespace(workdir=str(tmp_path)), config, attempt)
