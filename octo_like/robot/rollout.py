@@ -230,13 +230,16 @@ def gym_env_maker(env_id: str, **arguments: Any) -> Callable[[], gym.Env]:
     """A function that makes a registered environment; "module:id" imports the module that registers it first.
 
     Raises:
-      ValueError: no such environment; names the nearest ids.
+      ValueError: no such environment, with the nearest ids; or its module cannot be imported.
     """
     if env_id.startswith("octo_like/"):
         env_id = f"octo_like.envs:{env_id}"
     module, _, name = env_id.rpartition(":")
     if module:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever the module does when it is imported
+            raise ValueError(f"environment {env_id!r}: importing {module} fails: {error}") from error
     if name not in gym.registry:
         similar = nearest(name, gym.registry, 5, cutoff=0.4)
         raise ValueError(f"unknown environment {name!r}; similar ids: {', '.join(similar) or 'none'}")

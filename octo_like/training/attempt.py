@@ -64,6 +64,7 @@ class Attempt:
       lease: the right to write to the workdir, held by process 0.
       resumes: whether there was a checkpoint in the workdir; the same on all processes.
       begun: set by the loop when the first step was taken: from then on nothing is a mistake in config or data.
+      finishing: set by the loop when the last step was taken: what is left is to evaluate, save and export.
 
     Entering raises:
       ValueError: wrong flags, or processes whose workdirs are different folders.
@@ -73,7 +74,7 @@ class Attempt:
 
     def __init__(self, flags: argparse.Namespace, config: Any):
         self._flags, self._config = flags, config
-        self.begun, self.resumes = False, False
+        self.begun, self.finishing, self.resumes = False, False, False
         self._last_acts: list[Callable[[], None]] = []
         self._leaving, self._phases = threading.Lock(), 0
         self.lease: Lease | None = None
@@ -202,6 +203,13 @@ class Attempt:
             self._end_interrupted("interrupted before the first step; the same command starts again")
         elif distributed.process_count() == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             self._end_interrupted("interrupted at the end; what the run leaves is saved")
+        if self.finishing:
+            print(
+                "\ninterrupted after the last step: finishes the last evaluation and saves (Ctrl-C again: at once)",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
         print("\ninterrupted: saves and stops (Ctrl-C again: at once)", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)  # from here on as when the machine is taken away, on all processes
 

@@ -25,6 +25,7 @@ from octo_like.training.probe_frames import Frames, action_width
 # A batch of the schema to normalised actions (B, H, A) at the last position of the window.
 SampleFn = Callable[[Mapping[str, Any]], Any]
 
+MEASURES = ("mae", "rmse", "first_mae", "mean_mae")  # of an ActionError, per dimension
 EVALUATION_SEEDS = 1_000_000_000  # rollouts use seeds from here on; demonstrations are made from smaller ones
 
 
@@ -98,12 +99,20 @@ class ActionError:
         "<prefix>mae_in_std", "<prefix>mean_mae_in_std" and "<prefix>gripper_accuracy"."""
         values = {
             f"{prefix}{measure}/{tag}": float(value)
-            for measure in ("mae", "rmse", "first_mae", "mean_mae")
+            for measure in MEASURES
             for tag, value in zip(self.tags, getattr(self, measure), strict=True)
         }
         values |= {f"{prefix}{measure}_in_std": self.in_std(getattr(self, measure)) for measure in ("mae", "mean_mae")}
         values[f"{prefix}gripper_accuracy"] = self.gripper_accuracy
         return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def scalar_names(statistics: Mapping[str, Any]) -> list[str]:
+    """What `ActionError.scalars` may give for a dataset of these statistics."""
+    width = len(np.asarray(statistics["action"]["mean"]))
+    named = of_statistics(statistics, "action", width)
+    errors = [f"{measure}/{tag}" for measure in MEASURES for tag in named.tags]
+    return [*errors, "mae_in_std", "mean_mae_in_std", *(["gripper_accuracy"] if grippers(statistics, width) else [])]
 
 
 def action_error(

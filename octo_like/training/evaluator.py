@@ -8,19 +8,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from octo_like.common.config import ConfigError
 from octo_like.common.dimensions import of_statistics
 from octo_like.robot.prediction import plot_prediction
+from octo_like.robot.rollout import gym_env_maker
 from octo_like.training import distributed, sharding
 from octo_like.training.evaluation import (
     EVALUATION_SEEDS,
     action_error,
     closed_loop,
     predict_rows,
+    scalar_names,
     share,
     success_scalars,
     validation_loss,
 )
 from octo_like.training.metrics import MetricsWriter
+from octo_like.training.ranking import Ranking
 from octo_like.training.run import Run
 from octo_like.training.state import TrainState
 from octo_like.training.step import make_eval_step, sample_keys
@@ -54,6 +58,52 @@ class Evaluator:
 
         self.sample = jax.jit(sharding.traced_on(run.mesh, sample), static_argnames="head", out_shardings=whole)
         self.numbers = jax.jit(_numbers_of, out_shardings=whole)
+
+    def check(self, state: TrainState, ranking: Ranking) -> None:
+        """Finds before the first step what would stop the first evaluation. Nothing is computed.
+
+        Args:
+          state: or its shapes.
+
+        Raises:
+          ValueError: no metric of an evaluation is what checkpoints are ranked by, an environment cannot be found, or
+            more actions of a chunk are to be executed than it has.
+        """
+        run, options = self.run, self.run.config.eval
+        environments = run.inputs.environments if options.rollouts else {}
+        for name, env in environments.items():
+            try:
+                gym_env_maker(env)
+            except ValueError as error:
+                raise ConfigError(f"data.datasets.{name}.env: {error}") from error
+            horizon = run.model.heads[self._head_of_dataset(name)].action_horizon
+            if options.exec_horizon is not None and options.exec_horizon > horizon:
+                raise ConfigError(
+                    f"eval.exec_horizon={options.exec_horizon} is more than the {horizon} actions of a chunk for {name}"
+                )
+        if not ranking.enabled:
+            return
+        names = []
+        size = options.batch_size or run.config.batch_size
+        like = sharding.abstract_batch(run.inputs.stream.batch_spec, size, run.mesh)
+        measured = jax.eval_shape(self.terms, state.ema_params, like) if run.inputs.validation else {}
+        for name in run.inputs.validation:
+            for part, terms in measured.items():
+                of_another = part in run.model.heads and part != self._head_of_dataset(name)
+                names += [] if of_another else [f"val/{name}/{part}/{term}" for term in terms if term != "count"]
+            if (statistics := run.inputs.statistics.get(name)) is not None:
+                names += [f"val/{name}/{key}" for key in scalar_names(statistics)]
+        said = ranking.pattern.split("/", 3)
+        for name in environments:
+            names += [f"rollout/{name}/{key}" for key in ("success", "success_low", "success_high", "steps")]
+            if said[0] == "rollout" and said[2:3] == ["success"] and len(said) == 4:
+                names.append(f"rollout/{name}/success/{said[3]}")  # environments name their tasks when they act
+        ranking.chosen(names)
+
+    def _head_of_dataset(self, name: str) -> str:
+        """The head that learns from a dataset and acts for it."""
+        heads, own = list(self.run.model.heads), self.run.inputs.statistics.get(name, {}).get("head")
+        return own if own in heads else heads[0] if len(heads) == 1 or "action" not in heads else "action"
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """Writes and returns everything that could be measured."""

@@ -89,8 +89,10 @@ def _train(
             check_batch(stream.batch(start), stream.batch_spec)
             stream.seek(start * config.batch_size)
         attempt.begun = start >= num_steps
-        saver.catch_up(start, state)
         evaluator = Evaluator(run, writer)
+        if run.config.eval.every is not None:
+            evaluator.check(state, saver.ranking)
+        saver.catch_up(start, state)
 
         def evaluate() -> dict[str, float]:
             steps.drain()
@@ -127,6 +129,7 @@ def _train(
                 steps.drain()
                 log.warning("stopped at step %d as asked; run the same command to continue", step)
                 return exits.INTERRUPTED if attempt.interrupted else exits.PREEMPTED
+        attempt.finishing = True
         steps.drain()
         if stopping.stopped:
             log.warning("stopped early at step %d: %s; that one is in export_best", step, stopping)

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,19 +50,27 @@ class Ranking:
         """
         if not self.enabled or scores is None:
             return None
+        return float(np.mean([scores[name] for name in self.chosen(scores)]))
+
+    def chosen(self, names: Collection[str]) -> list[str]:
+        """Those of the names of metrics that a step is ranked by.
+
+        Raises:
+          ConfigError: none is.
+        """
         # A pattern that does not name a text part does not mean it: its nats would outweigh the actions' errors.
         apart = [f"val/*/{text}/*" for text in self.texts if f"/{text}/" not in self.pattern]
         chosen = [
-            value
-            for name, value in scores.items()
+            name
+            for name in names
             if fnmatch.fnmatchcase(name, self.pattern) and not any(fnmatch.fnmatchcase(name, one) for one in apart)
         ]
         if not chosen:
             raise ConfigError(
-                f"checkpoint.best_metric {self.pattern!r} matches nothing of what was measured: "
-                f"{', '.join(sorted(scores))}"
+                f"checkpoint.best_metric {self.pattern!r} matches nothing of what is measured: "
+                f"{', '.join(sorted(names)) or 'nothing is'}"
             )
-        return float(np.mean(chosen))
+        return chosen
 
 
 class BestSteps:

@@ -93,6 +93,7 @@ def test_nonsense_is_refused_by_its_key(key):
         ),
         ("mesh.overrides", (("a", "fsdp"),), "expected the mesh axis of each dimension"),
         ("seed", 2**64, "seed must be a whole number of 64 bits"),
+        ("checkpoint.best_metric", "", "checkpoint.best_metric"),
         ("model.heads.action.hidden_dim", 0, "model.heads.action.hidden_dim must be a whole number of at least 1"),
         ("model.transformer.dropout_rate", 2, "model.transformer.dropout_rate must be at least 0 and less than 1"),
         ("model.readouts.action", 0, "model.readouts.action must be a whole number of tokens"),

@@ -73,6 +73,24 @@ def test_the_second_ends_at_once(tmp_path):
     assert not has_checkpoint(tmp_path / "run") and not (tmp_path / "run" / "lease").exists()
 
 
+def test_after_the_last_step_the_run_is_finished(tmp_path):
+    waits = (
+        "import sys, time, train, octo_like.training.evaluator as e\n"
+        "def evaluate(self, step, state):\n"
+        "    print('evaluates', file=sys.stderr)\n"
+        "    while not self.run.attempt.interrupted: time.sleep(0.01)\n"
+        "    return {}\n"
+        "e.Evaluator.__call__ = evaluate\n"
+        "train.command(train.main)"
+    )
+    process = start("-c", waits, *RUN[1:], "--workdir", str(tmp_path / "run"), "--config.num_steps=1")
+    read_until(process, rb"evaluates")
+    process.send_signal(signal.SIGINT)
+    status, said = ended(process)
+    assert status == 0 and (tmp_path / "run" / "export").exists(), said
+    assert "interrupted after the last step: finishes the last evaluation" in said and "saves and stops" not in said
+
+
 def test_while_the_first_step_is_compiled(tmp_path):
     """The main thread looks at no signal then."""
     process = start(*RUN, "--workdir", str(tmp_path / "run"))

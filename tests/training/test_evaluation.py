@@ -1,11 +1,17 @@
 """Evaluation: the arithmetic of errors in physical units, plots, and rollouts in a registered environment."""
 
+import dataclasses
+import types
+
 import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 
+from octo_like.common.config import ConfigError, load_config
 from octo_like.common.normalization import compute_statistics, normalize
 from octo_like.common.schema import BatchSpec, synthetic_batch
+from octo_like.data.inputs import inputs_from_config
 from octo_like.robot.prediction import plot_prediction
 from octo_like.training.evaluation import (
     EVALUATION_SEEDS,
@@ -16,10 +22,15 @@ from octo_like.training.evaluation import (
     success_scalars,
     validation_loss,
 )
+from octo_like.training.evaluator import Evaluator
+from octo_like.training.program import network_from_config
+from octo_like.training.ranking import Ranking
+from octo_like.training.sharding import make_mesh
 from tests.robot.test_planning import PlanningPolicy, ThereAndBackEnv
 from tests.robot.toy import LineEnv, LinePolicy
 
 SPEC = BatchSpec(window_size=2, action_horizon=3, action_dim=4, image_sizes={"primary": (8, 8)})
+CONFIG = "tests/training/tiny_config.py:synthetic,smallest"
 WIDTH = 3  # the dataset has one dimension less than the batch
 
 
@@ -245,3 +256,49 @@ def test_closed_loop_in_a_registered_environment():
         assert steps == ([] if every is None else list(range(0, said.episodes[0].steps, 3 * every)))
     with pytest.raises(ValueError, match=r"unknown environment 'octo_like_tests/Line-v1'.*Line-v0"):
         closed_loop(LinePolicy(), "octo_like_tests/Line-v1", "line")
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """A run as the evaluator sees it before the first step; its dataset names an environment."""
+    config = load_config(CONFIG)
+    network, mesh = network_from_config(config), make_mesh(1, 1, jax.devices()[:1])
+    inputs = inputs_from_config(config, network.spec, network.tokenizer)
+    (name,) = inputs.validation
+    inputs = dataclasses.replace(inputs, environments={name: "octo_like/Tabletop-arm-v0"})
+    run = types.SimpleNamespace(config=config, mesh=mesh, model=network.model, inputs=inputs)
+    return run, types.SimpleNamespace(ema_params=jax.eval_shape(network.init_params, jax.random.key(0)))
+
+
+def check_before_the_first_step(evaluated, env="octo_like/Tabletop-arm-v0", exec_horizon=3, **keys):
+    run, state = evaluated
+    settings = {"checkpoint.keep_best": 1, "eval.rollouts": 2, "eval.exec_horizon": exec_horizon} | keys
+    config = load_config(CONFIG, [(key, str(value)) for key, value in settings.items()])
+    inputs = dataclasses.replace(run.inputs, environments=dict.fromkeys(run.inputs.environments, env))
+    run = types.SimpleNamespace(**{**vars(run), "config": config, "inputs": inputs})
+    Evaluator(run, None).check(state, Ranking.from_config(config))
+
+
+@pytest.mark.parametrize("metric", ["val/*/*/loss", "*/loss", "val/*/mae_in_std", "rollout/*/success",
+                                    "rollout/synthetic/success/pick*", "val/synthetic/mae/*"])  # fmt: skip
+def test_metrics_that_will_be_measured(evaluated, metric):
+    check_before_the_first_step(evaluated, **{"checkpoint.best_metric": metric})
+
+
+@pytest.mark.parametrize(
+    "keys,words",
+    [
+        (
+            {"checkpoint.best_metric": "val/nope/*/loss"},
+            "matches nothing of what is measured: .*val/synthetic/action/loss",
+        ),
+        ({"checkpoint.best_metric": "val/*/*/los"}, "matches nothing of what is measured"),
+        ({"checkpoint.best_metric": "rollout/other/success/x"}, "rollout/synthetic/success"),
+        (dict(env="nope:x"), "data.datasets.synthetic.env: .*importing nope fails"),
+        (dict(env="nope"), "data.datasets.synthetic.env: unknown environment 'nope'"),
+        (dict(exec_horizon=9), "eval.exec_horizon=9 is more than the 3 actions of a chunk"),
+    ],
+)
+def test_what_would_stop_the_first_evaluation_is_found_before_the_first_step(evaluated, keys, words):
+    with pytest.raises(ConfigError, match=words):
+        check_before_the_first_step(evaluated, **keys)
