@@ -206,7 +206,7 @@ def test_keys_depend_on_all_their_parts_and_on_nothing_else():
         ({"exec_horizon": 4}, r"in 1\.\.3"),
         ({"exec_horizon": 2.5}, r"in 1\.\.3 .* got 2\.5"),
         ({"options": [{}]}, "2 seeds, 1 options"),
-        ({"batch_size": 0}, "at least one slot"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"unnormalize": "bridge"}, "valid: line"),
     ],
 )
