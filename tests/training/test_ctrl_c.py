@@ -138,6 +138,7 @@ def test_ctrl_c_that_a_finaliser_cannot_raise_comes_again():
     """Python ignores what finalisers and callbacks raise, as libraries have them while they are imported."""
     code = (
         "import octo_like.common.interrupts, os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "class Last:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
