@@ -12,7 +12,7 @@ from ml_collections import FrozenConfigDict
 from octo_like.common.config import check_resume, freeze, to_dict
 from octo_like.common.defaults import default_config
 from octo_like.training import provenance
-from octo_like.training.checkpoint import Checkpointer, CheckpointError
+from octo_like.training.checkpoint import Checkpointer, CheckpointError, has_checkpoint
 from octo_like.training.clock import Clock
 from octo_like.training.early_stopping import EarlyStopping
 from octo_like.training.metrics import last_seen
@@ -95,6 +95,8 @@ def resume(run: Run, checkpointer: Checkpointer, workdir: Workdir, program: Prog
 def as_begun(config: FrozenConfigDict, workdir: str) -> FrozenConfigDict:
     """The config of a run that continues, with `data.num_demos_of` as the run began. Before there was this key,
     `num_demos` were training episodes alone; such a run has "training" in all steps that it saves since."""
+    if not has_checkpoint(workdir):  # it is gone since this process began: `resume` refuses to go on from nothing
+        return config
     saved = Checkpointer(workdir, read_only=True).read().metadata["config"]["data"]
     if saved.get("num_demos_of", "training") != "training":
         return config
@@ -106,6 +108,8 @@ def as_begun(config: FrozenConfigDict, workdir: str) -> FrozenConfigDict:
 def kept_since_begun(parts: Sequence[str], workdir: str) -> tuple[str, ...]:
     """Those of some parts that a run has kept as they are: of heads all, of auxiliaries those that are frozen in its
     checkpoint, since in runs of earlier versions weight decay acted on them."""
+    if not has_checkpoint(workdir):
+        return tuple(parts)
     leaves = Checkpointer(workdir, read_only=True).read().leaves
     frozen = {leaf.split("/")[1] for leaf in leaves if leaf.startswith("frozen/")}
     return tuple(part for part in parts if part.startswith("heads_") or part in frozen)
