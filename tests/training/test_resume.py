@@ -107,7 +107,7 @@ def test_ranking():
     ranking = Ranking.from_config(config(checkpoint__keep_best=2, checkpoint__best_metric="val/*/*/loss"))
     scores = {"val/a/action/loss": 1.0, "val/b/action/loss": 3.0, "val/a/mae/x": 9.0}
     assert ranking.metric(scores) == 2.0 and ranking.metric(None) is None
-    with pytest.raises(ConfigError, match="matches nothing of what was measured: val/a/mae/x"):
+    with pytest.raises(ConfigError, match="matches nothing of what is measured: val/a/mae/x"):
         ranking.metric({"val/a/mae/x": 9.0})
     assert Ranking.from_config(config()).metric(scores) is None
 

@@ -64,6 +64,9 @@ def run(monkeypatch, tmp_path, build):
             def __init__(self, run, writer):
                 self.writer = writer
 
+            def check(self, state, ranking):
+                pass
+
             def evaluate(self, step, state):
                 found = {"val/x/action/loss": scores[step - 1]}
                 self.writer.scalars(step, found)
