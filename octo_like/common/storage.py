@@ -330,6 +330,6 @@ class Files:
         except StorageError:
             raise
         except Exception as error:  # every storage has kinds of its own
-            if is_gone(error):
+            if is_gone(error) and not isinstance(error, IsADirectoryError):
                 return None
             raise
