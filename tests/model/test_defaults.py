@@ -15,7 +15,7 @@ from octo_like.model.octo import AUXILIARIES, HEADS, STEMS, TOKENIZERS, build_mo
 from octo_like.model.transformer import Block, MapPooling, Mlp, MultiHeadAttention, Transformer
 from tests.model import light, tiny
 
-HEAD = dict(use_map=False, action_horizon=1, action_dim=7, max_action=5.0)
+HEAD = dict(use_map=False, action_horizon=1, action_dim=7, max_action=5.0, resized_from=())
 GENERATIVE = HEAD | dict(
     max_delay=0,
     num_samples=1,
