@@ -3,6 +3,7 @@ NumPy only: a robot's own computer needs no more."""
 
 from __future__ import annotations
 
+import abc
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,7 @@ class History:
         return stacked
 
 
-class RobotState:
+class RobotState(abc.ABC):
     """What is kept of one robot within an episode: `PolicyClient` and `LocalPolicy` are two of them.
 
     Its states and what leads from one to the other are the table in docs/act.md. A moment is what lies between two
@@ -276,6 +277,7 @@ class RobotState:
             raise ValueError(f"this episode's units are those of {self._units[0]!r}; reset() before those of {name!r}")
         self._units = (name,)
 
+    @abc.abstractmethod
     def predict(
         self,
         window: Mapping[str, Any],
@@ -288,26 +290,25 @@ class RobotState:
         plan: bool = False,
     ) -> np.ndarray:
         """See `PolicyClient.predict`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def chunks(self, unnormalize: str | None = None) -> dict[str, Any]:
         """See `PolicyClient.chunks`."""
-        raise NotImplementedError
 
     def _of_episode(self, unnormalize: str | None) -> str | None:
         """What was given, else what the episode has."""
         return self._units[0] if unnormalize is None and self._units is not None else unnormalize
 
+    @abc.abstractmethod
     def _name(self, unnormalize: str | None) -> str | None:
         """Name of the dataset of the units, for one that may be left out."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _expected(self, unnormalize: str | None) -> tuple[Sequence[str], Mapping[str, Shape]]:
         """Keys that an observation has, and the shapes of those that have one."""
-        raise NotImplementedError
 
-    def _filter_of(self, unnormalize: str | None) -> ActionFilter | None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _filter_of(self, unnormalize: str | None) -> ActionFilter | None: ...
 
 
 class LastWords:
