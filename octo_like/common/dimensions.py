@@ -80,24 +80,16 @@ class Dimensions:
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         if twice:
             raise DimensionError(f"the name {twice[0]!r} is given to more than one dimension: {', '.join(names)}")
-        if len(units) != len(names):
-            raise DimensionError(
-                f"{len(units)} units for {len(names)} dimensions ({', '.join(names)}): give one for each, or none"
-            )
-        for name, unit in _pairs(names, units):
-            if unit != UNKNOWN and unit not in UNITS:
+        for what, given, valid in (("unit", units, UNITS), ("kind", kinds, KINDS)):
+            if len(given) != len(names):
                 raise DimensionError(
-                    f"dimension {name!r}: unknown unit {unit!r}; {suggest(str(unit), UNITS)}, '' (not known)"
+                    f"{len(given)} {what}s for {len(names)} dimensions ({', '.join(names)}): give one for each, or none"
                 )
-        if len(kinds) != len(names):
-            raise DimensionError(
-                f"{len(kinds)} kinds for {len(names)} dimensions ({', '.join(names)}): give one for each, or none"
-            )
-        for name, kind in _pairs(names, kinds):
-            if kind != UNKNOWN and kind not in KINDS:
-                raise DimensionError(
-                    f"dimension {name!r}: unknown kind {kind!r}; {suggest(str(kind), KINDS)}, '' (not known)"
-                )
+            for name, one in _pairs(names, given):
+                if one != UNKNOWN and one not in valid:
+                    raise DimensionError(
+                        f"dimension {name!r}: unknown {what} {one!r}; {suggest(str(one), valid)}, '' (not known)"
+                    )
         object.__setattr__(self, "kinds", kinds)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "units", units)
