@@ -541,7 +541,7 @@ def test_freezing_further_parts_and_nothing_left():
     loaded = {path: True for path, _ in flatten(shapes_of(BASE))}
     both = surgery.frozen_by_mode("frozen_transformer", ("obs_wrist", "^heads_action/.*Dense_1"), loaded)
     assert any("reverse_network/Dense_1" in path for path in both) and any("BlockTransformer" in path for path in both)
-    untrained = surgery.frozen_by_mode("full", (), loaded, ["action"])
+    untrained = surgery.frozen_by_mode("full", (), loaded, ["heads_action"])
     assert untrained == {path for path in loaded if path.startswith("heads_action/")}
     with pytest.raises(PretrainedError, match="matches no parameter.*octo_transformer"):
         surgery.frozen_by_mode("full", ("nonsense",), loaded)
